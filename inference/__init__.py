@@ -1,0 +1,1 @@
+"""Batch inference on Ray Data. The only room that imports ray.data."""

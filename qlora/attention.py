@@ -1,0 +1,102 @@
+"""Owns attention over a PackedBatch, registered with transformers' AttentionInterface under the name `packed`.
+
+The model's own code stays as it is: it calls `packed_attention` where it would call its SDPA or flash attention, and hands
+down the batch as the keyword `packed`. Exact for causal decoders whose tokens meet only in attention: full or sliding
+window, grouped queries, soft-capped scores. Everything else is refused by `use_packed_attention`.
+
+Shapes: T stream, P prefix, N rows, L longest suffix, H heads, K key-value heads, D head width.
+Source: https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from qlora.packing import PackedBatch
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make `model(input_ids, position_ids, packed=batch)` attend over a PackedBatch.
+
+    Raises ValueError for a family whose results would not be exact: tokens that meet outside attention (state space or
+    linear attention layers, chunked attention), attention that bypasses AttentionInterface, dropout inside attention.
+    """
+    config, family = model.config.get_text_config(), model.config.model_type
+    other_layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
+    if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
+        raise ValueError(f"{family} models don't use transformers' AttentionInterface; choose a decoder that does, such as Llama")
+    if getattr(model, "_is_stateful", False) or other_layers:
+        raise ValueError(f"{family} layers of type {', '.join(sorted(other_layers)) or 'state space'} mix tokens outside causal "
+                         "attention, so a packed stream would not be exact; choose a model with plain attention")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ValueError(f"attention_dropout {config.attention_dropout} makes results depend on the batch layout; set it to 0 in config.json")
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", _no_mask)
+    model.set_attn_implementation("packed")
+
+
+def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+                     packed: PackedBatch | None = None, **others: Any) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
+
+    Raises ValueError if the batch did not arrive or the model asks for something that is not computed here.
+    """
+    if packed is None:
+        raise ValueError(f"{type(module).__name__} got no PackedBatch: call the model with packed=batch; "
+                         "if you did, this family doesn't hand keywords down to attention and can't be packed")
+    refused = [name for name in _REFUSED_KEYWORDS if others.get(name) is not None]
+    if refused or attention_mask is not None:
+        raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    p, groups = packed.prefix_length, query.shape[1] // key.shape[1]
+    q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q_NHLD, k_NKLD, v_NKLD = (_to_rows(tensor[p:], packed) for tensor in (q_THD, k_TKD, v_TKD))
+    mask = packed.suffix_mask(sliding_window)
+    suffix = _attend(q_NHLD, _behind_prefix(k_TKD[:p], k_NKLD, groups), _behind_prefix(v_TKD[:p], v_NKLD, groups), mask, scale, softcap)
+    out_SHD = suffix.transpose(1, 2).flatten(0, 1).index_select(0, packed.row_slots_S)
+    if p:
+        prefix_mask = _causal_mask(p, sliding_window, query.device)
+        k_prefix, v_prefix = (tensor[:, :, :p].repeat_interleave(groups, dim=1) for tensor in (key, value))
+        prefix = _attend(query[:, :, :p], k_prefix, v_prefix, prefix_mask, scale, softcap)
+        out_SHD = torch.cat([prefix[0].transpose(0, 1), out_SHD])
+    return out_SHD[None], None
+
+
+def _to_rows(tensor_SHD: Tensor, packed: PackedBatch) -> Tensor:
+    """Suffix tokens [S, H, D] -> rows [N, H, L, D], zero where a row is short. index_copy, since its backward is a plain
+    index_select; advanced indexing would accumulate."""
+    grid = tensor_SHD.new_zeros(packed.num_rows * packed.row_length, *tensor_SHD.shape[1:])
+    rows = grid.index_copy(0, packed.row_slots_S, tensor_SHD)
+    return rows.unflatten(0, (packed.num_rows, packed.row_length)).transpose(1, 2)
+
+
+def _behind_prefix(prefix_PKD: Tensor, rows_NKLD: Tensor, groups: int) -> Tensor:
+    """Every row's keys (or values) behind the shared prefix's, one a query head: [N, H, P + L, D]."""
+    shared = prefix_PKD.transpose(0, 1)[None].expand(rows_NKLD.shape[0], -1, -1, -1)
+    return torch.cat([shared, rows_NKLD], dim=2).repeat_interleave(groups, dim=1)
+
+
+def _causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None]
+    return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The mask twin: a PackedBatch carries its own."""

@@ -1,0 +1,62 @@
+"""Owns checkpoints: a folder with the adapter in PEFT's layout, the optimizer's tensors and the position, a manifest last.
+
+A folder without a manifest, or whose files differ from it, is no checkpoint: a kill at any moment leaves either the whole
+or nothing. Only safetensors and JSON are read back.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from qlora.adapters import save_adapter
+from qlora.training import Training
+
+ADAPTER, OPTIMIZER, POSITION, MANIFEST = "adapter", "optimizer.safetensors", "position.json", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A folder is not a whole checkpoint."""
+
+
+def save_checkpoint(folder: Path, training: Training) -> None:
+    """Write all that `load_checkpoint` needs to go on exactly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    tensors, position = training.state()
+    save_adapter(training.model, folder / ADAPTER)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
+    (folder / POSITION).write_text(json.dumps(position, indent=1), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {str(path.relative_to(folder)): _digest(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, training: Training) -> None:
+    """Bring a fresh Training with the same settings and data to where the checkpoint was.
+
+    Raises CheckpointError for a folder that is not whole, ValueError for another run's checkpoint.
+    """
+    verify_checkpoint(folder)
+    training.load_state(load_file(folder / OPTIMIZER), json.loads((folder / POSITION).read_text(encoding="utf-8")))
+    assert isinstance(training.model, PeftModel)
+    set_peft_model_state_dict(training.model, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there, byte for byte."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no readable manifest: it was not finished") from error
+    for name, digest in manifest.items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            raise CheckpointError(f"{folder}: {name} is missing or damaged")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,127 @@
+"""Owns the typed settings and the one error that users see. Refuses to know torch, Ray and MLflow, so it imports at once.
+
+Every settings class is frozen and forbids unknown keys: a misspelt key is an error, never a silent default.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+T = TypeVar("T")
+DEFAULT_BASE = "smollm2-135m-instruct"
+MAX_LENGTH_TOKENS = 2048
+
+
+class InputError(ValueError):
+    """Bad input or configuration. Its text is the one line a user sees: `<file>[:<row or key>]: <problem and mend>`."""
+
+    def __init__(self, where: object, problem: str):
+        super().__init__(f"{where}: {' '.join(problem.split())}")
+        self.where, self.problem = where, problem
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        """Pickled by its two parts, so that it crosses from a worker to the driver."""
+        return type(self), (str(self.where), self.problem)
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def parse_stages(epochs: int | str) -> tuple[int, ...]:
+    """Epochs of each stage: 2 -> (2,), "1+1+3" -> (1, 1, 3). Raises ValueError for anything else."""
+    parts = str(epochs).split("+")
+    if isinstance(epochs, bool) or not all(part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"epochs must be a positive integer or stages such as '1+1+3', not {epochs!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _check_epochs(epochs: int | str) -> int | str:
+    parse_stages(epochs)
+    return epochs
+
+
+def _number_from_text(value: Any) -> Any:
+    """YAML 1.1 reads 3e-5 (no dot) as text; take it as the number that was meant."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number_from_text)]
+Epochs = Annotated[int | str, AfterValidator(_check_epochs)]
+
+
+class BaseModelSettings(Settings):
+    """The frozen model. `name` is `smollm2-135m-instruct`, a local folder or a hub id `name[@revision]`."""
+
+    name: str = Field(DEFAULT_BASE, min_length=1)
+    quantization: Literal["nf4", "none"] = "nf4"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class TrialSettings(Settings):
+    """One configuration of a training run. Defaults are the report's (r 64, alpha 16, dropout 0.1, 3e-5, batch 2 x 8)."""
+
+    learning_rate: Number = Field(3e-5, gt=0, le=1)
+    lora_r: int = Field(64, ge=1, le=1024)
+    lora_alpha: Number = Field(16, gt=0)
+    lora_dropout: Number = Field(0.1, ge=0, lt=1)
+    epochs: Epochs = 1
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    batch_size: int = Field(16, ge=1)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_fraction: Number = Field(0.0, ge=0, lt=1)
+    weight_decay: Number = Field(0.0, ge=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
+    evaluations_per_epoch: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Epochs of each stage; every stage has its own fresh optimizer and schedule."""
+        return parse_stages(self.epochs)
+
+
+class DecodingSettings(Settings):
+    """How text is generated. What is not named here follows transformers' defaults."""
+
+    num_beams: int = Field(3, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    length_penalty: float = 1.0
+    do_sample: bool = False
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _sampling_needs_do_sample(self) -> Self:
+        given = [name for name in ("top_p", "top_k", "temperature", "seed") if getattr(self, name) is not None]
+        if given and not self.do_sample:
+            raise ValueError(f"{', '.join(given)} needs do_sample")
+        return self
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """The dotted key and the plain words of a validation error's first problem."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return key, "unknown key; remove it or mend its spelling"
+    return key, problem["msg"].removeprefix("Value error, ")
+
+
+def validated(where: object, build: Callable[[], T]) -> T:
+    """Run `build`, turning pydantic's ValidationError into an InputError that names file and key."""
+    try:
+        return build()
+    except ValidationError as error:
+        key, problem = first_problem(error)
+        raise InputError(f"{where}:{key}" if key else where, problem) from error

@@ -1,0 +1,54 @@
+"""Public perplexity of a base, with or without an adapter, under any prompt.
+
+    python ray_jobs/evaluate.py --adapter models:/quickstart@champion --data data/sample/public_test.json --output results/champion.json
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ray_jobs.command import CommandParser, add_base_options, local_adapter, prompt_name, run, served_base, show_progress
+
+
+def main() -> None:
+    """Parse, validate, measure, write."""
+    parser = CommandParser(__doc__)
+    add_base_options(parser)
+    parser.add_argument("--data", metavar="FILE", required=True, help="JSON list of rows with id, instruction and output")
+    parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
+    arguments = parser.parse_args()
+
+    from qlora.data import examples_digest, load_examples
+    from qlora.prompts import encode_examples, load_prompt
+    examples = load_examples(arguments.data, need_output=True)
+    prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
+    adapter, adapter_base = local_adapter(arguments.adapter)
+    settings = served_base(arguments.base_model, adapter_base, arguments)
+    from qlora.base_model import load_config, load_tokenizer
+    load_config(settings.name)
+    encoded = encode_examples(load_tokenizer(settings.name), prompt, examples, arguments.data)
+
+    from qlora.adapters import load_adapter
+    from qlora.attention import use_packed_attention
+    from qlora.base_model import default_token_budget, load_base
+    from qlora.files import write_json
+    from qlora.perplexity import example_perplexities, mean_perplexity
+    model = load_base(settings)
+    use_packed_attention(model)
+    model = load_adapter(model, adapter) if adapter else model
+    started = time.monotonic()
+    values = example_perplexities(model, encoded, default_token_budget(), lambda done, total: show_progress(started, done, total, "examples"))
+    write_json(Path(arguments.output), {
+        "mean_perplexity": mean_perplexity(values), "count": len(values),
+        "perplexities": {example.id: value for example, value in zip(examples, values, strict=True)},
+        "settings": {"base_model": settings.name, "adapter": arguments.adapter, "quantization": settings.quantization,
+                     "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "data": arguments.data,
+                     "data_digest": examples_digest(examples), "prompt": prompt.name, "shots": arguments.shots,
+                     "shots_from": arguments.shots_from}})
+    print(f"mean perplexity {mean_perplexity(values):.4f} over {len(values)} examples -> {arguments.output}")
+
+
+if __name__ == "__main__":
+    run(main)

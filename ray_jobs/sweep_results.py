@@ -1,0 +1,145 @@
+"""Owns a sweep's folder under results/: its settings, its data, what it found, and its way into the tracking server.
+
+    results/NAME/sweep.json    settings and data digests, written before anything runs; --resume goes by it
+    results/NAME/trials/       one record a trial        results/NAME/ray/     Ray Tune's own state and checkpoints
+    results/NAME/best/         the best adapter, PEFT    results/NAME/summary.json     the end result
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora.base_model import load_config, load_tokenizer
+from qlora.config import InputError
+from qlora.data import Example, examples_digest, load_examples
+from qlora.files import write_json
+from qlora.perplexity import mean_perplexity
+from qlora.prompts import encode_examples, load_prompt
+from tracking.registry import register_adapter
+from tracking.runs import SweepTracker, start_sweep
+from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.space import REPORTED, Space, load_space
+from tuning.trial import SweepData
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """One sweep on disk, `space_file` being where its space was read from."""
+
+    folder: Path
+    space_file: str
+    space: Space
+
+    @classmethod
+    def planned(cls, folder: Path, space_file: str, overrides: list[str]) -> "SweepResults":
+        """A sweep that has not started. Raises InputError for a bad space or a name that is taken."""
+        results = cls(folder, space_file, load_space(space_file, overrides))
+        if results.summary() is not None:
+            raise InputError(folder, "holds a finished sweep; choose another --name, or remove the folder to run it again")
+        if (folder / "sweep.json").exists():
+            raise InputError(folder, f"holds an unfinished sweep; continue it with --resume {folder.name}, or choose another --name")
+        return results
+
+    @classmethod
+    def reopened(cls, folder: Path) -> "SweepResults":
+        """A sweep that was started before. Raises InputError if there is none."""
+        try:
+            content = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError("--resume", f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space") from None
+        return cls(folder, content["space_file"], Space.model_validate(content["space"]))
+
+    def load_data(self) -> SweepData:
+        """Both data sets as token ids. Raises InputError for bad data, prompt or base, and for data that changed since the start."""
+        train, public = self._examples("train"), self._examples("public")
+        prompt = load_prompt(self.space.prompt)
+        load_config(self.space.base_model.name)
+        tokenizer = load_tokenizer(self.space.base_model.name)
+        data = SweepData(self.space, encode_examples(tokenizer, prompt, train, self.space.data.train),
+                         encode_examples(tokenizer, prompt, public, self.space.data.public))
+        if (self.folder / "sweep.json").exists():
+            before = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))["digests"]
+            for role, digest in self._digests().items():
+                if before[role] != digest:
+                    raise InputError(getattr(self.space.data, role), "changed since the sweep started; start a new sweep under another --name")
+        return data
+
+    def claim(self) -> None:
+        """Write sweep.json: from here on the sweep exists and can be resumed."""
+        write_json(self.folder / "sweep.json", {"sweep": self.folder.name, "space_file": self.space_file,
+                                                "space": self.space.model_dump(mode="json"), "digests": self._digests()})
+
+    def zero_shot(self, measure: Callable[[], list[float]]) -> float:
+        """The base's public perplexity, measured once a sweep."""
+        path = self.folder / "zero_shot.json"
+        if not path.exists():
+            write_json(path, {"public_perplexity": mean_perplexity(measure())})
+        return json.loads(path.read_text(encoding="utf-8"))["public_perplexity"]
+
+    def tracker(self) -> SweepTracker:
+        """The sweep's runs in the tracking server, found again after a restart."""
+        parameters = {"space_file": self.space_file, **_flat(self.space.model_dump(mode="json"))}
+        data = {role: (getattr(self.space.data, role), self._digests()[role], len(self._examples(role))) for role in ("train", "public")}
+        return start_sweep(self.folder.name, self.model_name, parameters, data)
+
+    @property
+    def model_name(self) -> str:
+        """Of the registered model and the experiment: as the space says, else the space file's name."""
+        return self.space.registered_model or Path(self.space_file).stem
+
+    def register(self, records: list[TrialRecord], best: TrialRecord, adapter: Path, zero_shot: float, tracker: SweepTracker) -> None:
+        """Register the best adapter and write summary.json."""
+        assert best.best is not None
+        perplexity, run_id = best.best["public_perplexity"], tracker.run_id(best)
+        facts = {"sweep": self.folder.name, "trial_id": best.trial_id, "base_model": self.space.base_model.name,
+                 "quantization": self.space.base_model.quantization, "prompt": self.space.prompt,
+                 "zero_shot_public_perplexity": repr(zero_shot), "train_digest": self._digests()["train"]}
+        registered = register_adapter(self.model_name, adapter, run_id, perplexity, self._digests()["public"], facts)
+        write_json(self.folder / "summary.json", {
+            "sweep": self.folder.name, "space": self.space_file, "metric": "public_perplexity", "zero_shot": zero_shot,
+            "trials": [{**_summary(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
+            "best": {"trial_id": best.trial_id, "public_perplexity": perplexity,
+                     "checkpoint": str(adapter.relative_to(self.folder.parent.parent)),
+                     "model_uri": registered.model_uri, "mlflow_run_id": run_id},
+            "epochs_saved": share_of_epochs_saved(records),
+            "champion": {"is_champion": registered.is_champion, "reason": registered.reason}})
+
+    def summary(self) -> dict[str, Any] | None:
+        """The content of summary.json; None while the sweep is not finished."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def closing_words(self) -> str:
+        """What was found and where to look, for the end of the screen."""
+        summary = self.summary()
+        assert summary is not None
+        best, champion = summary["best"], summary["champion"]
+        return "\n".join([
+            f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, zero-shot {summary['zero_shot']:.4f}",
+            f"registered  {best['model_uri']}, {'now champion' if champion['is_champion'] else 'not champion'}: {champion['reason']}",
+            f"adapter     {best['checkpoint']} (a PEFT folder)",
+            f"summary     results/{self.folder.name}/summary.json",
+            f"compare     make ui, then experiment {self.model_name!r}",
+            f"generate    python ray_jobs/batch_infer.py --model models:/{self.model_name}@champion --input FILE --output FILE"])
+
+    def _examples(self, role: str) -> list[Example]:
+        limit = getattr(self.space.data, f"{role}_examples")
+        return load_examples(getattr(self.space.data, role), need_output=True)[:limit]
+
+    def _digests(self) -> dict[str, str]:
+        return {role: examples_digest(self._examples(role)) for role in ("train", "public")}
+
+
+def _summary(record: TrialRecord) -> dict[str, Any]:
+    curve = [{"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]} for point in record.curve]
+    result = {"trial_id": record.trial_id, "config": {key: record.config[key] for key in REPORTED}, "status": record.status, "curve": curve}
+    return {**result, "error": record.error} if record.error else result
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
+    return flat

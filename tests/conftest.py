@@ -1,0 +1,89 @@
+"""Tiny real parts: a byte-level tokenizer and two-layer decoders built from configs. Nothing is fetched, nothing is mocked."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from qlora.prompts import EncodedExample
+
+SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZE),
+    "qwen2": Qwen2Config(**SIZE),
+    "mistral": MistralConfig(**SIZE, sliding_window=16),
+    "gemma2": Gemma2Config(**SIZE, head_dim=16, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=5.0,
+                           query_pre_attn_scalar=16),
+}
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A two-layer float32 decoder with weights large enough that attention matters, in transformers' own attention."""
+    attention = "eager" if family == "gemma2" else "sdpa"  # soft-capping exists in eager only
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every UTF-8 byte is a token; BOS 1, EOS 2, PAD 0."""
+    specials = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def random_examples(count: int, seed: int = 0, shared: int = 20, vocabulary: int = 300) -> list[EncodedExample]:
+    """Examples of unequal lengths whose prompts share their first `shared` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = lambda n: tuple(torch.randint(3, vocabulary, (n,), generator=generator).tolist())
+    length = lambda low, high: int(torch.randint(low, high, (), generator=generator))
+    prefix = (1, *tokens(shared - 1))
+    return [EncodedExample(str(i), prefix + tokens(length(1, 30)), (*tokens(length(1, 25)), 2)) for i in range(count)]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local base folder: tiny Llama and byte tokenizer, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path):
+    """Write rows as a JSON data file and return its path."""
+    def write(rows: object, name: str = "rows.json") -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        return path
+    return write

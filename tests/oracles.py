@@ -1,0 +1,29 @@
+"""Independent ways to the same numbers: plain padded rows and a plain one-at-a-time loop, as users write them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qlora.prompts import EncodedExample
+
+
+def padded_loss(model: Any, examples: Sequence[EncodedExample]) -> torch.Tensor:
+    """Mean NLL over all answer tokens, from right-padded rows and labels."""
+    width = max(e.num_tokens for e in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, e in enumerate(examples):
+        ids[row, :e.num_tokens] = torch.tensor(e.prompt + e.answer)
+        mask[row, :e.num_tokens] = 1
+        labels[row, len(e.prompt):e.num_tokens] = torch.tensor(e.answer)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@torch.no_grad()
+def loop_perplexities(model: Any, examples: Sequence[EncodedExample]) -> list[float]:
+    """exp(mean NLL of the answer), one example at a time."""
+    return [math.exp(padded_loss(model, [example]).item()) for example in examples]

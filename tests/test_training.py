@@ -1,0 +1,165 @@
+"""Training: stages, the exact loss of a split step, exact resume, and gradients that survive evaluation on every CPU."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import random_examples, tiny_model
+from oracles import loop_perplexities, padded_loss
+
+from qlora.adapters import attach_adapter
+from qlora.attention import use_packed_attention
+from qlora.base_model import keep_gradients_on_cpu, load_base
+from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from qlora.config import BaseModelSettings, TrialSettings
+from qlora.perplexity import example_perplexities, mean_perplexity
+from qlora.training import DivergedError, Training, make_timetable
+
+SETTINGS = TrialSettings(learning_rate=0.01, lora_r=4, lora_dropout=0.1, batch_size=4, epochs="1+1", seed=3)
+
+
+def training(settings=SETTINGS, budget=10_000, count=10):
+    base = tiny_model("llama")
+    use_packed_attention(base)
+    base.requires_grad_(False)
+    return Training(attach_adapter(base, settings, "tiny"), random_examples(count), settings, budget)
+
+
+def weights(run) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.parameters.values()])
+
+
+def test_a_timetable_counts_short_batches_and_stages():
+    timetable = make_timetable(10, TrialSettings(batch_size=4, epochs="1+1+3"))
+    assert (timetable.steps_per_epoch, timetable.total_steps) == (3, 15)
+    assert [timetable.stage_of(step) for step in (0, 2, 3, 6, 14)] == [(0, 0), (0, 0), (1, 3), (2, 6), (2, 6)]
+    assert timetable.percent_at(15) == 100
+
+
+def test_an_epoch_sees_every_example_once_and_epochs_differ_in_order():
+    run = training()
+    first, second = ([e.id for step in steps for e in run.batch_at(step)] for steps in (range(3), range(3, 6)))
+    assert sorted(first) == sorted(second) == sorted(e.id for e in run.examples)
+    assert first != second
+
+
+def test_each_stage_starts_its_schedule_afresh():
+    run = training()
+    rates = [run.advance().learning_rate for _ in range(6)]
+    assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3] * 2)
+
+
+def test_a_step_equals_plain_pytorch_on_padded_rows():
+    """One AdamW step against PEFT on padded rows, loss.backward, clip and step."""
+    settings = SETTINGS.model_copy(update={"lora_dropout": 0.0})
+    run = training(settings)
+    plain = attach_adapter(tiny_model("llama").requires_grad_(False), settings, "tiny")
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+    for step in range(2):
+        loss = padded_loss(plain, run.batch_at(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = 0.01 * (3 - step) / 3
+        optimizer.step()
+        optimizer.zero_grad()
+        assert run.advance().loss == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(weights(run), torch.cat([p.detach().flatten() for p in parameters]), atol=1e-4)
+
+
+def test_splitting_a_step_by_the_budget_changes_nothing():
+    settings = SETTINGS.model_copy(update={"lora_dropout": 0.0})
+    whole, split = training(settings, 10_000), training(settings, 1)
+    for _ in range(3):
+        assert whole.advance().loss == pytest.approx(split.advance().loss, rel=1e-5)
+    assert torch.allclose(weights(whole), weights(split), atol=2e-5)
+
+
+def test_a_seed_makes_training_repeatable():
+    runs = [training(), training(), training(SETTINGS.model_copy(update={"seed": 4}))]
+    losses = [[run.advance().loss for _ in range(4)] for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
+    whole = training()
+    expected = [whole.advance().loss for _ in range(6)]
+    first = training()
+    for _ in range(stop_at):
+        first.advance()
+    save_checkpoint(tmp_path / "checkpoint", first)
+    second = training()
+    load_checkpoint(tmp_path / "checkpoint", second)
+    example_perplexities(second.model, second.examples, 10_000)
+    second.model.train()
+    assert [second.advance().loss for _ in range(6 - stop_at)] == expected[stop_at:]
+    assert torch.equal(weights(second), weights(whole))
+
+
+def test_an_unfinished_or_damaged_checkpoint_is_refused(tmp_path):
+    run = training()
+    run.advance()
+    save_checkpoint(tmp_path / "c", run)
+    damaged = tmp_path / "c" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        load_checkpoint(tmp_path / "c", training())
+    (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="manifest"):
+        load_checkpoint(tmp_path / "c", training())
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "c", training())
+    with pytest.raises(ValueError, match="other settings"):
+        load_checkpoint(tmp_path / "c", training(SETTINGS.model_copy(update={"learning_rate": 0.02})))
+
+
+def test_divergence_is_an_error_not_a_number():
+    run = training()
+    with torch.no_grad():
+        next(iter(run.parameters.values())).fill_(float("nan"))
+    with pytest.raises(DivergedError, match="lower learning rate"):
+        run.advance()
+
+
+def test_perplexity_equals_a_plain_loop_and_ignores_grouping():
+    examples = random_examples(9)
+    expected = loop_perplexities(tiny_model("qwen2"), examples)
+    model = tiny_model("qwen2")
+    use_packed_attention(model)
+    for budget in (1, 150, 100_000):
+        assert example_perplexities(model, examples, budget) == pytest.approx(expected, rel=1e-4)
+
+
+def test_uniform_logits_give_the_vocabulary_size():
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    model.lm_head.weight.data.zero_()
+    values = example_perplexities(model, random_examples(4), 10_000)
+    assert values == pytest.approx([300.0] * 4, rel=1e-5)
+    assert mean_perplexity(values) == pytest.approx(300.0, rel=1e-5)
+
+
+def nf4_gradient_after_evaluation(tiny_base, guarded: bool):
+    """The gradient that reaches layer 0's adapter after an evaluation, on a CPU that has (or is told it has) AVX512-BF16."""
+    model = load_base(BaseModelSettings(name=str(tiny_base)), torch.device("cpu"))
+    use_packed_attention(model)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    if guarded:
+        keep_gradients_on_cpu(model)
+    run = Training(attach_adapter(model, SETTINGS, "tiny"), random_examples(4, vocabulary=250), SETTINGS, 10_000)
+    example_perplexities(run.model, run.examples, 10_000)
+    run.advance()
+    return {name: run.optimizer.state[p]["exp_avg"].norm().item() for name, p in run.parameters.items() if "lora_B" in name
+            if p in run.optimizer.state}
+
+
+def test_training_after_evaluation_keeps_its_gradients(tiny_base):
+    norms = nf4_gradient_after_evaluation(tiny_base, guarded=True)
+    assert len(norms) == 14
+    assert all(norm > 0 for norm in norms.values())
+

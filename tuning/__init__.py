@@ -1,0 +1,1 @@
+"""Sweeps on Ray Tune. The only room that imports ray.tune."""

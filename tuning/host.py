@@ -1,0 +1,34 @@
+"""Owns the base that a worker process keeps: loaded once, then lent to one trial after another.
+
+Ray reuses a worker for its next trial, so a sweep loads the base once a worker and not once a trial.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qlora.adapters import attach_adapter, detach_adapter
+from qlora.attention import use_packed_attention
+from qlora.base_model import load_base
+from qlora.config import BaseModelSettings, TrialSettings
+
+
+@lru_cache(maxsize=1)
+def resident_base(settings: BaseModelSettings) -> PreTrainedModel:
+    """This process's base on its device, with packed attention. Loads on the first call."""
+    model = load_base(settings)
+    use_packed_attention(model)
+    return model
+
+
+@contextmanager
+def lent_base(base: BaseModelSettings, settings: TrialSettings) -> Iterator[PeftModel]:
+    """The resident base with a fresh adapter of a trial; the adapter is taken off again at the end, however that comes."""
+    adapted = attach_adapter(resident_base(base), settings, base.name)
+    try:
+        yield adapted
+    finally:
+        detach_adapter(adapted)

@@ -1,0 +1,77 @@
+"""Owns what a sweep knows of its trials on disk: one JSON file a trial, replaced atomically, so that no kill loses a point.
+
+Ray's own state is for Ray; the ledger is what reports, early stopping after a restore, and people read.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora.config import parse_stages
+from qlora.files import write_json
+
+Status = Literal["pending", "running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial: its configuration, how it ended, and its curve, one point an evaluation, by ascending step."""
+
+    trial_id: str
+    config: dict[str, Any]
+    status: Status = "pending"
+    curve: tuple[dict[str, float], ...] = ()
+    error: str | None = None
+    started_at: float | None = None
+
+    def with_point(self, point: dict[str, float]) -> "TrialRecord":
+        """The record with one more point; a point at a step that was seen replaces it, as after a restore."""
+        kept = tuple(old for old in self.curve if old["step"] < point["step"])
+        return replace(self, curve=(*kept, point))
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The point with the lowest public perplexity; None before the first evaluation."""
+        return min(self.curve, key=lambda point: point["public_perplexity"], default=None)
+
+    @property
+    def percent(self) -> float:
+        """Percent of its own schedule that the trial has reported."""
+        return self.curve[-1]["schedule_percent"] if self.curve else 0.0
+
+
+class Ledger:
+    """The records of one sweep, in the order in which trials were first seen."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.records: dict[str, TrialRecord] = {}
+        for path in sorted(folder.glob("*.json")):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.records[content["trial_id"]] = TrialRecord(**{**content, "curve": tuple(content["curve"])})
+
+    def put(self, record: TrialRecord) -> None:
+        """Store a record, in memory and on disk."""
+        order = list(self.records).index(record.trial_id) if record.trial_id in self.records else len(self.records)
+        self.records[record.trial_id] = record
+        write_json(self.folder / f"{order:04d}-{record.trial_id}.json", asdict(record))
+
+
+def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
+    """Records by the best perplexity that each reached; those without any come last."""
+    return sorted(records, key=lambda record: record.best["public_perplexity"] if record.best else float("inf"))
+
+
+def share_of_epochs_saved(records: list[TrialRecord]) -> float:
+    """Share of the full-length epochs of all trials that early stopping did not run. A failed trial counts as it ran."""
+    planned = sum(_full_epochs(record) for record in records)
+    run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)
+    lost = sum(_full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
+               for record in records if record.status == "failed")
+    return (planned - run - lost) / planned if planned else 0.0
+
+
+def _full_epochs(record: TrialRecord) -> float:
+    return float(sum(parse_stages(record.config["epochs"])))

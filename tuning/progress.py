@@ -1,0 +1,67 @@
+"""Owns what a person reads while a sweep runs and when it ends. Pure functions from records to text."""
+
+from qlora.config import TrialSettings
+from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
+from tuning.space import REPORTED
+
+_MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗"}
+
+
+def table(records: list[TrialRecord], zero_shot: float, limit: int = 24) -> str:
+    """Trials by best perplexity: configuration, progress, best and last perplexity, status."""
+    rows = [("", "trial", "lr", "r", "alpha", "dropout", "epochs", "done", "best ppl", "last ppl", "vs zero-shot", "status")]
+    for record in ranked(records)[:limit]:
+        settings = TrialSettings.model_validate(record.config)
+        best, last = record.best, record.curve[-1] if record.curve else None
+        rows.append((_MARKS[record.status], record.trial_id, f"{settings.learning_rate:.2e}", str(settings.lora_r),
+                     f"{settings.lora_alpha:g}", f"{settings.lora_dropout:.3g}", str(settings.epochs), f"{record.percent:.0f}%",
+                     _number(best), _number(last), f"{best['public_perplexity'] / zero_shot - 1:+.1%}" if best else "-", record.status))
+    text = _aligned(rows)
+    return text if len(records) <= limit else f"{text}\n  and {len(records) - limit} more"
+
+
+def headline(records: list[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
+    """One line: trials by status, the best so far, elapsed time and an upper bound of what remains."""
+    counts = {status: sum(record.status == status for record in records) for status in _MARKS}
+    ended = counts["finished"] + counts["stopped"] + counts["failed"]
+    best = next((record for record in ranked(records) if record.best), None)
+    parts = [f"{ended}/{num_trials} trials ended", f"{counts['running']} running", f"{counts['stopped']} stopped early"]
+    if counts["failed"]:
+        parts.append(f"{counts['failed']} failed")
+    if best is not None and best.best is not None:
+        parts.append(f"best {best.best['public_perplexity']:.4g} ({best.trial_id})")
+    parts += [f"elapsed {clock(elapsed_seconds)}", f"at most {_remaining(records, num_trials, elapsed_seconds)} left"]
+    return ", ".join(parts)
+
+
+def ranking(records: list[TrialRecord], zero_shot: float) -> str:
+    """The closing table with what early stopping saved."""
+    saved = share_of_epochs_saved(records)
+    stopped = sum(record.status == "stopped" for record in records)
+    return (f"{table(records, zero_shot, limit=len(records))}\n"
+            f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials and saved "
+            f"{saved:.0%} of the full-length epochs")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _remaining(records: list[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
+    """Time left if no further trial were stopped: full schedules still to do, at the pace of those done so far."""
+    done = sum(record.percent for record in records)
+    still_running = sum(100 - record.percent for record in records if record.status in ("pending", "running"))
+    left = still_running + 100 * (num_trials - len(records))
+    return clock(elapsed_seconds * left / done) if done else "?"
+
+
+def _number(point: dict[str, float] | None) -> str:
+    return f"{point['public_perplexity']:.4g}" if point else "-"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
