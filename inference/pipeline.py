@@ -47,5 +47,5 @@ def generate_texts(served: ServedModel, decoding: DecodingSettings, prompts: Map
     dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // batch_rows)).map_batches(
         EngineActor, fn_constructor_args=(served, decoding, num_threads), batch_size=batch_rows,
         compute=ray.data.ActorPoolStrategy(size=num_workers), num_cpus=1, num_gpus=1 if on_gpu else 0)
-    for row in dataset.iter_rows():
-        yield int(row["index"]), str(row["text"])
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from zip(map(int, batch["index"]), map(str, batch["text"]), strict=True)

@@ -40,7 +40,8 @@ class Journal:
     def _read(self, digest: str) -> None:
         first, *lines = self.path.read_text(encoding="utf-8").split("\n")
         if json.loads(first) != digest:
-            raise InputError(self.path, "belongs to a job with another model, prompt, input or settings; run without --resume to start afresh")
+            raise InputError(self.path, "belongs to a job with another model, prompt, input or settings; "
+                             "run without --resume to start afresh")
         for line in lines:
             if line.endswith("]"):
                 index, text = json.loads(line)

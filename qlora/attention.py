@@ -13,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from qlora.packing import PackedBatch
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
 
 
@@ -36,7 +39,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         raise ValueError(f"{family} layers of type {', '.join(sorted(other_layers)) or 'state space'} mix tokens outside causal "
                          "attention, so a packed stream would not be exact; choose a model with plain attention")
     if getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"attention_dropout {config.attention_dropout} makes results depend on the batch layout; set it to 0 in config.json")
+        raise ValueError(f"attention_dropout {config.attention_dropout} makes results depend on the batch layout; "
+                         "set it to 0 in config.json")
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", _no_mask)
     model.set_attn_implementation("packed")
@@ -92,7 +96,8 @@ def _causal_mask(length: int, sliding_window: int | None, device: torch.device) 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        with sdpa_kernel(_KERNELS):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=torch.float32)
     return weights.to(query.dtype) @ value

@@ -32,7 +32,8 @@ def load_examples(path: str | Path, *, need_output: bool) -> list[Example]:
         raise InputError(path, f"must be a JSON list of rows, not {_json_kind(rows)}")
     if not rows:
         raise InputError(path, "holds no rows; give at least one")
-    examples, row_of_id = [], {}
+    examples: list[Example] = []
+    row_of_id: dict[str, int] = {}
     for number, row in enumerate(rows):
         where = f"{path}:row {number}"
         example = _example(where, row, need_output)

@@ -12,7 +12,6 @@ Position A's predictor is the stream token before it. Refuses to know models and
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 
 import torch
 
@@ -60,7 +59,9 @@ class PackedBatch:
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with, leaving every prompt at least one token of its own: the first answer token is
     predicted from that one."""
-    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)  # type: ignore[arg-type]
+    first, last = min(prompts), max(prompts)  # in lexicographic order, what these two share, all share
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(shared, min(map(len, prompts)) - 1)
 
 
 def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu") -> PackedBatch:
@@ -80,9 +81,11 @@ def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu")
         predictors += range(len(ids) - len(example.answer) - 1, len(ids) - 1)
         owners += [row] * len(example.answer)
     stream, predictors_A = torch.tensor(ids), torch.tensor(predictors)
-    tensors = (stream, torch.tensor(positions), torch.tensor(slots), predictors_A, stream[predictors_A + 1], torch.tensor(owners))
-    return PackedBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors),
-                       prefix_length=p, num_rows=len(examples), row_length=row_length)
+    return PackedBatch(
+        input_ids_T=stream.to(device), position_ids_T=torch.tensor(positions, device=device),
+        row_slots_S=torch.tensor(slots, device=device), predictors_A=predictors_A.to(device),
+        targets_A=stream[predictors_A + 1].to(device), examples_A=torch.tensor(owners, device=device),
+        prefix_length=p, num_rows=len(examples), row_length=row_length)
 
 
 def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[list[int]]:

@@ -116,13 +116,14 @@ def encode_examples(tokenizer: Any, prompt: Prompt, examples: list[Example], sou
     return encoded
 
 
-def encode_prompts(tokenizer: Any, prompt: Prompt, examples: list[Example], max_prompt_tokens: int, source: object) -> list[tuple[int, ...]]:
+def encode_prompts(tokenizer: Any, prompt: Prompt, examples: list[Example], max_prompt_tokens: int,
+                   source: object) -> list[tuple[int, ...]]:
     """Prompts as token ids, to generate from. Raises InputError (naming `source` and the row) for one over the maximum."""
     encoded = [encode_prompt(tokenizer, prompt.render(example.instruction)) for example in examples]
     for number, tokens in enumerate(encoded):
         if len(tokens) > max_prompt_tokens:
-            raise InputError(f"{source}:row {number}", f"the prompt has {len(tokens)} tokens, but the model has room for {max_prompt_tokens} "
-                             "before the new ones; shorten it or lower --max-new-tokens")
+            raise InputError(f"{source}:row {number}", f"the prompt has {len(tokens)} tokens, but the model has room for "
+                             f"{max_prompt_tokens} before the new ones; shorten it or lower --max-new-tokens")
     return encoded
 
 

@@ -20,7 +20,6 @@ from qlora.perplexity import answer_nll
 from qlora.prompts import EncodedExample
 
 
-
 class DivergedError(RuntimeError):
     """The loss stopped being a finite number."""
 

@@ -77,7 +77,8 @@ def main() -> None:
             show_progress(started, len(journal.texts) - len(examples) + len(missing), len(missing), "rows")
     write_predictions(Path(arguments.output), examples, journal.texts)
     journal.remove()
-    print(f"{len(examples)} rows ({len(missing)} generated now, {len(missing) / (time.monotonic() - started):.2f} rows/s) -> {arguments.output}")
+    rate = len(missing) / (time.monotonic() - started)
+    print(f"{len(examples)} rows ({len(missing)} generated now, {rate:.2f} rows/s) -> {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ from qlora.config import BaseModelSettings, InputError, validated
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 class StoppedError(Exception):
@@ -68,7 +75,8 @@ def served_base(base: str | None, adapter_base: str | None, arguments: argparse.
     name = base or adapter_base
     if name is None:
         raise InputError("--base-model", "is missing; name a base or an adapter that says its own")
-    return validated("--base-model", lambda: BaseModelSettings(name=name, quantization=arguments.quantization, dtype=arguments.dtype or "auto"))
+    dtype = arguments.dtype or "auto"
+    return validated("--base-model", lambda: BaseModelSettings(name=name, quantization=arguments.quantization, dtype=dtype))
 
 
 def local_adapter(adapter: str | None) -> tuple[str | None, str | None]:
@@ -110,12 +118,12 @@ def connect_ray() -> dict[str, float]:
     Returns the resources of a local Ray; {} for a cluster, which may grow.
     """
     import ray
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return {}
-    environment = {"PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", runtime_env={"env_vars": environment}, **options)
+    python_path = os.pathsep.join([str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False,
+             logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": python_path}})
     return ray.cluster_resources()
 
 
@@ -124,10 +132,7 @@ def _prepare_environment() -> None:
     advice of libraries would drown our own lines."""
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    for name, value in {"TOKENIZERS_PARALLELISM": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-                        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "MLFLOW_LOGGING_LEVEL": "ERROR",
-                        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
-                        "RAY_AIR_NEW_OUTPUT": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
     for name in ("alembic", "mlflow", "ray.data"):

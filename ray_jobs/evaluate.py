@@ -5,6 +5,7 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,11 +36,11 @@ def main() -> None:
     from qlora.base_model import default_token_budget, load_base
     from qlora.files import write_json
     from qlora.perplexity import example_perplexities, mean_perplexity
-    model = load_base(settings)
-    use_packed_attention(model)
-    model = load_adapter(model, adapter) if adapter else model
-    started = time.monotonic()
-    values = example_perplexities(model, encoded, default_token_budget(), lambda done, total: show_progress(started, done, total, "examples"))
+    base = load_base(settings)
+    use_packed_attention(base)
+    model = load_adapter(base, adapter) if adapter else base
+    progress = partial(show_progress, time.monotonic(), unit="examples")
+    values = example_perplexities(model, encoded, default_token_budget(), progress)
     write_json(Path(arguments.output), {
         "mean_perplexity": mean_perplexity(values), "count": len(values),
         "perplexities": {example.id: value for example, value in zip(examples, values, strict=True)},

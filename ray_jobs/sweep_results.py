@@ -63,7 +63,8 @@ class SweepResults:
             before = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))["digests"]
             for role, digest in self._digests().items():
                 if before[role] != digest:
-                    raise InputError(getattr(self.space.data, role), "changed since the sweep started; start a new sweep under another --name")
+                    raise InputError(getattr(self.space.data, role), "changed since the sweep started; "
+                                     "start a new sweep under another --name")
         return data
 
     def claim(self) -> None:
@@ -117,7 +118,8 @@ class SweepResults:
         assert summary is not None
         best, champion = summary["best"], summary["champion"]
         return "\n".join([
-            f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, zero-shot {summary['zero_shot']:.4f}",
+            f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, "
+            f"zero-shot {summary['zero_shot']:.4f}",
             f"registered  {best['model_uri']}, {'now champion' if champion['is_champion'] else 'not champion'}: {champion['reason']}",
             f"adapter     {best['checkpoint']} (a PEFT folder)",
             f"summary     results/{self.folder.name}/summary.json",
@@ -133,8 +135,10 @@ class SweepResults:
 
 
 def _summary(record: TrialRecord) -> dict[str, Any]:
-    curve = [{"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]} for point in record.curve]
-    result = {"trial_id": record.trial_id, "config": {key: record.config[key] for key in REPORTED}, "status": record.status, "curve": curve}
+    curve = [{"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]}
+             for point in record.curve]
+    config = {key: record.config[key] for key in REPORTED}
+    result = {"trial_id": record.trial_id, "config": config, "status": record.status, "curve": curve}
     return {**result, "error": record.error} if record.error else result
 
 

@@ -59,10 +59,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def random_examples(count: int, seed: int = 0, shared: int = 20, vocabulary: int = 300) -> list[EncodedExample]:
     """Examples of unequal lengths whose prompts share their first `shared` tokens."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = lambda n: tuple(torch.randint(3, vocabulary, (n,), generator=generator).tolist())
-    length = lambda low, high: int(torch.randint(low, high, (), generator=generator))
-    prefix = (1, *tokens(shared - 1))
-    return [EncodedExample(str(i), prefix + tokens(length(1, 30)), (*tokens(length(1, 25)), 2)) for i in range(count)]
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return tuple(torch.randint(3, vocabulary, (length,), generator=generator).tolist())
+
+    prefix = (1, *tokens(shared - 1, shared))
+    return [EncodedExample(str(i), prefix + tokens(1, 30), (*tokens(1, 25), 2)) for i in range(count)]
 
 
 @pytest.fixture

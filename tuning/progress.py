@@ -1,8 +1,9 @@
 """Owns what a person reads while a sweep runs and when it ends. Pure functions from records to text."""
 
+from collections.abc import Sequence
+
 from qlora.config import TrialSettings
 from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
-from tuning.space import REPORTED
 
 _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗"}
 
@@ -62,6 +63,6 @@ def _number(point: dict[str, float] | None) -> str:
     return f"{point['public_perplexity']:.4g}" if point else "-"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -92,7 +92,7 @@ class Space(Settings):
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
     prompt: str = "default"
-    trial: dict[str, Any] = {}
+    trial: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, dict[str, Any]]
     num_samples: int = Field(8, ge=1)
     searcher: RandomSearch | OptunaSearch = Field(RandomSearch(), discriminator="type")
@@ -121,8 +121,9 @@ class Space(Settings):
             raise ValueError(f"{', '.join(both)} stands under both trial and search; keep one")
         for key in self.trial:
             _check_setting(key, self.trial[key], f"trial.{key}")
-        if self.searcher.type == "optuna" and any("grid_search" in sampler for sampler in self.search.values()):
-            raise ValueError("searcher optuna takes no grid_search; use choice, or the random searcher")
+        refused = {name for sampler in self.search.values() for name in sampler} & {"grid_search", "randn", "qrandn"}
+        if self.searcher.type == "optuna" and refused:
+            raise ValueError(f"searcher optuna takes no {', '.join(sorted(refused))}; use another sampler, or the random searcher")
         return self
 
     def trial_settings(self, config: dict[str, Any]) -> TrialSettings:

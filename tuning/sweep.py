@@ -51,8 +51,9 @@ class SweepCallback(tune.Callback):
         self.started_at = self.printed_at = time.time()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if iteration <= 1 and set(self.ledger.records) - {trial.trial_id for trial in trials} and trials:
-            raise InputError(self.folder / "ray", "its state is damaged and lost trials that had run; start a new sweep under another --name")
+        if trials and set(self.ledger.records) - {trial.trial_id for trial in trials}:
+            raise InputError(self.folder / "ray", "its state is damaged and lost trials that had run; "
+                             "start a new sweep under another --name")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self.ledger.records.get(trial.trial_id)
@@ -101,7 +102,7 @@ class RestoredASHA(ASHAScheduler):
         record = Ledger(self._ledger_folder).records.get(trial.trial_id)
         for point in record.curve if record else ():
             if point[self._time_attr] < self._max_t:
-                self._trial_info[trial.trial_id].on_result(trial, point[self._time_attr], self._metric_op * point[self._metric])
+                self._trial_info[trial.trial_id].on_result(trial, point[self._time_attr], -point["public_perplexity"])
 
 
 def zero_shot_perplexities(data: SweepData) -> list[float]:
