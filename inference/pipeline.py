@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.data import ActorPoolStrategy, DataContext, from_items
 
 from inference.engine import ServedModel, load_engine
 from qlora.config import DecodingSettings
@@ -37,15 +38,15 @@ def default_workers() -> int:
 def generate_texts(served: ServedModel, decoding: DecodingSettings, prompts: Mapping[int, Sequence[int]],
                    num_workers: int) -> Iterator[tuple[int, str]]:
     """(index, text) for each indexed prompt, in the order in which they are done. Needs a connected Ray."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources = ray.cluster_resources()
     on_gpu = resources.get("GPU", 0) >= 1
     batch_rows = _BATCH_ROWS["gpu" if on_gpu else "cpu"]
     rows = [{"index": index, "prompt": list(prompts[index])} for index in sorted(prompts, key=lambda index: (-len(prompts[index]), index))]
     num_threads = max(1, int(resources.get("CPU", 1)) // num_workers)
-    dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // batch_rows)).map_batches(
+    dataset = from_items(rows, override_num_blocks=-(-len(rows) // batch_rows)).map_batches(
         EngineActor, fn_constructor_args=(served, decoding, num_threads), batch_size=batch_rows,
-        compute=ray.data.ActorPoolStrategy(size=num_workers), num_cpus=1, num_gpus=1 if on_gpu else 0)
+        compute=ActorPoolStrategy(size=num_workers), num_cpus=1, num_gpus=1 if on_gpu else 0)
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         yield from zip(map(int, batch["index"]), map(str, batch["text"]), strict=True)

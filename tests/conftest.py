@@ -87,6 +87,6 @@ def write_rows(tmp_path: Path):
     """Write rows as a JSON data file and return its path."""
     def write(rows: object, name: str = "rows.json") -> Path:
         path = tmp_path / name
-        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(rows), encoding="utf-8")
         return path
     return write

@@ -1,0 +1,253 @@
+"""Every kind of bad input ends a command with exit code 2 and one `error:` line, before a model loads or Ray starts."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from conftest import tiny_model
+
+import ray_jobs.batch_infer
+import ray_jobs.evaluate
+import ray_jobs.tune
+from qlora import base_model
+from ray_jobs import command
+
+GOOD = [{"id": "a", "instruction": "翻譯：甲", "output": "乙"}, {"id": "b", "instruction": "翻譯：丙", "output": "丁"}]
+BAD_DATA = {
+    "not a list": ({"id": "a"}, "must be a JSON list"),
+    "no rows": ([], "holds no rows"),
+    "a row that is text": (["x"], "row 0: must be an object"),
+    "no id": ([{"instruction": "x", "output": "y"}], "row 0: has no 'id'"),
+    "a number as id": ([{"id": 1, "instruction": "x", "output": "y"}], "row 0: id must be text"),
+    "the same id twice": ([GOOD[0], GOOD[0]], "row 1: id 'a' was used in row 0"),
+    "an empty instruction": ([{"id": "a", "instruction": " ", "output": "y"}], "row 0: instruction is empty"),
+    "null as instruction": ([{"id": "a", "instruction": None, "output": "y"}], "row 0: instruction must be text, not null"),
+    "half a surrogate pair": ([{"id": "a", "instruction": "\ud800", "output": "y"}], "surrogate"),
+}
+BAD_ANSWERS = {
+    "no output": ([{"id": "a", "instruction": "x"}], "row 0: has no 'output'"),
+    "an empty output": ([{"id": "a", "instruction": "x", "output": ""}], "row 0: output is empty"),
+    "a list as output": ([{"id": "a", "instruction": "x", "output": ["y"]}], "row 0: output must be text, not a list"),
+}
+BAD_FILES = {
+    "missing": (None, "no such file"),
+    "cut off": (b'[{"id": "a", ', "line 1: is not valid JSON"),
+    "not UTF-8": ("[{}]".encode("utf-16"), "is not UTF-8"),
+    "empty": (b"", "is not valid JSON"),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_heavy_happens(monkeypatch):
+    """Loading weights or starting Ray during validation fails the test."""
+    def forbidden(*_, **__):
+        raise AssertionError("this must not happen before the input is checked")
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", forbidden)
+    monkeypatch.setattr(command, "connect_ray", forbidden)
+    monkeypatch.setattr(ray_jobs.tune, "connect_ray", forbidden)
+    monkeypatch.setattr(ray_jobs.batch_infer, "connect_ray", forbidden)
+
+
+def refused(module, capsys, monkeypatch, *arguments) -> str:
+    """Run a command that must refuse its input; returns the one error line."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        command.run(module.main)
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2, error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    return error
+
+
+@pytest.fixture
+def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
+    def run(data, *more):
+        return refused(ray_jobs.evaluate, capsys, monkeypatch, "--base-model", tiny_base, "--data", data, "--output", tmp_path / "o.json", *more)
+    return run
+
+
+@pytest.fixture
+def infer(capsys, monkeypatch, tiny_base, tmp_path):
+    def run(data, *more, base=True):
+        base_options = ("--base-model", tiny_base) if base else ()
+        return refused(ray_jobs.batch_infer, capsys, monkeypatch, *base_options, "--input", data, "--output", tmp_path / "o.json", *more)
+    return run
+
+
+@pytest.fixture
+def tune(capsys, monkeypatch, tiny_base, write_rows, tmp_path):
+    """Run tune.py on a good space changed by `change`, a function of the YAML mapping."""
+    def run(change=lambda space: None, *more):
+        data = str(write_rows(GOOD, "good.json"))
+        space = {"base_model": {"name": str(tiny_base)}, "data": {"train": data, "public": data},
+                 "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}}, "num_samples": 2}
+        change(space)
+        path = tmp_path / "space.yaml"
+        path.write_text(yaml.safe_dump(space), encoding="utf-8")
+        return refused(ray_jobs.tune, capsys, monkeypatch, "--space", path, "--name", "never-started", *more)
+    return run
+
+
+@pytest.mark.parametrize("case", {**BAD_DATA, **BAD_ANSWERS})
+def test_evaluate_refuses_bad_rows(case, evaluate, write_rows):
+    rows, problem = {**BAD_DATA, **BAD_ANSWERS}[case]
+    assert problem in evaluate(write_rows(rows))
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_batch_infer_refuses_bad_rows(case, infer, write_rows):
+    rows, problem = BAD_DATA[case]
+    assert problem in infer(write_rows(rows))
+
+
+@pytest.mark.parametrize("case", {**BAD_DATA, **BAD_ANSWERS})
+def test_tune_refuses_bad_rows(case, tune, write_rows):
+    rows, problem = {**BAD_DATA, **BAD_ANSWERS}[case]
+    bad = write_rows(rows, "bad.json")
+    error = tune(lambda space: space["data"].update(public=str(bad)))
+    assert problem in error
+    assert str(bad) in error
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused(case, evaluate, infer, tmp_path):
+    content, problem = BAD_FILES[case]
+    path = tmp_path / "data.json"
+    if content is not None:
+        path.write_bytes(content)
+    for run in (evaluate, infer):
+        assert problem in run(path)
+
+
+SPACES = {
+    "an unknown key": (lambda s: s.update(serach={}), "serach: unknown key"),
+    "an unknown setting": (lambda s: s["search"].update(learning_rat={"choice": [1]}), "search.learning_rat is no trial setting"),
+    "an unknown sampler": (lambda s: s["search"].update(lora_r={"choose": [1]}), "search.lora_r.choose is no sampler"),
+    "a sampler without a list": (lambda s: s["search"].update(lora_r={"choice": 4}), "takes a list"),
+    "two samplers": (lambda s: s["search"].update(lora_r={"choice": [4], "randint": [1, 2]}), "must hold one sampler"),
+    "bounds the wrong way round": (lambda s: s["search"].update(learning_rate={"uniform": [0.1, 0.01]}), "must be below upper"),
+    "a log scale from zero": (lambda s: s["search"].update(learning_rate={"loguniform": [0, 0.01]}), "lower must be above 0"),
+    "text as a bound": (lambda s: s["search"].update(learning_rate={"uniform": ["a", "b"]}), "takes the numbers [lower, upper]"),
+    "a bound too many": (lambda s: s["search"].update(learning_rate={"uniform": [0.1, 0.2, 0.3]}), "takes the numbers"),
+    "a fraction as rank": (lambda s: s["search"].update(lora_r={"choice": [1.5]}), "search.lora_r"),
+    "half ranks": (lambda s: s["search"].update(lora_r={"randint": [1, 2.5]}), "whole numbers"),
+    "certain dropout": (lambda s: s["search"].update(lora_dropout={"uniform": [0.0, 1.0]}), "search.lora_dropout"),
+    "no epochs": (lambda s: s["search"].update(epochs={"choice": [0]}), "positive integer or stages"),
+    "odd stages": (lambda s: s["search"].update(epochs={"choice": ["1+x"]}), "positive integer or stages"),
+    "nothing to search": (lambda s: s.update(search={}), "search is empty"),
+    "fixed and searched": (lambda s: s.update(trial={"learning_rate": 0.1}), "under both trial and search"),
+    "an unknown fixed setting": (lambda s: s.update(trial={"bach_size": 4}), "trial.bach_size"),
+    "an infinite rate": (lambda s: s["search"].update(learning_rate={"choice": [float("inf")]}), "search.learning_rate"),
+    "grace above max_t": (lambda s: s.update(scheduler={"type": "asha", "max_t": 50, "grace_period": 60}), "grace_period 60 must be below"),
+    "more than 100 percent": (lambda s: s.update(scheduler={"type": "asha", "max_t": 200}), "can't be above 100"),
+    "no reduction": (lambda s: s.update(scheduler={"type": "asha", "reduction_factor": 1}), "reduction_factor"),
+    "an unknown scheduler": (lambda s: s.update(scheduler={"type": "pbt"}), "scheduler"),
+    "no samples": (lambda s: s.update(num_samples=0), "num_samples"),
+    "no data": (lambda s: s.pop("data"), "data"),
+    "an unknown prompt": (lambda s: s.update(prompt="nosuch"), "no prompt named 'nosuch'"),
+    "a prompt that needs shots": (lambda s: s.update(prompt="few-shot"), "needs shots"),
+    "an unknown base": (lambda s: s.update(base_model={"name": "nosuch"}), "nosuch: is no base model"),
+    "an unknown quantization": (lambda s: s.update(base_model={"name": "x", "quantization": "int3"}), "base_model.quantization"),
+    "a grid for optuna": (lambda s: (s.update(searcher={"type": "optuna"}), s["search"].update(lora_r={"grid_search": [4]})), "grid_search"),
+    "a model name with a slash": (lambda s: s.update(registered_model="a/b"), "registered_model"),
+}
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_tune_refuses_bad_spaces(case, tune):
+    change, problem = SPACES[case]
+    assert problem in tune(change)
+
+
+def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
+    assert "must read dotted.key=value" in tune(lambda s: None, "--set", "num_samples")
+    assert "num_samples" in tune(lambda s: None, "--set", "num_samples=none")
+    assert "--set" in tune(lambda s: None, "--set", "num_samples.x=1")
+    assert "unrecognized" in tune(lambda s: None, "--samples", "3")
+
+    def alone(*arguments):
+        return refused(ray_jobs.tune, capsys, monkeypatch, *arguments)
+    assert "--space FILE" in alone()
+    assert "no such file" in alone("--space", tmp_path / "nosuch.yaml", "--name", "x")
+    assert "there is no sweep 'nosuch'" in alone("--resume", "nosuch")
+    assert "letters, digits" in alone("--resume", "../x")
+    assert "give it alone" in alone("--resume", "x", "--dry-run")
+    (tmp_path / "bad.yaml").write_text("a: [1", encoding="utf-8")
+    assert "is not valid YAML" in alone("--space", tmp_path / "bad.yaml", "--name", "x")
+    (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
+    assert "must be a YAML mapping" in alone("--space", tmp_path / "list.yaml", "--name", "x")
+
+
+def test_bad_bases_and_adapters_are_refused(capsys, monkeypatch, write_rows, tmp_path, tiny_base):
+    data = write_rows(GOOD)
+
+    def with_base(*options):
+        return refused(ray_jobs.evaluate, capsys, monkeypatch, "--data", data, "--output", tmp_path / "o.json", *options)
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in with_base("--base-model", tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert "holds no *.safetensors" in with_base("--base-model", tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{", encoding="utf-8")
+    assert "is not valid JSON" in with_base("--base-model", tmp_path / "empty")
+    assert "is no base model" in with_base("--base-model", "a/b/c")
+    assert "can't be loaded" in with_base("--base-model", "nobody/nothing@0123")
+    assert "is missing" in with_base()
+    assert "has no adapter_config.json" in with_base("--adapter", tmp_path / "empty")
+    assert "must read models:/NAME@ALIAS" in with_base("--adapter", "models:/x")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+    assert "not LORA" in with_base("--adapter", adapter)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    assert "holds no adapter_model.safetensors" in with_base("--adapter", adapter)
+    (adapter / "adapter_model.safetensors").touch()
+    assert "names no base_model" in with_base("--adapter", adapter)
+
+
+def test_remote_code_is_refused(capsys, monkeypatch, write_rows, tmp_path):
+    folder = tmp_path / "remote"
+    tiny_model("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    config |= {"model_type": "nosuch", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "evil.py").write_text("raise SystemExit('ran remote code')", encoding="utf-8")
+    error = refused(ray_jobs.evaluate, capsys, monkeypatch, "--base-model", folder, "--data", write_rows(GOOD), "--output", tmp_path / "o")
+    assert "can't be loaded" in error
+
+
+def test_shots_and_prompts_are_checked(evaluate, write_rows, tmp_path):
+    data = write_rows(GOOD)
+    shots = write_rows(GOOD, "shots.json")
+    assert "belong together" in evaluate(data, "--shots", "2")
+    assert "takes no shots" in evaluate(data, "--prompt", "default", "--shots", "1", "--shots-from", shots)
+    assert "holds 2 examples, fewer" in evaluate(data, "--shots", "3", "--shots-from", shots)
+    assert "no such file" in evaluate(data, "--shots", "1", "--shots-from", tmp_path / "nosuch.json")
+    assert "--shots" in evaluate(data, "--shots", "-1", "--shots-from", shots)
+    template = tmp_path / "t.yaml"
+    template.write_text("template: no placeholder", encoding="utf-8")
+    assert "must hold {instruction} once" in evaluate(data, "--prompt", template)
+    template.write_text("template: '{instruction} {shots}'", encoding="utf-8")
+    assert "belong together" in evaluate(data, "--prompt", template)
+
+
+def test_a_prompt_without_room_is_refused(evaluate, infer, write_rows):
+    long = write_rows([GOOD[0], {"id": "b", "instruction": "甲" * 2000, "output": "乙"}])
+    assert "row 1: the prompt has" in evaluate(long)
+    assert "row 1: the prompt has" in infer(long)
+
+
+def test_batch_infer_refuses_bad_options(infer, write_rows, tmp_path):
+    data = write_rows(GOOD)
+    assert "give --model URI" in infer(data, base=False)
+    assert "leave --base-model" in infer(data, "--model", "models:/x@champion")
+    assert "num_beams" in infer(data, "--num-beams", "0")
+    assert "max_new_tokens" in infer(data, "--max-new-tokens", "0")
+    assert "needs do_sample" in infer(data, "--top-p", "0.9")
+    assert "top_p" in infer(data, "--do-sample", "--top-p", "1.5")
+    assert "--num-beams" in infer(data, "--num-beams", "three")
+    assert "--workers" in infer(data, "--workers", "0")
+    assert "is a folder" in infer(data, "--output", tmp_path)
