@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--lora-dropout", type=float, default=0.1)
     arguments = parser.parse_args()
-    examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), load_examples(arguments.data, need_output=True)[:16], "data")
+    rows = load_examples(arguments.data, need_output=True)[:16]
+    examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.data)
     model = load_base(BaseModelSettings(name=arguments.base_model))
     own_attention = model.config._attn_implementation
     settings = TrialSettings(lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, learning_rate=1e-6, schedule="constant")

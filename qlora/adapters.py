@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from qlora.config import InputError, TrialSettings
@@ -31,7 +33,35 @@ def attach_adapter(model: PreTrainedModel, settings: TrialSettings, base_name: s
     name, _, revision = base_name.partition("@")
     adapted.peft_config["default"].base_model_name_or_path = name
     adapted.peft_config["default"].revision = revision or None
+    if model.device.type == "cpu":
+        _quicken_dropout(adapted, settings.lora_dropout)
     return adapted  # type: ignore[return-value]
+
+
+class CpuDropout(torch.nn.Module):
+    """Dropout whose mask comes from NumPy's SFC64, seeded by one draw of torch's generator.
+
+    The same distribution as torch.nn.Dropout to 2**-16 of p, and as repeatable; torch draws CPU masks element by element, which
+    takes a fifth of a training step.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [...] -> x with elements zeroed with probability p and the rest scaled by 1 / (1 - p); x itself in eval mode."""
+        if not self.training or self.p == 0:
+            return x
+        generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+        kept = generator.integers(0, 2**16, x.shape, dtype=np.uint16) >= round(self.p * 2**16)
+        return x * torch.from_numpy(kept).to(x.dtype).mul_(1 / (1 - self.p))
+
+
+def _quicken_dropout(adapted: Any, p: float) -> None:
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and p > 0:
+            module.lora_dropout["default"] = CpuDropout(p)
 
 
 def detach_adapter(adapted: PeftModel) -> PreTrainedModel:

@@ -65,7 +65,8 @@ def refused(module, capsys, monkeypatch, *arguments) -> str:
 @pytest.fixture
 def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
     def run(data, *more):
-        return refused(ray_jobs.evaluate, capsys, monkeypatch, "--base-model", tiny_base, "--data", data, "--output", tmp_path / "o.json", *more)
+        options = ("--base-model", tiny_base, "--data", data, "--output", tmp_path / "o.json")
+        return refused(ray_jobs.evaluate, capsys, monkeypatch, *options, *more)
     return run
 
 
@@ -151,7 +152,7 @@ SPACES = {
     "a prompt that needs shots": (lambda s: s.update(prompt="few-shot"), "needs shots"),
     "an unknown base": (lambda s: s.update(base_model={"name": "nosuch"}), "nosuch: is no base model"),
     "an unknown quantization": (lambda s: s.update(base_model={"name": "x", "quantization": "int3"}), "base_model.quantization"),
-    "a grid for optuna": (lambda s: (s.update(searcher={"type": "optuna"}), s["search"].update(lora_r={"grid_search": [4]})), "grid_search"),
+    "a grid for optuna": (lambda s: s.update(searcher={"type": "optuna"}, search={"lora_r": {"grid_search": [4]}}), "grid_search"),
     "a model name with a slash": (lambda s: s.update(registered_model="a/b"), "registered_model"),
 }
 

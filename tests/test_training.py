@@ -1,14 +1,15 @@
 """Training: stages, the exact loss of a split step, exact resume, and gradients that survive evaluation on every CPU."""
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import random_examples, tiny_model
 from oracles import loop_perplexities, padded_loss
 
-from qlora.adapters import attach_adapter
+from qlora.adapters import CpuDropout, attach_adapter
 from qlora.attention import use_packed_attention
-from qlora.base_model import keep_gradients_on_cpu, load_base
+from qlora.base_model import load_base
 from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.perplexity import example_perplexities, mean_perplexity
@@ -142,24 +143,31 @@ def test_uniform_logits_give_the_vocabulary_size():
     assert mean_perplexity(values) == pytest.approx(300.0, rel=1e-5)
 
 
-def nf4_gradient_after_evaluation(tiny_base, guarded: bool):
-    """The gradient that reaches layer 0's adapter after an evaluation, on a CPU that has (or is told it has) AVX512-BF16."""
+def test_training_after_evaluation_keeps_its_gradients(tiny_base, monkeypatch):
+    """On a CPU that has AVX512-BF16, or is taken for one: bitsandbytes must not repack the weights at the first evaluation."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model = load_base(BaseModelSettings(name=str(tiny_base)), torch.device("cpu"))
     use_packed_attention(model)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = True
-    if guarded:
-        keep_gradients_on_cpu(model)
+    packed_weights = {name: module.weight.data_ptr() for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(packed_weights) == 14
     run = Training(attach_adapter(model, SETTINGS, "tiny"), random_examples(4, vocabulary=250), SETTINGS, 10_000)
     example_perplexities(run.model, run.examples, 10_000)
     run.advance()
-    return {name: run.optimizer.state[p]["exp_avg"].norm().item() for name, p in run.parameters.items() if "lora_B" in name
-            if p in run.optimizer.state}
-
-
-def test_training_after_evaluation_keeps_its_gradients(tiny_base):
-    norms = nf4_gradient_after_evaluation(tiny_base, guarded=True)
+    norms = [run.optimizer.state[p]["exp_avg"].norm().item() for name, p in run.parameters.items() if "lora_B" in name]
     assert len(norms) == 14
-    assert all(norm > 0 for norm in norms.values())
+    assert all(norm > 0 for norm in norms)
 
+
+def test_cpu_dropout_is_dropout():
+    """Mean and share of zeros as theory has them, gradients through the kept elements only, repeatable by seed."""
+    dropout, x = CpuDropout(0.1), torch.ones(1000, 1000, requires_grad=True)
+    torch.manual_seed(0)
+    first = dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(first, dropout(x))
+    assert not torch.equal(first, dropout(x))
+    assert (first == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)  # 6 standard deviations of a million draws
+    assert first.mean().item() == pytest.approx(1.0, abs=0.003)
+    first.sum().backward()
+    assert torch.equal(x.grad, first)
+    assert dropout.eval()(x) is x

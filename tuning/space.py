@@ -4,6 +4,7 @@ Samplers have Ray Tune's names and meanings: https://docs.ray.io/en/latest/tune/
 trial trains.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -66,11 +67,8 @@ class Asha(Settings):
     @property
     def rungs(self) -> list[float]:
         """The points below max_t where trials are compared, in units of time_attr."""
-        rungs, rung = [], self.grace_period
-        while rung < self.max_t:
-            rungs.append(rung)
-            rung *= self.reduction_factor
-        return rungs
+        powers = itertools.count()
+        return list(itertools.takewhile(lambda rung: rung < self.max_t, (self.grace_period * self.reduction_factor**k for k in powers)))
 
 
 class NoEarlyStopping(Settings):

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def evaluation_steps(timetable: Timetable, scheduler: Any, evaluations_per_epoch
     parts = {math.ceil(part * timetable.steps_per_epoch / evaluations_per_epoch) for part in range(1, evaluations_per_epoch + 1)}
     steps = {epoch * timetable.steps_per_epoch + part for epoch in range(epochs) for part in parts}
     if scheduler.type == "asha":
-        scale = timetable.total_steps / 100 if scheduler.time_attr == "schedule_percent" else 1
-        steps |= {math.ceil(rung * scale) for rung in (*scheduler.rungs, scheduler.max_t)}
+        scale = Fraction(timetable.total_steps, 100 if scheduler.time_attr == "schedule_percent" else timetable.total_steps)
+        steps |= {math.ceil(Fraction(rung) * scale) for rung in (*scheduler.rungs, scheduler.max_t)}
     return {step for step in steps if 1 <= step <= timetable.total_steps}
 
 

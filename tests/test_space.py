@@ -1,0 +1,113 @@
+"""Search spaces and what follows from them: shipped files, rungs, evaluation points, ASHA after a restore, the ledger."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray import tune
+
+from qlora.training import Timetable
+from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
+from tuning.space import SAMPLERS, Asha, NoEarlyStopping, load_space, tune_space
+from tuning.sweep import RestoredASHA
+from tuning.trial import evaluation_steps
+
+SPACES = sorted(Path("search_spaces").glob("*.yaml"))
+
+
+def test_the_shipped_spaces_are_sound():
+    assert {path.stem for path in SPACES} >= {"quickstart", "report", "wide"}
+    spaces = {path.stem: load_space(path, []) for path in SPACES}
+    assert all(set(tune_space(space)) == set(space.search) for space in spaces.values())
+    assert spaces["quickstart"].num_trials >= 8
+    assert 16 <= spaces["wide"].num_trials <= 64
+    report = spaces["report"]
+    assert report.base_model.name == "yentinglin/Taiwan-LLM-7B-v2.0-chat@5073b2bbc1aa5519acdc865e99832857ef47f7c9"
+    assert report.data.train_examples == 3000
+    assert {1, "1+1", "1+1+3"} <= set(report.search["epochs"]["choice"])
+
+
+def test_samplers_are_ray_tunes_own():
+    assert all(callable(getattr(tune, name)) for name in (*SAMPLERS, "choice", "grid_search"))
+
+
+def test_overrides_reach_any_depth():
+    space = load_space("search_spaces/quickstart.yaml", ["num_samples=3", "scheduler.grace_period=10", "search.lora_r={choice: [2, 4]}"])
+    assert (space.num_samples, space.scheduler.grace_period, space.search["lora_r"]) == (3, 10, {"choice": [2, 4]})
+
+
+def test_yaml_numbers_without_a_dot_are_numbers():
+    assert load_space("search_spaces/quickstart.yaml", ["trial.weight_decay=1e-2"]).trial_settings({}).weight_decay == 0.01
+
+
+def test_a_grid_multiplies_samples():
+    assert load_space("search_spaces/quickstart.yaml", ["num_samples=2", "search.lora_r={grid_search: [2, 4, 8]}"]).num_trials == 6
+
+
+def test_trials_are_evaluated_at_rungs_and_ends_of_epochs():
+    asha = Asha(grace_period=25, reduction_factor=2)
+    assert asha.rungs == [25, 50]
+    assert evaluation_steps(Timetable(4, (1,)), asha, 1) == {1, 2, 4}
+    assert evaluation_steps(Timetable(4, (1, 1)), asha, 1) == {2, 4, 8}
+    assert evaluation_steps(Timetable(10, (1,)), asha, 2) == {3, 5, 10}
+    assert evaluation_steps(Timetable(4, (2,)), Asha(time_attr="step", max_t=7, grace_period=3), 1) == {3, 4, 6, 7, 8}
+    assert evaluation_steps(Timetable(4, (2,)), NoEarlyStopping(type="fifo"), 1) == {4, 8}
+
+
+@pytest.mark.parametrize("total", range(1, 40))
+def test_an_evaluation_at_a_rung_counts_for_that_rung(total):
+    """Rounding must not leave a report just below its rung, where ASHA would not see it."""
+    timetable, asha = Timetable(total, (1,)), Asha(grace_period=6.25, reduction_factor=2)
+    reports = [timetable.percent_at(step) for step in sorted(evaluation_steps(timetable, asha, 1))]
+    assert reports[-1] == 100
+    for rung in asha.rungs:
+        first = min(percent for percent in reports if percent >= rung)
+        assert first - rung <= 100 / total
+
+
+def record(trial_id, *perplexities, epochs=4, status="finished"):
+    curve = [{"step": n, "epoch": float(n), "schedule_percent": 100 * n / epochs, "public_perplexity": value}
+             for n, value in enumerate(perplexities, start=1)]
+    return TrialRecord(trial_id, {"epochs": epochs}, status, tuple(curve))
+
+
+def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
+    ledger = Ledger(tmp_path)
+    for name, value in {"a": 10.0, "b": 20.0, "c": 30.0}.items():
+        ledger.put(record(name, value, status="running"))
+    asha = RestoredASHA(tmp_path, time_attr="schedule_percent", max_t=100, grace_period=25, reduction_factor=2, metric="public_perplexity",
+                        mode="min")
+    for name in ("a", "b", "c", "new"):
+        asha.on_trial_add(None, SimpleNamespace(trial_id=name))
+
+    def decide(name, value):
+        return asha.on_trial_result(None, SimpleNamespace(trial_id=name), {"schedule_percent": 25.0, "public_perplexity": value})
+    assert decide("new", 25.0) == "STOP"
+    fresh = RestoredASHA(tmp_path / "none", time_attr="schedule_percent", max_t=100, grace_period=25, reduction_factor=2,
+                         metric="public_perplexity", mode="min")
+    fresh.on_trial_add(None, SimpleNamespace(trial_id="new"))
+    assert fresh.on_trial_result(None, SimpleNamespace(trial_id="new"), {"schedule_percent": 25.0, "public_perplexity": 25.0}) == "CONTINUE"
+
+
+def test_the_ledger_survives_reopening_and_repeated_points(tmp_path):
+    ledger = Ledger(tmp_path)
+    first = record("a", 9.0, 5.0, 7.0)
+    ledger.put(first)
+    ledger.put(record("b", 6.0))
+    again = Ledger(tmp_path)
+    assert list(again.records) == ["a", "b"]
+    assert again.records["a"] == first
+    assert first.best["public_perplexity"] == 5.0
+    repeated = first.with_point({**first.curve[1], "public_perplexity": 4.0})
+    assert [point["step"] for point in repeated.curve] == [1, 2]
+    assert repeated.best["public_perplexity"] == 4.0
+
+
+def test_the_best_point_ranks_a_trial_not_its_last():
+    overfitted, steady, dead = record("o", 9.0, 4.0, 8.0), record("s", 9.0, 7.0, 5.0), TrialRecord("d", {"epochs": 1}, "failed")
+    assert [r.trial_id for r in ranked([dead, steady, overfitted])] == ["o", "s", "d"]
+
+
+def test_epochs_saved_count_what_stopping_spared():
+    records = [record("a", 1.0, 1.0, 1.0, 1.0), record("b", 1.0, status="stopped"), record("c", 1.0, status="failed")]
+    assert share_of_epochs_saved(records) == pytest.approx(3 / 12)

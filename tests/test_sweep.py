@@ -1,0 +1,164 @@
+"""A whole sweep on a tiny base with a real local Ray and a real MLflow store: run, stop, resume, register, use."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from oracles import loop_perplexities
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.data import load_examples
+from qlora.prompts import encode_examples, load_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_base):
+    """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("qlora", "tuning", "inference", "tracking", "ray_jobs", "prompts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    words = "春夏秋冬東西南北山水風雲日月星辰"
+    rows = [{"id": f"e{n}", "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}", "output": words[(n * 3) % 16]} for n in range(24)]
+    (folder / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
+    (folder / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+    space = {"base_model": {"name": str(tiny_base), "quantization": "none"},
+             "data": {"train": "train.json", "public": "public.json"},
+             "trial": {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0},
+             "search": {"learning_rate": {"choice": [1e-5, 1e-3, 1e-2, 3e-2]}, "epochs": {"choice": [2, "1+1"]}},
+             "num_samples": 5, "registered_model": "tiny",
+             "scheduler": {"type": "asha", "grace_period": 25, "reduction_factor": 2}, "resources_per_trial": {"cpu": 1}}
+    (folder / "space.yaml").write_text(yaml.safe_dump(space), encoding="utf-8")
+    return folder
+
+
+def command(project: Path, script: str, *arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": ""}
+    return subprocess.Popen([sys.executable, f"ray_jobs/{script}.py", *arguments], cwd=project, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def finished(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def ledger(project: Path, name: str) -> dict[str, dict]:
+    records = [json.loads(path.read_text()) for path in sorted((project / "results" / name / "trials").glob("*.json"))]
+    return {record["trial_id"]: record for record in records}
+
+
+@pytest.fixture(scope="module")
+def sweep(project):
+    """A sweep whose driver is killed as soon as a trial has reported, then resumed to its end."""
+    process = command(project, "tune", "--space", "space.yaml", "--name", "one", start_new_session=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not any(record["curve"] for record in ledger(project, "one").values()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    before = ledger(project, "one")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    out = finished(command(project, "tune", "--resume", "one"))
+    return before, out, json.loads((project / "results/one/summary.json").read_text())
+
+
+def test_a_killed_sweep_resumes_with_the_same_trials(project, sweep):
+    before, _, summary = sweep
+    after = ledger(project, "one")
+    assert before
+    assert set(before) <= set(after)
+    assert all(after[trial]["config"] == record["config"] for trial, record in before.items())
+    assert len(summary["trials"]) == 5
+    for record in after.values():
+        steps = [point["step"] for point in record["curve"]]
+        assert steps == sorted(set(steps))
+
+
+def test_the_summary_keeps_its_contract(project, sweep):
+    _, out, summary = sweep
+    assert set(summary) >= {"sweep", "space", "metric", "zero_shot", "trials", "best"}
+    assert summary["metric"] == "public_perplexity"
+    for trial in summary["trials"]:
+        assert set(trial["config"]) == {"learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs"}
+        assert trial["status"] in ("finished", "stopped")
+        assert trial["curve"][0].keys() == {"step", "epoch", "public_perplexity"}
+    lowest = min(point["public_perplexity"] for trial in summary["trials"] for point in trial["curve"])
+    assert summary["best"]["public_perplexity"] == lowest < summary["zero_shot"]
+    assert any(trial["status"] == "stopped" for trial in summary["trials"])
+    assert "saved" in out
+    assert (project / summary["best"]["checkpoint"] / "adapter_config.json").exists()
+
+
+def test_disk_holds_two_checkpoints_a_trial_at_most(project, sweep):
+    trials = [path for path in (project / "results/one/ray").iterdir() if path.name.startswith("run_trial")]
+    assert len(trials) == 5
+    assert all(len(list(trial.glob("checkpoint_*"))) <= 2 for trial in trials)
+
+
+def test_the_adapter_gives_its_perplexity_in_plain_peft(project, sweep, tiny_base):
+    """No packing, no code of ours but the prompt: transformers, PEFT and a loop."""
+    best = sweep[2]["best"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), project / best["checkpoint"])
+    examples = load_examples(project / "public.json", need_output=True)
+    encoded = encode_examples(AutoTokenizer.from_pretrained(tiny_base), load_prompt(), examples, "public")
+    values = loop_perplexities(model.eval(), encoded)
+    assert sum(values) / len(values) == pytest.approx(best["public_perplexity"], rel=1e-4)
+
+
+def test_runs_end_in_a_terminal_status_and_are_not_doubled(project, sweep):
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        runs = store.execute("select status, run_uuid from runs").fetchall()
+        children = store.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
+        points = store.execute("select run_uuid, step, count(*) from metrics where key = 'public_perplexity' group by 1, 2").fetchall()
+        inputs = store.execute("select value from input_tags where name = 'mlflow.data.context'").fetchall()
+    assert len(runs) == 6
+    assert children == 5
+    assert {status for status, _ in runs} == {"FINISHED"}
+    assert all(count == 1 for *_, count in points)
+    assert {value for value, in inputs} == {"train", "public"}
+
+
+def test_the_champion_serves_evaluation_and_inference(project, sweep):
+    best = sweep[2]["best"]
+    assert best["model_uri"] == "models:/tiny/1"
+    finished(command(project, "evaluate", "--adapter", "models:/tiny@champion", "--data", "public.json", "--quantization", "none",
+                     "--output", "out/evaluation.json"))
+    evaluation = json.loads((project / "out/evaluation.json").read_text())
+    assert evaluation["mean_perplexity"] == pytest.approx(best["public_perplexity"], rel=1e-5)
+    assert evaluation["count"] == len(evaluation["perplexities"]) == 8
+    out = finished(command(project, "batch_infer", "--model", "models:/tiny@champion", "--input", "public.json", "--quantization", "none",
+                           "--max-new-tokens", "6", "--output", "out/outputs.json"))
+    assert "8/8 rows" in out
+    outputs = json.loads((project / "out/outputs.json").read_text())
+    assert [row["id"] for row in outputs] == [f"e{n}" for n in range(16, 24)]
+    assert all(row.keys() == {"id", "output"} for row in outputs)
+
+
+def test_a_finished_sweep_is_not_run_again(project, sweep):
+    started = time.monotonic()
+    assert "models:/tiny/1" in finished(command(project, "tune", "--resume", "one"))
+    assert time.monotonic() - started < 60
+    process = command(project, "tune", "--space", "space.yaml", "--name", "one")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "holds a finished sweep" in out
+
+
+def test_a_dry_run_starts_nothing(project, sweep):
+    out = finished(command(project, "tune", "--space", "space.yaml", "--name", "planned", "--dry-run"))
+    assert "5 by random search" in out
+    assert not (project / "results/planned").exists()
