@@ -39,7 +39,7 @@ class Journal:
 
     def _read(self, digest: str) -> None:
         first, *lines = self.path.read_text(encoding="utf-8").split("\n")
-        if json.loads(first) != digest:
+        if first != json.dumps(digest):
             raise InputError(self.path, "belongs to a job with another model, prompt, input or settings; "
                              "run without --resume to start afresh")
         for line in lines:

@@ -105,9 +105,9 @@ class SweepTracker:
         client = connect()
         for key, value in metrics.items():
             client.log_metric(self.parent_run_id, key, value)
-        for run_id in self.run_ids.values():
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, "KILLED")
+        left_running = f"tags.`{_PARENT}` = '{self.parent_run_id}' and attributes.status = 'RUNNING'"
+        for child in client.search_runs([self.experiment_id], left_running):
+            client.set_terminated(child.info.run_id, "KILLED")
         client.set_terminated(self.parent_run_id, status)
 
 
