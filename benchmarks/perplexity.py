@@ -1,12 +1,13 @@
-"""Public perplexity: a plain loop, one example at a time, against the packed stream.
+"""Public perplexity under the report's prompts: a plain loop, one example at a time, against the packed stream.
 
-    python benchmarks/perplexity.py [--data FILE] [--examples 16]
+    python benchmarks/perplexity.py [--data FILE] [--examples 16] [--shots 0 3]
 
-Same process, same NF4 base. Every value must agree to 1e-3 in float32, the mean to 1 % in bfloat16, or nothing is printed.
+Same process, same NF4 base. The work is every example under each prompt (zero-shot and 3-shot, as in the report); `settings`
+has the seconds and the ratio of each. Every value must agree to 1e-4 in float32, the mean to 1 % in bfloat16, or nothing is
+printed.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qlora.attention import use_packed_attention
 from qlora.base_model import default_token_budget, load_base, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings
 from qlora.data import load_examples
+from qlora.packing import pack
 from qlora.perplexity import example_perplexities, mean_perplexity
 from qlora.prompts import EncodedExample, encode_examples, load_prompt
 
@@ -32,39 +34,57 @@ def main() -> None:
     parser.add_argument("--base-model", default=DEFAULT_BASE)
     parser.add_argument("--data", default="data/sample/public_test.json")
     parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--shots", type=int, nargs="+", default=[0, 3])
+    parser.add_argument("--shots-from", default="data/sample/train.json")
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     rows = load_examples(arguments.data, need_output=True)[:arguments.examples]
-    examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, "data")
-    model = load_base(BaseModelSettings(name=arguments.base_model))
-    own_attention = model.config._attn_implementation
+    tokenizer, model = load_tokenizer(arguments.base_model), load_base(BaseModelSettings(name=arguments.base_model))
+    prompts = {f"{shots}-shot": load_prompt("few-shot", shots, arguments.shots_from) if shots else load_prompt()
+               for shots in arguments.shots}
+    found = {name: measure(model, encode_examples(tokenizer, prompt, rows, arguments.data), arguments.repeats)
+             for name, prompt in prompts.items()}
+    seconds = {run: sum(prompt["seconds"][run] for prompt in found.values()) for run in ("loop", "packed")}
+    num_values = len(rows) * len(found)
+    print_report("perplexity", num_values / seconds["packed"], num_values / seconds["loop"], "examples/s",
+                 {**vars(arguments), "threads": torch.get_num_threads(), "prompts": found}, higher_is_better=True)
+
+
+def measure(model: Any, examples: list[EncodedExample], repeats: int) -> dict[str, Any]:
+    """Best seconds of `repeats` alternating runs, mean perplexity and tokens of both ways, and their ratio."""
     values: dict[str, list[float]] = {}
+    own_attention = model.config._attn_implementation
 
     def loop() -> None:
-        model.set_attn_implementation(own_attention)
         values["loop"] = [one_perplexity(model, example) for example in examples]
 
     def packed() -> None:
-        use_packed_attention(model)
         values["packed"] = example_perplexities(model, examples, default_token_budget())
 
-    seconds = {run.__name__: min(timed(run) for _ in range(arguments.repeats)) for run in (loop, packed)}
+    seconds: dict[str, list[float]] = {"loop": [], "packed": []}
+    for _ in range(repeats):
+        seconds["loop"].append(timed(loop))
+        use_packed_attention(model)
+        seconds["packed"].append(timed(packed))
+        model.set_attn_implementation(own_attention)
     means = {name: mean_perplexity(found) for name, found in values.items()}
     if model.dtype == torch.float32:
-        assert all(abs(a - b) <= 1e-3 * a for a, b in zip(values["loop"], values["packed"], strict=True)), values
+        assert all(abs(a - b) <= 1e-4 * a for a, b in zip(values["loop"], values["packed"], strict=True)), values
     assert abs(means["packed"] - means["loop"]) <= 1e-2 * means["loop"], means
-    print_report("perplexity", len(examples) / seconds["packed"], len(examples) / seconds["loop"], "examples/s",
-                 {**vars(arguments), "threads": torch.get_num_threads(), "seconds": seconds,
-                  "mean_perplexity": means}, higher_is_better=True)
+    best = {name: min(times) for name, times in seconds.items()}
+    return {"seconds": best, "ratio": round(best["loop"] / best["packed"], 2), "mean_perplexity": means,
+            "tokens": {"loop": sum(example.num_tokens for example in examples), "packed": pack(examples).num_tokens}}
 
 
 @torch.no_grad()
 def one_perplexity(model: Any, example: EncodedExample) -> float:
-    """exp(mean NLL of the answer) of one example, logits at all positions, as plain scripts compute it."""
+    """exp(mean NLL of the answer) of one example, logits at all positions, as plain scripts compute it.
+
+    Not the cross entropy of transposed logits that some scripts use: on a CPU its sums over the vocabulary lose 1e-4.
+    """
     ids, mask, labels = (tensor.to(model.device) for tensor in padded_rows([example]))
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
-    return math.exp((losses.sum() / (labels[:, 1:] != -100).sum()).item())
+    logits = model(input_ids=ids, attention_mask=mask).logits[0, :-1].float()
+    return F.cross_entropy(logits, labels[0, 1:], ignore_index=-100).exp().item()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The model's own code stays as it is: it calls `packed_attention` where it would 
 down the batch as the keyword `packed`. Exact for causal decoders whose tokens meet only in attention: full or sliding
 window, grouped queries, soft-capped scores. Everything else is refused by `use_packed_attention`.
 
-Shapes: T stream, P prefix, N rows, L longest suffix, H heads, K key-value heads, D head width.
+Shapes: T stream, P prefix, B a bucket's tokens, N its rows, L its longest, H heads, K key-value heads, D head width.
 Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from qlora.packing import PackedBatch
+from qlora.packing import Bucket, PackedBatch
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
@@ -62,24 +62,27 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     p, groups = packed.prefix_length, query.shape[1] // key.shape[1]
     q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    q_NHLD, k_NKLD, v_NKLD = (_to_rows(tensor[p:], packed) for tensor in (q_THD, k_TKD, v_TKD))
-    mask = packed.suffix_mask(sliding_window)
-    suffix = _attend(q_NHLD, _behind_prefix(k_TKD[:p], k_NKLD, groups), _behind_prefix(v_TKD[:p], v_NKLD, groups), mask, scale, softcap)
-    out_SHD = suffix.transpose(1, 2).flatten(0, 1).index_select(0, packed.row_slots_S)
+    outs_BHD = []
     if p:
-        prefix_mask = _causal_mask(p, sliding_window, query.device)
         k_prefix, v_prefix = (tensor[:, :, :p].repeat_interleave(groups, dim=1) for tensor in (key, value))
-        prefix = _attend(query[:, :, :p], k_prefix, v_prefix, prefix_mask, scale, softcap)
-        out_SHD = torch.cat([prefix[0].transpose(0, 1), out_SHD])
-    return out_SHD[None], None
+        prefix = _attend(query[:, :, :p], k_prefix, v_prefix, _causal_mask(p, sliding_window, query.device), scale, softcap)
+        outs_BHD.append(prefix[0].transpose(0, 1))
+    start = p
+    for bucket in packed.buckets:
+        q_NHLD, k_NKLD, v_NKLD = (_to_rows(tensor[start:start + bucket.num_tokens], bucket) for tensor in (q_THD, k_TKD, v_TKD))
+        out_NHLD = _attend(q_NHLD, _behind_prefix(k_TKD[:p], k_NKLD, groups), _behind_prefix(v_TKD[:p], v_NKLD, groups),
+                           packed.suffix_mask(bucket.row_length, sliding_window), scale, softcap)
+        outs_BHD.append(out_NHLD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_B))
+        start += bucket.num_tokens
+    return torch.cat(outs_BHD)[None], None
 
 
-def _to_rows(tensor_SHD: Tensor, packed: PackedBatch) -> Tensor:
-    """Suffix tokens [S, H, D] -> rows [N, H, L, D], zero where a row is short. index_copy, since its backward is a plain
+def _to_rows(tensor_BHD: Tensor, bucket: Bucket) -> Tensor:
+    """A bucket's tokens [B, H, D] -> rows [N, H, L, D], zero where a row is short. index_copy, since its backward is a plain
     index_select; advanced indexing would accumulate."""
-    grid = tensor_SHD.new_zeros(packed.num_rows * packed.row_length, *tensor_SHD.shape[1:])
-    rows = grid.index_copy(0, packed.row_slots_S, tensor_SHD)
-    return rows.unflatten(0, (packed.num_rows, packed.row_length)).transpose(1, 2)
+    grid = tensor_BHD.new_zeros(bucket.num_rows * bucket.row_length, *tensor_BHD.shape[1:])
+    rows = grid.index_copy(0, bucket.slots_B, tensor_BHD)
+    return rows.unflatten(0, (bucket.num_rows, bucket.row_length)).transpose(1, 2)
 
 
 def _behind_prefix(prefix_PKD: Tensor, rows_NKLD: Tensor, groups: int) -> Tensor:

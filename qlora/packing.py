@@ -1,6 +1,7 @@
 """Owns the packed stream: examples -> one PackedBatch of token ids without padding, the shared prefix stored once.
 
-Shapes: T stream tokens, P prefix tokens, N examples (rows), L longest suffix, A scored (answer) positions.
+Shapes: T stream tokens, P prefix tokens, N examples (rows) or rows of a bucket, L a bucket's longest suffix, B a bucket's
+tokens, A scored (answer) positions.
 
     stream:     prefix | suffix of example 0 | suffix of example 1 | ... | suffix of example N-1
     positions:  0..P-1 | P..                 | P..                 |     | P..
@@ -19,41 +20,61 @@ from qlora.prompts import EncodedExample
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Consecutive rows of like length, which attention lays out as one padded grid of `num_rows` times `row_length`.
+
+    Its tokens are `num_tokens` consecutive ones of the stream; slots_B is the place of each in the flattened grid.
+    """
+
+    slots_B: torch.Tensor
+    num_rows: int
+    row_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Stream tokens B."""
+        return self.slots_B.numel()
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One forward pass's work.
 
-    input_ids_T and position_ids_T: the stream. row_slots_S: for each of the S = T - P suffix tokens its slot in a padded
-    [N * L] grid, the layout that attention uses. predictors_A: stream index whose logits predict the answer token
-    targets_A, which belongs to example examples_A.
+    input_ids_T and position_ids_T: the stream. buckets: its suffixes, in order. predictors_A: stream index whose logits
+    predict the answer token targets_A, which belongs to example examples_A.
     """
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
-    row_slots_S: torch.Tensor
+    buckets: tuple[Bucket, ...]
     predictors_A: torch.Tensor
     targets_A: torch.Tensor
     examples_A: torch.Tensor
     prefix_length: int
-    num_rows: int
-    row_length: int
 
     @property
     def num_tokens(self) -> int:
         """Stream tokens T."""
         return self.input_ids_T.numel()
 
+    @property
+    def num_rows(self) -> int:
+        """Examples N."""
+        return sum(bucket.num_rows for bucket in self.buckets)
+
     @cached_property
-    def _masks(self) -> dict[int | None, torch.Tensor]:
+    def _masks(self) -> dict[tuple[int, int | None], torch.Tensor]:
         return {}
 
-    def suffix_mask(self, sliding_window: int | None) -> torch.Tensor:
-        """[L, P + L] bool, true where a suffix token may look. Rows shorter than L need no mask of their own: what pads a
-        row comes after its tokens, so causality hides it."""
-        if sliding_window not in self._masks:
-            device, p, n = self.input_ids_T.device, self.prefix_length, self.row_length
-            distance = torch.arange(p, p + n, device=device)[:, None] - torch.arange(p + n, device=device)[None]
-            self._masks[sliding_window] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-        return self._masks[sliding_window]
+    def suffix_mask(self, row_length: int, sliding_window: int | None) -> torch.Tensor:
+        """[L, P + L] bool, true where a token of a row of length L may look. Shorter rows need no mask of their own: what
+        pads a row comes after its tokens, so causality hides it."""
+        key = (row_length, sliding_window)
+        if key not in self._masks:
+            device, p = self.input_ids_T.device, self.prefix_length
+            distance = torch.arange(p, p + row_length, device=device)[:, None] - torch.arange(p + row_length, device=device)[None]
+            self._masks[key] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        return self._masks[key]
 
 
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -68,30 +89,45 @@ def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu")
     """One PackedBatch of all examples, in their order. Every example must have a prompt and an answer token."""
     assert examples and all(example.prompt and example.answer for example in examples)
     prefix = examples[0].prompt[:shared_prefix_length([example.prompt for example in examples])]
-    p, row_length = len(prefix), max(example.num_tokens for example in examples) - len(prefix)
+    p = len(prefix)
     ids, positions = list(prefix), list(range(p))
-    slots: list[int] = []
     predictors: list[int] = []
     owners: list[int] = []
     for row, example in enumerate(examples):
         suffix = (*example.prompt[p:], *example.answer)
         ids += suffix
         positions += range(p, p + len(suffix))
-        slots += range(row * row_length, row * row_length + len(suffix))
         predictors += range(len(ids) - len(example.answer) - 1, len(ids) - 1)
         owners += [row] * len(example.answer)
     stream, predictors_A = torch.tensor(ids), torch.tensor(predictors)
     return PackedBatch(
         input_ids_T=stream.to(device), position_ids_T=torch.tensor(positions, device=device),
-        row_slots_S=torch.tensor(slots, device=device), predictors_A=predictors_A.to(device),
-        targets_A=stream[predictors_A + 1].to(device), examples_A=torch.tensor(owners, device=device),
-        prefix_length=p, num_rows=len(examples), row_length=row_length)
+        buckets=tuple(_bucket(lengths, device) for lengths in _like_lengths([example.num_tokens - p for example in examples])),
+        predictors_A=predictors_A.to(device), targets_A=stream[predictors_A + 1].to(device),
+        examples_A=torch.tensor(owners, device=device), prefix_length=p)
+
+
+def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Runs of consecutive lengths that fill at least three quarters of a grid as wide as the run's longest."""
+    runs: list[list[int]] = []
+    for length in lengths:
+        run = [*runs[-1], length] if runs else [length]
+        if runs and 4 * min(run) >= 3 * max(run):
+            runs[-1] = run
+        else:
+            runs.append([length])
+    return runs
+
+
+def _bucket(lengths: Sequence[int], device: torch.device | str) -> Bucket:
+    slots = [row * max(lengths) + column for row, length in enumerate(lengths) for column in range(length)]
+    return Bucket(torch.tensor(slots, device=device), len(lengths), max(lengths))
 
 
 def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[list[int]]:
-    """Indices of `examples` in groups whose padded attention grid (prefix + rows of the longest suffix) fits the budget.
+    """Indices of `examples` in groups whose streams (shared prefix + suffixes) fit the budget.
 
-    Longest first, so that rows of a group are of like length and the first group is the largest: what fits once, fits. A
+    Longest first, so that rows of a group are of like length, and the first group's longest row is the longest of all. A
     single example larger than the budget is a group of its own.
     """
     if not examples:
@@ -99,10 +135,12 @@ def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> l
     prefix = shared_prefix_length([example.prompt for example in examples])
     order = sorted(range(len(examples)), key=lambda i: (-examples[i].num_tokens, i))
     groups: list[list[int]] = []
+    num_tokens = 0
     for index in order:
-        group = groups[-1] if groups else []
-        if group and prefix + (len(group) + 1) * (examples[group[0]].num_tokens - prefix) <= budget_tokens:
-            group.append(index)
-        else:
-            groups.append([index])
+        suffix = examples[index].num_tokens - prefix
+        if not groups or num_tokens + suffix > budget_tokens:
+            groups.append([])
+            num_tokens = prefix
+        groups[-1].append(index)
+        num_tokens += suffix
     return groups
