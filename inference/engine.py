@@ -1,25 +1,38 @@
 """Owns the engine: token ids of prompts -> texts, behind one small interface.
 
-`TransformersEngine` is `transformers.generate`, batched with left padding. Refuses to know files and Ray.
+`BeamEngine` is this project's search. `TransformersEngine` is `transformers.generate`, batched with left padding: the
+reference, and the way out for settings and families that the search does not cover. Refuses to know files and Ray.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from transformers.generation import (
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from qlora.adapters import load_adapter
-from qlora.base_model import load_base, load_tokenizer
+from inference.beam_engine import BeamSearcher
+from inference.beam_search import SearchRules
+from qlora.base_model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
+from qlora.serving import load_served
+
+_log = logging.getLogger(__name__)
+_GENERATE_ROWS = {"cpu": 8, "cuda": 64}
 
 
 class Engine(Protocol):
     """Whatever turns prompts into texts."""
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """One text for each prompt (token ids that start with BOS if there is one), in their order: the new tokens decoded
-        without special tokens, stripped."""
+    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+        """(index, text) of each prompt (token ids that start with BOS if there is one), as they are done: the new tokens
+        decoded without special tokens, stripped."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +44,36 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class BeamEngine:
+    """Generation by this project's search."""
+
+    searcher: BeamSearcher
+    tokenizer: Any
+
+    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+        """See Engine."""
+        for index, tokens in self.searcher.search(prompts):
+            yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@dataclass(frozen=True)
 class TransformersEngine:
     """Generation by `transformers.generate`; options not in `decoding` follow its defaults."""
 
     model: Any
     tokenizer: Any
     decoding: DecodingSettings
+    batch_rows: int
+
+    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+        """See Engine. A batch runs until its longest output ends."""
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+        for start in range(0, len(order), self.batch_rows):
+            indices = order[start:start + self.batch_rows]
+            yield from zip(indices, self._generate([prompts[index] for index in indices]), strict=True)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """See Engine. The whole batch runs until its longest output ends."""
+    def _generate(self, prompts: list[Sequence[int]]) -> list[str]:
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         ids = torch.full((len(prompts), width), pad)
@@ -50,15 +83,43 @@ class TransformersEngine:
             mask[row, width - len(prompt):] = 1
         if self.decoding.seed is not None:
             torch.manual_seed(self.decoding.seed)
-        options = self.decoding.model_dump(exclude_none=True, exclude={"seed"})
-        device = self.model.device
+        device, options = self.model.device, generate_options(self.decoding)
         out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 
-def load_engine(served: ServedModel, decoding: DecodingSettings) -> TransformersEngine:
-    """An engine with its model on this process's device."""
-    model: Any = load_base(served.base)
-    if served.adapter is not None:
-        model = load_adapter(model, served.adapter).eval()
-    return TransformersEngine(model, load_tokenizer(served.base.name), decoding)
+def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
+    """An engine with its model on this process's device: the search where it equals `generate`, else `generate` itself."""
+    return make_engine(load_served(served.base, served.adapter), load_tokenizer(served.base.name), decoding)
+
+
+def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engine:
+    """The engine for a loaded model; says once why it is `generate`, if it is."""
+    try:
+        return BeamEngine(BeamSearcher(model, search_rules(model, decoding), decoding.seed), tokenizer)
+    except ValueError as reason:
+        _log.warning("using transformers.generate: %s", reason)
+        return TransformersEngine(model, tokenizer, decoding, _GENERATE_ROWS[model.device.type])
+
+
+def generate_options(decoding: DecodingSettings) -> dict[str, Any]:
+    """`decoding` as keywords of `transformers.generate`, which fills in the rest from the model and its own defaults."""
+    return decoding.model_dump(exclude_none=True, exclude={"seed"})
+
+
+def search_rules(model: Any, decoding: DecodingSettings) -> SearchRules:
+    """The rules by which `generate` would search with this model. Raises ValueError for settings that the search lacks."""
+    config, _ = model._prepare_generation_config(None, **generate_options(decoding))
+    mode = config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample", "beam_search"):
+        raise ValueError(f"{mode.replace('_', ' ')} is not one of its ways")
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
+    warpers = tuple(one for one in processors if isinstance(one, (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)))
+    others = [type(one).__name__ for one in processors if one not in warpers and not isinstance(one, MinNewTokensLengthLogitsProcessor)]
+    if others or config.stop_strings or config.max_time:
+        raise ValueError(f"the model's generation config asks for {', '.join(others) or 'stop strings or a time limit'}")
+    eos = config.eos_token_id if config.eos_token_id is not None else ()
+    return SearchRules(
+        num_beams=config.num_beams, max_new_tokens=decoding.max_new_tokens, min_new_tokens=config.min_new_tokens or 0,
+        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos), length_penalty=config.length_penalty,
+        early_stopping=config.early_stopping, do_sample=config.do_sample, warpers=warpers)

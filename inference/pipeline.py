@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy, DataContext, from_items
 from inference.engine import ServedModel, load_engine
 from qlora.config import DecodingSettings
 
-_BATCH_ROWS = {"cpu": 8, "gpu": 64}
+_BATCH_ROWS = {"cpu": 16, "gpu": 256}
 
 
 class EngineActor:
@@ -27,7 +27,8 @@ class EngineActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Columns `index` and `prompt` (token ids) -> `index` and `text`."""
         prompts = [[int(token) for token in prompt] for prompt in batch["prompt"]]
-        return {"index": batch["index"], "text": self.engine.generate(prompts)}
+        texts = dict(self.engine.generate(prompts))
+        return {"index": batch["index"], "text": [texts[row] for row in range(len(prompts))]}
 
 
 def default_workers() -> int:

@@ -8,6 +8,7 @@ Shapes: T stream, P prefix, B a bucket's tokens, N its rows, L its longest, H he
 Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from qlora.packing import Bucket, PackedBatch
+from qlora.packing import Bucket, PackedBatch, SuffixMasks
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
@@ -26,11 +27,17 @@ _REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Make `model(input_ids, position_ids, packed=batch)` attend over a PackedBatch.
+    """Make `model(input_ids, position_ids, packed=batch)` attend over a PackedBatch. Raises what `refuse_inexact` raises."""
+    refuse_inexact(model)
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", _no_mask)
+    model.set_attn_implementation("packed")
 
-    Raises ValueError for a family whose results would not be exact: tokens that meet outside attention (state space or
-    linear attention layers, chunked attention), attention that bypasses AttentionInterface, dropout inside attention.
-    """
+
+def refuse_inexact(model: PreTrainedModel) -> None:
+    """Raise ValueError for a family whose results would not be exact under our attention: tokens that meet outside attention
+    (state space or linear attention layers, chunked attention), attention that bypasses AttentionInterface, dropout inside
+    attention."""
     config, family = model.config.get_text_config(), model.config.model_type
     other_layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
@@ -41,9 +48,6 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"attention_dropout {config.attention_dropout} makes results depend on the batch layout; "
                          "set it to 0 in config.json")
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", _no_mask)
-    model.set_attn_implementation("packed")
 
 
 def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -67,17 +71,26 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
         k_prefix, v_prefix = (tensor[:, :, :p].repeat_interleave(groups, dim=1) for tensor in (key, value))
         prefix = _attend(query[:, :, :p], k_prefix, v_prefix, _causal_mask(p, sliding_window, query.device), scale, softcap)
         outs_BHD.append(prefix[0].transpose(0, 1))
-    start = p
-    for bucket in packed.buckets:
-        q_NHLD, k_NKLD, v_NKLD = (_to_rows(tensor[start:start + bucket.num_tokens], bucket) for tensor in (q_THD, k_TKD, v_TKD))
-        out_NHLD = _attend(q_NHLD, _behind_prefix(k_TKD[:p], k_NKLD, groups), _behind_prefix(v_TKD[:p], v_NKLD, groups),
-                           packed.suffix_mask(bucket.row_length, sliding_window), scale, softcap)
-        outs_BHD.append(out_NHLD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_B))
-        start += bucket.num_tokens
+    outs_BHD.append(attend_suffixes(q_THD[p:], k_TKD[p:], v_TKD[p:], k_TKD[:p], v_TKD[:p], packed.buckets, packed.masks,
+                                    scale, sliding_window, softcap))
     return torch.cat(outs_BHD)[None], None
 
 
-def _to_rows(tensor_BHD: Tensor, bucket: Bucket) -> Tensor:
+def attend_suffixes(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, buckets: Sequence[Bucket],
+                    masks: SuffixMasks, scale: float, sliding_window: int | None, softcap: float | None) -> Tensor:
+    """Attention [S, H, D] of the suffixes of all buckets, one behind the other, each behind the one prefix (P may be 0)."""
+    groups, start, outs_BHD = q_SHD.shape[1] // k_SKD.shape[1], 0, []
+    for bucket in buckets:
+        end = start + bucket.num_tokens
+        q_NHLD, k_NKLD, v_NKLD = (to_rows(tensor[start:end], bucket) for tensor in (q_SHD, k_SKD, v_SKD))
+        out_NHLD = _attend(q_NHLD, _behind_prefix(k_PKD, k_NKLD, groups), _behind_prefix(v_PKD, v_NKLD, groups),
+                           masks.of(bucket.row_length, sliding_window), scale, softcap)
+        outs_BHD.append(out_NHLD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_B))
+        start = end
+    return torch.cat(outs_BHD)
+
+
+def to_rows(tensor_BHD: Tensor, bucket: Bucket) -> Tensor:
     """A bucket's tokens [B, H, D] -> rows [N, H, L, D], zero where a row is short. index_copy, since its backward is a plain
     index_select; advanced indexing would accumulate."""
     grid = tensor_BHD.new_zeros(bucket.num_rows * bucket.row_length, *tensor_BHD.shape[1:])

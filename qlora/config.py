@@ -94,7 +94,9 @@ class DecodingSettings(Settings):
 
     num_beams: int = Field(3, ge=1)
     max_new_tokens: int = Field(128, ge=1)
+    min_new_tokens: int | None = Field(None, ge=1)
     length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] | None = None
     do_sample: bool = False
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
@@ -102,10 +104,12 @@ class DecodingSettings(Settings):
     seed: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
-    def _sampling_needs_do_sample(self) -> Self:
+    def _settings_fit(self) -> Self:
         given = [name for name in ("top_p", "top_k", "temperature", "seed") if getattr(self, name) is not None]
         if given and not self.do_sample:
             raise ValueError(f"{', '.join(given)} needs do_sample")
+        if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
         return self
 
 

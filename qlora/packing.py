@@ -63,18 +63,28 @@ class PackedBatch:
         return sum(bucket.num_rows for bucket in self.buckets)
 
     @cached_property
-    def _masks(self) -> dict[tuple[int, int | None], torch.Tensor]:
-        return {}
+    def masks(self) -> "SuffixMasks":
+        """Where a suffix token may look."""
+        return SuffixMasks(self.prefix_length, self.input_ids_T.device)
 
-    def suffix_mask(self, row_length: int, sliding_window: int | None) -> torch.Tensor:
+
+class SuffixMasks:
+    """Attention masks of rows behind a prefix, made once for each row length and window."""
+
+    def __init__(self, prefix_length: int, device: torch.device):
+        self.prefix_length, self.device = prefix_length, device
+        self._made: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    def of(self, row_length: int, sliding_window: int | None) -> torch.Tensor:
         """[L, P + L] bool, true where a token of a row of length L may look. Shorter rows need no mask of their own: what
         pads a row comes after its tokens, so causality hides it."""
         key = (row_length, sliding_window)
-        if key not in self._masks:
-            device, p = self.input_ids_T.device, self.prefix_length
-            distance = torch.arange(p, p + row_length, device=device)[:, None] - torch.arange(p + row_length, device=device)[None]
-            self._masks[key] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-        return self._masks[key]
+        if key not in self._made:
+            p = self.prefix_length
+            distance = (torch.arange(p, p + row_length, device=self.device)[:, None]
+                        - torch.arange(p + row_length, device=self.device)[None])
+            self._made[key] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        return self._made[key]
 
 
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -102,9 +112,14 @@ def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu")
     stream, predictors_A = torch.tensor(ids), torch.tensor(predictors)
     return PackedBatch(
         input_ids_T=stream.to(device), position_ids_T=torch.tensor(positions, device=device),
-        buckets=tuple(_bucket(lengths, device) for lengths in _like_lengths([example.num_tokens - p for example in examples])),
+        buckets=make_buckets([example.num_tokens - p for example in examples], device),
         predictors_A=predictors_A.to(device), targets_A=stream[predictors_A + 1].to(device),
         examples_A=torch.tensor(owners, device=device), prefix_length=p)
+
+
+def make_buckets(lengths: Sequence[int], device: torch.device | str) -> tuple[Bucket, ...]:
+    """Buckets of suffixes with these lengths in tokens, in order."""
+    return tuple(_bucket(run, device) for run in _like_lengths(lengths))
 
 
 def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:

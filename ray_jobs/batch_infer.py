@@ -32,7 +32,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON list of id and output")
     parser.add_argument("--num-beams", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--min-new-tokens", type=int)
     parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--early-stopping", choices=("true", "false", "never"), help="when beam search stops (default: false)")
     parser.add_argument("--do-sample", action="store_true")
     for name, kind in {"--top-p": float, "--top-k": int, "--temperature": float, "--seed": int}.items():
         parser.add_argument(name, type=kind, metavar=name[2].upper(), help="with --do-sample")
@@ -49,7 +51,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
-    decoding = validated("options", lambda: DecodingSettings(**{key: getattr(arguments, key) for key in DecodingSettings.model_fields}))
+    options = {key: getattr(arguments, key) for key in DecodingSettings.model_fields}
+    decoding = validated("options", lambda: DecodingSettings(**options))
     from qlora.base_model import load_config, load_tokenizer
     from qlora.data import examples_digest, load_examples
     from qlora.prompts import encode_prompts, load_prompt

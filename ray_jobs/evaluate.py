@@ -31,14 +31,13 @@ def main() -> None:
     load_config(settings.name)
     encoded = encode_examples(load_tokenizer(settings.name), prompt, examples, arguments.data)
 
-    from qlora.adapters import load_adapter
     from qlora.attention import use_packed_attention
-    from qlora.base_model import default_token_budget, load_base
+    from qlora.base_model import default_token_budget
     from qlora.files import write_json
     from qlora.perplexity import example_perplexities, mean_perplexity
-    base = load_base(settings)
-    use_packed_attention(base)
-    model = load_adapter(base, adapter) if adapter else base
+    from qlora.serving import load_served
+    model = load_served(settings, adapter)
+    use_packed_attention(model)
     progress = partial(show_progress, time.monotonic(), unit="examples")
     values = example_perplexities(model, encoded, default_token_budget(), progress)
     write_json(Path(arguments.output), {

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from qlora.prompts import EncodedExample
@@ -28,6 +29,7 @@ SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidd
 CONFIGS = {
     "llama": LlamaConfig(**SIZE),
     "qwen2": Qwen2Config(**SIZE),
+    "qwen3": Qwen3Config(**SIZE, head_dim=16),
     "mistral": MistralConfig(**SIZE, sliding_window=16),
     "gemma2": Gemma2Config(**SIZE, head_dim=16, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=5.0,
                            query_pre_attn_scalar=16),

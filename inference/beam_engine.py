@@ -1,0 +1,183 @@
+"""Owns the loop of the beam engine: prompts wait, join free slots, are searched together, leave when they are done.
+
+A step feeds one token of every beam of every slot. Prompts join in packed passes while others are in the middle of their
+search; the last token of a prompt is not prefilled but fed as the first step, so that joining needs no logits. Slots are
+as many as memory allows. Refuses to know files, text and Ray.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.beam_search import SearchRules, SearchState, advance
+from inference.kv_cache import CacheShape, DecodePass, KVCache, PrefillPass, store_prompts, use_cached_attention
+from qlora.packing import SuffixMasks, make_buckets, shared_prefix_length
+
+_MAX_SLOTS = {"cpu": 16, "cuda": 128}
+_PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass
+class Batch:
+    """Slots at work. `examples` has the prompt index of each slot, None for a free one; `steps` what each has fed."""
+
+    cache: KVCache
+    state: SearchState
+    examples: list[int | None]
+    steps: list[int]
+    generators: list[torch.Generator]
+
+    @property
+    def free(self) -> list[int]:
+        """Slots without an example."""
+        return [slot for slot, example in enumerate(self.examples) if example is None]
+
+    def keep(self, slots: list[int]) -> "Batch":
+        """Some slots alone."""
+        chosen = torch.tensor(slots, device=self.state.done_E.device)
+        return Batch(self.cache.keep(chosen), self.state.keep(chosen), [self.examples[slot] for slot in slots],
+                     [self.steps[slot] for slot in slots], [self.generators[slot] for slot in slots])
+
+
+@dataclass
+class BeamSearcher:
+    """Searches for many prompts with one model, whose attention it takes over."""
+
+    model: Any
+    rules: SearchRules
+    seed: int | None = None
+    max_slots: int | None = None
+    _prefix_tokens: tuple[int, ...] = ()
+    _prefix: Tensor | None = None
+    _shape: CacheShape = field(init=False)
+
+    def __post_init__(self) -> None:
+        use_cached_attention(self.model)
+        self._shape = CacheShape.of(self.model)
+        self.max_slots = self.max_slots or _MAX_SLOTS[self.model.device.type]
+
+    @torch.inference_mode()
+    def search(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+        """(index, new tokens with the ending EOS) of each prompt, as they are done. Every prompt needs a token.
+
+        Out of memory halves the slots and goes on with the prompts that are not done.
+        """
+        left = set(range(len(prompts)))
+        while left:
+            try:
+                for index, tokens in self._search([prompts[i] for i in sorted(left)], sorted(left)):
+                    left.discard(index)
+                    yield index, tokens
+            except torch.cuda.OutOfMemoryError:
+                assert self.max_slots is not None
+                if self.max_slots == 1:
+                    raise
+                self.max_slots //= 2
+                torch.cuda.empty_cache()
+
+    def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
+        prefix = self._prefix_of([tuple(prompt) for prompt in prompts])
+        p = prefix.shape[3]
+        owns = [len(prompt) - p - 1 for prompt in prompts]
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-owns[i], i)))
+        batch = self._make_batch(prefix, len(prompts), max(owns))
+        while waiting or any(example is not None for example in batch.examples):
+            free = batch.free
+            if waiting and len(free) >= min(len(waiting), max(1, len(batch.examples) // 8)):
+                joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                self._join(batch, free[:len(joining)], joining, prompts)
+            elif not waiting and 4 * len(free) >= len(batch.examples):
+                batch = batch.keep([slot for slot, example in enumerate(batch.examples) if example is not None])
+            self._step(batch)
+            for slot in [slot for slot, done in enumerate(batch.state.done_E.tolist()) if done and batch.examples[slot] is not None]:
+                example = batch.examples[slot]
+                assert example is not None
+                length = int(batch.state.best_lengths_EK[slot, 0])
+                batch.examples[slot] = None
+                yield names[example], batch.state.best_tokens_EKT[slot, 0, :length].tolist()
+
+    def _step(self, batch: Batch) -> None:
+        """Feed every slot's next tokens and choose those after them."""
+        num_steps = 1 + max(steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None)
+        fed = DecodePass(batch.cache, batch.state, num_steps)
+        logits_TV = self._forward(batch.state.next_EK.flatten(), fed.positions().flatten(), fed)
+        advance(batch.state, logits_TV.view(*batch.state.next_EK.shape, -1), self.rules, batch.generators)
+        batch.steps = [steps + 1 for steps in batch.steps]
+
+    def _join(self, batch: Batch, slots: list[int], joining: list[int], prompts: list[Sequence[int]]) -> None:
+        """Prefill prompts (all but the last token) into slots, in packed passes of bounded size, and start their searches."""
+        device, p = batch.state.done_E.device, batch.cache.prefix.shape[3]
+        places = torch.tensor(slots, device=device)
+        own_lengths = [len(prompts[i]) - p - 1 for i in joining]
+        batch.cache.own_E.index_copy_(0, places, torch.tensor(own_lengths, device=device))
+        batch.state.start(places, torch.tensor([prompts[i][-1] for i in joining], device=device), self.rules)
+        budget = _PREFILL_TOKENS[device.type]
+        start = 0
+        while start < len(joining) and own_lengths[start] > 0:  # longest first: behind an empty one all are empty
+            end = start + 1
+            while end < len(joining) and own_lengths[end] > 0 and sum(own_lengths[start:end + 1]) <= budget:
+                end += 1
+            buckets = make_buckets(own_lengths[start:end], device)
+            tokens = [token for i in joining[start:end] for token in prompts[i][p:-1]]
+            positions = [position for length in own_lengths[start:end] for position in range(p, p + length)]
+            self._forward(torch.tensor(tokens, device=device), torch.tensor(positions, device=device),
+                          PrefillPass(batch.cache.prefix, buckets, SuffixMasks(p, device),
+                                      store_prompts(batch.cache, places[start:end], buckets)), logits=False)
+            start = end
+        for slot, i in zip(slots, joining, strict=True):
+            batch.examples[slot], batch.steps[slot] = i, 0
+            if self.rules.do_sample:
+                batch.generators[slot] = torch.Generator(device)
+                batch.generators[slot].manual_seed(torch.seed() if self.seed is None else self.seed)
+
+    def _prefix_of(self, prompts: list[tuple[int, ...]]) -> Tensor:
+        """Keys and values of what all prompts begin with, [2, layers, J, P, D]; kept for the next call with the same template."""
+        common = prompts[0][:shared_prefix_length(prompts)]
+        kept = self._prefix_tokens
+        if self._prefix is None or common[:len(kept)] != kept or 4 * len(kept) < 3 * len(common):
+            device, shape = self.model.device, self._shape
+            empty = torch.zeros(2, shape.num_layers, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=device)
+            prefix = empty.new_zeros(2, shape.num_layers, shape.num_kv_heads, len(common), shape.head_dim)
+            if common:
+                def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
+                    prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
+                tokens = torch.tensor(common, device=device)
+                self._forward(tokens, torch.arange(len(common), device=device),
+                              PrefillPass(empty, make_buckets([len(common)], device), SuffixMasks(0, device), store), logits=False)
+            self._prefix_tokens, self._prefix = common, prefix
+        return self._prefix
+
+    def _make_batch(self, prefix: Tensor, num_examples: int, max_own: int) -> Batch:
+        rules, device = self.rules, prefix.device
+        max_own = max(1, max_own)
+        num_slots = self._num_slots(num_examples, max_own)
+        cache = KVCache.empty(self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens)
+        return Batch(cache, SearchState.empty(num_slots, rules, device), [None] * num_slots, [0] * num_slots,
+                     [torch.Generator(device)] * num_slots)
+
+    def _num_slots(self, num_examples: int, max_own: int) -> int:
+        """As many as memory holds, at most `max_slots`, evened out so that the last wave is as full as the first."""
+        assert self.max_slots is not None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        cached = self._shape.bytes_per_token * (max_own + self.rules.max_new_tokens * self.rules.num_beams)
+        logits = 16 * vocabulary * self.rules.num_beams  # the model's, in float32, without early EOS, and room to work
+        fitting = max(1, int(0.8 * _free_bytes(self.model.device)) // (cached + logits))
+        most = min(self.max_slots, fitting, num_examples)
+        waves = -(-num_examples // most)
+        return -(-num_examples // waves)
+
+    def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, logits: bool = True) -> Tensor:
+        """Logits [T, V] of one pass; without `logits` of its last token only."""
+        return self.model(input_ids=tokens_T[None], position_ids=positions_T[None], cached=cached, use_cache=False,
+                          logits_to_keep=0 if logits else 1).logits[0]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

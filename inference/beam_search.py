@@ -1,0 +1,193 @@
+"""Owns the search: scores and hypotheses of many examples at once, each at its own step, all on the device.
+
+Beam search is transformers' (GenerationMixin._beam_search), rule for rule, but every example ends by its own condition, as
+if it were generated alone. With one beam the search is greedy or sampling. Refuses to know models, caches and text.
+
+Shapes: E slots (an example each), K beams, T new tokens at most, V vocabulary, C candidates of one example.
+Source: https://huggingface.co/docs/transformers/generation_strategies
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+_NEVER = -1.0e9  # what transformers adds to scores that must lose
+
+
+@dataclass(frozen=True)
+class SearchRules:
+    """What decides a search. `warpers` (temperature, top-k, top-p of transformers) are used with `do_sample` only."""
+
+    num_beams: int
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    eos_tokens: tuple[int, ...] = ()
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    do_sample: bool = False
+    warpers: tuple[Any, ...] = ()
+
+
+@dataclass
+class SearchState:
+    """Where E searches stand.
+
+    next_EK: the tokens to feed, the last prompt token at first. steps_E: tokens fed since, which are all tokens chosen.
+    tokens_EKT, scores_EK: running beams. ancestry_EKT: the beam row that was fed the t-th token of a beam's history.
+    best_*: finished hypotheses, best first, `best_lengths_EK` tokens each. improvable_E: whether a running beam may still
+    beat a finished one. done_E: ended; what is done stays as it is.
+    """
+
+    next_EK: Tensor
+    steps_E: Tensor
+    tokens_EKT: Tensor
+    scores_EK: Tensor
+    ancestry_EKT: Tensor
+    best_tokens_EKT: Tensor
+    best_scores_EK: Tensor
+    best_lengths_EK: Tensor
+    finished_EK: Tensor
+    improvable_E: Tensor
+    done_E: Tensor
+
+    @classmethod
+    def empty(cls, num_slots: int, rules: SearchRules, device: torch.device) -> Self:
+        """Slots without an example: all done."""
+        e, k, t = num_slots, rules.num_beams, rules.max_new_tokens
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        return cls(
+            next_EK=torch.zeros(e, k, **whole), steps_E=torch.zeros(e, **whole), tokens_EKT=torch.zeros(e, k, t, **whole),
+            scores_EK=torch.zeros(e, k, device=device), ancestry_EKT=torch.arange(k, device=device)[None, :, None].repeat(e, 1, t),
+            best_tokens_EKT=torch.zeros(e, k, t, **whole), best_scores_EK=torch.full((e, k), _NEVER, device=device),
+            best_lengths_EK=torch.zeros(e, k, **whole), finished_EK=torch.zeros(e, k, dtype=torch.bool, device=device),
+            improvable_E=torch.ones(e, dtype=torch.bool, device=device), done_E=torch.ones(e, dtype=torch.bool, device=device))
+
+    def start(self, slots: Tensor, last_prompt_tokens: Tensor, rules: SearchRules) -> None:
+        """Put new examples into `slots` [n], given the last token of each one's prompt [n]."""
+        fresh = SearchState.empty(len(slots), rules, slots.device)
+        fresh.next_EK.copy_(last_prompt_tokens[:, None])
+        fresh.scores_EK[:, 1:] = _NEVER  # all beams begin alike, so only the first may branch
+        fresh.done_E.zero_()
+        for field in fields(self):
+            getattr(self, field.name).index_copy_(0, slots, getattr(fresh, field.name))
+
+    def keep(self, slots: Tensor) -> Self:
+        """The state of some slots alone, in that order."""
+        return type(self)(**{field.name: getattr(self, field.name).index_select(0, slots) for field in fields(self)})
+
+    def update(self, **new: Tensor) -> None:
+        """Write new values in place, where tensors are fixed in memory, into all slots that are not done."""
+        for name, value in new.items():
+            old = getattr(self, name)
+            old.copy_(torch.where(self.done_E.view(-1, *[1] * (old.dim() - 1)), old, value))
+
+
+def advance(state: SearchState, logits_EKV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None = None) -> None:
+    """Choose the next tokens from the logits of `state.next_EK`, in place. `generators`: one a slot, for sampling."""
+    logits_EKV = logits_EKV.float()
+    if rules.num_beams == 1:
+        _advance_single(state, _without_early_eos(logits_EKV, state, rules)[:, 0], rules, generators)
+    else:
+        _advance_beams(state, logits_EKV, rules)
+
+
+def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -> None:
+    e, k, vocabulary = logits_EKV.shape
+    t, device = rules.max_new_tokens, logits_EKV.device
+    num_candidates = max(2, 1 + len(rules.eos_tokens)) * k
+
+    # The best of all beams are among the best of each, so no step needs all log-probabilities.
+    normalisers_EK1 = logits_EKV.logsumexp(-1, keepdim=True)
+    top_EKc, ids_EKc = _without_early_eos(logits_EKV, state, rules).topk(min(num_candidates, vocabulary))
+    log_probs_EX = (top_EKc - normalisers_EK1 + state.scores_EK[..., None]).flatten(1)
+    log_probs_EC, choice_EC = log_probs_EX.topk(num_candidates)
+    parents_EC = choice_EC // top_EKc.shape[-1]
+    chosen_EC = ids_EKc.flatten(1).gather(1, choice_EC)
+    histories_ECT = _gather_rows(state.tokens_EKT, parents_EC).scatter(2, _places(state, num_candidates), chosen_EC[..., None])
+
+    new_steps_E = state.steps_E + 1
+    ends_EC = _is_eos(chosen_EC, rules) | (new_steps_E >= t)[:, None]
+
+    # Running beams: the best candidates that don't end here.
+    running_EC = log_probs_EC + ends_EC.float() * _NEVER
+    scores_EK, order_EK = running_EC.topk(k)
+    parents_EK = parents_EC.gather(1, order_EK)
+
+    # Finished hypotheses: only the first K candidates may join them, and only while that can improve something.
+    length_E = (new_steps_E.double() ** rules.length_penalty).float()
+    full_E = state.finished_EK.all(1) & (rules.early_stopping is True)
+    joins_EC = ends_EC & (torch.arange(num_candidates, device=device) < k)
+    finals_EC = log_probs_EC / length_E[:, None] + (full_E.float() * _NEVER + (~state.improvable_E).float() * _NEVER)[:, None]
+    finals_EC = finals_EC + (~joins_EC).float() * _NEVER
+    best_scores_EK, best_EK = torch.cat([state.best_scores_EK, finals_EC], 1).topk(k)
+    finished_EK = torch.cat([state.finished_EK, joins_EC], 1).gather(1, best_EK)
+    best_tokens_EKT = _gather_rows(torch.cat([state.best_tokens_EKT, histories_ECT], 1), best_EK)
+    lengths_EX = torch.cat([state.best_lengths_EK, new_steps_E[:, None].expand(e, num_candidates)], 1)
+
+    # Can a running beam still beat the worst finished one?
+    hopeful = rules.early_stopping == "never" and rules.length_penalty > 0
+    hypothetical_E = torch.full_like(length_E, float(t) ** rules.length_penalty) if hopeful else length_E
+    best_possible_E1 = scores_EK[:, :1] / hypothetical_E[:, None]
+    worst_EK = torch.where(finished_EK, best_scores_EK.min(1, keepdim=True).values, _NEVER)
+    improvable_E = state.improvable_E & (best_possible_E1 > worst_EK).any(1)
+    goes_on_E = improvable_E & ~(finished_EK.all(1) & (rules.early_stopping is True)) & ~ends_EC.all(1)
+
+    state.update(
+        next_EK=chosen_EC.gather(1, order_EK), steps_E=new_steps_E, scores_EK=scores_EK,
+        tokens_EKT=_gather_rows(histories_ECT, order_EK), ancestry_EKT=_inherit(state, parents_EK),
+        best_tokens_EKT=best_tokens_EKT, best_scores_EK=best_scores_EK, best_lengths_EK=lengths_EX.gather(1, best_EK),
+        finished_EK=finished_EK, improvable_E=improvable_E)
+    state.done_E.logical_or_(~goes_on_E)
+
+
+def _advance_single(state: SearchState, logits_EV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None) -> None:
+    """Greedy, or sampling with each slot's own generator, so that a draw does not depend on the other slots."""
+    if rules.do_sample:
+        for warper in rules.warpers:
+            logits_EV = warper(None, logits_EV)
+        assert generators is not None
+        probabilities_EV = logits_EV.softmax(-1)
+        chosen_E = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities_EV, generators, strict=True)])
+    else:
+        chosen_E = logits_EV.argmax(-1)
+    new_steps_E = state.steps_E + 1
+    tokens_EKT = state.tokens_EKT.scatter(2, _places(state, 1), chosen_E[:, None, None])
+    state.update(next_EK=chosen_E[:, None], steps_E=new_steps_E, tokens_EKT=tokens_EKT, best_tokens_EKT=tokens_EKT,
+                 best_lengths_EK=new_steps_E[:, None])
+    state.done_E.logical_or_(_is_eos(chosen_E, rules) | (state.steps_E >= rules.max_new_tokens))
+
+
+def _without_early_eos(logits_EKV: Tensor, state: SearchState, rules: SearchRules) -> Tensor:
+    if not (rules.min_new_tokens and rules.eos_tokens):
+        return logits_EKV
+    early_E1 = (state.steps_E < rules.min_new_tokens)[:, None]
+    masked_EKV = logits_EKV.clone()
+    for eos in rules.eos_tokens:
+        masked_EKV[:, :, eos] = torch.where(early_E1, -torch.inf, logits_EKV[:, :, eos])
+    return masked_EKV
+
+
+def _inherit(state: SearchState, parents_EK: Tensor) -> Tensor:
+    """Every beam's history is its parent's; from the next step on a beam writes its own row."""
+    later = torch.arange(state.ancestry_EKT.shape[-1], device=parents_EK.device) > state.steps_E[:, None]
+    own_K1 = torch.arange(parents_EK.shape[1], device=parents_EK.device)[:, None]
+    return torch.where(later[:, None], own_K1, _gather_rows(state.ancestry_EKT, parents_EK))
+
+
+def _is_eos(tokens: Tensor, rules: SearchRules) -> Tensor:
+    ends = torch.zeros_like(tokens, dtype=torch.bool)
+    for eos in rules.eos_tokens:
+        ends = ends | (tokens == eos)
+    return ends
+
+
+def _places(state: SearchState, rows: int) -> Tensor:
+    """Where each example's next token goes, [E, rows, 1]; within bounds for examples that are done, too."""
+    return state.steps_E.clamp(max=state.tokens_EKT.shape[-1] - 1)[:, None, None].expand(-1, rows, 1)
+
+
+def _gather_rows(source: Tensor, rows_EX: Tensor) -> Tensor:
+    """source [E, Y, T] -> [E, X, T]."""
+    return source.gather(1, rows_EX[..., None].expand(-1, -1, source.shape[-1]))

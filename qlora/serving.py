@@ -1,0 +1,47 @@
+"""Owns the model that is served and evaluated: base and adapter as one, merged into dequantised weights when memory allows.
+
+The dequantised weights are the NF4 values, so that what was tuned is what is served; a step then costs no dequantising.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from qlora.adapters import load_adapter
+from qlora.base_model import default_device, load_base
+from qlora.config import BaseModelSettings
+
+_log = logging.getLogger(__name__)
+
+
+def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:
+    """The base with the adapter of a PEFT folder, if any, in eval mode on this process's device.
+
+    Raises InputError if either can't be had or they don't fit each other.
+    """
+    model: Any = load_base(base)
+    if base.quantization == "nf4":
+        needed, free = _dequantised_bytes(model), _free_bytes()
+        merges = 2 * needed < free
+        _log.info("%s: dequantised weights need %.1f GiB of %.1f free", "merged" if merges else "kept in NF4, adapter apart",
+                  needed / 2**30, free / 2**30)
+        if not merges:
+            return load_adapter(model, adapter).eval() if adapter else model
+        model = model.dequantize()
+    if adapter is not None:
+        model = load_adapter(model, adapter).merge_and_unload()  # type: ignore[operator]
+    return model.requires_grad_(False).eval()
+
+
+def _dequantised_bytes(model: Any) -> int:
+    from bitsandbytes.nn import Linear4bit
+    sizes = [module.in_features * module.out_features for module in model.modules() if isinstance(module, Linear4bit)]
+    return sum(sizes) * model.dtype.itemsize
+
+
+def _free_bytes() -> int:
+    if default_device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
