@@ -19,6 +19,7 @@ from inference.kv_cache import CacheShape, DecodePass, KVCache, PrefillPass, sto
 from qlora.packing import SuffixMasks, make_buckets, shared_prefix_length
 
 _MAX_SLOTS = {"cpu": 16, "cuda": 128}
+_SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}  # share of free slots at which the rest move closer; a GPU then records its step anew
 _PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -31,6 +32,7 @@ class Batch:
     examples: list[int | None]
     steps: list[int]
     generators: list[torch.Generator]
+    graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def free(self) -> list[int]:
@@ -52,6 +54,7 @@ class BeamSearcher:
     rules: SearchRules
     seed: int | None = None
     max_slots: int | None = None
+    _kept: Batch | None = None
     _prefix_tokens: tuple[int, ...] = ()
     _prefix: Tensor | None = None
     _shape: CacheShape = field(init=False)
@@ -78,6 +81,7 @@ class BeamSearcher:
                 if self.max_slots == 1:
                     raise
                 self.max_slots //= 2
+                self._kept = None
                 torch.cuda.empty_cache()
 
     def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
@@ -91,7 +95,7 @@ class BeamSearcher:
             if waiting and len(free) >= min(len(waiting), max(1, len(batch.examples) // 8)):
                 joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                 self._join(batch, free[:len(joining)], joining, prompts)
-            elif not waiting and 4 * len(free) >= len(batch.examples):
+            elif not waiting and len(free) >= len(batch.examples) * _SHRINK_AT[batch.state.done_E.device.type]:
                 batch = batch.keep([slot for slot, example in enumerate(batch.examples) if example is not None])
             self._step(batch)
             for slot in [slot for slot, done in enumerate(batch.state.done_E.tolist()) if done and batch.examples[slot] is not None]:
@@ -102,12 +106,34 @@ class BeamSearcher:
                 yield names[example], batch.state.best_tokens_EKT[slot, 0, :length].tolist()
 
     def _step(self, batch: Batch) -> None:
-        """Feed every slot's next tokens and choose those after them."""
+        """Feed every slot's next tokens and choose those after them. On a GPU the step is recorded once a batch, then replayed."""
         num_steps = 1 + max(steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None)
+        if batch.state.done_E.is_cuda and not self.rules.do_sample:
+            if batch.graph is None:
+                batch.graph = self._record(batch)
+            batch.graph.replay()
+        else:
+            self._feed(batch, num_steps)
+        batch.steps = [steps + 1 for steps in batch.steps]
+
+    def _feed(self, batch: Batch, num_steps: int) -> None:
         fed = DecodePass(batch.cache, batch.state, num_steps)
         logits_TV = self._forward(batch.state.next_EK.flatten(), fed.positions().flatten(), fed)
         advance(batch.state, logits_TV.view(*batch.state.next_EK.shape, -1), self.rules, batch.generators)
-        batch.steps = [steps + 1 for steps in batch.steps]
+
+    def _record(self, batch: Batch) -> torch.cuda.CUDAGraph:
+        """A graph of one step at the most steps; what the warm-up changes is put back."""
+        before = batch.state.keep(torch.arange(len(batch.examples), device=batch.state.done_E.device))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._feed(batch, self.rules.max_new_tokens)
+        torch.cuda.current_stream().wait_stream(side)
+        batch.state.restore(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._feed(batch, self.rules.max_new_tokens)
+        return graph
 
     def _join(self, batch: Batch, slots: list[int], joining: list[int], prompts: list[Sequence[int]]) -> None:
         """Prefill prompts (all but the last token) into slots, in packed passes of bounded size, and start their searches."""
@@ -154,11 +180,15 @@ class BeamSearcher:
 
     def _make_batch(self, prefix: Tensor, num_examples: int, max_own: int) -> Batch:
         rules, device = self.rules, prefix.device
-        max_own = max(1, max_own)
+        max_own = -(-max(1, max_own) // 64) * 64
         num_slots = self._num_slots(num_examples, max_own)
-        cache = KVCache.empty(self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens)
-        return Batch(cache, SearchState.empty(num_slots, rules, device), [None] * num_slots, [0] * num_slots,
-                     [torch.Generator(device)] * num_slots)
+        if self._kept is None or self._kept.cache.prefix is not prefix or self._kept.cache.prompts.shape[2:5:2] != (num_slots, max_own):
+            self._kept = None  # its memory is free before the next one's is taken
+            cache = KVCache.empty(self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens)
+            self._kept = Batch(cache, SearchState.empty(num_slots, rules, device), [None] * num_slots, [0] * num_slots,
+                               [torch.Generator(device)] * num_slots)
+        self._kept.examples = [None] * num_slots  # a search that was broken off may have left some
+        return self._kept
 
     def _num_slots(self, num_examples: int, max_own: int) -> int:
         """As many as memory holds, at most `max_slots`, evened out so that the last wave is as full as the first."""

@@ -77,6 +77,11 @@ class SearchState:
         """The state of some slots alone, in that order."""
         return type(self)(**{field.name: getattr(self, field.name).index_select(0, slots) for field in fields(self)})
 
+    def restore(self, other: Self) -> None:
+        """Take over the values of a state of the same slots."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
     def update(self, **new: Tensor) -> None:
         """Write new values in place, where tensors are fixed in memory, into all slots that are not done."""
         for name, value in new.items():

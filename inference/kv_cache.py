@@ -24,6 +24,11 @@ from inference.beam_search import SearchState
 from qlora.attention import attend_suffixes, refuse_inexact, to_rows
 from qlora.packing import Bucket, SuffixMasks
 
+try:
+    import inference.decode_kernel as _kernel
+except ImportError:  # Triton comes with torch's CUDA builds only
+    _kernel = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -125,6 +130,10 @@ class DecodePass:
     def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float, sliding_window: int | None,
                softcap: float | None) -> Tensor:
         """See CachedPass. Scores in the model's dtype, softmax in float32."""
+        if _kernel is not None and _kernel.supports(q_THD):
+            cache, state = self.cache, self.state
+            return _kernel.decode_attention(q_THD, k_TJD, v_TJD, cache.prefix[:, layer], cache.prompts[:, layer], cache.fed[:, layer],
+                                            cache.own_E, state.steps_E, state.ancestry_EKT, scale, sliding_window, softcap)
         e, k = self.state.next_EK.shape
         j, d = k_TJD.shape[1:]
         g = q_THD.shape[1] // j

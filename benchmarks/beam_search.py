@@ -1,0 +1,128 @@
+"""Beam search over real prompts: transformers' generate at its best batch size against the beam engine.
+
+    python benchmarks/beam_search.py [--shape 7b] [--data FILE] [--examples 16] [--num-beams 3] [--new-tokens 64 --forced]
+
+Same process, same model: a base with dequantised weights, or (`--shape`) random bfloat16 weights of that size, whose token
+ids are the tokenizer's modulo the vocabulary. With `--forced` every output has exactly `--new-tokens`, so that work is equal.
+Both are warm: the first, uncounted run compiles and records. In float32 both must choose the same tokens, or nothing is
+printed. `settings` has the rate of every batch size, and for `--profile` where the time of the engine's step goes.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.packed_stream import timed
+from benchmarks.report import print_report
+from inference.beam_engine import BeamSearcher
+from inference.engine import TransformersEngine, search_rules
+from qlora.base_model import load_tokenizer
+from qlora.config import DEFAULT_BASE, BaseModelSettings, DecodingSettings
+from qlora.data import load_examples
+from qlora.prompts import encode_prompts, load_prompt
+from qlora.serving import load_served
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
+}
+_VOCABULARY = 32000
+_FAMILIES = {"decode attention": ("_decode",), "prefill attention": ("fmha", "flash", "attention"),
+             "matrix products": ("gemm", "nvjet", "cutlass"), "top-k": ("TopK", "topk", "ort", "radix")}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-model", default=DEFAULT_BASE)
+    parser.add_argument("--shape", choices=_SHAPES)
+    parser.add_argument("--tokenizer", default=DEFAULT_BASE)
+    parser.add_argument("--data", default="data/sample/private_test.json")
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--num-beams", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--forced", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--baseline-examples", type=int, help="as many for the baseline, whose rate hardly depends on it")
+    parser.add_argument("--max-slots", type=int)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    is_folder = Path(arguments.tokenizer).is_dir()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if is_folder else load_tokenizer(arguments.tokenizer)
+    rows = load_examples(arguments.data, need_output=False)[:arguments.examples]
+    prompts = encode_prompts(tokenizer, load_prompt(), rows, 4096, arguments.data)
+    model = random_model(arguments.shape) if arguments.shape else load_served(BaseModelSettings(name=arguments.base_model))
+    if arguments.shape:
+        prompts = [tuple(token % _VOCABULARY for token in prompt) for prompt in prompts]
+    decoding = DecodingSettings(num_beams=arguments.num_beams, max_new_tokens=arguments.new_tokens,
+                                min_new_tokens=arguments.new_tokens if arguments.forced else None)
+    rates: dict[int, float] = {}
+    texts: dict[int, str] = {}
+    some = prompts[:arguments.baseline_examples]
+    for batch in arguments.batches:
+        engine = TransformersEngine(model, tokenizer, decoding, batch)
+        if model.device.type == "cuda":
+            dict(engine.generate(some[:batch]))
+        seconds = timed(lambda engine=engine: texts.update(engine.generate(some)))  # type: ignore[misc]
+        rates[batch] = len(some) / seconds
+        print(f"generate, batch {batch}: {rates[batch]:.3f} examples/s", file=sys.stderr, flush=True)
+
+    searcher = BeamSearcher(model, search_rules(model, decoding), max_slots=arguments.max_slots)
+    found: dict[int, list[int]] = {}
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        print(f"first run: {timed(lambda: found.update(searcher.search(prompts))):.1f} s", file=sys.stderr, flush=True)
+    seconds = timed(lambda: found.update(searcher.search(prompts)))
+    if model.dtype == torch.float32:
+        ours = {index: str(tokenizer.decode(found[index], skip_special_tokens=True)).strip() for index in texts}
+        assert ours == texts, [(ours[index], texts[index]) for index in texts if ours[index] != texts[index]]
+    best = max(rates.values())
+    extra: dict[str, Any] = {"num_new_tokens": sum(map(len, found.values())), "generate_examples_per_second": rates, "threads": torch.get_num_threads()}
+    if 1 in rates:
+        extra["ratio_to_one_at_a_time"] = round(len(prompts) / seconds / rates[1], 2)
+    if model.device.type == "cuda":
+        extra["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    if arguments.profile:
+        extra["profile_ms"] = profile(searcher, prompts)
+    print_report("beam_search", len(prompts) / seconds, best, "examples/s", {**vars(arguments), **extra}, higher_is_better=True)
+
+
+def random_model(shape: str) -> Any:
+    """A Llama of that shape with random bfloat16 weights on this process's GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=_VOCABULARY, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1,
+                         eos_token_id=2, dtype="bfloat16", **_SHAPES[shape])
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def profile(searcher: BeamSearcher, prompts: list[tuple[int, ...]]) -> dict[str, float]:
+    """Milliseconds of GPU work of a whole run by kernel family, and the wall time."""
+    from torch.profiler import ProfilerActivity
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        dict(searcher.search(prompts))
+        torch.cuda.synchronize()
+    spent = {"wall (with the profiler)": 1000 * (time.perf_counter() - start)}
+    for event in recorded.key_averages():
+        name = event.key
+        family = next((family for family, parts in _FAMILIES.items() if any(part in name for part in parts)), "elementwise and others")
+        spent[family] = spent.get(family, 0.0) + event.self_device_time_total / 1000
+    for event in sorted(recorded.key_averages(), key=lambda one: -one.self_device_time_total)[:14]:
+        print(f"{event.self_device_time_total / 1000:9.1f} ms {event.count:7d} {event.key[:100]}", file=sys.stderr)
+    return {family: round(milliseconds, 1) for family, milliseconds in spent.items()}
+
+
+if __name__ == "__main__":
+    main()
