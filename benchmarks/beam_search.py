@@ -69,8 +69,8 @@ def main() -> None:
     for batch in arguments.batches:
         engine = TransformersEngine(model, tokenizer, decoding, batch)
         if model.device.type == "cuda":
-            dict(engine.generate(some[:batch]))
-        seconds = timed(lambda engine=engine: texts.update(engine.generate(some)))  # type: ignore[misc]
+            list(engine.generate(some[:batch]))
+        seconds = timed(lambda engine=engine: texts.update((index, text) for index, text, _ in engine.generate(some)))  # type: ignore[misc]
         rates[batch] = len(some) / seconds
         print(f"generate, batch {batch}: {rates[batch]:.3f} examples/s", file=sys.stderr, flush=True)
 
@@ -84,7 +84,8 @@ def main() -> None:
         ours = {index: str(tokenizer.decode(found[index], skip_special_tokens=True)).strip() for index in texts}
         assert ours == texts, [(ours[index], texts[index]) for index in texts if ours[index] != texts[index]]
     best = max(rates.values())
-    extra: dict[str, Any] = {"num_new_tokens": sum(map(len, found.values())), "generate_examples_per_second": rates, "threads": torch.get_num_threads()}
+    extra: dict[str, Any] = {"num_new_tokens": sum(map(len, found.values())), "generate_examples_per_second": rates,
+                             "threads": torch.get_num_threads()}
     if 1 in rates:
         extra["ratio_to_one_at_a_time"] = round(len(prompts) / seconds / rates[1], 2)
     if model.device.type == "cuda":

@@ -32,7 +32,8 @@ def decode_attention(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, prefix: Tensor
     _decode[(e, j)](
         q, k_new, v_new, prefix, prompts, fed, own_E, steps_E, ancestry_EKT, out, scale, softcap or 0.0,
         prefix.shape[2], prompts.shape[3], t, prefix.stride(0), prompts.stride(0), fed.stride(0),
-        J=j, K=k, G=h // j, D=d, M=max(16, triton.next_power_of_2(rows)), KP=triton.next_power_of_2(k), WINDOW=sliding_window or 0, CAPPED=softcap is not None, C=_COLUMNS if d <= 128 else 32,
+        J=j, K=k, G=h // j, D=d, M=max(16, triton.next_power_of_2(rows)), KP=triton.next_power_of_2(k),
+        WINDOW=sliding_window or 0, CAPPED=softcap is not None, C=_COLUMNS if d <= 128 else 32,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2)
     return out
 

@@ -30,9 +30,9 @@ _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
 class Engine(Protocol):
     """Whatever turns prompts into texts."""
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
-        """(index, text) of each prompt (token ids that start with BOS if there is one), as they are done: the new tokens
-        decoded without special tokens, stripped."""
+    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
+        """(index, text, new tokens) of each prompt (token ids that start with BOS if there is one), as they are done: the new
+        tokens decoded without special tokens, stripped, and their number."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class BeamEngine:
     searcher: BeamSearcher
     tokenizer: Any
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """See Engine."""
         for index, tokens in self.searcher.search(prompts):
-            yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,16 @@ class TransformersEngine:
     decoding: DecodingSettings
     batch_rows: int
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """See Engine. A batch runs until its longest output ends."""
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         for start in range(0, len(order), self.batch_rows):
             indices = order[start:start + self.batch_rows]
-            yield from zip(indices, self._generate([prompts[index] for index in indices]), strict=True)
+            for index, (text, num_tokens) in zip(indices, self._generate([prompts[index] for index in indices]), strict=True):
+                yield index, text, num_tokens
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[Sequence[int]]) -> list[str]:
+    def _generate(self, prompts: list[Sequence[int]]) -> list[tuple[str, int]]:
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         ids = torch.full((len(prompts), width), pad)
@@ -85,7 +86,8 @@ class TransformersEngine:
             torch.manual_seed(self.decoding.seed)
         device, options = self.model.device, generate_options(self.decoding)
         out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad, **options)
-        return [text.strip() for text in self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        return [(text.strip(), int((tokens != pad).sum())) for text, tokens in zip(texts, out[:, width:], strict=True)]
 
 
 def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:

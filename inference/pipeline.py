@@ -1,34 +1,111 @@
-"""Owns the Ray Data pipeline: encoded prompts -> a pool of engines -> (row, text) pairs as they are done.
+"""Owns the Ray Data pipeline: row numbers -> rows -> prompts -> a pool of engines -> results as they are done.
 
-Rows go in sorted by length, so that a batch holds rows of like length; each carries its index. Refuses to know files.
+Only windows of row numbers are in the plan. A window's text is fetched from the driver's node when its turn comes, tokenised
+by a task, ordered by length and handed to the pool in batches: no process holds all rows. Refuses to know the output.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, from_items
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.engine import ServedModel, load_engine
+from inference.rows import RowStore
+from qlora.base_model import load_tokenizer
 from qlora.config import DecodingSettings
+from qlora.prompts import Prompt, encode_prompt
 
+_WINDOW_ROWS = 4096
 _BATCH_ROWS = {"cpu": 16, "gpu": 256}
+Result = tuple[int, str | None, str | None]  # row number, text, error
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does with every row. A prompt over `max_prompt_tokens` fails its row."""
+
+    served: ServedModel
+    prompt: Prompt
+    decoding: DecodingSettings
+    max_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """One batch's results, and the tokens that were generated for it."""
+
+    results: list[Result]
+    num_tokens: int
+
+
+class RowReader:
+    """Serves windows of a RowStore from the node where its file is."""
+
+    def __init__(self, rows: RowStore):
+        self.rows = rows
+
+    def instructions(self, numbers: list[int]) -> list[str]:
+        """Instructions of rows, given in ascending order."""
+        found = self.rows.read(numbers[0], numbers[-1] + 1)
+        return [found[number - numbers[0]].instruction for number in numbers]
+
+
+class Tokenise:
+    """A window of row numbers -> prompts, longest first, or errors."""
+
+    def __init__(self, work: Work, reader: Any):
+        self.work, self.reader = work, reader
+        self.tokenizer = load_tokenizer(work.served.base.name)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Column `numbers` (one window a row) -> columns `index`, `prompt` (token ids, empty for a failed row), `error`."""
+        found = []
+        for window in batch["numbers"]:
+            numbers = [int(number) for number in window]
+            for number, instruction in zip(numbers, ray.get(self.reader.instructions.remote(numbers)), strict=True):
+                prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
+                room = self.work.max_prompt_tokens
+                error = "" if len(prompt) <= room else (f"the prompt has {len(prompt)} tokens, but the model has room for {room} "
+                                                        "before the new ones; shorten it or lower --max-new-tokens")
+                found.append((number, [] if error else list(prompt), error))
+        found.sort(key=lambda row: (-len(row[1]), row[0]))
+        return {name: list(column) for name, column in zip(("index", "prompt", "error"), zip(*found, strict=True), strict=True)}
 
 
 class EngineActor:
     """A worker of the pool: one engine, loaded once."""
 
-    def __init__(self, served: ServedModel, decoding: DecodingSettings, num_threads: int):
+    def __init__(self, work: Work, num_threads: int):
         torch.set_num_threads(num_threads)
-        self.engine = load_engine(served, decoding)
+        self.engine = load_engine(work.served, work.decoding)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Columns `index` and `prompt` (token ids) -> `index` and `text`."""
-        prompts = [[int(token) for token in prompt] for prompt in batch["prompt"]]
-        texts = dict(self.engine.generate(prompts))
-        return {"index": batch["index"], "text": [texts[row] for row in range(len(prompts))]}
+        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`."""
+        errors = [str(error) for error in batch["error"]]
+        rows = [row for row, error in enumerate(errors) if not error]
+        outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
+        texts, num_tokens = [""] * len(errors), [0] * len(errors)
+        for row, (text, count, error) in zip(rows, outputs, strict=True):
+            texts[row], num_tokens[row], errors[row] = text, count, error
+        return {"index": batch["index"], "text": texts, "error": errors, "num_tokens": num_tokens}
+
+    def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
+        """(text, tokens, error) of each prompt. If the batch fails, its prompts are tried one by one, so that only what fails
+        alone is lost."""
+        if not prompts:
+            return []
+        try:
+            found = {index: (text, count, "") for index, text, count in self.engine.generate(prompts)}
+            return [found[index] for index in range(len(prompts))]
+        except (RuntimeError, ValueError) as error:
+            if len(prompts) == 1:
+                return [("", 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}")]
+            return [self._generate([prompt])[0] for prompt in prompts]
 
 
 def default_workers() -> int:
@@ -36,18 +113,25 @@ def default_workers() -> int:
     return max(1, int(ray.cluster_resources().get("GPU", 0)))
 
 
-def generate_texts(served: ServedModel, decoding: DecodingSettings, prompts: Mapping[int, Sequence[int]],
-                   num_workers: int) -> Iterator[tuple[int, str]]:
-    """(index, text) for each indexed prompt, in the order in which they are done. Needs a connected Ray."""
-    DataContext.get_current().enable_progress_bars = False
+def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_workers: int) -> Iterator[Report]:
+    """Results of the rows with these numbers (ascending), batch by batch, as they are done. Needs a connected Ray."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources = ray.cluster_resources()
     on_gpu = resources.get("GPU", 0) >= 1
-    batch_rows = _BATCH_ROWS["gpu" if on_gpu else "cpu"]
-    rows = [{"index": index, "prompt": list(prompts[index])} for index in sorted(prompts, key=lambda index: (-len(prompts[index]), index))]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    reader = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
+    window = min(_WINDOW_ROWS, -(-len(numbers) // num_workers))
+    windows = [{"numbers": list(numbers[start:start + window])} for start in range(0, len(numbers), window)]
+    batch_rows = min(_BATCH_ROWS["gpu" if on_gpu else "cpu"], window)
     num_threads = max(1, int(resources.get("CPU", 1)) // num_workers)
-    dataset = from_items(rows, override_num_blocks=-(-len(rows) // batch_rows)).map_batches(
-        EngineActor, fn_constructor_args=(served, decoding, num_threads), batch_size=batch_rows,
-        compute=ActorPoolStrategy(size=num_workers), num_cpus=1, num_gpus=1 if on_gpu else 0)
+    # Small CPU requests: on 2 cores the tokenising tasks and the pool must fit side by side.
+    dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
+        Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25).map_batches(
+        EngineActor, fn_constructor_args=(work, num_threads), batch_size=batch_rows, compute=ActorPoolStrategy(size=num_workers),
+        num_cpus=0.25 if not on_gpu else 1, num_gpus=1 if on_gpu else 0)
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from zip(map(int, batch["index"]), map(str, batch["text"]), strict=True)
+        columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
+        results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]
+        yield Report(results, int(batch["num_tokens"].sum()))

@@ -1,58 +1,138 @@
-"""Owns predictions on disk: rows as they come, kept so that a stopped job can go on; then one ordered JSON file, atomically."""
+"""Owns predictions on disk: rows as they come, kept so that a stopped job can go on; then one ordered file, in one move.
 
-import hashlib
+A journal has one line a finished row, [index, text] or [index, null, error]; in memory are only the places of those lines.
+The driver is its only writer, so every row is kept once, whatever workers died. (Ray Data's own checkpoint is keyed by column
+values and written by workers; it would need a disk that all nodes share.)
+"""
+
 import json
+import os
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
+from inference.rows import RowStore
 from qlora.config import InputError
 from qlora.data import Example
-from qlora.files import write_json, write_text
+from qlora.files import write_json
+
+_WRITE_ROWS = 1000
+
+
+def work_folder(output: Path) -> Path:
+    """Where a job keeps its rows and its journal, beside the output; gone when the job is done."""
+    return output.with_name(f".{output.name}.work")
 
 
 class Journal:
-    """The finished rows of a job, one JSON line each, beside the output. Its first line names the job's settings."""
+    """The finished rows of a job. Its first line has the job's settings."""
 
-    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool):
-        """Open the journal of `output`; with `resume` its rows are kept, else it starts afresh.
+    def __init__(self, folder: Path, settings: dict[str, Any], num_rows: int, *, resume: bool):
+        """Open the journal of a job; with `resume` its rows are kept, else it starts afresh.
 
-        Raises InputError if it belongs to a job with other settings.
+        Raises InputError, naming what changed, if it belongs to a job with other settings.
         """
-        self.path = output.with_name(f".{output.name}.journal")
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-        self.texts: dict[int, str] = {}
-        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "journal.jsonl"
+        self.places = array("q", [-1]) * num_rows
+        self.num_done = 0
         if resume and self.path.exists():
-            self._read(digest)
-        self._file = self._rewrite(digest)
+            end = self._read(settings)
+            os.truncate(self.path, end)
+            self._file: BinaryIO = open(self.path, "r+b")  # noqa: SIM115
+            self._file.seek(end)
+        else:
+            self._file = open(self.path, "w+b")  # noqa: SIM115
+            self._write_line(settings)
+            self._file.flush()
 
-    def append(self, index: int, text: str) -> None:
-        """Keep the text of one input row."""
-        self.texts[index] = text
-        self._file.write(json.dumps([index, text], ensure_ascii=False) + "\n")
+    def missing(self) -> list[int]:
+        """Indices of rows that are not done."""
+        return [index for index, place in enumerate(self.places) if place < 0]
+
+    def append(self, results: list[tuple[int, str | None, str | None]]) -> int:
+        """Keep (index, text, error) of rows; one that is there already is passed over. Returns how many were new."""
+        new = 0
+        for index, text, error in results:
+            if self.places[index] < 0:
+                self.places[index] = self._file.tell()
+                self._write_line([index, text] if error is None else [index, None, error])
+                new += 1
         self._file.flush()
+        self.num_done += new
+        return new
 
-    def remove(self) -> None:
-        """Close and delete the journal: its job is done."""
+    def read(self, index: int) -> tuple[str | None, str | None]:
+        """(text, error) of a finished row."""
+        self._file.seek(self.places[index])
+        _, text, *error = json.loads(self._file.readline())
+        return text, error[0] if error else None
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        self.path.unlink()
 
-    def _read(self, digest: str) -> None:
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
-        if first != json.dumps(digest):
-            raise InputError(self.path, "belongs to a job with another model, prompt, input or settings; "
-                             "run without --resume to start afresh")
-        for line in lines:
-            if line.endswith("]"):
-                index, text = json.loads(line)
-                self.texts[index] = text
+    def _write_line(self, content: Any) -> None:
+        self._file.write(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
 
-    def _rewrite(self, digest: str) -> TextIO:
-        rows = [json.dumps(digest), *(json.dumps([index, text], ensure_ascii=False) for index, text in self.texts.items())]
-        write_text(self.path, "\n".join(rows) + "\n")
-        return open(self.path, "a", encoding="utf-8")
+    def _read(self, settings: dict[str, Any]) -> int:
+        """Take in the finished rows; returns where the last whole line ends."""
+        with open(self.path, "rb") as file:
+            first = file.readline()
+            try:
+                old = json.loads(first)
+            except ValueError:
+                old = {}
+            changed = [key for key in {**old, **settings} if old.get(key) != json.loads(json.dumps(settings)).get(key)]
+            if changed:
+                raise InputError(self.path.parent, f"holds rows of a job with another {', '.join(changed)}; "
+                                 "run without --resume to start afresh")
+            end = file.tell()
+            for line in iter(file.readline, b""):
+                if not line.endswith(b"\n"):
+                    break
+                index = json.loads(line)[0]
+                self.num_done += self.places[index] < 0
+                self.places[index] = end
+                end = file.tell()
+            return end
 
 
-def write_predictions(path: Path, examples: list[Example], texts: dict[int, str]) -> None:
-    """Write [{"id", "output"}] in input order, replacing the file in one move."""
-    write_json(path, [{"id": example.id, "output": texts[index]} for index, example in enumerate(examples)])
+def write_predictions(path: Path, rows: RowStore, journal: Journal,
+                      each: Callable[[Example, str], None] = lambda example, text: None) -> list[dict[str, Any]]:
+    """Write [{"id", "output"}] in input order, replacing the file in one move; `each` sees every row that has a text.
+
+    A row that failed has an empty output; returned are those rows' {"row", "id", "error"}, also written to PATH.errors.json.
+    """
+    errors: list[dict[str, Any]] = []
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for number, (example, text, error) in enumerate(_in_order(rows, journal)):
+            if error is None:
+                each(example, text or "")
+            else:
+                errors.append({"row": number, "id": example.id, "error": error})
+            item = json.dumps({"id": example.id, "output": text or ""}, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            file.write(("[\n " if number == 0 else ",\n ") + item)
+        file.write("\n]\n")
+        file.flush()
+        os.fsync(file.fileno())
+    errors_path = beside(path, "errors")
+    if errors:
+        write_json(errors_path, errors)
+    else:
+        errors_path.unlink(missing_ok=True)
+    unfinished.replace(path)
+    return errors
+
+
+def beside(path: Path, kind: str) -> Path:
+    """PATH.errors.json or PATH.meta.json."""
+    return path.with_name(f"{path.name}.{kind}.json")
+
+
+def _in_order(rows: RowStore, journal: Journal) -> Iterator[tuple[Example, str | None, str | None]]:
+    for start in range(0, len(rows), _WRITE_ROWS):
+        for number, example in enumerate(rows.read(start, min(start + _WRITE_ROWS, len(rows))), start):
+            yield example, *journal.read(number)

@@ -29,14 +29,14 @@ def load_examples(path: str | Path, *, need_output: bool) -> list[Example]:
     """
     rows = _read_json(Path(path))
     if not isinstance(rows, list):
-        raise InputError(path, f"must be a JSON list of rows, not {_json_kind(rows)}")
+        raise InputError(path, f"must be a JSON list of rows, not {json_kind(rows)}")
     if not rows:
         raise InputError(path, "holds no rows; give at least one")
     examples: list[Example] = []
     row_of_id: dict[str, int] = {}
     for number, row in enumerate(rows):
         where = f"{path}:row {number}"
-        example = _example(where, row, need_output)
+        example = checked_example(where, row, need_output)
         if example.id in row_of_id:
             raise InputError(where, f"id {example.id!r} was used in row {row_of_id[example.id]}; ids must be unique")
         row_of_id[example.id] = number
@@ -65,9 +65,10 @@ def _read_json(path: Path) -> Any:
         raise InputError(path, "is not a list of rows: it is nested too deeply") from None
 
 
-def _example(where: str, row: Any, need_output: bool) -> Example:
+def checked_example(where: str, row: Any, need_output: bool) -> Example:
+    """One parsed row as an Example. Raises InputError, naming `where`, for what `load_examples` refuses in a row."""
     if not isinstance(row, dict):
-        raise InputError(where, f"must be an object with id and instruction, not {_json_kind(row)}")
+        raise InputError(where, f"must be an object with id and instruction, not {json_kind(row)}")
     identifier, instruction = _text(where, row, "id"), _text(where, row, "instruction")
     output = _text(where, row, "output") if need_output or row.get("output") is not None else None
     return Example(identifier, instruction, output)
@@ -78,7 +79,7 @@ def _text(where: str, row: dict[str, Any], key: str) -> str:
         raise InputError(where, f"has no {key!r}; add it")
     value = row[key]
     if not isinstance(value, str):
-        raise InputError(where, f"{key} must be text, not {_json_kind(value)}")
+        raise InputError(where, f"{key} must be text, not {json_kind(value)}")
     if not value.strip():
         raise InputError(where, f"{key} is empty; fill it or remove the row")
     try:
@@ -88,6 +89,7 @@ def _text(where: str, row: dict[str, Any], key: str) -> str:
     return value
 
 
-def _json_kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
+    """What JSON calls a value, for error lines."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return kinds.get(type(value), "null")

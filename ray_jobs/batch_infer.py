@@ -5,22 +5,24 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qlora.config import MAX_LENGTH_TOKENS, DecodingSettings, InputError, validated
+from qlora.config import MAX_LENGTH_TOKENS, InputError
 from ray_jobs.command import (
+    EXIT_ROWS_FAILED,
     CommandParser,
     add_base_options,
+    add_decoding_options,
     connect_ray,
+    decoding_settings,
     local_adapter,
     positive_int,
     prompt_name,
     run,
     served_base,
-    show_progress,
+    show_line,
 )
 
 
@@ -28,18 +30,12 @@ def _arguments() -> argparse.Namespace:
     parser = CommandParser(__doc__)
     add_base_options(parser)
     parser.add_argument("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION, in place of --base-model and --adapter")
-    parser.add_argument("--input", metavar="FILE", required=True, help="JSON list of rows with id and instruction")
+    parser.add_argument("--input", metavar="FILE", required=True, help="JSON list, or JSONL, of rows with id and instruction")
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON list of id and output")
-    parser.add_argument("--num-beams", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--min-new-tokens", type=int)
-    parser.add_argument("--length-penalty", type=float, default=1.0)
-    parser.add_argument("--early-stopping", choices=("true", "false", "never"), help="when beam search stops (default: false)")
-    parser.add_argument("--do-sample", action="store_true")
-    for name, kind in {"--top-p": float, "--top-k": int, "--temperature": float, "--seed": int}.items():
-        parser.add_argument(name, type=kind, metavar=name[2].upper(), help="with --do-sample")
+    add_decoding_options(parser)
     parser.add_argument("--workers", type=positive_int, metavar="N", help="engines in the pool (default: one a GPU, or one)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run of the same command finished")
+    parser.add_argument("--quiet", action="store_true", help="no progress (it is shown on terminals only)")
     arguments = parser.parse_args()
     if arguments.model and (arguments.base_model or arguments.adapter):
         parser.error("--model names base and adapter; leave --base-model and --adapter out")
@@ -51,37 +47,42 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
-    options = {key: getattr(arguments, key) for key in DecodingSettings.model_fields}
-    decoding = validated("options", lambda: DecodingSettings(**options))
+    decoding = decoding_settings(arguments)
     from qlora.base_model import load_config, load_tokenizer
-    from qlora.data import examples_digest, load_examples
-    from qlora.prompts import encode_prompts, load_prompt
-    examples = load_examples(arguments.input, need_output=False)
+    from qlora.prompts import load_prompt
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
-    if Path(arguments.output).is_dir():
-        raise InputError(arguments.output, "is a folder; name a file")
-    adapter, adapter_base = local_adapter(arguments.model or arguments.adapter)
+    adapter, adapter_base, model_uri = local_adapter(arguments.model or arguments.adapter)
     base = served_base(arguments.base_model, adapter_base, arguments)
-    context_tokens = getattr(load_config(base.name).get_text_config(), "max_position_embeddings", MAX_LENGTH_TOKENS)
-    prompts = encode_prompts(load_tokenizer(base.name), prompt, examples, context_tokens - decoding.max_new_tokens, arguments.input)
+    config = load_config(base.name)
+    load_tokenizer(base.name)
+    context_tokens = getattr(config.get_text_config(), "max_position_embeddings", MAX_LENGTH_TOKENS)
+    if decoding.max_new_tokens >= context_tokens:
+        raise InputError("options:max_new_tokens", f"{decoding.max_new_tokens} leaves no room for a prompt within {context_tokens}")
 
     from inference.engine import ServedModel
-    from inference.pipeline import default_workers, generate_texts
-    from inference.predictions import Journal, write_predictions
-    settings = {"base": base.model_dump(), "adapter": arguments.model or arguments.adapter, "decoding": decoding.model_dump(),
-                "prompts": [list(tokens) for tokens in prompts], "input": examples_digest(examples)}
-    journal = Journal(Path(arguments.output), settings, resume=arguments.resume)
-    missing = {index: tokens for index, tokens in enumerate(prompts) if index not in journal.texts}
-    started = time.monotonic()
-    if missing:
+    from inference.job import Progress, model_facts, open_job, run_job
+    from inference.pipeline import Work, default_workers
+    work = Work(ServedModel(base, adapter), prompt, decoding, context_tokens - decoding.max_new_tokens)
+    output = Path(arguments.output)
+
+    def workers() -> int:
         connect_ray()
-        for index, text in generate_texts(ServedModel(base, adapter), decoding, missing, arguments.workers or default_workers()):
-            journal.append(index, text)
-            show_progress(started, len(journal.texts) - len(examples) + len(missing), len(missing), "rows")
-    write_predictions(Path(arguments.output), examples, journal.texts)
-    journal.remove()
-    rate = len(missing) / (time.monotonic() - started)
-    print(f"{len(examples)} rows ({len(missing)} generated now, {rate:.2f} rows/s) -> {arguments.output}")
+        return arguments.workers or default_workers()
+
+    def show(progress: Progress) -> None:
+        if not arguments.quiet:
+            show_line(str(progress), progress.num_done == progress.num_rows)
+
+    with open_job(Path(arguments.input), output) as rows:
+        facts = model_facts(work, model_uri, getattr(config, "_commit_hash", None))
+        result = run_job(work, rows, output, facts, workers, resume=arguments.resume, progress=show)
+    if result.scores:
+        print(", ".join(f"{name} {value}" for name, value in result.scores.items()))
+    failed = f", {result.num_failed} FAILED (see {output}.errors.json)" if result.num_failed else ""
+    rate = result.num_generated / max(result.seconds, 1e-9)
+    print(f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s){failed} -> {output}")
+    if result.num_failed:
+        sys.exit(EXIT_ROWS_FAILED)
 
 
 if __name__ == "__main__":

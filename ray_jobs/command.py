@@ -1,6 +1,7 @@
 """Owns what all commands share: the exit codes, the one error line, common options, and how they reach Ray.
 
-Exit codes: 0 done, 2 bad input or configuration, 3 stopped but resumable. Imports nothing heavy until it is needed.
+Exit codes: 0 done, 2 bad input or configuration, 3 stopped but resumable, 4 done but for rows that failed. Imports nothing
+heavy until it is needed.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from qlora.config import BaseModelSettings, InputError, validated
+from qlora.config import BaseModelSettings, DecodingSettings, InputError, validated
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
+EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 2, 3, 4
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
@@ -54,6 +55,24 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, float32 on CPUs")
 
 
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """The options of DecodingSettings."""
+    parser.add_argument("--num-beams", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--min-new-tokens", type=int)
+    parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--early-stopping", choices=("true", "false", "never"), help="when beam search stops (default: false)")
+    parser.add_argument("--do-sample", action="store_true")
+    for name, kind in {"--top-p": float, "--top-k": int, "--temperature": float, "--seed": int}.items():
+        parser.add_argument(name, type=kind, metavar=name[2].upper(), help="with --do-sample")
+
+
+def decoding_settings(arguments: argparse.Namespace) -> DecodingSettings:
+    """What `add_decoding_options` read. Raises InputError for settings that don't fit each other."""
+    options = {key: getattr(arguments, key) for key in DecodingSettings.model_fields}
+    return validated("options", lambda: DecodingSettings(**options))
+
+
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     value = int(text)
@@ -79,24 +98,30 @@ def served_base(base: str | None, adapter_base: str | None, arguments: argparse.
     return validated("--base-model", lambda: BaseModelSettings(name=name, quantization=arguments.quantization, dtype=dtype))
 
 
-def local_adapter(adapter: str | None) -> tuple[str | None, str | None]:
-    """(PEFT folder, the base it names) of an ADAPTER, fetched from the registry if need be; checked, not loaded."""
+def local_adapter(adapter: str | None) -> tuple[str | None, str | None, str | None]:
+    """(PEFT folder, the base it names, its fixed models:/ URI) of an ADAPTER, fetched from the registry if need be; checked,
+    not loaded."""
     if adapter is None:
-        return None, None
+        return None, None, None
     from qlora.adapters import adapter_base
     from tracking.registry import fetch_adapter, is_model_uri
-    folder = str(fetch_adapter(adapter).folder) if is_model_uri(adapter) else str(Path(adapter).resolve())
-    return folder, adapter_base(folder)
+    if is_model_uri(adapter):
+        registered = fetch_adapter(adapter)
+        return str(registered.folder), adapter_base(registered.folder), registered.model_uri
+    folder = str(Path(adapter).resolve())
+    return folder, adapter_base(folder), None
 
 
 def show_progress(started: float, done: int, total: int, unit: str) -> None:
-    """Done of all, rate and time left: rewritten in place on a terminal, every tenth part in a log."""
+    """Done of all, rate and time left."""
     seconds = max(time.monotonic() - started, 1e-9)
-    line = f"{done}/{total} {unit}, {done / seconds:.2f} {unit}/s, {seconds / done * (total - done):.0f} s left"
+    show_line(f"{done}/{total} {unit}, {done / seconds:.2f} {unit}/s, {seconds / done * (total - done):.0f} s left", done == total)
+
+
+def show_line(line: str, last: bool) -> None:
+    """Rewrite a line of progress in place; only on a terminal, where someone looks."""
     if sys.stderr.isatty():
-        print(f"\r{line:<70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-    elif done == total or done * 10 // total > (done - 1) * 10 // total:
-        print(line, file=sys.stderr, flush=True)
+        print(f"\r{line:<70}", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -25,7 +25,7 @@ def main() -> None:
     from qlora.prompts import encode_examples, load_prompt
     examples = load_examples(arguments.data, need_output=True)
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
-    adapter, adapter_base = local_adapter(arguments.adapter)
+    adapter, adapter_base, _ = local_adapter(arguments.adapter)
     settings = served_base(arguments.base_model, adapter_base, arguments)
     from qlora.base_model import load_config, load_tokenizer
     load_config(settings.name)
