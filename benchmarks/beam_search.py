@@ -17,23 +17,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import AutoTokenizer
 
+from benchmarks.models import add_model_options, fold, load_model
 from benchmarks.packed_stream import timed
 from benchmarks.report import print_report
 from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine, search_rules
-from qlora.base_model import load_tokenizer
-from qlora.config import DEFAULT_BASE, BaseModelSettings, DecodingSettings
+from qlora.config import DecodingSettings
 from qlora.data import load_examples
 from qlora.prompts import encode_prompts, load_prompt
-from qlora.serving import load_served
 
-_SHAPES: dict[str, dict[str, Any]] = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
-}
-_VOCABULARY = 32000
 _FAMILIES = {"decode attention": ("_decode",), "prefill attention": ("fmha", "flash", "attention"),
              "matrix products": ("gemm", "nvjet", "cutlass"), "top-k": ("TopK", "topk", "ort", "radix")}
 
@@ -41,9 +34,7 @@ _FAMILIES = {"decode attention": ("_decode",), "prefill attention": ("fmha", "fl
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-model", default=DEFAULT_BASE)
-    parser.add_argument("--shape", choices=_SHAPES)
-    parser.add_argument("--tokenizer", default=DEFAULT_BASE)
+    add_model_options(parser)
     parser.add_argument("--data", default="data/sample/private_test.json")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--num-beams", type=int, default=3)
@@ -54,13 +45,11 @@ def main() -> None:
     parser.add_argument("--max-slots", type=int)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    is_folder = Path(arguments.tokenizer).is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if is_folder else load_tokenizer(arguments.tokenizer)
+    model, tokenizer = load_model(arguments)
     rows = load_examples(arguments.data, need_output=False)[:arguments.examples]
     prompts = encode_prompts(tokenizer, load_prompt(), rows, 4096, arguments.data)
-    model = random_model(arguments.shape) if arguments.shape else load_served(BaseModelSettings(name=arguments.base_model))
     if arguments.shape:
-        prompts = [tuple(token % _VOCABULARY for token in prompt) for prompt in prompts]
+        prompts = [fold(prompt) for prompt in prompts]
     decoding = DecodingSettings(num_beams=arguments.num_beams, max_new_tokens=arguments.new_tokens,
                                 min_new_tokens=arguments.new_tokens if arguments.forced else None)
     rates: dict[int, float] = {}
@@ -93,19 +82,6 @@ def main() -> None:
     if arguments.profile:
         extra["profile_ms"] = profile(searcher, prompts)
     print_report("beam_search", len(prompts) / seconds, best, "examples/s", {**vars(arguments), **extra}, higher_is_better=True)
-
-
-def random_model(shape: str) -> Any:
-    """A Llama of that shape with random bfloat16 weights on this process's GPU."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=_VOCABULARY, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1,
-                         eos_token_id=2, dtype="bfloat16", **_SHAPES[shape])
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.requires_grad_(False).eval()
 
 
 def profile(searcher: BeamSearcher, prompts: list[tuple[int, ...]]) -> dict[str, float]:

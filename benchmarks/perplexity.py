@@ -1,6 +1,6 @@
 """Public perplexity under the report's prompts: a plain loop, one example at a time, against the packed stream.
 
-    python benchmarks/perplexity.py [--data FILE] [--examples 16] [--shots 0 3]
+    python benchmarks/perplexity.py [--data FILE] [--examples 16] [--shots 0 3] [--shape 7b --tokenizer FOLDER]
 
 Same process, same NF4 base. The work is every example under each prompt (zero-shot and 3-shot, as in the report); `settings`
 has the seconds and the ratio of each. Every value must agree to 1e-4 in float32, the mean to 1 % in bfloat16, or nothing is
@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+from benchmarks.models import add_model_options, fold, load_model
 from benchmarks.packed_stream import padded_rows, timed
 from benchmarks.report import print_report
 from qlora.attention import use_packed_attention
 from qlora.base_model import default_token_budget, load_base, load_tokenizer
-from qlora.config import DEFAULT_BASE, BaseModelSettings
+from qlora.config import BaseModelSettings
 from qlora.data import load_examples
 from qlora.packing import pack
 from qlora.perplexity import example_perplexities, mean_perplexity
@@ -31,7 +32,7 @@ from qlora.prompts import EncodedExample, encode_examples, load_prompt
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-model", default=DEFAULT_BASE)
+    add_model_options(parser)
     parser.add_argument("--data", default="data/sample/public_test.json")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 3])
@@ -39,11 +40,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     rows = load_examples(arguments.data, need_output=True)[:arguments.examples]
-    tokenizer, model = load_tokenizer(arguments.base_model), load_base(BaseModelSettings(name=arguments.base_model))
+    if arguments.shape:
+        model, tokenizer = load_model(arguments)
+    else:
+        model, tokenizer = load_base(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
     prompts = {f"{shots}-shot": load_prompt("few-shot", shots, arguments.shots_from) if shots else load_prompt()
                for shots in arguments.shots}
-    found = {name: measure(model, encode_examples(tokenizer, prompt, rows, arguments.data), arguments.repeats)
-             for name, prompt in prompts.items()}
+    found = {}
+    for name, prompt in prompts.items():
+        examples = encode_examples(tokenizer, prompt, rows, arguments.data)
+        if arguments.shape:
+            examples = [EncodedExample(one.id, fold(one.prompt), fold(one.answer)) for one in examples]
+        found[name] = measure(model, examples, arguments.repeats)
     seconds = {run: sum(prompt["seconds"][run] for prompt in found.values()) for run in ("loop", "packed")}
     num_values = len(rows) * len(found)
     print_report("perplexity", num_values / seconds["packed"], num_values / seconds["loop"], "examples/s",

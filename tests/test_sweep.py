@@ -142,7 +142,11 @@ def test_the_champion_serves_evaluation_and_inference(project, sweep):
     assert evaluation["count"] == len(evaluation["perplexities"]) == 8
     out = finished(command(project, "batch_infer", "--model", "models:/tiny@champion", "--input", "public.json", "--quantization", "none",
                            "--max-new-tokens", "6", "--output", "out/outputs.json"))
-    assert "8/8 rows" in out
+    assert "8 rows (8 generated now" in out
+    assert "chrf" in out
+    meta = json.loads((project / "out/outputs.json.meta.json").read_text())
+    assert meta["model_uri"] == "models:/tiny/1"
+    assert meta["scores"]["count"] == 8
     outputs = json.loads((project / "out/outputs.json").read_text())
     assert [row["id"] for row in outputs] == [f"e{n}" for n in range(16, 24)]
     assert all(row.keys() == {"id", "output"} for row in outputs)

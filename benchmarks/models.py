@@ -1,0 +1,49 @@
+"""Owns the models that benchmarks run on: a real base, or random weights of a size that nobody wants to ship.
+
+Speed does not depend on what weights say, but on their shapes and on the tokens' number: prompts are real.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qlora.base_model import load_tokenizer
+from qlora.config import DEFAULT_BASE, BaseModelSettings
+from qlora.serving import load_served
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
+}
+_VOCABULARY = 32000
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--base-model, or --shape with --tokenizer."""
+    parser.add_argument("--base-model", default=DEFAULT_BASE)
+    parser.add_argument("--shape", choices=_SHAPES, help="random bfloat16 weights of this size in place of --base-model")
+    parser.add_argument("--tokenizer", default=DEFAULT_BASE, help="a base or a tokenizer's folder")
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) as the options say; a base has its dequantised weights if memory allows."""
+    if not arguments.shape:
+        return load_served(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
+    is_folder = Path(arguments.tokenizer).is_dir()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if is_folder else load_tokenizer(arguments.tokenizer)
+    config = LlamaConfig(vocab_size=_VOCABULARY, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1,
+                         eos_token_id=2, dtype="bfloat16", **_SHAPES[arguments.shape])
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def fold(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Token ids within the vocabulary of the random shapes."""
+    return tuple(token % _VOCABULARY for token in tokens)

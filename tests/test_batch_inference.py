@@ -1,0 +1,215 @@
+"""Batch inference streams its input, keeps what is done, and writes every row once, in order, whatever was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+import inference.rows
+from inference.predictions import Journal, write_predictions
+from inference.rows import store_rows
+from inference.scores import Scores
+from qlora.config import InputError
+
+ROWS = [{"id": f"r{n}", "instruction": f"翻譯：{'甲乙丙' * n}「\"\\{{}}」\n", "output": "天地" * n} for n in range(1, 40)]
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def write(path: Path, rows: list, *, lines: bool = False, indent: int | None = None) -> Path:
+    items = [json.dumps(row, ensure_ascii=n % 2 == 0, indent=None if lines else indent) for n, row in enumerate(rows)]
+    path.write_text("\n".join(items) if lines else "[" + ",\n".join(items) + "]\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("form", ["list", "indented", "lines"])
+def test_rows_are_read_whatever_the_pieces(piece, form, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference.rows, "_PIECE_BYTES", piece)
+    name, lines = ("in.jsonl", True) if form == "lines" else ("in.json", False)
+    path = write(tmp_path / name, ROWS, lines=lines, indent=2 if form == "indented" else None)
+    rows = store_rows(path, tmp_path / "work")
+    assert len(rows) == len(ROWS)
+    assert [(r.id, r.instruction, r.output) for r in rows.read(0, len(ROWS))] == [tuple(row.values()) for row in ROWS]
+    assert rows.read(5, 6)[0].id == "r6"
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    ('[{"id": "a", "instruction": "x"}', "line 1: is not valid JSON"),
+    ('[{"id": "a", "instruction": "x"}\n {"id": "b"}]', "line 2: is not valid JSON"),
+    ('[{"id": "a", "instruction": "x"},\n\n {"id: "b"}]', "line 3: is not valid JSON"),
+    ('[{"id": "a", "instruction": "x"}] 1', "Extra data"),
+    ('[{"id": "a", "instruction": "x"},]', "is not valid JSON"),
+    ('{"id": "a"}', "must be a JSON list of rows, not an object"),
+    ("12", "must be a JSON list of rows, not a number"),
+    ("[]", "holds no rows"),
+    ("[" * 200_000, "nested too deeply"),
+])
+def test_what_is_no_list_of_rows_is_refused(content, problem, tmp_path):
+    path = tmp_path / "in.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=problem):
+        store_rows(path, tmp_path / "work")
+
+
+def test_bad_lines_are_named(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"id": "a", "instruction": "x"}\n\n{"id": \n')
+    with pytest.raises(InputError, match="line 3: is not valid JSON"):
+        store_rows(path, tmp_path / "work")
+
+
+def test_a_journal_keeps_whole_lines_only(tmp_path):
+    journal = Journal(tmp_path, {"model": "a"}, 4, resume=False)
+    assert journal.append([(2, "二", None), (0, None, "too long")]) == 2
+    assert journal.append([(2, "again", None)]) == 0
+    journal.close()
+    with open(journal.path, "ab") as file:
+        file.write(b'[1, "torn')
+    resumed = Journal(tmp_path, {"model": "a"}, 4, resume=True)
+    assert resumed.missing() == [1, 3]
+    resumed.append([(1, "一", None)])
+    assert [resumed.read(index) for index in (0, 1, 2)] == [(None, "too long"), ("一", None), ("二", None)]
+    resumed.close()
+    assert Journal(tmp_path, {"model": "a"}, 4, resume=False).missing() == [0, 1, 2, 3]
+
+
+def test_another_jobs_rows_are_never_mixed_in(tmp_path):
+    Journal(tmp_path, {"model": {"base": "a"}, "prompt": "p"}, 4, resume=False).close()
+    with pytest.raises(InputError, match="a job with another model"):
+        Journal(tmp_path, {"model": {"base": "b"}, "prompt": "p"}, 4, resume=True)
+
+
+def test_failed_rows_are_kept_apart(tmp_path):
+    rows = store_rows(write(tmp_path / "in.json", ROWS[:3]), tmp_path / "work")
+    journal = Journal(tmp_path / "work", {}, 3, resume=False)
+    journal.append([(2, "c", None), (1, None, "too long"), (0, "a", None)])
+    seen: list[str] = []
+    errors = write_predictions(tmp_path / "out.json", rows, journal, lambda example, text: seen.append(example.id + text))
+    assert errors == json.loads((tmp_path / "out.json.errors.json").read_text()) == [{"row": 1, "id": "r2", "error": "too long"}]
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        {"id": "r1", "output": "a"}, {"id": "r2", "output": ""}, {"id": "r3", "output": "c"}]
+    assert seen == ["r1a", "r3c"]
+
+
+def test_scores_of_equal_and_of_unrelated_texts():
+    same, other = Scores(), Scores()
+    for text in ("天地玄黃宇宙洪荒", "日月盈昃辰宿列張"):
+        same.add(text, text)
+        other.add("全然不同的一句話", text)
+    assert same.summary() == {"chrf": 100.0, "bleu": 100.0, "exact_match": 1.0, "count": 2}
+    assert other.summary()["exact_match"] == 0
+    assert other.summary()["chrf"] < 10
+
+
+def infer(tiny_base: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
+    arguments = ["--base-model", str(tiny_base), "--quantization", "none", "--input", str(source), "--output", str(output),
+                 "--max-new-tokens", "24", *options]
+    return subprocess.Popen([sys.executable, str(PROJECT / "ray_jobs/batch_infer.py"), *arguments], cwd=output.parent, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == code, out
+    return out
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """400 rows; row 7 has a prompt that no model of ours takes."""
+    rows = [{"id": f"r{n}", "instruction": f"翻譯第{n}句", "output": "甲"} for n in range(400)]
+    rows[7]["instruction"] = "長" * 2000
+    return write(tmp_path_factory.mktemp("rows") / "many.jsonl", rows, lines=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_base, many, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out.json"
+    out = finish(infer(tiny_base, many, output), code=4)
+    assert "1 FAILED" in out.splitlines()[-1]
+    return output
+
+
+def wait_for_rows(folder: Path, count: int) -> None:
+    journal, started = folder / ".out.json.work/journal.jsonl", time.monotonic()
+    while not journal.exists() or journal.read_bytes().count(b"\n") <= count:
+        assert time.monotonic() - started < 120, "no rows came"
+        time.sleep(0.05)
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Processes of the pool's engines among a command's descendants."""
+    listing = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in listing if "EngineActor" in line and "ray::" in line
+            and line.split()[1] == str(os.getsid(process.pid))]
+
+
+def test_every_row_comes_out_once_in_order(uninterrupted):
+    outputs = json.loads(uninterrupted.read_text())
+    assert [row["id"] for row in outputs] == [f"r{n}" for n in range(400)]
+    assert [row["id"] for row in outputs if not row["output"]] == ["r7"]
+    meta = json.loads(uninterrupted.with_name("out.json.meta.json").read_text())
+    assert (meta["rows"], meta["rows_failed"], meta["scores"]["count"]) == (400, 1, 399)
+    assert not uninterrupted.with_name(".out.json.work").exists()
+
+
+def test_killed_workers_and_drivers_lose_no_finished_row(uninterrupted, tiny_base, many, tmp_path):
+    output = tmp_path / "out.json"
+    first = infer(tiny_base, many, output)
+    wait_for_rows(tmp_path, 20)
+    for worker in workers_of(first):
+        os.kill(worker, signal.SIGKILL)
+    wait_for_rows(tmp_path, 60)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert not output.exists()
+
+    changed = finish(infer(tiny_base, many, output, "--num-beams", "2", "--resume"), code=2)
+    assert "another generation settings" in changed
+    out = finish(infer(tiny_base, many, output, "--resume"), code=4)
+    generated = int(out.splitlines()[-1].split("(")[1].split()[0])
+    assert generated < 350
+    assert output.read_bytes() == uninterrupted.read_bytes()
+
+
+def test_two_jobs_on_one_output_are_refused(tiny_base, many, tmp_path):
+    first = infer(tiny_base, many, tmp_path / "out.json")
+    wait_for_rows(tmp_path, 0)
+    assert "being written by another job" in finish(infer(tiny_base, many, tmp_path / "out.json"), code=2)
+    os.killpg(first.pid, signal.SIGTERM)
+    first.communicate(timeout=60)
+
+
+def test_a_seeded_sample_survives_a_resume(tiny_base, many, tmp_path):
+    """A row's draws don't depend on the rows beside it."""
+    sampling = ("--num-beams", "1", "--do-sample", "--seed", "5", "--top-k", "20")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    finish(infer(tiny_base, many, whole / "out.json", *sampling), code=4)
+    first = infer(tiny_base, many, parts / "out.json", *sampling)
+    wait_for_rows(parts, 20)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    finish(infer(tiny_base, many, parts / "out.json", *sampling, "--resume"), code=4)
+    assert (whole / "out.json").read_bytes() == (parts / "out.json").read_bytes()
+
+
+def test_a_family_that_the_search_lacks_is_served_by_generate(tmp_path, caplog):
+    from conftest import byte_tokenizer
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    from inference.engine import BeamEngine, TransformersEngine, make_engine
+    from qlora.config import DecodingSettings
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    engine = make_engine(mamba, byte_tokenizer(), DecodingSettings(num_beams=1, max_new_tokens=4))
+    assert isinstance(engine, TransformersEngine)
+    assert caplog.text.count("using transformers.generate") == 1
+    assert sorted(index for index, *_ in engine.generate([(1, 5, 6), (1, 7)])) == [0, 1]
+    assert isinstance(make_engine(tiny_model("llama"), byte_tokenizer(), DecodingSettings()), BeamEngine)
