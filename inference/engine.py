@@ -28,7 +28,11 @@ _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
 
 
 class Engine(Protocol):
-    """Whatever turns prompts into texts."""
+    """Whatever turns prompts into texts. `name`: how, in words."""
+
+    @property
+    def name(self) -> str:
+        """How texts are made."""
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """(index, text, new tokens) of each prompt (token ids that start with BOS if there is one), as they are done: the new
@@ -49,6 +53,7 @@ class BeamEngine:
 
     searcher: BeamSearcher
     tokenizer: Any
+    name: str = "beam engine"
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """See Engine."""
@@ -64,6 +69,7 @@ class TransformersEngine:
     tokenizer: Any
     decoding: DecodingSettings
     batch_rows: int
+    name: str = "transformers.generate"
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """See Engine. A batch runs until its longest output ends."""
@@ -101,7 +107,7 @@ def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engin
         return BeamEngine(BeamSearcher(model, search_rules(model, decoding), decoding.seed), tokenizer)
     except ValueError as reason:
         _log.warning("using transformers.generate: %s", reason)
-        return TransformersEngine(model, tokenizer, decoding, _GENERATE_ROWS[model.device.type])
+        return TransformersEngine(model, tokenizer, decoding, _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})")
 
 
 def generate_options(decoding: DecodingSettings) -> dict[str, Any]:

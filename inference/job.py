@@ -26,12 +26,13 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray")
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job did: all rows, those generated now, those that failed, seconds, and scores if the input has outputs."""
+    """What a job did: all rows, those generated now, those that failed, seconds, the engine, and scores if the input has outputs."""
 
     num_rows: int
     num_generated: int
     num_failed: int
     seconds: float
+    engine: str | None
     scores: dict[str, float] | None
 
 
@@ -85,13 +86,13 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
     folder = work_folder(output)
     journal = Journal(folder, settings, len(rows), resume=resume)
     missing, started, first_row = journal.missing(), time.monotonic(), None
-    num_tokens, workers = 0, 0
+    num_tokens, workers, engine = 0, 0, None
     if missing:
         workers = num_workers()
         for report in generate_rows(work, rows, missing, workers):
             first_row = first_row or time.monotonic() - started
             journal.append(report.results)
-            num_tokens += report.num_tokens
+            num_tokens, engine = num_tokens + report.num_tokens, report.engine
             num_done = journal.num_done - len(rows) + len(missing)
             progress(Progress(num_done, num_tokens, len(missing), time.monotonic() - started))
     seconds = time.monotonic() - started
@@ -101,13 +102,13 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
     write_json(beside(output, "meta"), {
         **facts, "prompt": work.prompt.name, "prompt_digest": settings["prompt"], "shots": len(work.prompt.shots),
         "generation": work.decoding.model_dump(mode="json"), "input_digest": rows.digest,
-        "rows": len(rows), "rows_generated": len(missing), "rows_failed": len(errors), "workers": workers,
+        "rows": len(rows), "rows_generated": len(missing), "rows_failed": len(errors), "workers": workers, "engine": engine,
         "seconds": round(seconds, 3), "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3), "tokens": num_tokens,
         "seconds_to_first_row": None if first_row is None else round(first_row, 3), "scores": summary,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}})
     journal.close()
     shutil.rmtree(folder)
-    return JobResult(len(rows), len(missing), len(errors), seconds, summary)
+    return JobResult(len(rows), len(missing), len(errors), seconds, engine, summary)
 
 
 def model_facts(work: Work, model: str | None, revision: str | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qlora.config import DecodingSettings
 from qlora.prompts import Prompt, encode_prompt
 
 _WINDOW_ROWS = 4096
-_BATCH_ROWS = {"cpu": 16, "gpu": 256}
+_BATCH_ROWS = {"cpu": 64, "gpu": 512}
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
 
@@ -37,10 +37,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Report:
-    """One batch's results, and the tokens that were generated for it."""
+    """One batch's results, the tokens that were generated for it, and by which engine."""
 
     results: list[Result]
     num_tokens: int
+    engine: str
 
 
 class RowReader:
@@ -85,14 +86,15 @@ class EngineActor:
         self.engine = load_engine(work.served, work.decoding)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`."""
+        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`."""
         errors = [str(error) for error in batch["error"]]
         rows = [row for row, error in enumerate(errors) if not error]
         outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
         texts, num_tokens = [""] * len(errors), [0] * len(errors)
         for row, (text, count, error) in zip(rows, outputs, strict=True):
             texts[row], num_tokens[row], errors[row] = text, count, error
-        return {"index": batch["index"], "text": texts, "error": errors, "num_tokens": num_tokens}
+        return {"index": batch["index"], "text": texts, "error": errors, "num_tokens": num_tokens,
+                "engine": [self.engine.name] * len(errors)}
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
         """(text, tokens, error) of each prompt. If the batch fails, its prompts are tried one by one, so that only what fails
@@ -128,10 +130,12 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_worker
     num_threads = max(1, int(resources.get("CPU", 1)) // num_workers)
     # Small CPU requests: on 2 cores the tokenising tasks and the pool must fit side by side.
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
-        Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25).map_batches(
+        Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25)
+    # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
+    dataset = dataset.repartition(target_num_rows_per_block=batch_rows).map_batches(
         EngineActor, fn_constructor_args=(work, num_threads), batch_size=batch_rows, compute=ActorPoolStrategy(size=num_workers),
         num_cpus=0.25 if not on_gpu else 1, num_gpus=1 if on_gpu else 0)
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]
-        yield Report(results, int(batch["num_tokens"].sum()))
+        yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]))

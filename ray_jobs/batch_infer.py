@@ -76,6 +76,8 @@ def main() -> None:
     with open_job(Path(arguments.input), output) as rows:
         facts = model_facts(work, model_uri, getattr(config, "_commit_hash", None))
         result = run_job(work, rows, output, facts, workers, resume=arguments.resume, progress=show)
+    if result.engine and result.engine != "beam engine":
+        print(f"engine: {result.engine}")
     if result.scores:
         print(", ".join(f"{name} {value}" for name, value in result.scores.items()))
     failed = f", {result.num_failed} FAILED (see {output}.errors.json)" if result.num_failed else ""
