@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qlora.base_model import load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings
+from qlora.norms import fuse_norms
 from qlora.serving import load_served
 
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -41,6 +42,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    fuse_norms(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inference.beam_search import SearchRules, SearchState, advance
 from inference.kv_cache import CacheShape, DecodePass, KVCache, PrefillPass, store_prompts, use_cached_attention
-from qlora.packing import SuffixMasks, make_buckets, shared_prefix_length
+from qlora.packing import Rows, shared_prefix_length
 
 _MAX_SLOTS = {"cpu": 16, "cuda": 128}
 _SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}  # share of free slots at which the rest move closer; a GPU then records its step anew
@@ -148,12 +148,11 @@ class BeamSearcher:
             end = start + 1
             while end < len(joining) and own_lengths[end] > 0 and sum(own_lengths[start:end + 1]) <= budget:
                 end += 1
-            buckets = make_buckets(own_lengths[start:end], device)
+            rows = Rows(tuple(own_lengths[start:end]), p, device)
             tokens = [token for i in joining[start:end] for token in prompts[i][p:-1]]
             positions = [position for length in own_lengths[start:end] for position in range(p, p + length)]
             self._forward(torch.tensor(tokens, device=device), torch.tensor(positions, device=device),
-                          PrefillPass(batch.cache.prefix, buckets, SuffixMasks(p, device),
-                                      store_prompts(batch.cache, places[start:end], buckets)), logits=False)
+                          PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places[start:end], rows)), logits=False)
             start = end
         for slot, i in zip(slots, joining, strict=True):
             batch.examples[slot], batch.steps[slot] = i, 0
@@ -174,7 +173,7 @@ class BeamSearcher:
                     prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
                 tokens = torch.tensor(common, device=device)
                 self._forward(tokens, torch.arange(len(common), device=device),
-                              PrefillPass(empty, make_buckets([len(common)], device), SuffixMasks(0, device), store), logits=False)
+                              PrefillPass(empty, Rows((len(common),), 0, device), store), logits=False)
             self._prefix_tokens, self._prefix = common, prefix
         return self._prefix
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 64
+_COLUMNS, _WARPS, _STAGES = 64, 4, 2
 
 
 def supports(q_THD: Tensor) -> bool:
@@ -34,7 +34,7 @@ def decode_attention(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, prefix: Tensor
         prefix.shape[2], prompts.shape[3], t, prefix.stride(0), prompts.stride(0), fed.stride(0),
         J=j, K=k, G=h // j, D=d, M=max(16, triton.next_power_of_2(rows)), KP=triton.next_power_of_2(k),
         WINDOW=sliding_window or 0, CAPPED=softcap is not None, C=_COLUMNS if d <= 128 else 32,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2)
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=_WARPS, num_stages=_STAGES)
     return out
 
 
@@ -48,10 +48,6 @@ def _attend(  # type: ignore[no-untyped-def]
     for start in range(0, num_columns, C):
         column = start + tl.arange(0, C)
         live = column < num_columns
-        keys = tl.load(keys_ptr + column[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
-        if CAPPED:
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
         if IS_FED:
             step = column // K
             owner = tl.load(ancestry_ptr + row_beam[:, None] * steps_stride + step[None, :],
@@ -62,6 +58,12 @@ def _attend(  # type: ignore[no-untyped-def]
             seen = row_live[:, None] & live[None, :]
         if WINDOW > 0:
             seen = seen & ((query_place - (place + step)) < WINDOW)[None, :]
+        if IS_FED:  # most old rows are nobody's ancestors any more: they are not even read
+            live = tl.max(seen.to(tl.int32), 0) > 0
+        keys = tl.load(keys_ptr + column[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
+        if CAPPED:
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)

@@ -11,7 +11,7 @@ Shapes: E slots, K beams, H heads, J key-value heads, G = H / J, D head width, P
 S suffix tokens, W = P + L + T * K, all columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from inference.beam_search import SearchState
-from qlora.attention import attend_suffixes, refuse_inexact, to_rows
-from qlora.packing import Bucket, SuffixMasks
+from qlora.attention import attend_rows, refuse_inexact
+from qlora.packing import Rows
 
 try:
     import inference.decode_kernel as _kernel
@@ -90,8 +90,7 @@ class PrefillPass:
     """Prompts, packed: each suffix behind the prefix. `store(layer, k_TJD, v_TJD)` keeps what was computed."""
 
     prefix: Tensor
-    buckets: Sequence[Bucket]
-    masks: SuffixMasks
+    rows: Rows
     store: Callable[[int, Tensor, Tensor], None]
 
     def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float, sliding_window: int | None,
@@ -99,19 +98,19 @@ class PrefillPass:
         """See CachedPass."""
         self.store(layer, k_TJD, v_TJD)
         k_PJD, v_PJD = self.prefix[:, layer].transpose(1, 2)
-        return attend_suffixes(q_THD, k_TJD, v_TJD, k_PJD, v_PJD, self.buckets, self.masks, scale, sliding_window, softcap)
+        return attend_rows(q_THD, k_TJD, v_TJD, k_PJD, v_PJD, self.rows, scale, sliding_window, softcap)
 
 
-def store_prompts(cache: KVCache, slots: Tensor, buckets: Sequence[Bucket]) -> Callable[[int, Tensor, Tensor], None]:
+def store_prompts(cache: KVCache, slots: Tensor, rows: Rows) -> Callable[[int, Tensor, Tensor], None]:
     """Keeps a packed pass's keys and values as the prompts of `slots`, in order."""
+    lengths = torch.tensor(rows.lengths, device=slots.device)
+    slots_T = slots.repeat_interleave(lengths, output_size=rows.num_tokens)
+    columns_T = torch.arange(rows.num_tokens, device=slots.device) - rows.bounds[:-1].long().repeat_interleave(
+        lengths, output_size=rows.num_tokens)
+
     def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):
-            token = row = 0
-            for bucket in buckets:
-                rows_NJLD = to_rows(tensor_TJD[token:token + bucket.num_tokens], bucket)
-                own = slots[row:row + bucket.num_rows]
-                cache.prompts[index, layer, :, :, :bucket.row_length].index_copy_(0, own, rows_NJLD)
-                token, row = token + bucket.num_tokens, row + bucket.num_rows
+            cache.prompts[index, layer].transpose(1, 2)[slots_T, columns_T] = tensor_TJD
     return store
 
 

@@ -21,7 +21,8 @@ from qlora.config import DecodingSettings
 from qlora.prompts import Prompt, encode_prompt
 
 _WINDOW_ROWS = 4096
-_BATCH_ROWS = {"cpu": 64, "gpu": 512}
+_BATCH_ROWS = {"cpu": 32, "gpu": 512}
+_LEAST_BATCHES = 4  # of a worker, so that a small job too shows where it stands and can go on from there
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
 
@@ -126,7 +127,7 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_worker
     reader = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
     window = min(_WINDOW_ROWS, -(-len(numbers) // num_workers))
     windows = [{"numbers": list(numbers[start:start + window])} for start in range(0, len(numbers), window)]
-    batch_rows = min(_BATCH_ROWS["gpu" if on_gpu else "cpu"], window)
+    batch_rows = min(_BATCH_ROWS["gpu" if on_gpu else "cpu"], -(-window // _LEAST_BATCHES))
     num_threads = max(1, int(resources.get("CPU", 1)) // num_workers)
     # Small CPU requests: on 2 cores the tokenising tasks and the pool must fit side by side.
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(

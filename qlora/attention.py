@@ -4,11 +4,10 @@ The model's own code stays as it is: it calls `packed_attention` where it would 
 down the batch as the keyword `packed`. Exact for causal decoders whose tokens meet only in attention: full or sliding
 window, grouped queries, soft-capped scores. Everything else is refused by `use_packed_attention`.
 
-Shapes: T stream, P prefix, B a bucket's tokens, N its rows, L its longest, H heads, K key-value heads, D head width.
+Shapes: T stream, P prefix, S tokens of all rows, B a bucket's tokens, N its rows, L its longest, H heads, K key-value heads, D head width.
 Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from qlora.packing import Bucket, PackedBatch, SuffixMasks
+from qlora.flash_attention import flash_attend, supports
+from qlora.packing import Bucket, PackedBatch, Rows
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
@@ -64,27 +64,26 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     if refused or attention_mask is not None:
         raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    p, groups = packed.prefix_length, query.shape[1] // key.shape[1]
+    p = packed.prefix_length
     q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     outs_BHD = []
     if p:
-        k_prefix, v_prefix = (tensor[:, :, :p].repeat_interleave(groups, dim=1) for tensor in (key, value))
-        prefix = _attend(query[:, :, :p], k_prefix, v_prefix, _causal_mask(p, sliding_window, query.device), scale, softcap)
-        outs_BHD.append(prefix[0].transpose(0, 1))
-    outs_BHD.append(attend_suffixes(q_THD[p:], k_TKD[p:], v_TKD[p:], k_TKD[:p], v_TKD[:p], packed.buckets, packed.masks,
-                                    scale, sliding_window, softcap))
+        outs_BHD.append(attend_rows(q_THD[:p], k_TKD[:p], v_TKD[:p], k_TKD[:0], v_TKD[:0], packed.prefix, scale, sliding_window, softcap))
+    outs_BHD.append(attend_rows(q_THD[p:], k_TKD[p:], v_TKD[p:], k_TKD[:p], v_TKD[:p], packed.suffixes, scale, sliding_window, softcap))
     return torch.cat(outs_BHD)[None], None
 
 
-def attend_suffixes(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, buckets: Sequence[Bucket],
-                    masks: SuffixMasks, scale: float, sliding_window: int | None, softcap: float | None) -> Tensor:
-    """Attention [S, H, D] of the suffixes of all buckets, one behind the other, each behind the one prefix (P may be 0)."""
+def attend_rows(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float,
+                sliding_window: int | None, softcap: float | None) -> Tensor:
+    """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0)."""
+    if supports(q_SHD, rows, sliding_window, softcap):
+        return flash_attend(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale)
     groups, start, outs_BHD = q_SHD.shape[1] // k_SKD.shape[1], 0, []
-    for bucket in buckets:
+    for bucket in rows.buckets:
         end = start + bucket.num_tokens
         q_NHLD, k_NKLD, v_NKLD = (to_rows(tensor[start:end], bucket) for tensor in (q_SHD, k_SKD, v_SKD))
         out_NHLD = _attend(q_NHLD, _behind_prefix(k_PKD, k_NKLD, groups), _behind_prefix(v_PKD, v_NKLD, groups),
-                           masks.of(bucket.row_length, sliding_window), scale, softcap)
+                           rows.mask(bucket.row_length, sliding_window), scale, softcap)
         outs_BHD.append(out_NHLD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_B))
         start = end
     return torch.cat(outs_BHD)
@@ -102,12 +101,6 @@ def _behind_prefix(prefix_PKD: Tensor, rows_NKLD: Tensor, groups: int) -> Tensor
     """Every row's keys (or values) behind the shared prefix's, one a query head: [N, H, P + L, D]."""
     shared = prefix_PKD.transpose(0, 1)[None].expand(rows_NKLD.shape[0], -1, -1, -1)
     return torch.cat([shared, rows_NKLD], dim=2).repeat_interleave(groups, dim=1)
-
-
-def _causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions[None]
-    return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:

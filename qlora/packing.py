@@ -10,8 +10,9 @@ A suffix token attends to the whole prefix and, causally, to its own suffix: exa
 Position A's predictor is the stream token before it. Refuses to know models and attention kernels.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,20 +38,68 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Consecutive stretches of a stream, each causal in itself and behind one prefix of `prefix_length` tokens that is stored
+    apart: their lengths in tokens, and what kernels need to know of them, made when it is asked for and kept."""
+
+    lengths: tuple[int, ...]
+    prefix_length: int
+    device: torch.device
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Stream tokens of all rows."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """Where rows begin and the last one ends: [N + 1] int32."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def outer_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bounds of all rows as one, and of the prefix: [2] int32 each."""
+        return tuple(torch.tensor([0, end], dtype=torch.int32, device=self.device)  # type: ignore[return-value]
+                     for end in (self.num_tokens, self.prefix_length))
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The rows as padded grids, in order."""
+        return tuple(_bucket(run, self.device) for run in _like_lengths(self.lengths))
+
+    def mask(self, row_length: int, sliding_window: int | None) -> torch.Tensor:
+        """[L, P + L] bool, true where a token of a row of length L may look. Shorter rows need no mask of their own: what
+        pads a row comes after its tokens, so causality hides it."""
+        key = (row_length, sliding_window)
+        if key not in self._masks:
+            p = self.prefix_length
+            distance = (torch.arange(p, p + row_length, device=self.device)[:, None]
+                        - torch.arange(p + row_length, device=self.device)[None])
+            self._masks[key] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        return self._masks[key]
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One forward pass's work.
 
-    input_ids_T and position_ids_T: the stream. buckets: its suffixes, in order. predictors_A: stream index whose logits
-    predict the answer token targets_A, which belongs to example examples_A.
+    input_ids_T and position_ids_T: the stream. prefix: one row behind nothing. suffixes: the other rows, behind the prefix.
+    predictors_A: stream index whose logits predict the answer token targets_A, which belongs to example examples_A.
     """
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
-    buckets: tuple[Bucket, ...]
+    prefix: Rows
+    suffixes: Rows
     predictors_A: torch.Tensor
     targets_A: torch.Tensor
     examples_A: torch.Tensor
-    prefix_length: int
 
     @property
     def num_tokens(self) -> int:
@@ -58,33 +107,14 @@ class PackedBatch:
         return self.input_ids_T.numel()
 
     @property
+    def prefix_length(self) -> int:
+        """Tokens P of the shared prefix."""
+        return self.suffixes.prefix_length
+
+    @property
     def num_rows(self) -> int:
         """Examples N."""
-        return sum(bucket.num_rows for bucket in self.buckets)
-
-    @cached_property
-    def masks(self) -> "SuffixMasks":
-        """Where a suffix token may look."""
-        return SuffixMasks(self.prefix_length, self.input_ids_T.device)
-
-
-class SuffixMasks:
-    """Attention masks of rows behind a prefix, made once for each row length and window."""
-
-    def __init__(self, prefix_length: int, device: torch.device):
-        self.prefix_length, self.device = prefix_length, device
-        self._made: dict[tuple[int, int | None], torch.Tensor] = {}
-
-    def of(self, row_length: int, sliding_window: int | None) -> torch.Tensor:
-        """[L, P + L] bool, true where a token of a row of length L may look. Shorter rows need no mask of their own: what
-        pads a row comes after its tokens, so causality hides it."""
-        key = (row_length, sliding_window)
-        if key not in self._made:
-            p = self.prefix_length
-            distance = (torch.arange(p, p + row_length, device=self.device)[:, None]
-                        - torch.arange(p + row_length, device=self.device)[None])
-            self._made[key] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-        return self._made[key]
+        return len(self.suffixes.lengths)
 
 
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -98,6 +128,7 @@ def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
 def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu") -> PackedBatch:
     """One PackedBatch of all examples, in their order. Every example must have a prompt and an answer token."""
     assert examples and all(example.prompt and example.answer for example in examples)
+    device = torch.device(device)
     prefix = examples[0].prompt[:shared_prefix_length([example.prompt for example in examples])]
     p = len(prefix)
     ids, positions = list(prefix), list(range(p))
@@ -112,14 +143,9 @@ def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu")
     stream, predictors_A = torch.tensor(ids), torch.tensor(predictors)
     return PackedBatch(
         input_ids_T=stream.to(device), position_ids_T=torch.tensor(positions, device=device),
-        buckets=make_buckets([example.num_tokens - p for example in examples], device),
+        prefix=Rows((p,), 0, device), suffixes=Rows(tuple(example.num_tokens - p for example in examples), p, device),
         predictors_A=predictors_A.to(device), targets_A=stream[predictors_A + 1].to(device),
-        examples_A=torch.tensor(owners, device=device), prefix_length=p)
-
-
-def make_buckets(lengths: Sequence[int], device: torch.device | str) -> tuple[Bucket, ...]:
-    """Buckets of suffixes with these lengths in tokens, in order."""
-    return tuple(_bucket(run, device) for run in _like_lengths(lengths))
+        examples_A=torch.tensor(owners, device=device))
 
 
 def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:

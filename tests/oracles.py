@@ -19,6 +19,7 @@ def padded_loss(model: Any, examples: Sequence[EncodedExample]) -> torch.Tensor:
         ids[row, :e.num_tokens] = torch.tensor(e.prompt + e.answer)
         mask[row, :e.num_tokens] = 1
         labels[row, len(e.prompt):e.num_tokens] = torch.tensor(e.answer)
+    ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 

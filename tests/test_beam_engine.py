@@ -34,7 +34,7 @@ def generated(model, prompt: tuple[int, ...], decoding: DecodingSettings) -> lis
     model.set_attn_implementation("eager")
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     eos = model.generation_config.eos_token_id
     with torch.inference_mode():
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **generate_options(decoding))
