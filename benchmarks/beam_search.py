@@ -4,8 +4,9 @@
 
 Same process, same model: a base with dequantised weights, or (`--shape`) random bfloat16 weights of that size, whose token
 ids are the tokenizer's modulo the vocabulary. With `--forced` every output has exactly `--new-tokens`, so that work is equal.
-Both are warm: the first, uncounted run compiles and records. In float32 both must choose the same tokens, or nothing is
-printed. `settings` has the rate of every batch size, and for `--profile` where the time of the engine's step goes.
+Both are warm: the first, uncounted run compiles and records. The baseline runs in transformers' own modules, ours in what is
+served. In float32 both must choose the same tokens, or nothing is printed. `settings` has the rate of every batch size, and for
+`--profile` where the time of the engine's step goes.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from inference.engine import TransformersEngine, search_rules
 from qlora.config import DecodingSettings
 from qlora.data import load_examples
 from qlora.prompts import encode_prompts, load_prompt
+from qlora.serving import quicken
 
 _FAMILIES = {"decode attention": ("_decode",), "prefill attention": ("fmha", "flash", "attention"),
              "matrix products": ("gemm", "nvjet", "cutlass"), "top-k": ("TopK", "topk", "ort", "radix")}
@@ -53,17 +55,23 @@ def main() -> None:
     decoding = DecodingSettings(num_beams=arguments.num_beams, max_new_tokens=arguments.new_tokens,
                                 min_new_tokens=arguments.new_tokens if arguments.forced else None)
     rates: dict[int, float] = {}
+    generate_gib: dict[int, float | None] = {}
     texts: dict[int, str] = {}
     some = prompts[:arguments.baseline_examples]
     for batch in arguments.batches:
         engine = TransformersEngine(model, tokenizer, decoding, batch)
-        if model.device.type == "cuda":
-            list(engine.generate(some[:batch]))
-        seconds = timed(lambda engine=engine: texts.update((index, text) for index, text, _ in engine.generate(some)))  # type: ignore[misc]
-        rates[batch] = len(some) / seconds
+        try:
+            if model.device.type == "cuda":
+                list(engine.generate(some[:batch]))
+            seconds = timed(lambda engine=engine: texts.update((index, text) for index, text, _ in engine.generate(some)))  # type: ignore[misc]
+        except torch.cuda.OutOfMemoryError:
+            print(f"generate, batch {batch}: out of memory", file=sys.stderr, flush=True)
+            continue
+        rates[batch], generate_gib[batch] = len(some) / seconds, peak_memory_gib()
         print(f"generate, batch {batch}: {rates[batch]:.3f} examples/s", file=sys.stderr, flush=True)
 
-    generate_gib = peak_memory_gib()
+    quicken(model)
+    peak_memory_gib()
     searcher = BeamSearcher(model, search_rules(model, decoding), max_slots=arguments.max_slots)
     found: dict[int, list[int]] = {}
     if model.device.type == "cuda":

@@ -12,8 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qlora.base_model import load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings
-from qlora.norms import fuse_norms
-from qlora.serving import load_served
+from qlora.serving import load_merged
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -30,9 +29,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options say; a base has its dequantised weights if memory allows."""
+    """(model, tokenizer) as the options say, in transformers' own modules; a base has its dequantised weights if memory allows."""
     if not arguments.shape:
-        return load_served(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
+        return load_merged(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
     is_folder = Path(arguments.tokenizer).is_dir()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if is_folder else load_tokenizer(arguments.tokenizer)
     config = LlamaConfig(vocab_size=_VOCABULARY, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1,
@@ -42,7 +41,6 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    fuse_norms(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 

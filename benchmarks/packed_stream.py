@@ -27,6 +27,7 @@ from qlora.attention import use_packed_attention
 from qlora.base_model import default_token_budget, load_base, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
 from qlora.data import load_examples
+from qlora.norms import fuse_norms
 from qlora.packing import pack
 from qlora.prompts import EncodedExample, encode_examples, load_prompt
 from qlora.training import Training
@@ -71,6 +72,8 @@ def make_training(base_model: str, examples: list[EncodedExample], settings: Tri
     """Ours: a base with packed attention, an adapter, a training that takes all examples as one batch."""
     model = load_base(BaseModelSettings(name=base_model))
     use_packed_attention(model)
+    if model.device.type == "cuda":
+        fuse_norms(model)
     return Training(attach_adapter(model, settings, base_model), examples, settings, default_token_budget())
 
 

@@ -18,7 +18,7 @@ from inference.beam_search import SearchRules, SearchState, advance
 from inference.kv_cache import CacheShape, DecodePass, KVCache, PrefillPass, store_prompts, use_cached_attention
 from qlora.packing import Rows, shared_prefix_length
 
-_MAX_SLOTS = {"cpu": 16, "cuda": 128}
+_MAX_SLOTS = {"cpu": 32, "cuda": 128}
 _SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}  # share of free slots at which the rest move closer; a GPU then records its step anew
 _PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS, _WARPS, _STAGES = 64, 4, 2
+_COLUMNS, _WARPS, _STAGES = 32, 4, 3
 
 
 def supports(q_THD: Tensor) -> bool:
@@ -33,7 +33,7 @@ def decode_attention(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, prefix: Tensor
         q, k_new, v_new, prefix, prompts, fed, own_E, steps_E, ancestry_EKT, out, scale, softcap or 0.0,
         prefix.shape[2], prompts.shape[3], t, prefix.stride(0), prompts.stride(0), fed.stride(0),
         J=j, K=k, G=h // j, D=d, M=max(16, triton.next_power_of_2(rows)), KP=triton.next_power_of_2(k),
-        WINDOW=sliding_window or 0, CAPPED=softcap is not None, C=_COLUMNS if d <= 128 else 32,
+        WINDOW=sliding_window or 0, CAPPED=softcap is not None, C=_COLUMNS,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=_WARPS, num_stages=_STAGES)
     return out
 

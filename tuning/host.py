@@ -15,6 +15,7 @@ from qlora.adapters import attach_adapter, detach_adapter
 from qlora.attention import use_packed_attention
 from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, TrialSettings
+from qlora.norms import fuse_norms
 
 
 @lru_cache(maxsize=1)
@@ -22,6 +23,8 @@ def resident_base(settings: BaseModelSettings) -> PreTrainedModel:
     """This process's base on its device, with packed attention. Loads on the first call."""
     model = load_base(settings)
     use_packed_attention(model)
+    if model.device.type == "cuda":
+        fuse_norms(model)
     return model
 
 
