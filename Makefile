@@ -54,6 +54,7 @@ ui: $(STAMP)  ## open MLflow's UI on http://127.0.0.1:5000
 bench: base  ## run the benchmarks that need no GPU, one JSON line each
 	$(BIN)/python benchmarks/packed_stream.py
 	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/beam_search.py
 
 clean:  ## remove what can be rebuilt, keeping results/ and mlruns/
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -21,7 +21,7 @@ from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
 from qlora.base_model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
-from qlora.serving import load_served
+from qlora.serving import describe_weights, load_served
 
 _log = logging.getLogger(__name__)
 _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
@@ -53,7 +53,7 @@ class BeamEngine:
 
     searcher: BeamSearcher
     tokenizer: Any
-    name: str = "beam engine"
+    name: str
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """See Engine."""
@@ -104,7 +104,8 @@ def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
 def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engine:
     """The engine for a loaded model; says once why it is `generate`, if it is."""
     try:
-        return BeamEngine(BeamSearcher(model, search_rules(model, decoding), decoding.seed), tokenizer)
+        searcher = BeamSearcher(model, search_rules(model, decoding), decoding.seed)
+        return BeamEngine(searcher, tokenizer, f"beam engine, {describe_weights(model)}")
     except ValueError as reason:
         _log.warning("using transformers.generate: %s", reason)
         return TransformersEngine(model, tokenizer, decoding, _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})")

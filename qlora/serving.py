@@ -44,6 +44,14 @@ def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def describe_weights(model: nn.Module) -> str:
+    """What is served, in words: merged weights, or an NF4 base with its adapter apart."""
+    from bitsandbytes.nn import Linear4bit
+    is_nf4 = any(isinstance(module, Linear4bit) for module in model.modules())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return "NF4 weights, adapter apart" if is_nf4 else f"merged {dtype} weights"
+
+
 def quicken(model: nn.Module) -> None:
     """Replace modules by ones that compute the same faster, for inference only: norms on a GPU, linear layers on a CPU."""
     if next(model.parameters()).is_cuda:

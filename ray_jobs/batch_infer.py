@@ -76,7 +76,7 @@ def main() -> None:
     with open_job(Path(arguments.input), output) as rows:
         facts = model_facts(work, model_uri, getattr(config, "_commit_hash", None))
         result = run_job(work, rows, output, facts, workers, resume=arguments.resume, progress=show)
-    if result.engine and result.engine != "beam engine":
+    if result.engine:
         print(f"engine: {result.engine}")
     if result.scores:
         print(", ".join(f"{name} {value}" for name, value in result.scores.items()))
