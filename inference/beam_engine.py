@@ -5,7 +5,6 @@ search; the last token of a prompt is not prefilled but fed as the first step, s
 as many as memory allows. Refuses to know files, text and Ray.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from inference.beam_search import SearchRules, SearchState, advance
 from inference.kv_cache import CacheShape, DecodePass, KVCache, PrefillPass, store_prompts, use_cached_attention
+from qlora.base_model import free_bytes
 from qlora.packing import Rows, shared_prefix_length
 
 _MAX_SLOTS = {"cpu": 32, "cuda": 128}
@@ -95,7 +95,7 @@ class BeamSearcher:
             if waiting and len(free) >= min(len(waiting), max(1, len(batch.examples) // 8)):
                 joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                 self._join(batch, free[:len(joining)], joining, prompts)
-            elif not waiting and len(free) >= len(batch.examples) * _SHRINK_AT[batch.state.done_E.device.type]:
+            elif not waiting and self._shrinks(batch, len(free)):
                 batch = batch.keep([slot for slot, example in enumerate(batch.examples) if example is not None])
             self._step(batch)
             for slot in [slot for slot, done in enumerate(batch.state.done_E.tolist()) if done and batch.examples[slot] is not None]:
@@ -104,6 +104,12 @@ class BeamSearcher:
                 length = int(batch.state.best_lengths_EK[slot, 0])
                 batch.examples[slot] = None
                 yield names[example], batch.state.best_tokens_EKT[slot, 0, :length].tolist()
+
+    def _shrinks(self, batch: Batch, num_free: int) -> bool:
+        """Whether the slots at work should move closer: enough are free, and there is room for a copy."""
+        num_slots, device = len(batch.examples), self.model.device
+        enough = num_free >= num_slots * _SHRINK_AT[device.type]
+        return enough and batch.cache.num_bytes * (num_slots - num_free) // num_slots < 0.8 * free_bytes(device)
 
     def _step(self, batch: Batch) -> None:
         """Feed every slot's next tokens and choose those after them. On a GPU the step is recorded once a batch, then replayed."""
@@ -195,7 +201,8 @@ class BeamSearcher:
         vocabulary = self.model.config.get_text_config().vocab_size
         cached = self._shape.bytes_per_token * (max_own + self.rules.max_new_tokens * self.rules.num_beams)
         logits = 16 * vocabulary * self.rules.num_beams  # the model's, in float32, without early EOS, and room to work
-        fitting = max(1, int(0.8 * _free_bytes(self.model.device)) // (cached + logits))
+        kept = self._kept.cache.num_bytes if self._kept is not None else 0
+        fitting = max(1, int(0.8 * (free_bytes(self.model.device) + kept)) // (cached + logits))
         most = min(self.max_slots, fitting, num_examples)
         waves = -(-num_examples // most)
         return -(-num_examples // waves)
@@ -204,9 +211,3 @@ class BeamSearcher:
         """Logits [T, V] of one pass; without `logits` of its last token only."""
         return self.model(input_ids=tokens_T[None], position_ids=positions_T[None], cached=cached, use_cache=False,
                           logits_to_keep=0 if logits else 1).logits[0]
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -153,7 +153,8 @@ def _advance_single(state: SearchState, logits_EV: Tensor, rules: SearchRules, g
         for warper in rules.warpers:
             logits_EV = warper(None, logits_EV)
         assert generators is not None
-        probabilities_EV = logits_EV.softmax(-1)
+        # Whatever a slot without an example holds, it must not spoil the draws of the others.
+        probabilities_EV = torch.where(state.done_E[:, None], 0.0, logits_EV).softmax(-1)
         chosen_E = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities_EV, generators, strict=True)])
     else:
         chosen_E = logits_EV.argmax(-1)

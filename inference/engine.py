@@ -6,7 +6,7 @@ reference, and the way out for settings and families that the search does not co
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
 from qlora.base_model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
-from qlora.serving import describe_weights, load_served
+from qlora.serving import describe_weights, load_merged, quicken
 
 _log = logging.getLogger(__name__)
 _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
@@ -91,24 +91,40 @@ class TransformersEngine:
         if self.decoding.seed is not None:
             torch.manual_seed(self.decoding.seed)
         device, options = self.model.device, generate_options(self.decoding)
-        out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad, **options)
+        out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad,
+                                  tokenizer=self.tokenizer, **options)
         texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return [(text.strip(), int((tokens != pad).sum())) for text, tokens in zip(texts, out[:, width:], strict=True)]
 
 
 def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
     """An engine with its model on this process's device: the search where it equals `generate`, else `generate` itself."""
-    return make_engine(load_served(served.base, served.adapter), load_tokenizer(served.base.name), decoding)
+    return make_engine(load_merged(served.base, served.adapter), load_tokenizer(served.base.name), decoding)
 
 
 def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engine:
-    """The engine for a loaded model; says once why it is `generate`, if it is."""
+    """The engine for a loaded model, which the search quickens; says once why it is `generate`, if it is."""
+    own_attention = model.config._attn_implementation
     try:
-        searcher = BeamSearcher(model, search_rules(model, decoding), decoding.seed)
-        return BeamEngine(searcher, tokenizer, f"beam engine, {describe_weights(model)}")
-    except ValueError as reason:
+        rules = search_rules(model, decoding)
+        _try_out(model, rules)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
         _log.warning("using transformers.generate: %s", reason)
+        if model.config._attn_implementation != own_attention:
+            model.set_attn_implementation(own_attention)
         return TransformersEngine(model, tokenizer, decoding, _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})")
+    weights = describe_weights(model)
+    quicken(model)
+    return BeamEngine(BeamSearcher(model, rules, decoding.seed), tokenizer, f"beam engine, {weights}")
+
+
+def _try_out(model: Any, rules: SearchRules) -> None:
+    """Two short prompts through template, prefill and two steps: some families show only here that their attention can't be served."""
+    short = replace(rules, max_new_tokens=2, min_new_tokens=0)
+    dict(BeamSearcher(model, short, seed=0).search([(0, 0, 1, 1), (0, 0, 0, 1)]))
 
 
 def generate_options(decoding: DecodingSettings) -> dict[str, Any]:

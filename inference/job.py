@@ -18,6 +18,7 @@ from inference.pipeline import Work, generate_rows
 from inference.predictions import Journal, beside, work_folder, write_predictions
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
+from qlora.adapters import ADAPTER_FILES
 from qlora.config import InputError
 from qlora.files import write_json
 
@@ -85,18 +86,19 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
                 "input": rows.digest, "longest prompt": work.max_prompt_tokens}
     folder = work_folder(output)
     journal = Journal(folder, settings, len(rows), resume=resume)
-    missing, started, first_row, ready = journal.missing(), time.time(), None, float("inf")
-    num_tokens, workers, engine = 0, 0, None
+    missing, started, first_row, ready = journal.missing(), time.monotonic(), None, float("inf")
+    num_tokens, workers, engines = 0, 0, set[str]()
     if missing:
         workers = num_workers()
         for report in generate_rows(work, rows, missing, workers):
-            first_row, ready = first_row or time.time() - started, min(ready, report.started_at)
+            first_row, ready = first_row or time.monotonic() - started, min(ready, time.monotonic() - report.seconds)
             journal.append(report.results)
-            num_tokens, engine = num_tokens + report.num_tokens, report.engine
+            num_tokens += report.num_tokens
+            engines.add(report.engine)
             num_done = journal.num_done - len(rows) + len(missing)
-            progress(Progress(num_done, num_tokens, len(missing), time.time() - ready))
-    seconds, generating = time.time() - started, max(0.0, time.time() - ready)
-    scores = Scores()
+            progress(Progress(num_done, num_tokens, len(missing), max(1e-9, time.monotonic() - ready)))
+    seconds, generating = time.monotonic() - started, max(0.0, time.monotonic() - ready)
+    engine, scores = "; ".join(sorted(engines)) or None, Scores()
     errors = write_predictions(output, rows, journal, lambda example, text: scores.add(text, example.output) if example.output else None)
     summary = scores.summary() if scores.count else None
     write_json(beside(output, "meta"), {
@@ -113,15 +115,23 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
 
 
 def model_facts(work: Work, model: str | None, revision: str | None) -> dict[str, Any]:
-    """What identifies the model of a job: its name, base and adapter, by content."""
-    adapter = None if work.served.adapter is None else _file_digest(Path(work.served.adapter) / "adapter_model.safetensors")
-    return {"model_uri": model, "base": work.served.base.model_dump(mode="json"), "base_revision": revision, "adapter_digest": adapter}
+    """What identifies the model of a job: its name, base and adapter; the adapter by content, a local base by its files' sizes and
+    times of change."""
+    base, adapter = work.served.base, work.served.adapter
+    files = sorted(Path(base.name).glob("*.safetensors")) if Path(base.name).is_dir() else []
+    return {"model_uri": model, "base": base.model_dump(mode="json"), "base_revision": revision,
+            "base_files": _digest(repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])) if files else None,
+            "adapter_digest": None if adapter is None else _files_digest(
+                [Path(adapter) / name for name in ADAPTER_FILES])}
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _files_digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

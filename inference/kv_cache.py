@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from inference.beam_search import SearchState
-from qlora.attention import attend_rows, refuse_inexact
+from qlora.attention import REFUSED_KEYWORDS, attend_rows, refuse_inexact
 from qlora.packing import Rows
 
 try:
@@ -71,6 +71,11 @@ class KVCache:
         return cls(prefix, torch.zeros(*head, max_own, shape.head_dim, **options),
                    torch.zeros(*head, max_steps, num_beams, shape.head_dim, **options),
                    torch.zeros(num_slots, dtype=torch.int64, device=prefix.device))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all slots, without the template's."""
+        return self.prompts.nbytes + self.fed.nbytes
 
     def keep(self, slots: Tensor) -> "KVCache":
         """Some slots alone, in that order."""
@@ -193,7 +198,7 @@ def cached_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
                      scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
                      cached: CachedPass | None = None, **others: Any) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, J, T, D] -> ([1, T, H, D], None)."""
-    if cached is None or attention_mask is not None or others.get("s_aux") is not None:
+    if cached is None or attention_mask is not None or any(others.get(name) is not None for name in REFUSED_KEYWORDS):
         raise ValueError(f"{type(module).__name__} can't be served from this cache; use transformers' generate")
     q_THD, k_TJD, v_TJD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

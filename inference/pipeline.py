@@ -5,9 +5,12 @@ by a task, ordered by length and handed to the pool in batches: no process holds
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.engine import ServedModel, load_engine
 from inference.rows import RowStore
+from qlora.adapters import ADAPTER_FILES
 from qlora.base_model import load_tokenizer
 from qlora.config import DecodingSettings
 from qlora.prompts import Prompt, encode_prompt
@@ -39,12 +43,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Report:
-    """One batch's results, the tokens that were generated for it, by which engine, and when that began (seconds since 1970)."""
+    """One batch's results, the tokens that were generated for it, by which engine, and how long that took."""
 
     results: list[Result]
     num_tokens: int
     engine: str
-    started_at: float
+    seconds: float
 
 
 class RowReader:
@@ -84,13 +88,14 @@ class Tokenise:
 class EngineActor:
     """A worker of the pool: one engine, loaded once."""
 
-    def __init__(self, work: Work, num_threads: int):
+    def __init__(self, work: Work, num_threads: int, adapter_files: Any):
         torch.set_num_threads(num_threads)
-        self.engine = load_engine(work.served, work.decoding)
+        with _local_adapter(work.served, adapter_files) as served:
+            self.engine = load_engine(served, work.decoding)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`, `started_at`."""
-        started_at = time.time()
+        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`, `seconds`."""
+        started = time.monotonic()
         errors = [str(error) for error in batch["error"]]
         rows = [row for row, error in enumerate(errors) if not error]
         outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
@@ -98,20 +103,43 @@ class EngineActor:
         for row, (text, count, error) in zip(rows, outputs, strict=True):
             texts[row], num_tokens[row], errors[row] = text, count, error
         return {"index": batch["index"], "text": texts, "error": errors, "num_tokens": num_tokens,
-                "engine": [self.engine.name] * len(errors), "started_at": [started_at] * len(errors)}
+                "engine": [self.engine.name] * len(errors), "seconds": [time.monotonic() - started] * len(errors)}
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
         """(text, tokens, error) of each prompt. If the batch fails, its prompts are tried one by one, so that only what fails
-        alone is lost."""
+        alone is lost. Raises the error if that is all of them, or if the GPU is out of order: then nothing here is the rows' fault,
+        and the job stops with what is done kept.
+        """
         if not prompts:
             return []
         try:
             found = {index: (text, count, "") for index, text, count in self.engine.generate(prompts)}
             return [found[index] for index in range(len(prompts))]
         except (RuntimeError, ValueError) as error:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises again what no later call can get over
             if len(prompts) == 1:
                 return [("", 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}")]
-            return [self._generate([prompt])[0] for prompt in prompts]
+            found_alone = [self._generate([prompt])[0] for prompt in prompts]
+            if all(failure for *_, failure in found_alone):
+                raise
+            return found_alone
+
+
+def _adapter_files(served: ServedModel) -> Any:
+    """A reference to the adapter's files by name, for engines on nodes that don't have its folder; None without an adapter."""
+    if served.adapter is None:
+        return None
+    return ray.put({name: (Path(served.adapter) / name).read_bytes() for name in ADAPTER_FILES})
+
+
+@contextmanager
+def _local_adapter(served: ServedModel, files: Any) -> Iterator[ServedModel]:
+    """What to load on this node, from files that `_adapter_files` refers to."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (ray.get(files) if files is not None else {}).items():
+            (Path(folder) / name).write_bytes(content)
+        yield served if files is None else replace(served, adapter=folder)
 
 
 def default_workers() -> int:
@@ -138,9 +166,9 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_worker
         Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25)
     # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
     dataset = dataset.repartition(target_num_rows_per_block=batch_rows).map_batches(
-        EngineActor, fn_constructor_args=(work, num_threads), batch_size=batch_rows, compute=ActorPoolStrategy(size=num_workers),
-        num_cpus=0.25 if not on_gpu else 1, num_gpus=1 if on_gpu else 0)
+        EngineActor, fn_constructor_args=(work, num_threads, _adapter_files(work.served)), batch_size=batch_rows,
+        compute=ActorPoolStrategy(size=num_workers), num_cpus=0.25 if not on_gpu else 1, num_gpus=1 if on_gpu else 0)
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]
-        yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["started_at"].min()))
+        yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["seconds"].max()))

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from qlora.config import InputError, TrialSettings
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEFT folder, what makes the adapter
+
 
 def attach_adapter(model: PreTrainedModel, settings: TrialSettings, base_name: str) -> PeftModel:
     """A trainable LoRA adapter on a frozen base, B = 0, so that it starts equal to the base.

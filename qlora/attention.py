@@ -23,7 +23,7 @@ from qlora.packing import Bucket, PackedBatch, Rows
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
+REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -60,7 +60,7 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     if packed is None:
         raise ValueError(f"{type(module).__name__} got no PackedBatch: call the model with packed=batch; "
                          "if you did, this family doesn't hand keywords down to attention and can't be packed")
-    refused = [name for name in _REFUSED_KEYWORDS if others.get(name) is not None]
+    refused = [name for name in REFUSED_KEYWORDS if others.get(name) is not None]
     if refused or attention_mask is not None:
         raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -61,6 +61,19 @@ def compute_dtype(settings: BaseModelSettings, device: torch.device) -> torch.dt
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on a device: unallocated on a GPU; on a CPU what is available without swapping,
+    within the limit of a container (cgroup v2)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    free = int(available.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return max(0, free)
+
+
 def default_token_budget() -> int:
     """Tokens of one pass that fit a device comfortably. On a CPU small passes are also the fastest: memory stays warm."""
     return 8192 if default_device().type == "cuda" else 1152

@@ -18,10 +18,11 @@ _MAX_HEAD_WIDTH = 256
 
 
 def supports(q_SHD: Tensor, rows: Rows, sliding_window: int | None, softcap: float | None) -> bool:
-    """Whether the kernels compute this: 16-bit numbers on a GPU, scores that are not capped, no window that hides anything."""
+    """Whether the kernels compute this: 16-bit numbers on a GPU since Ampere, scores that are not capped, no window that hides anything."""
     width = q_SHD.shape[-1]
     return (q_SHD.is_cuda and q_SHD.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= _MAX_HEAD_WIDTH
-            and softcap is None and (sliding_window is None or sliding_window >= rows.prefix_length + rows.longest))
+            and torch.cuda.get_device_capability(q_SHD.device) >= (8, 0) and softcap is None
+            and (sliding_window is None or sliding_window >= rows.prefix_length + rows.longest))
 
 
 def flash_attend(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float) -> Tensor:

@@ -4,14 +4,13 @@ The dequantised weights are the NF4 values, so that what was tuned is what is se
 """
 
 import logging
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters import load_adapter
-from qlora.base_model import default_device, load_base
+from qlora.base_model import free_bytes, load_base
 from qlora.config import BaseModelSettings
 from qlora.norms import fuse_norms
 
@@ -32,7 +31,7 @@ def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
     """As `load_served`, in transformers' own modules; with the adapter apart on the NF4 base if memory is short."""
     model: Any = load_base(base)
     if base.quantization == "nf4":
-        needed, free = _dequantised_bytes(model), _free_bytes()
+        needed, free = _dequantised_bytes(model), free_bytes(model.device)
         merges = 2 * needed < free
         _log.info("%s: dequantised weights need %.1f GiB of %.1f free", "merged" if merges else "kept in NF4, adapter apart",
                   needed / 2**30, free / 2**30)
@@ -57,9 +56,9 @@ def quicken(model: nn.Module) -> None:
     if next(model.parameters()).is_cuda:
         fuse_norms(model)
     elif torch.backends.mkldnn.is_available():
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
-                model.set_submodule(name, PackedLinear(module))
+        names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module.weight.dtype == torch.float32]
+        for name in names:  # one by one, so that no more than one weight stands twice
+            model.set_submodule(name, PackedLinear(model.get_submodule(name)))
 
 
 class PackedLinear(nn.Module):
@@ -68,7 +67,7 @@ class PackedLinear(nn.Module):
     On CPUs without AVX512 a product with few rows takes about two thirds of the time, the head's half of it.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: Any):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -83,9 +82,3 @@ def _dequantised_bytes(model: Any) -> int:
     from bitsandbytes.nn import Linear4bit
     sizes = [module.in_features * module.out_features for module in model.modules() if isinstance(module, Linear4bit)]
     return sum(sizes) * model.dtype.itemsize
-
-
-def _free_bytes() -> int:
-    if default_device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
