@@ -2,9 +2,9 @@
 
     python benchmarks/packed_stream.py [--data FILE] [--steps 2]
 
-Both run in this process, each on its own NF4 base: the baseline is PEFT as it is, ours is PEFT with this project's attention
-and dropout. After a warm-up step each, steps alternate and the median counts. Without dropout the first losses must agree, or
-nothing is printed.
+Both run in this process, each on its own NF4 base: the baseline is PEFT as it is, ours is this project's bank, with its NF4
+values dequantised if memory allows. After a warm-up step each, steps alternate and the median counts. Without dropout the
+first losses must agree, or nothing is printed.
 """
 
 import argparse
@@ -22,12 +22,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.report import print_report, synchronize
-from qlora.adapters import attach_adapter
-from qlora.attention import use_packed_attention
+from qlora.bank import load_bank
 from qlora.base_model import default_token_budget, load_base, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
 from qlora.data import load_examples
-from qlora.norms import fuse_norms
 from qlora.packing import pack
 from qlora.prompts import EncodedExample, encode_examples, load_prompt
 from qlora.training import Training
@@ -45,13 +43,13 @@ def main() -> None:
     rows = load_examples(arguments.data, need_output=True)[:16]
     examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.data)
     settings = TrialSettings(lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, learning_rate=1e-6, schedule="constant")
-    training = make_training(arguments.base_model, examples, settings)
+    training = Training(load_bank(BaseModelSettings(name=arguments.base_model)), examples, settings)
     peft_model = make_peft_model(arguments.base_model, settings)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)
 
     def packed() -> float:
         training.step = 0
-        return training.advance().loss
+        return training.advance(default_token_budget()).loss
 
     def padded() -> float:
         return padded_step(peft_model, examples, optimizer)
@@ -66,15 +64,6 @@ def main() -> None:
     print_report("packed_stream", statistics.median(seconds["packed"]), statistics.median(seconds["padded"]), "seconds a step",
                  {**vars(arguments), "threads": torch.get_num_threads(), "padded_tokens": width * len(examples),
                   "packed_tokens": pack(examples).num_tokens, "losses": first, "seconds": seconds}, higher_is_better=False)
-
-
-def make_training(base_model: str, examples: list[EncodedExample], settings: TrialSettings) -> Training:
-    """Ours: a base with packed attention, an adapter, a training that takes all examples as one batch."""
-    model = load_base(BaseModelSettings(name=base_model))
-    use_packed_attention(model)
-    if model.device.type == "cuda":
-        fuse_norms(model)
-    return Training(attach_adapter(model, settings, base_model), examples, settings, default_token_budget())
 
 
 def make_peft_model(base_model: str, settings: TrialSettings) -> Any:

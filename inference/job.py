@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.pipeline import Work, generate_rows
+from inference.pipeline import Pool, Work, generate_rows
 from inference.predictions import Journal, beside, work_folder, write_predictions
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
@@ -75,12 +75,12 @@ def open_job(source: Path, output: Path) -> Iterator[RowStore]:
             raise
 
 
-def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num_workers: Callable[[], int], *, resume: bool,
+def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], plan: Callable[[], Pool], *, resume: bool,
             progress: Callable[[Progress], None] = lambda progress: None) -> JobResult:
     """Generate what is missing and write the output, PATH.meta.json and, if rows failed, PATH.errors.json.
 
     `facts` name the model for PATH.meta.json and for `resume`, which refuses the rows of a job with other facts, prompt,
-    settings or input. `num_workers` is called when there is work: it connects Ray.
+    settings or input. `plan` is called when there is work: it connects Ray.
     """
     settings = {"model": facts, "prompt": _digest(repr(work.prompt)), "generation settings": work.decoding.model_dump(mode="json"),
                 "input": rows.digest, "longest prompt": work.max_prompt_tokens}
@@ -89,8 +89,9 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], num
     missing, started, first_row, ready = journal.missing(), time.monotonic(), None, float("inf")
     num_tokens, workers, engines = 0, 0, set[str]()
     if missing:
-        workers = num_workers()
-        for report in generate_rows(work, rows, missing, workers):
+        pool = plan()
+        workers = pool.num_workers
+        for report in generate_rows(work, rows, missing, pool):
             first_row, ready = first_row or time.monotonic() - started, min(ready, time.monotonic() - report.seconds)
             journal.append(report.results)
             num_tokens += report.num_tokens

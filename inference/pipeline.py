@@ -22,7 +22,7 @@ from inference.engine import ServedModel, load_engine
 from inference.rows import RowStore
 from qlora.adapters import ADAPTER_FILES
 from qlora.base_model import load_tokenizer
-from qlora.config import DecodingSettings
+from qlora.config import DecodingSettings, InputError
 from qlora.prompts import Prompt, encode_prompt
 
 _WINDOW_ROWS = 4096
@@ -88,8 +88,8 @@ class Tokenise:
 class EngineActor:
     """A worker of the pool: one engine, loaded once."""
 
-    def __init__(self, work: Work, num_threads: int, adapter_files: Any):
-        torch.set_num_threads(num_threads)
+    def __init__(self, work: Work, engines_per_node: int, adapter_files: Any):
+        torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
         with _local_adapter(work.served, adapter_files) as served:
             self.engine = load_engine(served, work.decoding)
 
@@ -142,32 +142,59 @@ def _local_adapter(served: ServedModel, files: Any) -> Iterator[ServedModel]:
         yield served if files is None else replace(served, adapter=folder)
 
 
-def default_workers() -> int:
-    """One worker a GPU of the cluster; one in all if it has none."""
-    return max(1, int(ray.cluster_resources().get("GPU", 0)))
+@dataclass(frozen=True)
+class Pool:
+    """How many engines, each on a GPU of its own or on a share of a node's CPUs."""
+
+    num_workers: int
+    on_gpu: bool
 
 
-def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], num_workers: int) -> Iterator[Report]:
+def plan_pool(local: dict[str, float], num_workers: int | None = None, device: str | None = None) -> Pool:
+    """One engine a GPU of the connected Ray, or one a node if there are no GPUs, unless told otherwise. `local`: what a Ray that
+    can't grow has; {} for a cluster. `device`: "cpu" or "gpu".
+
+    A cluster without any CPU to work on is one whose nodes are still to come, as an autoscaler's: engines ask for a GPU there.
+    Raises InputError for a GPU that will never come.
+    """
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0))
+    on_gpu = device == "gpu" if device else num_gpus > 0 or resources.get("CPU", 0) < 1
+    if local and on_gpu and not num_gpus:
+        raise InputError("--device", "gpu was asked for, but this machine has none; leave it out, or name a cluster in RAY_ADDRESS")
+    return Pool(num_workers or max(1, num_gpus if on_gpu else len(_cpus_of_nodes())), on_gpu)
+
+
+def _cpus_of_nodes() -> dict[str, int]:
+    """Whole CPUs of each node that has any."""
+    cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}
+    return {node: count for node, count in cpus.items() if count}
+
+
+def _cpus_of_this_node() -> int:
+    return _cpus_of_nodes().get(ray.get_runtime_context().get_node_id(), 1)
+
+
+def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool) -> Iterator[Report]:
     """Results of the rows with these numbers (ascending), batch by batch, as they are done. Needs a connected Ray."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    resources = ray.cluster_resources()
-    on_gpu = resources.get("GPU", 0) >= 1
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reader = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
-    window = min(_WINDOW_ROWS, -(-len(numbers) // num_workers))
+    window = min(_WINDOW_ROWS, -(-len(numbers) // pool.num_workers))
     windows = [{"numbers": list(numbers[start:start + window])} for start in range(0, len(numbers), window)]
-    device = "gpu" if on_gpu else "cpu"
+    device = "gpu" if pool.on_gpu else "cpu"
     batch_rows = min(_MOST_ROWS[device], max(_FEWEST_ROWS[device], -(-window // _BATCHES)))
-    num_threads = max(1, int(resources.get("CPU", 1)) // num_workers)
+    engines_per_node = -(-pool.num_workers // max(1, len(_cpus_of_nodes())))
     # Small CPU requests: on 2 cores the tokenising tasks and the pool must fit side by side.
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
         Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25)
     # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
     dataset = dataset.repartition(target_num_rows_per_block=batch_rows).map_batches(
-        EngineActor, fn_constructor_args=(work, num_threads, _adapter_files(work.served)), batch_size=batch_rows,
-        compute=ActorPoolStrategy(size=num_workers), num_cpus=0.25 if not on_gpu else 1, num_gpus=1 if on_gpu else 0)
+        EngineActor, fn_constructor_args=(work, engines_per_node, _adapter_files(work.served)), batch_size=batch_rows,
+        compute=ActorPoolStrategy(size=pool.num_workers), num_cpus=1 if pool.on_gpu else 0.25,
+        num_gpus=int(pool.on_gpu), scheduling_strategy="SPREAD")
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]

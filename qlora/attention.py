@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from qlora.flash_attention import flash_attend, supports
+from qlora.flash_attention import flash_attend, flash_attend_packed, supports
 from qlora.packing import Bucket, PackedBatch, Rows
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -64,19 +64,26 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     if refused or attention_mask is not None:
         raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    p = packed.prefix_length
     q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    longest = max(part.prefix.num_tokens + part.suffixes.longest for part in packed.parts)
+    if supports(q_THD, longest, sliding_window, softcap):
+        return flash_attend_packed(q_THD, k_TKD, v_TKD, packed, scale)[None], None
     outs_BHD = []
-    if p:
-        outs_BHD.append(attend_rows(q_THD[:p], k_TKD[:p], v_TKD[:p], k_TKD[:0], v_TKD[:0], packed.prefix, scale, sliding_window, softcap))
-    outs_BHD.append(attend_rows(q_THD[p:], k_TKD[p:], v_TKD[p:], k_TKD[:p], v_TKD[:p], packed.suffixes, scale, sliding_window, softcap))
+    for part in packed.parts:
+        prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)
+        if part.prefix.num_tokens:
+            outs_BHD.append(attend_rows(q_THD[prefix], k_TKD[prefix], v_TKD[prefix], k_TKD[:0], v_TKD[:0], part.prefix, scale,
+                                        sliding_window, softcap))
+        outs_BHD.append(attend_rows(q_THD[suffix], k_TKD[suffix], v_TKD[suffix], k_TKD[prefix], v_TKD[prefix], part.suffixes, scale,
+                                    sliding_window, softcap))
     return torch.cat(outs_BHD)[None], None
 
 
 def attend_rows(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float,
                 sliding_window: int | None, softcap: float | None) -> Tensor:
-    """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0)."""
-    if supports(q_SHD, rows, sliding_window, softcap):
+    """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0). Not differentiable on GPUs where
+    FlashAttention takes it: training attends over a PackedBatch."""
+    if supports(q_SHD, rows.prefix_length + rows.longest, sliding_window, softcap):
         return flash_attend(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale)
     groups, start, outs_BHD = q_SHD.shape[1] // k_SKD.shape[1], 0, []
     for bucket in rows.buckets:

@@ -8,10 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from qlora.adapters import save_adapter
 from qlora.training import Training
 
 ADAPTER, OPTIMIZER, POSITION, MANIFEST = "adapter", "optimizer.safetensors", "position.json", "manifest.json"
@@ -26,7 +24,7 @@ def save_checkpoint(folder: Path, training: Training) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     tensors, position = training.state()
-    save_adapter(training.model, folder / ADAPTER)
+    training.bank.save(training.adapter, folder / ADAPTER)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
     (folder / POSITION).write_text(json.dumps(position, indent=1), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -41,8 +39,7 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     """
     verify_checkpoint(folder)
     training.load_state(load_file(folder / OPTIMIZER), json.loads((folder / POSITION).read_text(encoding="utf-8")))
-    assert isinstance(training.model, PeftModel)
-    set_peft_model_state_dict(training.model, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+    training.bank.load(training.adapter, folder / ADAPTER)
 
 
 def verify_checkpoint(folder: Path) -> None:

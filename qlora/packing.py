@@ -3,14 +3,16 @@
 Shapes: T stream tokens, P prefix tokens, N examples (rows) or rows of a bucket, L a bucket's longest suffix, B a bucket's
 tokens, A scored (answer) positions.
 
-    stream:     prefix | suffix of example 0 | suffix of example 1 | ... | suffix of example N-1
+    part:       prefix | suffix of example 0 | suffix of example 1 | ... | suffix of example N-1
     positions:  0..P-1 | P..                 | P..                 |     | P..
 
 A suffix token attends to the whole prefix and, causally, to its own suffix: exactly what it would see in a padded row.
-Position A's predictor is the stream token before it. Refuses to know models and attention kernels.
+Position A's predictor is the stream token before it. A stream has one part, or one a trial: trials' prefixes read alike, but
+their adapters make different keys of them. Refuses to know models and attention kernels.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,12 +65,6 @@ class Rows:
         return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     @cached_property
-    def outer_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bounds of all rows as one, and of the prefix: [2] int32 each."""
-        return tuple(torch.tensor([0, end], dtype=torch.int32, device=self.device)  # type: ignore[return-value]
-                     for end in (self.num_tokens, self.prefix_length))
-
-    @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """The rows as padded grids, in order."""
         return tuple(_bucket(run, self.device) for run in _like_lengths(self.lengths))
@@ -86,20 +82,56 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Examples that go through a model together, behind the first `prefix_length` tokens, which their prompts share.
+
+    names: what each example is called in its step; the same example has the same name however a step is split.
+    """
+
+    examples: tuple[EncodedExample, ...]
+    prefix_length: int
+    names: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Stream tokens."""
+        return self.prefix_length + sum(example.num_tokens - self.prefix_length for example in self.examples)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group's place in a stream: its prefix (one row behind nothing) from token `start` on, then the rows behind the prefix."""
+
+    start: int
+    prefix: Rows
+    suffixes: Rows
+
+    @property
+    def suffix_start(self) -> int:
+        """The first token behind the prefix."""
+        return self.start + self.prefix.num_tokens
+
+    @property
+    def end(self) -> int:
+        """Behind the last token."""
+        return self.suffix_start + self.suffixes.num_tokens
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One forward pass's work.
 
-    input_ids_T and position_ids_T: the stream. prefix: one row behind nothing. suffixes: the other rows, behind the prefix.
-    predictors_A: stream index whose logits predict the answer token targets_A, which belongs to example examples_A.
+    input_ids_T and position_ids_T: the stream, part behind part. predictors_A: stream index whose logits predict the answer
+    token targets_A, which belongs to row examples_A, counted through all parts. num_answers: scored positions of each part.
     """
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
-    prefix: Rows
-    suffixes: Rows
+    parts: tuple[Part, ...]
     predictors_A: torch.Tensor
     targets_A: torch.Tensor
     examples_A: torch.Tensor
+    num_answers: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -108,13 +140,39 @@ class PackedBatch:
 
     @property
     def prefix_length(self) -> int:
-        """Tokens P of the shared prefix."""
-        return self.suffixes.prefix_length
+        """Tokens P of the first part's prefix."""
+        return self.parts[0].prefix.num_tokens
 
     @property
     def num_rows(self) -> int:
-        """Examples N."""
-        return len(self.suffixes.lengths)
+        """Examples N of all parts."""
+        return sum(len(part.suffixes.lengths) for part in self.parts)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Prefixes and suffixes of all parts as rows behind nothing."""
+        lengths = [length for part in self.parts for length in (*part.prefix.lengths, *part.suffixes.lengths) if length]
+        return Rows(tuple(lengths), 0, self.input_ids_T.device)
+
+    @cached_property
+    def prefixed(self) -> "Prefixed":
+        """Which tokens look at which prefixes; parts without a prefix are left out."""
+        device, parts = self.input_ids_T.device, [part for part in self.parts if part.prefix.num_tokens]
+        return Prefixed(_places([(part.suffix_start, part.end) for part in parts], device),
+                        _places([(part.start, part.suffix_start) for part in parts], device),
+                        Rows(tuple(part.suffixes.num_tokens for part in parts), 0, device),
+                        Rows(tuple(part.prefix.num_tokens for part in parts), 0, device))
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """The tokens behind prefixes and the tokens of prefixes, as places in the stream (a slice if they are side by side), and how
+    many of each belong to each part."""
+
+    suffix_places: torch.Tensor | slice
+    prefix_places: torch.Tensor | slice
+    suffixes: Rows
+    prefixes: Rows
 
 
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -126,26 +184,49 @@ def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu") -> PackedBatch:
-    """One PackedBatch of all examples, in their order. Every example must have a prompt and an answer token."""
-    assert examples and all(example.prompt and example.answer for example in examples)
+    """One PackedBatch of all examples, in their order, behind all that their prompts share. Every example must have a prompt and an
+    answer token."""
+    return pack_groups([whole_group(examples)], device)
+
+
+def whole_group(examples: Sequence[EncodedExample]) -> Group:
+    """All examples as one group."""
+    return Group(tuple(examples), shared_prefix_length([example.prompt for example in examples]), tuple(range(len(examples))))
+
+
+def pack_groups(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedBatch:
+    """One PackedBatch with a part for each group."""
     device = torch.device(device)
-    prefix = examples[0].prompt[:shared_prefix_length([example.prompt for example in examples])]
-    p = len(prefix)
-    ids, positions = list(prefix), list(range(p))
+    ids: list[int] = []
+    positions: list[int] = []
     predictors: list[int] = []
     owners: list[int] = []
-    for row, example in enumerate(examples):
-        suffix = (*example.prompt[p:], *example.answer)
-        ids += suffix
-        positions += range(p, p + len(suffix))
-        predictors += range(len(ids) - len(example.answer) - 1, len(ids) - 1)
-        owners += [row] * len(example.answer)
-    stream, predictors_A = torch.tensor(ids), torch.tensor(predictors)
-    return PackedBatch(
-        input_ids_T=stream.to(device), position_ids_T=torch.tensor(positions, device=device),
-        prefix=Rows((p,), 0, device), suffixes=Rows(tuple(example.num_tokens - p for example in examples), p, device),
-        predictors_A=predictors_A.to(device), targets_A=stream[predictors_A + 1].to(device),
-        examples_A=torch.tensor(owners, device=device))
+    parts, num_answers, row = [], [], 0
+    for group in groups:
+        p, start, before = group.prefix_length, len(ids), len(predictors)
+        ids += group.examples[0].prompt[:p]
+        positions += range(p)
+        for example in group.examples:
+            assert p < len(example.prompt) and example.answer, "every example needs a prompt token of its own and an answer"
+            suffix = (*example.prompt[p:], *example.answer)
+            ids += suffix
+            positions += range(p, p + len(suffix))
+            predictors += range(len(ids) - len(example.answer) - 1, len(ids) - 1)
+            owners += [row] * len(example.answer)
+            row += 1
+        lengths = tuple(example.num_tokens - p for example in group.examples)
+        parts.append(Part(start, Rows((p,), 0, device), Rows(lengths, p, device)))
+        num_answers.append(len(predictors) - before)
+    whole = torch.tensor([ids, positions])
+    scored = torch.tensor([predictors, owners, [ids[place + 1] for place in predictors]])
+    (ids_T, positions_T), (predictors_A, owners_A, targets_A) = whole.to(device), scored.to(device)
+    return PackedBatch(ids_T, positions_T, tuple(parts), predictors_A, targets_A, owners_A, tuple(num_answers))
+
+
+def _places(ranges: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor | slice:
+    if len(ranges) == 1:
+        return slice(*ranges[0])
+    return torch.tensor([place for start, end in ranges for place in range(start, end)], device=device)
 
 
 def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
@@ -165,8 +246,9 @@ def _bucket(lengths: Sequence[int], device: torch.device | str) -> Bucket:
     return Bucket(torch.tensor(slots, device=device), len(lengths), max(lengths))
 
 
-def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[list[int]]:
-    """Indices of `examples` in groups whose streams (shared prefix + suffixes) fit the budget.
+def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[Group]:
+    """`examples` in groups whose streams fit the budget, each behind the prefix that all of them share; an example's name is its
+    index.
 
     Longest first, so that rows of a group are of like length, and the first group's longest row is the longest of all. A
     single example larger than the budget is a group of its own.
@@ -184,4 +266,17 @@ def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> l
             num_tokens = prefix
         groups[-1].append(index)
         num_tokens += suffix
-    return groups
+    return [Group(tuple(examples[index] for index in group), prefix, tuple(group)) for group in groups]
+
+
+def next_pass(queues: Sequence[deque[Group]], budget_tokens: int) -> tuple[list[int], list[Group]]:
+    """Take at most one group off each queue, as long as they fit the budget together: (the queues' indices, the groups)."""
+    owners: list[int] = []
+    groups: list[Group] = []
+    num_tokens = 0
+    for owner, queue in enumerate(queues):
+        if queue and (not groups or num_tokens + queue[0].num_tokens <= budget_tokens):
+            groups.append(queue.popleft())
+            owners.append(owner)
+            num_tokens += groups[-1].num_tokens
+    return owners, groups

@@ -31,24 +31,28 @@ def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
     """As `load_served`, in transformers' own modules; with the adapter apart on the NF4 base if memory is short."""
     model: Any = load_base(base)
     if base.quantization == "nf4":
-        needed, free = _dequantised_bytes(model), free_bytes(model.device)
-        merges = 2 * needed < free
-        _log.info("%s: dequantised weights need %.1f GiB of %.1f free", "merged" if merges else "kept in NF4, adapter apart",
-                  needed / 2**30, free / 2**30)
-        if not merges:
+        model = dequantised_if_it_fits(model)
+        if _is_nf4(model):
             return load_adapter(model, adapter).eval() if adapter else model
-        model = model.dequantize()
     if adapter is not None:
         model = load_adapter(model, adapter).merge_and_unload()  # type: ignore[operator]
     return model.requires_grad_(False).eval()
 
 
+def dequantised_if_it_fits(model: Any) -> Any:
+    """A model with its NF4 values in its own dtype, if that takes less than half of the free memory; else the model as it is."""
+    if not _is_nf4(model):
+        return model
+    needed, free = _dequantised_bytes(model), free_bytes(model.device)
+    fits = 2 * needed < free
+    _log.info("%s: dequantised weights need %.1f GiB of %.1f free", "dequantised" if fits else "kept in NF4", needed / 2**30, free / 2**30)
+    return model.dequantize().requires_grad_(False).eval() if fits else model
+
+
 def describe_weights(model: nn.Module) -> str:
     """What is served, in words: merged weights, or an NF4 base with its adapter apart."""
-    from bitsandbytes.nn import Linear4bit
-    is_nf4 = any(isinstance(module, Linear4bit) for module in model.modules())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return "NF4 weights, adapter apart" if is_nf4 else f"merged {dtype} weights"
+    return "NF4 weights, adapter apart" if _is_nf4(model) else f"merged {dtype} weights"
 
 
 def quicken(model: nn.Module) -> None:
@@ -76,6 +80,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def _is_nf4(model: Any) -> bool:
+    from bitsandbytes.nn import Linear4bit
+    return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
 def _dequantised_bytes(model: Any) -> int:

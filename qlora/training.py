@@ -6,6 +6,7 @@ and the metric.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from qlora.bank import AdapterBank, make_dropout
 from qlora.config import TrialSettings
-from qlora.packing import pack, split_by_budget
+from qlora.packing import next_pass, pack_groups, split_by_budget
 from qlora.perplexity import answer_nll
 from qlora.prompts import EncodedExample
 
@@ -72,13 +74,12 @@ def make_timetable(num_examples: int, settings: TrialSettings) -> Timetable:
 
 
 class Training:
-    """One adapter in training. `model` is a PEFT model with packed attention; only its LoRA weights need gradients."""
+    """One adapter in training on a bank's base, in passes of its own or shared with other trials (`advance_together`)."""
 
-    def __init__(self, model: Any, examples: Sequence[EncodedExample], settings: TrialSettings, budget_tokens: int):
-        self.model, self.examples, self.settings, self.budget_tokens = model, examples, settings, budget_tokens
+    def __init__(self, bank: AdapterBank, examples: Sequence[EncodedExample], settings: TrialSettings):
+        self.bank, self.examples, self.settings = bank, examples, settings
         self.timetable = make_timetable(len(examples), settings)
-        self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.device = next(iter(self.parameters.values())).device
+        self.adapter = bank.attach(settings)
         self.step = 0
         self._start_stage()
 
@@ -87,24 +88,13 @@ class Training:
         """Whether the whole schedule is done."""
         return self.step >= self.timetable.total_steps
 
-    def advance(self) -> StepResult:
-        """Take one optimizer step on the next batch. Raises DivergedError if its loss or gradient is not finite."""
-        stage, first_step = self.timetable.stage_of(self.step)
-        if self.step == first_step and stage > 0:
-            self._start_stage()
-        batch = self.batch_at(self.step)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(_mix(self.settings.seed, self.step))
-            loss = self._accumulate_gradients(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(f"diverged at step {self.step}: loss {loss}, gradient norm {norm}; try a lower learning rate")
-        learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return StepResult(loss, learning_rate, sum(example.num_tokens for example in batch), norm)
+    def advance(self, budget_tokens: int) -> StepResult:
+        """Take one optimizer step on the next batch, in passes of at most `budget_tokens`. Raises DivergedError if its loss or gradient
+        is not finite."""
+        result = advance_together([self], budget_tokens)[0]
+        if isinstance(result, DivergedError):
+            raise result
+        return result
 
     def batch_at(self, step: int) -> list[EncodedExample]:
         """The examples of a step: each epoch is a fresh permutation, a function of seed and epoch."""
@@ -114,12 +104,31 @@ class Training:
         start = position * self.settings.batch_size
         return [self.examples[index] for index in order[start:start + self.settings.batch_size]]
 
+    def start_step(self) -> list[EncodedExample]:
+        """The next batch, with gradients at zero and a new stage's optimizer if one begins."""
+        stage, first_step = self.timetable.stage_of(self.step)
+        if self.step == first_step and stage > 0:
+            self._start_stage()
+        self.adapter.gradients.zero_()
+        return self.batch_at(self.step)
+
+    def finish_step(self, loss: float, grad_norm: float, num_tokens: int) -> StepResult:
+        """Clip, step and count, with the gradients of the whole batch in place. Raises DivergedError."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(f"diverged at step {self.step}: loss {loss}, gradient norm {grad_norm}; try a lower learning rate")
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.adapter.gradients.mul_(min(1.0, self.settings.max_grad_norm / (grad_norm + 1e-6)))
+        self.optimizer.step()
+        self.schedule.step()
+        self.adapter.refresh()
+        self.step += 1
+        return StepResult(loss, learning_rate, num_tokens, grad_norm)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(optimizer tensors named PARAMETER/KEY, position) of a run between two steps."""
-        tensors = {f"{name}/{key}": value for name, parameter in self.parameters.items()
-                   for key, value in self.optimizer.state.get(parameter, {}).items()}
-        return tensors, {"step": self.step, "settings": self.settings.model_dump(mode="json"), "num_examples": len(self.examples),
-                         "schedule": self.schedule.state_dict()}
+        """(optimizer tensors, position) of a run between two steps."""
+        return dict(self.optimizer.state.get(self._parameter, {})), {
+            "step": self.step, "settings": self.settings.model_dump(mode="json"), "num_examples": len(self.examples),
+            "schedule": self.schedule.state_dict()}
 
     def load_state(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Go on from `state()`; the adapter's weights are loaded elsewhere. Raises ValueError for another run's state."""
@@ -127,35 +136,58 @@ class Training:
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
-        for name, parameter in self.parameters.items():
-            found = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-            if found:
-                step = found.pop("step").cpu()
-                self.optimizer.state[parameter] = {"step": step, **{key: value.to(parameter.device) for key, value in found.items()}}
+        if tensors:
+            self.optimizer.state[self._parameter] = {key: value.to(self._counts_on(key)) for key, value in tensors.items()}
         self.schedule.load_state_dict(position["schedule"])
         for group, learning_rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = learning_rate
 
-    def _accumulate_gradients(self, batch: list[EncodedExample]) -> float:
-        """The loss is the mean over all answer tokens of the step, however the budget splits it."""
-        self.model.train()
-        num_answer_tokens = sum(len(example.answer) for example in batch)
-        total = torch.zeros((), device=self.device)
-        for group in split_by_budget(batch, self.budget_tokens):
-            packed = pack([batch[index] for index in group], self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = answer_nll(self.model, packed).sum() / num_answer_tokens
-            loss.backward()
-            total += loss.detach()
-        return total.item()
+    def _counts_on(self, key: str) -> torch.device:
+        return torch.device("cpu") if key == "step" and not self._fused else self.bank.device
 
     def _start_stage(self) -> None:
         stage, _ = self.timetable.stage_of(min(self.step, self.timetable.total_steps - 1))
         steps = self.timetable.stages[stage] * self.timetable.steps_per_epoch
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate,
-                                           weight_decay=self.settings.weight_decay)
+        self._fused = self.bank.device.type == "cuda"
+        self._parameter = torch.nn.Parameter(self.adapter.weights)
+        self._parameter.grad = self.adapter.gradients
+        self.optimizer = torch.optim.AdamW([self._parameter], lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay,
+                                           fused=self._fused)
         self.schedule = get_scheduler(self.settings.schedule, self.optimizer,
                                       num_warmup_steps=round(self.settings.warmup_fraction * steps), num_training_steps=steps)
+
+
+def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[StepResult | DivergedError]:
+    """One optimizer step of each of several trials on one bank, in shared passes of at most `budget_tokens`.
+
+    Each trial's result is what it would be alone: its loss is the mean over all answer tokens of its own batch, however the
+    passes split it; nothing of it depends on the others.
+    """
+    bank = trainings[0].bank
+    batches = [training.start_step() for training in trainings]
+    queues = [deque(split_by_budget(batch, budget_tokens)) for batch in batches]
+    num_answers = [sum(len(example.answer) for example in batch) for batch in batches]
+    losses = [torch.zeros((), device=bank.device) for _ in trainings]
+    while any(queues):
+        owners, groups = next_pass(queues, budget_tokens)
+        batch = pack_groups(groups, bank.device)
+        there = [trainings[owner] for owner in owners]
+        dropouts = [make_dropout(training.adapter, group, training.step) for training, group in zip(there, groups, strict=True)]
+        with bank.routed(batch, [training.adapter for training in there], dropouts):
+            nll_A = answer_nll(bank.model, batch)
+            parts = [part_A.sum() / num_answers[owner] for owner, part_A in zip(owners, nll_A.split(batch.num_answers), strict=True)]
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+        for owner, part in zip(owners, parts, strict=True):
+            losses[owner] = losses[owner] + part.detach()
+    norms = [training.adapter.gradients.norm() for training in trainings]
+    found = torch.stack([*losses, *norms]).tolist()  # one wait for the GPU
+    results: list[StepResult | DivergedError] = []
+    for training, batch_examples, loss, norm in zip(trainings, batches, found, found[len(trainings):], strict=False):
+        try:
+            results.append(training.finish_step(loss, norm, sum(example.num_tokens for example in batch_examples)))
+        except DivergedError as error:
+            results.append(error)
+    return results
 
 
 def _mix(seed: int, count: int) -> int:

@@ -33,7 +33,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--input", metavar="FILE", required=True, help="JSON list, or JSONL, of rows with id and instruction")
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON list of id and output")
     add_decoding_options(parser)
-    parser.add_argument("--workers", type=positive_int, metavar="N", help="engines in the pool (default: one a GPU, or one)")
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="engines in the pool (default: one a GPU, or one a node)")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="what engines run on (default: GPUs if the cluster has any)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run of the same command finished")
     parser.add_argument("--quiet", action="store_true", help="no progress (it is shown on terminals only)")
     arguments = parser.parse_args()
@@ -61,13 +62,9 @@ def main() -> None:
 
     from inference.engine import ServedModel
     from inference.job import Progress, model_facts, open_job, run_job
-    from inference.pipeline import Work, default_workers
+    from inference.pipeline import Work, plan_pool
     work = Work(ServedModel(base, adapter), prompt, decoding, context_tokens - decoding.max_new_tokens)
     output = Path(arguments.output)
-
-    def workers() -> int:
-        connect_ray()
-        return arguments.workers or default_workers()
 
     def show(progress: Progress) -> None:
         if not arguments.quiet:
@@ -75,7 +72,8 @@ def main() -> None:
 
     with open_job(Path(arguments.input), output) as rows:
         facts = model_facts(work, model_uri, getattr(config, "_commit_hash", None))
-        result = run_job(work, rows, output, facts, workers, resume=arguments.resume, progress=show)
+        result = run_job(work, rows, output, facts, lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
+                         resume=arguments.resume, progress=show)
     if result.engine:
         print(f"engine: {result.engine}")
     if result.scores:

@@ -19,9 +19,9 @@ from qlora.perplexity import mean_perplexity
 from qlora.prompts import encode_examples, load_prompt
 from tracking.registry import register_adapter
 from tracking.runs import SweepTracker, start_sweep
+from tuning.host import SweepData
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED, Space, load_space
-from tuning.trial import SweepData
 
 
 @dataclass(frozen=True)

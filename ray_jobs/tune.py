@@ -16,7 +16,7 @@ from ray_jobs.command import PROJECT_ROOT, CommandParser, StoppedError, connect_
 
 if TYPE_CHECKING:
     from ray_jobs.sweep_results import SweepResults
-    from tuning.trial import SweepData
+    from tuning.host import SweepData
 
 
 def main() -> None:
@@ -51,17 +51,19 @@ def main() -> None:
 
 def _run(results: "SweepResults", data: "SweepData", *, resume: bool) -> None:
     resources = connect_ray()
+    from tuning.hosts import start_hosts
     from tuning.plan import check_resources
     from tuning.progress import clock, ranking
     from tuning.sweep import keep_best_adapter, run_sweep, zero_shot_perplexities
     check_resources(data.space, resources)
     results.claim()
     started = time.monotonic()
-    zero_shot = results.zero_shot(lambda: zero_shot_perplexities(data))
+    hosts = start_hosts(data)
+    zero_shot = results.zero_shot(lambda: zero_shot_perplexities(data, hosts))
     print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
     tracker, status = results.tracker(), "KILLED"
     try:
-        records = run_sweep(data, results.folder, zero_shot, tracker, resume=resume)
+        records = run_sweep(data, hosts, results.folder, zero_shot, tracker, resume=resume)
         if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
             raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
         status = "FAILED"

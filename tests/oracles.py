@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 
+from qlora.config import TrialSettings
 from qlora.prompts import EncodedExample
 
 
@@ -28,3 +30,11 @@ def padded_loss(model: Any, examples: Sequence[EncodedExample]) -> torch.Tensor:
 def loop_perplexities(model: Any, examples: Sequence[EncodedExample]) -> list[float]:
     """exp(mean NLL of the answer), one example at a time."""
     return [math.exp(padded_loss(model, [example]).item()) for example in examples]
+
+
+def peft_adapter(model: Any, settings: TrialSettings) -> PeftModel:
+    """A fresh adapter as PEFT itself makes it, drawn from the settings' seed."""
+    targets = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
+    torch.manual_seed(settings.seed)
+    return get_peft_model(model, LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+                                            target_modules=targets, task_type="CAUSAL_LM"))

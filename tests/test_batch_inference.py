@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model
 
 import inference.rows
@@ -219,3 +220,48 @@ def test_a_family_that_the_search_lacks_is_served_by_generate(tmp_path, caplog):
     assert caplog.text.count("using transformers.generate") == 1
     assert sorted(index for index, *_ in engine.generate([(1, 5, 6), (1, 7)])) == [0, 1]
     assert isinstance(make_engine(tiny_model("llama"), byte_tokenizer(), DecodingSettings()), BeamEngine)
+
+
+def test_a_family_that_fails_at_its_first_forward_is_served_by_generate(caplog):
+    """Attention sinks are not in a config: that they can't be served shows when attention is called."""
+    from conftest import SIZE, byte_tokenizer
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    from inference.engine import TransformersEngine, make_engine
+    from qlora.config import DecodingSettings
+    torch.manual_seed(0)
+    config = GptOssConfig(**SIZE, head_dim=16, num_local_experts=2, num_experts_per_tok=1, attn_implementation="eager")
+    model = GptOssForCausalLM(config).eval()
+    ids = torch.tensor([[1, 5, 6]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=4, pad_token_id=0)[0, 3:]
+    engine = make_engine(model, byte_tokenizer(), DecodingSettings(max_new_tokens=4))
+    assert isinstance(engine, TransformersEngine)
+    assert "s_aux" in engine.name
+    assert caplog.text.count("using transformers.generate") == 1
+    assert [text for _, text, _ in engine.generate([(1, 5, 6)])] == [byte_tokenizer().decode(expected, skip_special_tokens=True).strip()]
+
+
+@pytest.mark.ray
+def test_a_pool_has_one_engine_an_accelerator():
+    """A GPU each, wherever they are; a node each where there are none; a GPU from an autoscaler that has started no node yet."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from inference.pipeline import Pool, plan_pool
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert plan_pool({}) == Pool(1, True)
+        assert plan_pool({}, 4) == Pool(4, True)
+        with pytest.raises(InputError, match="--device"):
+            plan_pool(ray.cluster_resources(), device="gpu")
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        assert plan_pool({}) == Pool(2, False)
+        assert plan_pool({}, device="gpu") == Pool(1, True)
+        cluster.add_node(num_cpus=1, num_gpus=2)
+        assert plan_pool({}) == Pool(2, True)
+        assert plan_pool({}, device="cpu") == Pool(3, False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

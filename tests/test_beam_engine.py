@@ -4,11 +4,11 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import CONFIGS, random_examples, tiny_model
+from oracles import peft_adapter
 from peft.tuners.lora import LoraLayer
 
 from inference.beam_engine import BeamSearcher
 from inference.engine import generate_options, search_rules
-from qlora.adapters import attach_adapter, save_adapter
 from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
 from qlora.serving import PackedLinear, load_served, quicken
@@ -118,11 +118,11 @@ def test_what_the_search_lacks_is_left_to_generate():
 def test_what_was_tuned_is_what_is_served(tiny_base, tmp_path):
     """The served weights are the NF4 values with the adapter added, not the weights from before quantisation."""
     settings = BaseModelSettings(name=str(tiny_base))
-    adapted = attach_adapter(load_base(settings), TrialSettings(lora_r=4, lora_dropout=0.0), settings.name)
+    adapted = peft_adapter(load_base(settings), TrialSettings(lora_r=4, lora_dropout=0.0))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    save_adapter(adapted, tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     served = load_served(settings, str(tmp_path))
     assert not any(isinstance(module, (Linear4bit, LoraLayer)) for module in served.modules())
     ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(2))

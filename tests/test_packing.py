@@ -3,13 +3,12 @@
 import pytest
 import torch
 from conftest import CONFIGS, random_examples, tiny_model
-from oracles import padded_loss
+from oracles import padded_loss, peft_adapter
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from qlora.adapters import attach_adapter
 from qlora.attention import use_packed_attention
 from qlora.config import TrialSettings
-from qlora.packing import pack, shared_prefix_length, split_by_budget
+from qlora.packing import pack, pack_groups, shared_prefix_length, split_by_budget, whole_group
 from qlora.perplexity import answer_nll
 from qlora.prompts import EncodedExample
 
@@ -19,7 +18,7 @@ def gradients(model) -> torch.Tensor:
 
 
 def with_lora(model):
-    adapted = attach_adapter(model, TrialSettings(lora_r=4, lora_dropout=0.0), "tiny")
+    adapted = peft_adapter(model, TrialSettings(lora_r=4, lora_dropout=0.0))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
@@ -52,6 +51,18 @@ def test_the_prefix_stands_once_in_the_stream():
     assert batch.targets_A.tolist() == [token for e in examples for token in e.answer]
 
 
+def test_parts_of_a_stream_do_not_see_each_other():
+    """Several trials' groups in one stream score as each does alone."""
+    groups = [whole_group(random_examples(count, seed, shared)) for count, seed, shared in ((3, 0, 20), (1, 1, 5), (4, 2, 1))]
+    for family in CONFIGS:
+        model = tiny_model(family)
+        use_packed_attention(model)
+        together = pack_groups(groups)
+        alone = torch.cat([answer_nll(model, pack_groups([group])) for group in groups])
+        assert together.num_answers == tuple(sum(len(e.answer) for e in group.examples) for group in groups)
+        torch.testing.assert_close(answer_nll(model, together), alone, rtol=1e-5, atol=1e-5)
+
+
 def test_equal_prompts_keep_a_token_of_their_own():
     """The first answer token is predicted from the last prompt token, so that one can't be in the prefix."""
     examples = [EncodedExample("a", (1, 5, 6), (7, 2)), EncodedExample("b", (1, 5, 6), (8, 9, 2))]
@@ -69,18 +80,18 @@ def test_regrouping_changes_nothing():
     whole = answer_nll(model, pack(examples)).sum().item()
     for budget in (1, 100, 300):
         groups = split_by_budget(examples, budget)
-        assert sorted(index for group in groups for index in group) == list(range(12))
-        parts = sum(answer_nll(model, pack([examples[i] for i in group])).sum().item() for group in groups)
+        assert sorted(name for group in groups for name in group.names) == list(range(12))
+        parts = sum(answer_nll(model, pack_groups([group])).sum().item() for group in groups)
         assert parts == pytest.approx(whole, rel=1e-5)
 
 
 def test_groups_stay_within_the_budget():
     examples = random_examples(30)
-    prefix = shared_prefix_length([e.prompt for e in examples])
     groups = split_by_budget(examples, 200)
     assert len(groups) > 1
     for group in groups:
-        assert len(group) == 1 or prefix + sum(examples[i].num_tokens - prefix for i in group) <= 200
+        assert group.num_tokens == pack_groups([group]).num_tokens
+        assert len(group.examples) == 1 or group.num_tokens <= 200
 
 
 def test_models_that_mix_tokens_elsewhere_are_refused():

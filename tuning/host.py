@@ -1,50 +1,215 @@
-"""Owns the base that a worker process keeps: loaded once, then lent to one trial after another.
+"""Owns a host's work: one base on one device, and all trials that are attached to it, trained and evaluated together.
 
-Ray reuses a worker for its next trial, so a sweep loads the base once a worker and not once a trial.
+One thread does everything that touches the device: whoever calls leaves a wish and waits. Between two steps the thread
+carries out what was asked for; a trial that asks for nothing (it waits at a rung, or was stopped) costs the others
+nothing. Refuses to know how hosts are found and how trials report.
 """
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
+import torch
 
-from qlora.adapters import attach_adapter, detach_adapter
-from qlora.attention import use_packed_attention
-from qlora.base_model import load_base
-from qlora.config import BaseModelSettings, TrialSettings
-from qlora.norms import fuse_norms
+from qlora.bank import load_bank
+from qlora.base_model import default_token_budget
+from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, verify_checkpoint
+from qlora.perplexity import adapter_perplexities, mean_perplexity
+from qlora.prompts import EncodedExample
+from qlora.training import DivergedError, StepResult, Timetable, Training, advance_together
+from tuning.space import Space
 
-
-@lru_cache(maxsize=1)
-def resident_base(settings: BaseModelSettings) -> PreTrainedModel:
-    """This process's base on its device, with packed attention. Loads on the first call."""
-    model = load_base(settings)
-    use_packed_attention(model)
-    if model.device.type == "cuda":
-        fuse_norms(model)
-    return model
+_log = logging.getLogger(__name__)
+_FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
 
 
-@contextmanager
-def lent_base(base: BaseModelSettings, settings: TrialSettings) -> Iterator[PeftModel]:
-    """The resident base with a fresh adapter of a trial; the adapter is taken off again at the end, however that comes."""
-    _return_free_memory()
-    adapted = attach_adapter(resident_base(base), settings, base.name)
+@dataclass(frozen=True)
+class SweepData:
+    """What every trial of a sweep works on, sent to the hosts once."""
+
+    space: Space
+    train: list[EncodedExample]
+    public: list[EncodedExample]
+
+
+@dataclass
+class Seat:
+    """An attached trial: who holds it, what it was asked to reach, and what it did since its last report."""
+
+    holder: str
+    training: Training
+    goal: int | None = None
+    folder: str = ""
+    reply: "Future[dict[str, float]]" = field(default_factory=Future)
+    seen: list[StepResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def at_goal(self) -> bool:
+        """Whether it has only to be evaluated."""
+        return self.goal is not None and self.training.step >= self.goal
+
+
+class Host:
+    """Trains attached trials in shared passes. Its methods may be called from many threads and block until they are done."""
+
+    def __init__(self, data: SweepData, num_threads: int):
+        torch.set_num_threads(num_threads)
+        self._data = data
+        self._budget_tokens = data.space.budget_tokens or default_token_budget()
+        self._seats: dict[str, Seat] = {}
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed = threading.Condition()
+        self._bank = load_bank(data.space.base_model)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def zero_shot(self) -> list[float]:
+        """Perplexity of each public example under the base without an adapter."""
+        return self._ask(lambda: adapter_perplexities(self._bank, [(None, self._data.public)], self._budget_tokens)[0])  # type: ignore[no-any-return]
+
+    def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
+        """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any; returns the steps at which
+        it is yet to be evaluated. A holder has one seat: what it held before is given up."""
+        return self._ask(lambda: self._attach(trial_id, holder, config, checkpoints))  # type: ignore[no-any-return]
+
+    def advance(self, trial_id: str, step: int, folder: str) -> dict[str, float]:
+        """Train a trial up to a step, evaluate it, write a checkpoint into the folder; returns its metrics.
+
+        Raises DivergedError; KeyError for a trial without a seat.
+        """
+        def start() -> "Future[dict[str, float]]":
+            seat = self._seats[trial_id]
+            seat.goal, seat.folder, seat.reply, seat.seen, seat.seconds = step, folder, Future(), [], 0.0
+            return seat.reply
+        return self._ask(start).result()  # type: ignore[no-any-return]
+
+    def detach(self, trial_id: str) -> None:
+        """Take a trial's seat and memory back, if it has one."""
+        self._ask(lambda: self._leave(trial_id))
+
+    def process_id(self) -> int:
+        """Of the host's process."""
+        return os.getpid()
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        reply: Future[Any] = Future()
+        with self._changed:
+            self._calls.append((call, reply))
+            self._changed.notify()
+        return reply.result()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or any(seat.goal is not None for seat in self._seats.values()))
+                calls, self._calls = self._calls, deque()
+            for call, reply in calls:
+                _settle(reply, call)
+            asked = [seat for seat in self._seats.values() if seat.goal is not None]
+            for step, seats in ((self._evaluate, [seat for seat in asked if seat.at_goal]),
+                                (self._train, [seat for seat in asked if not seat.at_goal])):
+                if seats:
+                    self._with_room(step, seats)
+
+    def _with_room(self, step: Callable[[list[Seat]], None], seats: list[Seat]) -> None:
+        """Out of memory halves the tokens of a pass; the next turn tries again. Any other failure is the trials' that took part."""
+        try:
+            step(seats)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            self._budget_tokens //= 2
+            _log.warning("out of memory: passes of %d tokens from here on", self._budget_tokens)
+            if self._budget_tokens < _FEWEST_TOKENS:
+                self._fail(seats, error)
+        except Exception as error:  # whatever it is, it belongs to the callers, and this thread must go on
+            self._fail(seats, error)
+
+    def _train(self, seats: list[Seat]) -> None:
+        started = time.monotonic()
+        results = advance_together([seat.training for seat in seats], self._budget_tokens)
+        seconds = time.monotonic() - started
+        for seat, result in zip(seats, results, strict=True):
+            seat.seconds += seconds
+            if isinstance(result, DivergedError):
+                self._fail([seat], result)
+            else:
+                seat.seen.append(result)
+
+    def _evaluate(self, seats: list[Seat]) -> None:
+        found = adapter_perplexities(self._bank, [(seat.training.adapter, self._data.public) for seat in seats], self._budget_tokens)
+        for seat, values in zip(seats, found, strict=True):
+            save_checkpoint(Path(seat.folder), seat.training)
+            seat.goal = None
+            seat.reply.set_result(_metrics(seat, mean_perplexity(values)))
+
+    def _fail(self, seats: list[Seat], error: Exception) -> None:
+        for seat in seats:
+            seat.goal = None
+            seat.reply.set_exception(error)
+
+    def _attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
+        for other in [name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id]:
+            self._leave(other)
+        settings = self._data.space.trial_settings(config)
+        training = Training(self._bank, self._data.train, settings)
+        for folder in checkpoints:
+            try:
+                verify_checkpoint(Path(folder))
+            except CheckpointError as error:
+                print(f"passing over a damaged checkpoint: {error}")
+                continue
+            load_checkpoint(Path(folder), training)
+            break
+        self._seats[trial_id] = Seat(holder, training)
+        stops = evaluation_steps(training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch)
+        return sorted(step for step in stops if step > training.step)
+
+    def _leave(self, trial_id: str) -> None:
+        seat = self._seats.pop(trial_id, None)
+        if seat is None:
+            return
+        self._bank.detach(seat.training.adapter)
+        if seat.goal is not None:
+            seat.reply.set_exception(RuntimeError("the trial was detached"))
+
+
+def evaluation_steps(timetable: Timetable, scheduler: Any, evaluations_per_epoch: int) -> set[int]:
+    """Steps after which a trial is evaluated: the scheduler's rungs, and equal parts of every epoch up to its end."""
+    epochs = sum(timetable.stages)
+    parts = {math.ceil(part * timetable.steps_per_epoch / evaluations_per_epoch) for part in range(1, evaluations_per_epoch + 1)}
+    steps = {epoch * timetable.steps_per_epoch + part for epoch in range(epochs) for part in parts}
+    if scheduler.type == "asha":
+        scale = Fraction(timetable.total_steps, 100 if scheduler.time_attr == "schedule_percent" else timetable.total_steps)
+        steps |= {math.ceil(Fraction(rung) * scale) for rung in (*scheduler.rungs, scheduler.max_t)}
+    return {step for step in steps if 1 <= step <= timetable.total_steps}
+
+
+def _metrics(seat: Seat, perplexity: float) -> dict[str, float]:
+    training, seen = seat.training, seat.seen
+    on_gpu = training.bank.device.type == "cuda"
+    return {
+        "public_perplexity": perplexity,
+        "training_loss": sum(result.loss for result in seen) / max(len(seen), 1),
+        "learning_rate": seen[-1].learning_rate if seen else 0.0,
+        "step": training.step,
+        "epoch": training.timetable.epochs_at(training.step),
+        "schedule_percent": training.timetable.percent_at(training.step),
+        "tokens_per_second": sum(result.num_tokens for result in seen) / max(seat.seconds, 1e-9),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+    }
+
+
+def _settle(reply: "Future[Any]", call: Callable[[], Any]) -> None:
     try:
-        yield adapted
-    finally:
-        detach_adapter(adapted)
-
-
-def _return_free_memory() -> None:
-    """Give the memory that earlier trials freed back to the system.
-
-    Ray runs each trial in a new thread, glibc gives each thread a heap of its own, and freed activations (gigabytes on a CPU)
-    would stay in the old heaps: a worker would grow by a trial's peak with every trial.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+        reply.set_result(call())
+    except Exception as error:  # belongs to the caller
+        reply.set_exception(error)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray import tune
@@ -18,10 +18,14 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from qlora.checkpoint import ADAPTER
 from qlora.config import InputError
+from tuning.hosts import host_of_my_device
 from tuning.ledger import Ledger, TrialRecord, ranked
 from tuning.progress import headline, table
 from tuning.space import Asha, Space, tune_space
-from tuning.trial import SweepData, measure_zero_shot, run_trial
+from tuning.trial import run_trial
+
+if TYPE_CHECKING:
+    from tuning.host import SweepData
 
 _POINT = ("step", "epoch", "schedule_percent", "public_perplexity", "training_loss", "learning_rate", "tokens_per_second",
           "peak_memory_gib")
@@ -105,20 +109,22 @@ class RestoredASHA(ASHAScheduler):
                 self._trial_info[trial.trial_id].on_result(trial, point[self._time_attr], -point["public_perplexity"])
 
 
-def zero_shot_perplexities(data: SweepData) -> list[float]:
-    """Perplexity of each public example under the bare base, measured on a worker like a trial's."""
+def zero_shot_perplexities(data: "SweepData", hosts: Any) -> list[float]:
+    """Perplexity of each public example under the bare base, measured by the first host, where trials will find it."""
+    def measure(hosts: Any) -> list[float]:
+        return ray.get(host_of_my_device(hosts).zero_shot.remote())  # type: ignore[no-any-return]
     resources = data.space.resources_per_trial
-    return ray.get(ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu)(measure_zero_shot).remote(data))
+    return ray.get(ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu)(measure).remote(hosts))  # type: ignore[no-any-return]
 
 
-def run_sweep(data: SweepData, folder: Path, zero_shot: float, observer: SweepObserver, *, resume: bool) -> list[TrialRecord]:
+def run_sweep(data: "SweepData", hosts: Any, folder: Path, zero_shot: float, observer: SweepObserver, *, resume: bool) -> list[TrialRecord]:
     """Run or continue the sweep whose results live in `folder`; returns its records, whatever became of each trial.
 
     Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises InputError if
     Ray's saved state has lost trials that the ledger knows.
     """
     experiment = storage_path(data.space, folder) + "/ray"
-    trainable = tune.with_resources(tune.with_parameters(run_trial, data=data), _resources(data.space))
+    trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), _resources(data.space))
     if resume and tune.Tuner.can_restore(experiment):
         tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True, restart_errored=False)
     else:

@@ -1,0 +1,292 @@
+"""Owns the AdapterBank: many trials' LoRA adapters on one frozen base, trained and evaluated in one pass over one stream.
+
+Every linear layer that an adapter targets becomes a BankedLinear: the base's product over the whole stream, then each
+part's LoRA product over its own tokens (qlora.grouped_lora; on a GPU qlora.lora_kernels). An adapter's weights are one flat
+float32 vector, and so are its gradients: an optimizer step is a few launches, however many layers there are.
+
+PEFT's layout goes in and out, and a fresh adapter is the one that PEFT would draw. Refuses to know schedules and data.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora import grouped_lora
+from qlora.attention import use_packed_attention
+from qlora.base_model import load_base
+from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.grouped_lora import Dropout, LayerPart
+from qlora.norms import fuse_norms
+from qlora.packing import Group, PackedBatch
+from qlora.serving import dequantised_if_it_fits
+
+try:
+    from qlora import lora_kernels
+except ImportError:  # Triton comes with torch's CUDA builds only
+    lora_kernels = None  # type: ignore[assignment]
+
+_ALIGNMENT = 16  # elements: every matrix begins where vector loads may
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One trial's LoRA weights on a bank.
+
+    weights and gradients: [n] float32, all matrices end to end. served: the weights in the model's dtype, the same tensor if
+    that is float32; `refresh` makes them follow. layers: for each targeted layer (A, B) as places in those vectors.
+    """
+
+    settings: TrialSettings
+    weights: Tensor
+    gradients: Tensor
+    served: Tensor
+    layers: dict[str, tuple["_Place", "_Place"]]
+
+    @property
+    def scale(self) -> float:
+        """What a LoRA product is multiplied by."""
+        return self.settings.lora_alpha / self.settings.lora_r
+
+    def refresh(self) -> None:
+        """Bring what the model multiplies with up to the weights."""
+        if self.served is not self.weights:
+            self.served.copy_(self.weights)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Views of the weights under PEFT's names, A [r, in] and B [out, r]."""
+        return {f"base_model.model.{layer}.lora_{letter}.weight": place.of(self.weights)
+                for layer, places in self.layers.items() for letter, place in zip("AB", places, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    shape: tuple[int, int]
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start:self.start + math.prod(self.shape)].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which tokens of a pass go through which adapter, and what the layers need to know of it."""
+
+    bounds: tuple[tuple[int, int], ...]
+    adapters: tuple[Adapter | None, ...]
+    dropouts: tuple[Dropout | None, ...]
+    anchor: Tensor
+    pass_tables: Any = None
+    layer_tables: Any = None
+
+    def layer_parts(self, name: str) -> list[LayerPart]:
+        """The parts that have an adapter at a layer."""
+        found = (_layer_part(adapter, name, *bounds, dropout)
+                 for adapter, bounds, dropout in zip(self.adapters, self.bounds, self.dropouts, strict=True))
+        return [part for part in found if part is not None]
+
+
+@dataclass(eq=False)
+class AdapterBank:
+    """Adapters on one base, which has packed attention. `base_name` is what saved adapters say they were trained on. A layer has the
+    same number whatever adapters there are: its dropout depends on it."""
+
+    model: PreTrainedModel
+    base_name: str
+    layers: dict[str, "BankedLinear"] = field(default_factory=dict)
+    route: Route | None = None
+    _linear: tuple[str, ...] = ()
+    _tables: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        head = self.model.get_output_embeddings()
+        self._linear = tuple(name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+
+    @property
+    def device(self) -> torch.device:
+        """Where base and adapters are."""
+        return self.model.device
+
+    def attach(self, settings: TrialSettings) -> Adapter:
+        """A fresh adapter, B = 0, so that it starts equal to the base; A is drawn from `settings.seed` alone, as PEFT draws it.
+
+        Raises InputError if no linear layer has one of the target names.
+        """
+        names = self._targets(settings)
+        layers, end = {}, 0
+        for name in names:
+            linear = self._banked(name)
+            places = []
+            for shape in ((settings.lora_r, linear.in_features), (linear.out_features, settings.lora_r)):
+                places.append(_Place(end, shape))
+                end += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+            layers[name] = (places[0], places[1])
+        weights = torch.zeros(end)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            for a, b in layers.values():
+                nn.Linear(a.shape[1], a.shape[0], bias=False)  # PEFT makes both layers, each drawing its weights,
+                nn.Linear(b.shape[1], b.shape[0], bias=False)
+                nn.init.kaiming_uniform_(a.of(weights), a=math.sqrt(5))  # and then draws A anew
+        weights = weights.to(self.device)
+        served = weights if self.model.dtype == torch.float32 else weights.to(self.model.dtype)
+        return Adapter(settings, weights, torch.zeros_like(weights), served, layers)
+
+    def detach(self, adapter: Adapter) -> None:
+        """Forget what was kept for an adapter; its memory goes with its last reference."""
+        self._tables = {key: tables for key, tables in self._tables.items() if id(adapter) not in key}
+
+    @contextmanager
+    def routed(self, batch: PackedBatch, adapters: Sequence[Adapter | None],
+               dropouts: Sequence[Dropout | None]) -> Iterator[None]:
+        """Within: the model's layers add the i-th adapter's products (None: nothing) to the tokens of the batch's i-th part, with its
+        dropout."""
+        assert self.route is None and len(adapters) == len(batch.parts)
+        bounds = tuple((part.start, part.end) for part in batch.parts)
+        anchor = torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
+        tables: dict[str, Any] = {}
+        if self._has_kernels(adapters):
+            tables = {"pass_tables": lora_kernels.make_pass_tables(bounds, dropouts, self.device),
+                      "layer_tables": self._layer_tables(tuple(adapters))}
+        self.route = Route(bounds, tuple(adapters), tuple(dropouts), anchor, **tables)
+        try:
+            yield
+        finally:
+            self.route = None
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        """Write what `PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name, _, revision = self.base_name.partition("@")
+        targets = sorted({layer.rpartition(".")[2] for layer in adapter.layers})
+        config = LoraConfig(r=adapter.settings.lora_r, lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
+                            lora_dropout=adapter.settings.lora_dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM",
+                            base_model_name_or_path=name, revision=revision or None, inference_mode=True)
+        config.save_pretrained(str(folder))
+        save_file({name: tensor.contiguous() for name, tensor in adapter.matrices().items()}, folder / "adapter_model.safetensors",
+                  metadata={"format": "pt"})
+
+    def load(self, adapter: Adapter, folder: Path) -> None:
+        """Take over the weights of a PEFT folder. Raises InputError if they are not this adapter's."""
+        found, matrices = load_file(folder / "adapter_model.safetensors"), adapter.matrices()
+        if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in matrices.items()}:
+            raise InputError(folder, "holds an adapter of other layers or another rank")
+        for name, matrix in matrices.items():
+            matrix.copy_(found[name])
+        adapter.refresh()
+
+    def _targets(self, settings: TrialSettings) -> list[str]:
+        wanted = settings.target_modules
+        names = [name for name in self._linear if wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted)]
+        if not names:
+            raise InputError("target_modules", f"no linear layer is called {', '.join(wanted)}; there are: "
+                             f"{', '.join(sorted({name.rpartition('.')[2] for name in self._linear}))}")
+        return names
+
+    def _banked(self, name: str) -> "BankedLinear":
+        if name not in self.layers:
+            layer = BankedLinear(self.model.get_submodule(name), self, name, self._linear.index(name))
+            self.model.set_submodule(name, layer)
+            self.layers[name] = layer
+        return self.layers[name]
+
+    def _has_kernels(self, adapters: Sequence[Adapter | None]) -> bool:
+        return (lora_kernels is not None and self.device.type == "cuda"
+                and max((adapter.settings.lora_r for adapter in adapters if adapter), default=0) <= lora_kernels.MAX_RANK)
+
+    def _layer_tables(self, adapters: tuple[Adapter | None, ...]) -> Any:
+        key = tuple(id(adapter) for adapter in adapters)
+        if key not in self._tables:
+            parts = [[_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear]
+            self._tables[key] = lora_kernels.make_layer_tables(parts, self.device)
+        return self._tables[key]
+
+
+class BankedLinear(nn.Module):
+    """A frozen linear layer of the base, in NF4 or not, and the adapters' products that the bank's route asks for."""
+
+    def __init__(self, base: Any, bank: AdapterBank, name: str, index: int):
+        super().__init__()
+        self.base, self.name, self.index = base, name, index
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._bank = (bank,)  # in a tuple: a bank is no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., IN] -> [..., OUT]."""
+        route = self._bank[0].route
+        return self.base(x) if route is None else _Banked.apply(x, route.anchor, self, route)  # type: ignore[no-any-return]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight [OUT, IN], dequantised if need be."""
+        state = getattr(self.base.weight, "quant_state", None)
+        if state is None:
+            return self.base.weight  # type: ignore[no-any-return]
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(self.base.weight.data, state).to(dtype)  # type: ignore[no-any-return]
+
+
+class _Banked(torch.autograd.Function):
+    """y = x W' + bias + LoRA products. A, B get their gradients here, beside autograd: they would be as many inputs as adapters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: BankedLinear, route: Route) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        y_TO = F.linear(x_TI, layer.weight(x.dtype), layer.base.bias)
+        ctx.layer, ctx.route = layer, route
+        if route.pass_tables is not None:
+            tables = route.layer_tables[layer.index]
+            low_TR = lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index)
+            ctx.save_for_backward(x_TI, low_TR)
+        else:
+            ctx.kept = grouped_lora.add_lora(x_TI, y_TO, route.layer_parts(layer.name), layer.index)
+            ctx.save_for_backward(x_TI)
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layer, route, needs_dx = ctx.layer, ctx.route, ctx.needs_input_grad[0]
+        dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
+        dx_TI = dy_TO @ layer.weight(dy_TO.dtype) if needs_dx else None
+        if route.pass_tables is not None:
+            x_TI, low_TR = ctx.saved_tensors
+            lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, low_TR, route.pass_tables, route.layer_tables[layer.index], layer.index)
+        else:
+            x_TI, = ctx.saved_tensors
+            grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.layer_parts(layer.name), ctx.kept)
+        return (None if dx_TI is None else dx_TI.view(*grad.shape[:-1], -1)), None, None, None
+
+
+def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> AdapterBank:
+    """A base ready for many adapters, on this process's device unless another is given, its NF4 values dequantised once if memory
+    allows. Raises InputError if it can't be had."""
+    model = dequantised_if_it_fits(load_base(base, device))
+    use_packed_attention(model)
+    if model.device.type == "cuda":
+        fuse_norms(model)
+    return AdapterBank(model, base.name)
+
+
+def make_dropout(adapter: Adapter, group: Group, step: int) -> Dropout | None:
+    """The masks of a group in a step of its trial; None for an adapter without dropout."""
+    if adapter.settings.lora_dropout == 0:
+        return None
+    lengths = (group.prefix_length, *(example.num_tokens - group.prefix_length for example in group.examples))
+    return Dropout(adapter.settings.lora_dropout, adapter.settings.seed, step, (0, *(name + 1 for name in group.names)), lengths)
+
+
+def _layer_part(adapter: Adapter | None, name: str, start: int, end: int, dropout: Dropout | None) -> LayerPart | None:
+    places = adapter.layers.get(name) if adapter else None
+    if adapter is None or places is None:
+        return None
+    a, b = places
+    return LayerPart(start, end, a.of(adapter.served), b.of(adapter.served), a.of(adapter.gradients), b.of(adapter.gradients),
+                     adapter.scale, dropout)

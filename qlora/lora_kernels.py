@@ -1,0 +1,230 @@
+"""Owns the LoRA products of many adapters over one stream as three Triton kernels: the mathematics of qlora.grouped_lora on a GPU.
+
+A program works on a tile of tokens of one part, finds that part's weights through a table of addresses, and makes dropout
+masks itself, from a hash of (the token's key, the layer, the column): no loop over adapters, no stored mask.
+
+Shapes: T stream tokens, K columns of a wide tensor, R the largest rank, as a power of two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora.grouped_lora import Dropout, LayerPart
+
+MAX_RANK = 256
+_TILE = 32  # tokens of a tile
+
+
+@dataclass(frozen=True)
+class PassTables:
+    """What kernels need to know of a pass: tiles (part, first token, end), parts (first token, end), token keys, and whether any
+    part has dropout. `drop_limits`: a hash below it is dropped; `keep_factors`: 1 / (1 - p)."""
+
+    num_tiles: int
+    num_parts: int
+    tiles: Tensor
+    bounds: Tensor
+    keys_T: Tensor
+    drop_limits: Tensor
+    keep_factors: Tensor
+    has_dropout: bool
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """One layer's adapters: addresses of A, B and their gradients, rank (0 where an adapter leaves the layer alone), scale."""
+
+    a: Tensor
+    b: Tensor
+    a_grad: Tensor
+    b_grad: Tensor
+    ranks: Tensor
+    scales: Tensor
+    max_rank: int
+
+
+def make_pass_tables(bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None], device: torch.device) -> PassTables:
+    """Tables of one pass, moved to the device in two copies."""
+    tiles = [(part, start, end) for part, (first, end) in enumerate(bounds) for start in range(first, end, _TILE)]
+    keys = [np.zeros(end - first, np.uint32) if dropout is None else dropout.token_keys()
+            for (first, end), dropout in zip(bounds, dropouts, strict=True)]
+    limits = [0 if dropout is None else round(dropout.p * 2**32) for dropout in dropouts]
+    integers = np.concatenate([np.array(tiles, np.int64).flatten(), np.array(bounds, np.int64).flatten(), np.array(limits, np.int64),
+                               *keys]).astype(np.int64)
+    whole = torch.from_numpy(integers).pin_memory().to(device, non_blocking=True)
+    n, m = 3 * len(tiles), len(bounds)
+    factors = torch.tensor([1.0 if dropout is None else 1 / (1 - dropout.p) for dropout in dropouts]).to(device)
+    return PassTables(len(tiles), m, whole[:n], whole[n:n + 2 * m], whole[n + 3 * m:], whole[n + 2 * m:n + 3 * m], factors, any(limits))
+
+
+def make_layer_tables(layers: Sequence[Sequence[LayerPart | None]], device: torch.device) -> list[LayerTables]:
+    """Tables of all layers, each with an entry an adapter, None where it leaves the layer alone."""
+    addresses = [[[0 if part is None else getattr(part, name).data_ptr() for part in parts] for name in ("a", "b", "a_grad", "b_grad")]
+                 for parts in layers]
+    ranks = [[0 if part is None else part.a.shape[0] for part in parts] for parts in layers]
+    scales = [[0.0 if part is None else part.scale for part in parts] for parts in layers]
+    addresses_L4N, ranks_LN, scales_LN = (torch.tensor(values, device=device) for values in (addresses, ranks, scales))
+    return [LayerTables(addresses_L4N[i, 0], addresses_L4N[i, 1], addresses_L4N[i, 2], addresses_L4N[i, 3], ranks_LN[i], scales_LN[i],
+                        max(*ranks[i], 1)) for i in range(len(layers))]
+
+
+def add_lora(x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int) -> Tensor:
+    """Add every part's LoRA product to y in place; returns low [T, R]."""
+    low_TR = _down(x_TI, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
+    _up(y_TO, low_TR, layer.b, tables, layer, salt, along_rows=False, dropout=False)
+    return low_TR
+
+
+def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, low_TR: Tensor, tables: PassTables, layer: LayerTables,
+                  salt: int) -> None:
+    """Add to the gradients of every part's A and B, and of x if it is given, in place."""
+    dlow_TR = _down(dy_TO, layer.b, tables, layer, salt, along_rows=False, dropout=False)
+    _grad(dy_TO, low_TR, layer.b_grad, tables, layer, salt, along_rows=False, dropout=False)
+    _grad(x_TI, dlow_TR, layer.a_grad, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
+    if dx_TI is not None:
+        _up(dx_TI, dlow_TR, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
+
+
+def _down(wide_TK: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
+          dropout: bool) -> Tensor:
+    """scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
+    num_columns, rank = wide_TK.shape[1], _padded(layer.max_rank)
+    low = torch.empty(wide_TK.shape[0], rank, dtype=wide_TK.dtype, device=wide_TK.device)
+    _down_kernel[(tables.num_tiles,)](
+        wide_TK, weights, low, tables.tiles, layer.ranks, layer.scales, tables.keys_T, tables.drop_limits, tables.keep_factors, salt,
+        num_columns, **_options(wide_TK), BLOCK_T=_TILE, BLOCK_K=128 if rank <= 64 else 64, BLOCK_R=rank, ALONG_ROWS=along_rows,
+        DROPOUT=dropout, num_warps=4, num_stages=3)
+    return low
+
+
+def _up(wide_TK: Tensor, low_TR: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
+        dropout: bool) -> None:
+    """wide += dropped(low times weights) in place."""
+    num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
+    block = 128 if rank <= 128 else 64
+    _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
+        wide_TK, weights, low_TR, tables.tiles, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
+        **_options(wide_TK), BLOCK_T=_TILE, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4)
+
+
+def _grad(wide_TK: Tensor, low_TR: Tensor, gradients: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
+          dropout: bool) -> None:
+    """gradients += low' times dropped(wide), part by part."""
+    num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
+    block = 64 if rank <= 64 else 32
+    _grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
+        wide_TK, low_TR, gradients, tables.bounds, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
+        **_options(wide_TK), BLOCK_T=64, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4, num_stages=3)
+
+
+def _padded(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _options(tensor: Tensor) -> dict[str, Any]:
+    return {"PRECISION": "ieee" if tensor.dtype == torch.float32 else "tf32"}
+
+
+@triton.jit
+def _hash(x):  # type: ignore[no-untyped-def]
+    """The finaliser of MurmurHash3 (public domain): every input bit flips every output bit with probability near a half."""
+    x ^= x >> 16
+    x *= 0x85EBCA6B
+    x ^= x >> 13
+    x *= 0xC2B2AE35
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
+    """[tokens, columns]: whether dropout keeps an element."""
+    rows = _hash(keys ^ salt.to(tl.uint32))
+    return _hash(rows[:, None] + columns[None, :].to(tl.uint32) * 0x9E3779B9) >= limit
+
+
+@triton.jit(do_not_specialize=["salt"])
+def _down_kernel(  # type: ignore[no-untyped-def]
+        wide, weights, low, tiles, ranks, scales, keys, limits, factors, salt, K,
+        PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr) -> None:
+    tile = tl.program_id(0)
+    part = tl.load(tiles + 3 * tile)
+    t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
+    live = t < tl.load(tiles + 3 * tile + 2)
+    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
+    source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
+    factor = tl.load(scales + part)
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    if DROPOUT:
+        key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
+        factor *= tl.load(factors + part)
+    if rank > 0:
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+            if DROPOUT:
+                x = tl.where(_is_kept(key, salt, k, limit), x, 0.0)
+            places = n[None, :] * K + k[:, None] if ALONG_ROWS else k[:, None] * rank + n[None, :]
+            w = tl.load(source + places, mask=(k < K)[:, None] & (n < rank)[None, :], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    tl.store(low + t[:, None] * BLOCK_R + n[None, :], (acc * factor).to(low.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["salt"])
+def _up_kernel(  # type: ignore[no-untyped-def]
+        wide, weights, low, tiles, ranks, keys, limits, factors, salt, K,
+        PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr) -> None:
+    tile = tl.program_id(1)
+    part = tl.load(tiles + 3 * tile)
+    t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
+    live = t < tl.load(tiles + 3 * tile + 2)
+    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
+    if rank > 0:
+        source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
+        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
+        w = tl.load(source + places, mask=(n < rank)[:, None] & (k < K)[None, :], other=0.0)
+        narrow = tl.load(low + t[:, None] * BLOCK_R + n[None, :], mask=live[:, None], other=0.0)
+        more = tl.dot(narrow, w, input_precision=PRECISION)
+        if DROPOUT:
+            key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
+            more = tl.where(_is_kept(key, salt, k, limit), more * tl.load(factors + part), 0.0)
+        place, inside = wide + t[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :]
+        tl.store(place, (tl.load(place, mask=inside, other=0.0) + more).to(wide.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["salt"])
+def _grad_kernel(  # type: ignore[no-untyped-def]
+        wide, low, gradients, bounds, ranks, keys, limits, factors, salt, K,
+        PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr) -> None:
+    part = tl.program_id(1)
+    first, end = tl.load(bounds + 2 * part).to(tl.int32), tl.load(bounds + 2 * part + 1).to(tl.int32)
+    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if rank > 0:
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for start in range(first, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            live = t < end
+            narrow = tl.load(low + t[None, :] * BLOCK_R + n[:, None], mask=live[None, :], other=0.0)
+            x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+            if DROPOUT:
+                key = tl.load(keys + t, mask=live, other=0).to(tl.uint32)
+                x = tl.where(_is_kept(key, salt, k, tl.load(limits + part).to(tl.uint32)), x, 0.0)
+            acc = tl.dot(narrow, x, acc, input_precision=PRECISION)
+        if DROPOUT:
+            acc *= tl.load(factors + part)
+        target = tl.load(gradients + part).to(tl.pointer_type(tl.float32))
+        places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
+        inside = (n < rank)[:, None] & (k < K)[None, :]
+        tl.store(target + places, tl.load(target + places, mask=inside, other=0.0) + acc, mask=inside)

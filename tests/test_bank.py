@@ -1,0 +1,108 @@
+"""Many adapters on one base: each is what it would be alone, and alone it is what PEFT makes of it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_examples
+from oracles import loop_perplexities, peft_adapter
+from peft import PeftModel
+from test_training import losses, tiny_bank, tiny_model, weights
+
+from qlora.bank import AdapterBank, make_dropout
+from qlora.config import InputError, TrialSettings
+from qlora.grouped_lora import Dropout
+from qlora.packing import whole_group
+from qlora.perplexity import adapter_perplexities, mean_perplexity
+from qlora.training import DivergedError, Training, advance_together
+
+TRIALS = [
+    TrialSettings(learning_rate=0.01, lora_r=4, lora_alpha=8, lora_dropout=0.1, batch_size=4, epochs=2, seed=1),
+    TrialSettings(learning_rate=0.02, lora_r=8, lora_alpha=16, lora_dropout=0.0, batch_size=4, epochs="1+1", seed=2),
+    TrialSettings(learning_rate=0.005, lora_r=2, lora_alpha=32, lora_dropout=0.3, batch_size=4, epochs=1, seed=3),
+    TrialSettings(learning_rate=0.01, lora_r=16, lora_alpha=16, lora_dropout=0.05, batch_size=5, epochs="1+2", seed=4,
+                  target_modules=("q_proj", "v_proj")),
+]
+
+
+def trial(bank: AdapterBank, number: int) -> Training:
+    return Training(bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])
+def test_a_fresh_adapter_is_the_one_that_peft_draws(targets):
+    settings = TrialSettings(lora_r=4, seed=7, target_modules=targets)
+    found = tiny_bank().attach(settings).matrices()
+    expected = {name.replace(".default", ""): p for name, p in peft_adapter(tiny_model("llama"), settings).named_parameters()
+                if "lora_" in name}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("budget", [100_000, 150])
+def test_trials_together_equal_trials_alone(budget):
+    """Losses, weights and perplexities of four different trials, of which two join late and each leaves when it is done."""
+    public = random_examples(5, seed=9)
+    alone = [trial(tiny_bank(), number) for number in range(4)]
+    expected = [losses(run, run.timetable.total_steps) for run in alone]
+    bank, found = tiny_bank(), [[], [], [], []]
+    runs = {0: trial(bank, 0), 1: trial(bank, 1)}
+    for turn in range(30):
+        if turn == 2:
+            runs[2] = trial(bank, 2)
+        if turn == 3:
+            runs[3] = trial(bank, 3)
+        present = {number: run for number, run in runs.items() if not run.finished}
+        if not present:
+            break
+        for number, result in zip(present, advance_together(list(present.values()), budget), strict=True):
+            found[number].append(result.loss)
+    for own, other in zip(found, expected, strict=True):
+        assert own == pytest.approx(other, rel=1e-4)
+    for number, run in enumerate(alone):
+        torch.testing.assert_close(weights(runs[number]), weights(run), rtol=1e-4, atol=1e-5)
+    together = adapter_perplexities(bank, [(runs[number].adapter, public) for number in range(4)], budget)
+    for number, run in enumerate(alone):
+        assert together[number] == pytest.approx(adapter_perplexities(run.bank, [(run.adapter, public)], 100_000)[0], rel=1e-4)
+
+
+def test_a_saved_adapter_is_the_same_model_in_plain_peft(tmp_path):
+    run, public = trial(tiny_bank(), 3), random_examples(5, seed=9)
+    losses(run, 4)
+    run.bank.save(run.adapter, tmp_path)
+    plain = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
+    ours = adapter_perplexities(run.bank, [(run.adapter, public)], 10_000)[0]
+    assert mean_perplexity(ours) == pytest.approx(mean_perplexity(loop_perplexities(plain, public)), rel=1e-4)
+    assert ours != pytest.approx(adapter_perplexities(run.bank, [(None, public)], 10_000)[0], rel=1e-3)
+
+
+def test_one_trial_that_diverges_leaves_the_others_alone():
+    bank = tiny_bank()
+    broken, sound = trial(bank, 0), trial(bank, 1)
+    expected = losses(trial(tiny_bank(), 1), 2)
+    broken.adapter.weights.fill_(float("nan"))
+    first = advance_together([broken, sound], 10_000)
+    assert isinstance(first[0], DivergedError)
+    assert [first[1].loss, sound.advance(10_000).loss] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(InputError, match=r"query.*q_proj"):
+        tiny_bank().attach(TrialSettings(target_modules=("query",)))
+
+
+def test_dropout_masks():
+    """Mean and independence as theory has them; the same for an example wherever it stands, another in each step and layer."""
+    settings = TrialSettings(lora_dropout=0.1, seed=5)
+    examples = random_examples(6)
+    adapter = tiny_bank().attach(settings)
+    whole, step = whole_group(examples), 3
+    kept = make_dropout(adapter, whole, step).kept(layer=2, width=2000).float()
+    assert kept.mean().item() == pytest.approx(0.9, abs=0.003)  # 5 standard deviations of 300,000 draws
+    correlation = np.corrcoef(kept[:, :-1].flatten(), kept[:, 1:].flatten())[0, 1]
+    assert abs(correlation) < 0.01
+    last = Dropout(0.1, 5, step, (0, 6), (whole.prefix_length, examples[5].num_tokens - whole.prefix_length)).kept(2, 2000).float()
+    assert torch.equal(last[:whole.prefix_length], kept[:whole.prefix_length])
+    assert torch.equal(last[whole.prefix_length:], kept[-(examples[5].num_tokens - whole.prefix_length):])
+    for other in (make_dropout(adapter, whole, step + 1).kept(2, 2000), make_dropout(adapter, whole, step).kept(3, 2000)):
+        assert (other.float() == kept).float().mean().item() == pytest.approx(0.82, abs=0.01)  # 0.9**2 + 0.1**2
+    assert make_dropout(tiny_bank().attach(TrialSettings(lora_dropout=0.0)), whole, 0) is None
