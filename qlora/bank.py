@@ -25,8 +25,8 @@ from qlora import grouped_lora
 from qlora.attention import use_packed_attention
 from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.fused import fuse_for_training
 from qlora.grouped_lora import Dropout, LayerPart
-from qlora.norms import fuse_norms
 from qlora.packing import Group, PackedBatch
 from qlora.serving import dequantised_if_it_fits
 
@@ -271,7 +271,7 @@ def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> Ad
     model = dequantised_if_it_fits(load_base(base, device))
     use_packed_attention(model)
     if model.device.type == "cuda":
-        fuse_norms(model)
+        fuse_for_training(model)
     return AdapterBank(model, base.name)
 
 

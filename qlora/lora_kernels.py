@@ -19,7 +19,9 @@ from torch import Tensor
 from qlora.grouped_lora import Dropout, LayerPart
 
 MAX_RANK = 256
-_TILE = 32  # tokens of a tile
+_TILE_TOKENS = 64
+_PROGRAMS, _MOST_SPLITS = 528, 4  # four programs for each of an H100's processors; pieces that a sum over columns is cut into
+_TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]  # slices: alignment means nothing
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class LayerTables:
 
 def make_pass_tables(bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None], device: torch.device) -> PassTables:
     """Tables of one pass, moved to the device in two copies."""
-    tiles = [(part, start, end) for part, (first, end) in enumerate(bounds) for start in range(first, end, _TILE)]
+    tiles = [(part, start, end) for part, (first, end) in enumerate(bounds) for start in range(first, end, _TILE_TOKENS)]
     keys = [np.zeros(end - first, np.uint32) if dropout is None else dropout.token_keys()
             for (first, end), dropout in zip(bounds, dropouts, strict=True)]
     limits = [0 if dropout is None else round(dropout.p * 2**32) for dropout in dropouts]
@@ -95,13 +97,14 @@ def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, low_TR: Ten
 def _down(wide_TK: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
           dropout: bool) -> Tensor:
     """scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
-    num_columns, rank = wide_TK.shape[1], _padded(layer.max_rank)
-    low = torch.empty(wide_TK.shape[0], rank, dtype=wide_TK.dtype, device=wide_TK.device)
-    _down_kernel[(tables.num_tiles,)](
-        wide_TK, weights, low, tables.tiles, layer.ranks, layer.scales, tables.keys_T, tables.drop_limits, tables.keep_factors, salt,
-        num_columns, **_options(wide_TK), BLOCK_T=_TILE, BLOCK_K=128 if rank <= 64 else 64, BLOCK_R=rank, ALONG_ROWS=along_rows,
-        DROPOUT=dropout, num_warps=4, num_stages=3)
-    return low
+    (num_tokens, num_columns), rank = wide_TK.shape, _padded(layer.max_rank)
+    splits = min(_MOST_SPLITS, max(1, _PROGRAMS // tables.num_tiles))
+    low_STR = torch.empty(splits, num_tokens, rank, dtype=torch.float32 if splits > 1 else wide_TK.dtype, device=wide_TK.device)
+    _down_kernel[(tables.num_tiles, splits)](
+        wide_TK, weights, low_STR, tables.tiles, layer.ranks, layer.scales, tables.keys_T, tables.drop_limits, tables.keep_factors, salt,
+        num_columns, num_tokens, **_options(wide_TK), BLOCK_T=_TILE_TOKENS, BLOCK_K=64, BLOCK_R=rank, ALONG_ROWS=along_rows,
+        DROPOUT=dropout, SPLITS=splits, num_warps=4, num_stages=4 if rank <= 64 else 3)
+    return low_STR[0] if splits == 1 else low_STR.sum(0).to(wide_TK.dtype)
 
 
 def _up(wide_TK: Tensor, low_TR: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
@@ -111,17 +114,18 @@ def _up(wide_TK: Tensor, low_TR: Tensor, weights: Tensor, tables: PassTables, la
     block = 128 if rank <= 128 else 64
     _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
         wide_TK, weights, low_TR, tables.tiles, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=_TILE, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4)
+        **_options(wide_TK), BLOCK_T=_TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4)
 
 
 def _grad(wide_TK: Tensor, low_TR: Tensor, gradients: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
           dropout: bool) -> None:
     """gradients += low' times dropped(wide), part by part."""
     num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
-    block = 64 if rank <= 64 else 32
+    block = 64 if rank <= 64 and tables.num_parts > 1 else 32
     _grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
         wide_TK, low_TR, gradients, tables.bounds, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=64, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4, num_stages=3)
+        **_options(wide_TK), BLOCK_T=_TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout,
+        num_warps=4, num_stages=3)
 
 
 def _padded(rank: int) -> int:
@@ -145,17 +149,20 @@ def _hash(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
-    """[tokens, columns]: whether dropout keeps an element."""
-    rows = _hash(keys ^ salt.to(tl.uint32))
-    return _hash(rows[:, None] + columns[None, :].to(tl.uint32) * 0x9E3779B9) >= limit
+    """[tokens, columns]: whether dropout keeps an element. Tokens and columns are hashed well, once each; their pairs with half a
+    finaliser, since a kernel's time is these operations."""
+    x = _hash(keys ^ salt.to(tl.uint32))[:, None] ^ _hash(columns.to(tl.uint32) + 0x9E3779B9)[None, :]
+    x *= 0x85EBCA6B
+    x ^= x >> 15
+    return x * 0xC2B2AE35 >= limit
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
 def _down_kernel(  # type: ignore[no-untyped-def]
-        wide, weights, low, tiles, ranks, scales, keys, limits, factors, salt, K,
+        wide, weights, low, tiles, ranks, scales, keys, limits, factors, salt, K, T,
         PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr) -> None:
-    tile = tl.program_id(0)
+        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr) -> None:
+    tile, split = tl.program_id(0), tl.program_id(1)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live = t < tl.load(tiles + 3 * tile + 2)
@@ -167,7 +174,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
         factor *= tl.load(factors + part)
     if rank > 0:
-        for start in range(0, K, BLOCK_K):
+        span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
+        for start in range(span * split, span * (split + 1), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
             if DROPOUT:
@@ -175,10 +183,10 @@ def _down_kernel(  # type: ignore[no-untyped-def]
             places = n[None, :] * K + k[:, None] if ALONG_ROWS else k[:, None] * rank + n[None, :]
             w = tl.load(source + places, mask=(k < K)[:, None] & (n < rank)[None, :], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    tl.store(low + t[:, None] * BLOCK_R + n[None, :], (acc * factor).to(low.dtype.element_ty), mask=live[:, None])
+    tl.store(low + (split * T + t)[:, None] * BLOCK_R + n[None, :], (acc * factor).to(low.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
 def _up_kernel(  # type: ignore[no-untyped-def]
         wide, weights, low, tiles, ranks, keys, limits, factors, salt, K,
         PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -202,7 +210,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
         tl.store(place, (tl.load(place, mask=inside, other=0.0) + more).to(wide.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
 def _grad_kernel(  # type: ignore[no-untyped-def]
         wide, low, gradients, bounds, ranks, keys, limits, factors, salt, K,
         PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora.adapters import load_adapter
 from qlora.base_model import free_bytes, load_base
 from qlora.config import BaseModelSettings
-from qlora.norms import fuse_norms
+from qlora.fused import fuse_norms
 
 _log = logging.getLogger(__name__)
 

@@ -1,8 +1,12 @@
-"""Owns fused normalisation on GPUs: RMSNorm modules in transformers' five small kernels become one of torch's.
+"""Owns what is fused on GPUs: chains of small kernels in transformers' models become one kernel each.
 
-A module is replaced, as PEFT and bitsandbytes replace linear layers, only if the replacement computes the same on a random
-input; a family whose norm differs (Gemma scales by 1 + weight) keeps its own.
+RMSNorm modules become torch's own, replaced as PEFT and bitsandbytes replace linear layers, only if the replacement computes
+the same on a random input; a family whose norm differs (Gemma scales by 1 + weight) keeps its own. For training, the rotary
+embedding and the gated MLP are Liger's (https://github.com/linkedin/Liger-Kernel), where that package is installed.
 """
+
+import importlib.util
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,23 @@ class FusedRMSNorm(nn.Module):
         """x [..., n] -> [..., n], in x's dtype; autocast would go through float32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+_log = logging.getLogger(__name__)
+
+
+def fuse_for_training(model: nn.Module) -> None:
+    """Norms, and Liger's rotary embedding and gated MLP for the families that Liger knows.
+
+    Liger puts its rotary embedding into the family's module in transformers: all models of the family in this process get it.
+    """
+    fuse_norms(model)
+    if importlib.util.find_spec("liger_kernel") is None:
+        _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    _apply_liger_kernel_to_instance(model, rope=True, swiglu=True, geglu=True, rms_norm=False, layer_norm=False, cross_entropy=False,
+                                    fused_linear_cross_entropy=False)
 
 
 def fuse_norms(model: nn.Module) -> int:
