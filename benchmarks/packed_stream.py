@@ -74,17 +74,23 @@ def make_peft_model(base_model: str, settings: TrialSettings) -> Any:
 
 
 def padded_step(model: Any, examples: list[EncodedExample], optimizer: torch.optim.Optimizer) -> float:
-    """What users run today: right-padded rows, logits everywhere, labels of -100 on what is not answer."""
+    """What users run today: one optimizer step on padded rows. Returns the loss."""
+    loss = padded_backward(model, examples)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def padded_backward(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
+    """Loss and gradients of right-padded rows, logits everywhere, labels of -100 on what is not answer."""
     model.train()
     ids, mask, labels = (tensor.to(model.device) for tensor in padded_rows(examples))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+    return loss.detach()
 
 
 def padded_rows(examples: list[EncodedExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ by a task, ordered by length and handed to the pool in batches: no process holds
 """
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,9 @@ class Tokenise:
 class EngineActor:
     """A worker of the pool: one engine, loaded once."""
 
-    def __init__(self, work: Work, engines_per_node: int, adapter_files: Any):
+    def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, adapter_files: Any):
+        if not on_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked for a GPU
         torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
         with _local_adapter(work.served, adapter_files) as served:
             self.engine = load_engine(served, work.decoding)
@@ -192,9 +195,9 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
         Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25)
     # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
     dataset = dataset.repartition(target_num_rows_per_block=batch_rows).map_batches(
-        EngineActor, fn_constructor_args=(work, engines_per_node, _adapter_files(work.served)), batch_size=batch_rows,
+        EngineActor, fn_constructor_args=(work, pool.on_gpu, engines_per_node, _adapter_files(work.served)), batch_size=batch_rows,
         compute=ActorPoolStrategy(size=pool.num_workers), num_cpus=1 if pool.on_gpu else 0.25,
-        num_gpus=int(pool.on_gpu), scheduling_strategy="SPREAD")
+        num_gpus=int(pool.on_gpu))
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]

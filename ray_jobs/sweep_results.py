@@ -21,6 +21,7 @@ from tracking.registry import register_adapter
 from tracking.runs import SweepTracker, start_sweep
 from tuning.host import SweepData
 from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.plan import Device, Plan, describe_plan, make_plan, model_size
 from tuning.space import REPORTED, Space, load_space
 
 
@@ -66,6 +67,12 @@ class SweepResults:
                     raise InputError(getattr(self.space.data, role), "changed since the sweep started; "
                                      "start a new sweep under another --name")
         return data
+
+    def plan(self, data: SweepData, device: Device | None) -> tuple[Plan | None, str]:
+        """(the plan for a device, if there is one to plan for; the plan in words). Raises InputError if no trial fits it."""
+        size = model_size(load_config(self.space.base_model.name))
+        plan = make_plan(self.space, data.train, data.public, size, device) if device else None
+        return plan, describe_plan(self.space, data.train, data.public, plan)
 
     def claim(self) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed."""

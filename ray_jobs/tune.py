@@ -6,6 +6,7 @@
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,10 @@ def main() -> None:
     results = SweepResults.reopened(folder) if arguments.resume else SweepResults.planned(folder, arguments.space, arguments.set)
     if results.summary() is None:
         data = results.load_data()
-        from tuning.plan import describe_plan
-        print(f"sweep       {name}\n{describe_plan(data.space, data.train, data.public)}", flush=True)
+        print(f"sweep       {name}", flush=True)
         if arguments.dry_run:
+            from tuning.plan import sweep_device
+            print(results.plan(data, sweep_device(data.space, here=True))[1])
             return
         _run(results, data, resume=bool(arguments.resume))
     print(results.closing_words())
@@ -52,22 +54,27 @@ def main() -> None:
 def _run(results: "SweepResults", data: "SweepData", *, resume: bool) -> None:
     resources = connect_ray()
     from tuning.hosts import start_hosts
-    from tuning.plan import check_resources
+    from tuning.plan import check_resources, compare_with_run, sweep_device, trial_shares
     from tuning.progress import clock, ranking
     from tuning.sweep import keep_best_adapter, run_sweep, zero_shot_perplexities
-    check_resources(data.space, resources)
+    check_resources(trial_shares(data.space, None), resources)
+    plan, words = results.plan(data, sweep_device(data.space, here=False))
+    print(words, flush=True)
+    assert plan is not None, "the device was looked at"
+    shares = trial_shares(data.space, plan)
     results.claim()
     started = time.monotonic()
-    hosts = start_hosts(data)
-    zero_shot = results.zero_shot(lambda: zero_shot_perplexities(data, hosts))
+    hosts = start_hosts(replace(data, budget_tokens=plan.budget_tokens))
+    zero_shot = results.zero_shot(lambda: zero_shot_perplexities(hosts, shares))
     print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
     tracker, status = results.tracker(), "KILLED"
     try:
-        records = run_sweep(data, hosts, results.folder, zero_shot, tracker, resume=resume)
+        records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
         if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
             raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
-        status = "FAILED"
-        print(f"\n{ranking(records, zero_shot)} in {clock(time.monotonic() - started)}\n", flush=True)
+        status, seconds = "FAILED", time.monotonic() - started
+        print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
+        print(f"{compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds)}\n", flush=True)
         best, adapter = keep_best_adapter(data.space, results.folder)
         results.register(records, best, adapter, zero_shot, tracker)
         status = "FINISHED"

@@ -236,7 +236,7 @@ def test_a_family_that_fails_at_its_first_forward_is_served_by_generate(caplog):
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=4, pad_token_id=0)[0, 3:]
     engine = make_engine(model, byte_tokenizer(), DecodingSettings(max_new_tokens=4))
     assert isinstance(engine, TransformersEngine)
-    assert "s_aux" in engine.name
+    assert "GptOssAttention" in engine.name
     assert caplog.text.count("using transformers.generate") == 1
     assert [text for _, text, _ in engine.generate([(1, 5, 6)])] == [byte_tokenizer().decode(expected, skip_special_tokens=True).strip()]
 

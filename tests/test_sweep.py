@@ -61,14 +61,18 @@ def ledger(project: Path, name: str) -> dict[str, dict]:
     return {record["trial_id"]: record for record in records}
 
 
+def wait_for_a_report(process: subprocess.Popen, project: Path, name: str) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not any(record["curve"] for record in ledger(project, name).values()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def sweep(project):
     """A sweep whose driver is killed as soon as a trial has reported, then resumed to its end."""
     process = command(project, "tune", "--space", "space.yaml", "--name", "one", start_new_session=True)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not any(record["curve"] for record in ledger(project, "one").values()):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.2)
+    wait_for_a_report(process, project, "one")
     before = ledger(project, "one")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -162,7 +166,31 @@ def test_a_finished_sweep_is_not_run_again(project, sweep):
     assert "holds a finished sweep" in out
 
 
+@pytest.mark.slow
+def test_a_killed_host_costs_its_trials_only_time(project, sweep):
+    """The trials of a dead host come back from their checkpoints on a new one, and score what they would have scored."""
+    process = command(project, "tune", "--space", "space.yaml", "--name", "two", "--set", "registered_model=other", start_new_session=True)
+    wait_for_a_report(process, project, "two")
+    listing = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    hosts = [int(line.split()[0]) for line in listing if "ray::HostActor" in line and int(line.split()[1]) == process.pid]
+    assert len(hosts) == 1, listing
+    os.kill(hosts[0], signal.SIGKILL)
+    finished(process)
+    summary = json.loads((project / "results/two/summary.json").read_text())
+    assert len(summary["trials"]) == 5
+    assert {trial["status"] for trial in summary["trials"]} <= {"finished", "stopped"}
+
+    def scores(trials):
+        return {(json.dumps(trial["config"]), point["step"]): point["public_perplexity"] for trial in trials for point in trial["curve"]}
+    first, second = scores(sweep[2]["trials"]), scores(summary["trials"])
+    common = first.keys() & second.keys()
+    assert len(common) >= 5
+    assert [second[key] for key in common] == pytest.approx([first[key] for key in common], rel=1e-4)
+
+
 def test_a_dry_run_starts_nothing(project, sweep):
     out = finished(command(project, "tune", "--space", "space.yaml", "--name", "planned", "--dry-run"))
     assert "5 by random search" in out
+    assert "side by side on one base" in out
+    assert "memory" in out
     assert not (project / "results/planned").exists()

@@ -34,11 +34,12 @@ _FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of p
 
 @dataclass(frozen=True)
 class SweepData:
-    """What every trial of a sweep works on, sent to the hosts once."""
+    """What every trial of a sweep works on, sent to the hosts once. `budget_tokens`: of a pass; None for the device's default."""
 
     space: Space
     train: list[EncodedExample]
     public: list[EncodedExample]
+    budget_tokens: int | None = None
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Host:
     def __init__(self, data: SweepData, num_threads: int):
         torch.set_num_threads(num_threads)
         self._data = data
-        self._budget_tokens = data.space.budget_tokens or default_token_budget()
+        self._budget_tokens = data.budget_tokens or default_token_budget()
         self._seats: dict[str, Seat] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()

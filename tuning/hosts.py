@@ -54,7 +54,8 @@ class HostDirectory:
         """The living host of a device (a GPU's number or "cpu") of a node."""
         found = self._hosts.get((node, device))
         if found is None or _is_dead(found):
-            environment = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+            # Ray hides all GPUs from who asks for none, unless told not to; a host sees its own, or none.
+            environment = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
             found = ray.remote(HostActor).options(
                 num_cpus=0, max_concurrency=_MOST_TRIALS, runtime_env={"env_vars": environment},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(self._data, num_threads)

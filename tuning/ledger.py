@@ -36,6 +36,11 @@ class TrialRecord:
         return min(self.curve, key=lambda point: point["public_perplexity"], default=None)
 
     @property
+    def peak_memory_gib(self) -> float:
+        """The most that the trial saw its GPU hold; 0 on a CPU."""
+        return max((point["peak_memory_gib"] for point in self.curve), default=0.0)
+
+    @property
     def percent(self) -> float:
         """Percent of its own schedule that the trial has reported."""
         return self.curve[-1]["schedule_percent"] if self.curve else 0.0

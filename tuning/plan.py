@@ -1,17 +1,156 @@
-"""Owns the plan: what a sweep is about to do, in numbers, before anything starts."""
+"""Owns the plan: what a sweep is about to do and need, in numbers, before anything starts; and afterwards, how right that was.
 
+Memory is counted, not guessed: base, adapters with gradients and Adam's two moments, and what a layer keeps of a token for its
+backward. Time is the arithmetic of base and adapters at a device's measured speed.
+"""
+
+import math
+import os
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from qlora.config import InputError
-from qlora.packing import shared_prefix_length
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qlora.base_model import compute_dtype, free_bytes
+from qlora.config import InputError, TrialSettings
+from qlora.packing import split_by_budget, whole_group
 from qlora.prompts import EncodedExample
 from qlora.training import make_timetable
-from tuning.space import Asha, Space
+from tuning.space import CHOICES, Asha, Space
+
+_ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
+_NF4_BYTES = 0.516  # a parameter: half a byte, and doubly quantised scales for blocks of 64
+_SLACK = 1.15  # of activations: what kernels need while they work, and what an allocator can't use
+_MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
+_RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
+_ARITHMETIC_SHARE = {"cuda": 0.6, "cpu": 0.55}  # of a training pass's time that is products of the base
+_START_SECONDS = 60  # Ray, the first host, its base
 
 
-def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample]) -> str:
-    """A few lines: base, data, trials, schedule lengths and rungs."""
-    prefix = shared_prefix_length([example.prompt for example in (*train, *public)])
+@dataclass(frozen=True)
+class Device:
+    """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second)."""
+
+    kind: str
+    free_bytes: int
+    speed: float
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A base in numbers: parameters of its linear layers (without the head) and of the rest, their widths, and what a token leaves
+    behind in a training pass."""
+
+    linear: int
+    other: int
+    widths: tuple[tuple[str, int, int], ...]
+    vocabulary: int
+    hidden: int
+    kept_numbers: int
+
+    def adapter_parameters(self, settings: TrialSettings) -> int:
+        """Parameters of a trial's adapter."""
+        wanted = settings.target_modules
+        return sum(settings.lora_r * (rows + columns) for name, rows, columns in self.widths
+                   if wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep needs on one device, in bytes and seconds. `trials`: side by side on that device."""
+
+    base_bytes: int
+    adapter_bytes: int
+    activation_bytes: int
+    budget_tokens: int
+    trials: int
+    disk_bytes: int
+    seconds: float
+    seconds_without_stopping: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the device while it trains all of its trials."""
+        return self.base_bytes + self.trials * self.adapter_bytes + self.activation_bytes
+
+
+def this_device(device: torch.device) -> Device:
+    """A device of this process, its speed taken from products of two matrices (a tenth of a second)."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return Device(device.type, free_bytes(device), 2 * size**3 / best)
+
+
+def model_size(config: Any) -> ModelSize:
+    """Read off a model of this config that has no weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head, text = model.get_output_embeddings(), config.get_text_config()
+    linear = [(name, module.out_features, module.in_features) for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and module is not head]
+    size = sum(rows * columns for _, rows, columns in linear)
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    # Both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product.
+    kept = 4 * text.hidden_size + 2 * (heads + kv_heads) * head_dim + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
+    return ModelSize(size, sum(p.numel() for p in model.parameters()) - size, tuple(linear), text.vocab_size, text.hidden_size,
+                     text.num_hidden_layers * kept)
+
+
+def sweep_device(space: Space, *, here: bool) -> Device | None:
+    """The device that a trial of this space will have. `here`: look at this machine only, where None means that it has no GPU and the
+    space wants one; else a GPU is looked at where Ray finds it."""
+    if not space.wants_gpu:
+        return this_device(torch.device("cpu"))
+    if here:
+        return this_device(torch.device("cuda")) if torch.cuda.is_available() else None
+    import ray
+    return ray.get(ray.remote(num_cpus=0, num_gpus=1)(this_device).remote(torch.device("cuda")))  # type: ignore[no-any-return]
+
+
+def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device) -> Plan:
+    """The plan of a sweep whose hosts all have such a device.
+
+    Raises InputError, naming what to change, if not even one trial fits.
+    """
+    width = compute_dtype(space.base_model, torch.device(device.kind)).itemsize
+    free = device.free_bytes - (_RESERVE_BYTES if device.kind == "cuda" else 0)
+    dense = size.linear * width
+    keeps_nf4 = space.base_model.quantization == "nf4" and 2 * dense >= free
+    base = size.other * width + (int(size.linear * _NF4_BYTES) if keeps_nf4 else dense)
+    adapter = max(size.adapter_parameters(settings) for settings in _extremes(space)) * (_ADAPTER_BYTES + (width if width < 4 else 0))
+    answers = sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
+    # Of scored tokens, logits in the model's dtype and their gradient, and float32 logits and theirs.
+    token = _SLACK * (size.kept_numbers * width + answers * size.vocabulary * (2 * width + 8))
+    step = _step_tokens(space, train)
+    least = base + adapter + int(min(step, _longest(train)) * token)
+    if least > free:
+        raise InputError("base_model", f"a trial needs {_gib(least)} on a device (base {_gib(base)}, adapter and optimizer "
+                         f"{_gib(adapter)}), but {_gib(free)} are free; choose a smaller base or lora_r, or a larger device")
+    trials = _side_by_side(space)
+    if trials is None:
+        trials = next(count for count in range(_MOST_TRIALS, 0, -1)
+                      if count == 1 or base + count * adapter + int(min(count, 2) * step * token) <= 0.9 * free)
+    room = int((0.9 * free - base - trials * adapter) / token)
+    budget = space.budget_tokens or max(min(room, trials * step, 16384 if device.kind == "cuda" else 1152), _longest(train))
+    seconds, unstopped = _expected_seconds(space, train, public, size, device)
+    kept = 2 * space.num_trials * adapter * 12 // _ADAPTER_BYTES
+    return Plan(base, adapter, int(min(budget, trials * step) * token), budget, trials, kept, seconds, unstopped)
+
+
+def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None) -> str:
+    """A few lines: base, data, trials, schedule lengths and rungs, memory, disk and time; without a plan, what does not need one."""
+    prefix = whole_group([*train, *public]).prefix_length
     tokens = sum(example.num_tokens for example in train)
     fixed = space.trial_settings({})
     searched = ", ".join(f"{key} {name}{value}" for key, sampler in space.search.items() for name, value in sampler.items())
@@ -20,22 +159,114 @@ def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequenc
         f"train       {len(train)} examples of {space.data.train}, {tokens / len(train):.0f} tokens on average",
         f"public      {len(public)} examples of {space.data.public}; all prompts share {prefix} tokens",
         f"search      {searched}",
-        f"trials      {space.num_trials} by {space.searcher.type} search, each {space.resources_per_trial.cpu:g} CPU and "
-        f"{space.resources_per_trial.gpu:g} GPU",
+        f"trials      {space.num_trials} by {space.searcher.type} search",
         f"epoch       {make_timetable(len(train), fixed).steps_per_epoch} steps of {fixed.batch_size} examples",
     ]
     if isinstance(space.scheduler, Asha):
         unit = "% of a trial's schedule" if space.scheduler.time_attr == "schedule_percent" else " steps"
         rungs = ", ".join(f"{rung:g}" for rung in space.scheduler.rungs)
         lines.append(f"ASHA        compares at {rungs}{unit}, keeps 1 of {space.scheduler.reduction_factor:g}")
+    if plan is not None:
+        lines += [
+            f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} tokens",
+            f"memory      {_gib(plan.peak_bytes)} a device: base {_gib(plan.base_bytes)}, adapters and optimizers {plan.trials} x "
+            f"{_gib(plan.adapter_bytes)}, activations {_gib(plan.activation_bytes)}",
+            f"disk        up to {_gib(plan.disk_bytes)} of checkpoints, two a trial",
+        ]
+        unstopped = _minutes(plan.seconds_without_stopping)
+        lines.append(f"time        about {_minutes(plan.seconds)} on one device, {unstopped} if nothing is stopped")
+    else:
+        lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
 
 
-def check_resources(space: Space, available: dict[str, float]) -> None:
+def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
+    """The plan's peak memory (of a GPU) and time beside those measured."""
+    memory = f"peak memory {_gib(plan.peak_bytes)} planned, {peak_gib:.1f} GiB measured; " if peak_gib else ""
+    return f"plan        {memory}time {_minutes(plan.seconds)} planned, {_minutes(seconds)} measured"
+
+
+def trial_shares(space: Space, plan: Plan | None) -> dict[str, float]:
+    """What a trial asks Ray for: its CPUs, and its share of a GPU by `trials_per_gpu` if that is given."""
+    gpu = space.resources_per_trial.gpu
+    if space.trials_per_gpu is not None:
+        trials = space.trials_per_gpu if isinstance(space.trials_per_gpu, int) else plan.trials if plan else 1
+        gpu = math.floor(1e4 / trials) / 1e4  # Ray counts in ten thousandths
+    return {"CPU": space.resources_per_trial.cpu, "GPU": gpu}
+
+
+def check_resources(shares: dict[str, float], available: dict[str, float]) -> None:
     """Raise InputError if no trial could ever be placed on a Ray of these resources; none given means a cluster that may grow."""
     if not available:
         return
-    for name, wanted in (("CPU", space.resources_per_trial.cpu), ("GPU", space.resources_per_trial.gpu)):
+    for name, wanted in shares.items():
         if wanted > available.get(name, 0):
             raise InputError("resources_per_trial", f"a trial asks for {wanted:g} {name}, but Ray has {available.get(name, 0):g}; "
-                             f"lower it with --set resources_per_trial.{name.lower()}=N")
+                             f"lower it with --set resources_per_trial.{name.lower()}=N"
+                             + (" --set trials_per_gpu=null" if name == "GPU" else ""))
+
+
+def _side_by_side(space: Space) -> int | None:
+    """Trials that share a device as the space has it; None if it leaves that to the plan."""
+    if space.trials_per_gpu == "auto":
+        return None
+    gpu = 1 / space.trials_per_gpu if space.trials_per_gpu else space.resources_per_trial.gpu
+    trials = int(1 / gpu + 1e-3) if gpu else max(1, int((os.cpu_count() or 1) / max(space.resources_per_trial.cpu, 1e-3)))
+    return max(1, min(trials, space.num_trials, space.max_concurrent_trials or trials))
+
+
+def _extremes(space: Space) -> list[TrialSettings]:
+    """Settings that need the most memory: the largest rank with every choice of target modules."""
+    ranks = _values(space, "lora_r") or [space.trial_settings({}).lora_r]
+    targets = _values(space, "target_modules")
+    highest = {"lora_r": int(max(ranks))}
+    return [space.trial_settings({**highest, **({"target_modules": value} if targets else {})}) for value in targets or [None]]
+
+
+def _values(space: Space, key: str) -> list[Any]:
+    """The choices, or both ends, of a searched setting; none if it is not searched."""
+    sampler = space.search.get(key, {})
+    return [value for name, arguments in sampler.items() for value in (arguments if name in CHOICES else arguments[:2])]
+
+
+def _step_tokens(space: Space, train: Sequence[EncodedExample]) -> int:
+    """Stream tokens of an optimizer step on examples of average length."""
+    group, batch = whole_group(train), int(max([space.trial_settings({}).batch_size, *_values(space, "batch_size")]))
+    own = (group.num_tokens - group.prefix_length) / len(train)
+    return math.ceil(group.prefix_length + own * min(batch, len(train)))
+
+
+def _longest(train: Sequence[EncodedExample]) -> int:
+    return max(example.num_tokens for example in train)
+
+
+def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize,
+                      device: Device) -> tuple[float, float]:
+    """(with early stopping, without), on one device, if trials stop as ASHA means to: 1 of `reduction_factor` goes on at each rung."""
+    fixed = space.trial_settings({})
+    epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in _values(space, "epochs")] or [sum(fixed.stages)]
+    mean_epochs = sum(epochs) / len(epochs)
+    steps = make_timetable(len(train), fixed).steps_per_epoch
+    answers = sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
+    head = size.vocabulary * size.hidden * answers  # scored positions only
+    training = 4 * (size.linear + head) * steps * _step_tokens(space, train) * mean_epochs
+    one_evaluation = 2 * (size.linear + head) * sum(group.num_tokens for group in split_by_budget(public, 32768))
+    points, keep = [100.0], 1.0
+    if isinstance(space.scheduler, Asha):
+        unit = 1.0 if space.scheduler.time_attr == "schedule_percent" else 100 / (steps * mean_epochs)
+        points = [unit * rung for rung in (*space.scheduler.rungs, space.scheduler.max_t) if unit * rung < 100] + [100.0]
+        keep = 1 / space.scheduler.reduction_factor
+    stretches = [end - start for start, end in zip([0.0, *points], points, strict=False)]
+    share = sum(stretch / 100 * keep**index for index, stretch in enumerate(stretches))
+    evaluations = sum(keep**index for index in range(len(points)))
+    speed = device.speed * _ARITHMETIC_SHARE[device.kind]
+    full = _START_SECONDS + space.num_trials * (training + (len(points) + mean_epochs - 1) * one_evaluation) / speed
+    return _START_SECONDS + space.num_trials * (share * training + (evaluations + share * (mean_epochs - 1)) * one_evaluation) / speed, full
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -6,7 +6,7 @@ trial trains.
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -78,14 +78,18 @@ class NoEarlyStopping(Settings):
 
 
 class TrialResources(Settings):
-    """What one trial asks Ray for; `gpu` may be a fraction."""
+    """What one trial asks Ray for: CPUs, and a share of one GPU."""
 
     cpu: Number = Field(1, ge=0)
-    gpu: Number = Field(0, ge=0)
+    gpu: Number = Field(0, ge=0, le=1)
 
 
 class Space(Settings):
-    """A whole search space file. `trial` holds fixed settings, `search` a sampler for each searched one."""
+    """A whole search space file. `trial` holds fixed settings, `search` a sampler for each searched one.
+
+    `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds room for; it takes the
+    place of resources_per_trial.gpu.
+    """
 
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
@@ -96,6 +100,7 @@ class Space(Settings):
     searcher: RandomSearch | OptunaSearch = Field(RandomSearch(), discriminator="type")
     scheduler: Asha | NoEarlyStopping = Field(Asha(), discriminator="type")
     resources_per_trial: TrialResources = TrialResources()
+    trials_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     max_concurrent_trials: int | None = Field(None, ge=1)
     max_failures: int = Field(2, ge=0)
     budget_tokens: int | None = Field(None, ge=1)
@@ -127,6 +132,11 @@ class Space(Settings):
     def trial_settings(self, config: dict[str, Any]) -> TrialSettings:
         """The full settings of one sampled configuration."""
         return TrialSettings.model_validate({**self.trial, **config})
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether a trial asks for a GPU or a share of one."""
+        return self.trials_per_gpu is not None or self.resources_per_trial.gpu > 0
 
     @property
     def num_trials(self) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import ray
 from ray import tune
@@ -23,9 +23,6 @@ from tuning.ledger import Ledger, TrialRecord, ranked
 from tuning.progress import headline, table
 from tuning.space import Asha, Space, tune_space
 from tuning.trial import run_trial
-
-if TYPE_CHECKING:
-    from tuning.host import SweepData
 
 _POINT = ("step", "epoch", "schedule_percent", "public_perplexity", "training_loss", "learning_rate", "tokens_per_second",
           "peak_memory_gib")
@@ -109,26 +106,27 @@ class RestoredASHA(ASHAScheduler):
                 self._trial_info[trial.trial_id].on_result(trial, point[self._time_attr], -point["public_perplexity"])
 
 
-def zero_shot_perplexities(data: "SweepData", hosts: Any) -> list[float]:
+def zero_shot_perplexities(hosts: Any, shares: dict[str, float]) -> list[float]:
     """Perplexity of each public example under the bare base, measured by the first host, where trials will find it."""
     def measure(hosts: Any) -> list[float]:
         return ray.get(host_of_my_device(hosts).zero_shot.remote())  # type: ignore[no-any-return]
-    resources = data.space.resources_per_trial
-    return ray.get(ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu)(measure).remote(hosts))  # type: ignore[no-any-return]
+    return ray.get(ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"])(measure).remote(hosts))  # type: ignore[no-any-return]
 
 
-def run_sweep(data: "SweepData", hosts: Any, folder: Path, zero_shot: float, observer: SweepObserver, *, resume: bool) -> list[TrialRecord]:
-    """Run or continue the sweep whose results live in `folder`; returns its records, whatever became of each trial.
+def run_sweep(space: Space, hosts: Any, shares: dict[str, float], folder: Path, zero_shot: float, observer: SweepObserver, *,
+              resume: bool) -> list[TrialRecord]:
+    """Run or continue the sweep whose results live in `folder`; returns its records, whatever became of each trial. `shares`: what a
+    trial asks Ray for.
 
     Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises InputError if
     Ray's saved state has lost trials that the ledger knows.
     """
-    experiment = storage_path(data.space, folder) + "/ray"
-    trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), _resources(data.space))
+    experiment = storage_path(space, folder) + "/ray"
+    trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), shares)
     if resume and tune.Tuner.can_restore(experiment):
         tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True, restart_errored=False)
     else:
-        tuner = _new_tuner(data.space, folder, experiment, trainable, SweepCallback(folder, data.space, zero_shot, observer))
+        tuner = _new_tuner(space, folder, experiment, trainable, SweepCallback(folder, space, zero_shot, observer))
     tuner.fit()
     return list(Ledger(folder / "trials").records.values())
 
@@ -185,10 +183,6 @@ def _searcher(space: Space) -> Searcher | SearchAlgorithm:
         return BasicVariantGenerator(random_state=space.seed)
     from ray.tune.search.optuna import OptunaSearch
     return OptunaSearch(seed=space.seed)
-
-
-def _resources(space: Space) -> dict[str, float]:
-    return {"CPU": space.resources_per_trial.cpu, "GPU": space.resources_per_trial.gpu}
 
 
 def _full_config(space: Space, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""The plan counts what is there, finds room for trials, and refuses what can't fit before anything starts."""
+
+import pytest
+import torch
+from conftest import CONFIGS, random_examples, tiny_model
+from test_training import tiny_bank
+
+from qlora.config import InputError, TrialSettings
+from tuning.plan import Device, compare_with_run, describe_plan, make_plan, model_size, this_device, trial_shares
+from tuning.space import Space
+
+TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
+
+
+def space(**changes) -> Space:
+    return Space.model_validate({"data": {"train": "t", "public": "p"}, "trial": {"batch_size": 4},
+                                 "search": {"lora_r": {"choice": [4, 16]}}, "num_samples": 8, **changes})
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_models_parameters_are_counted(family):
+    model, size = tiny_model(family), model_size(CONFIGS[family])
+    assert size.linear + size.other == sum(p.numel() for p in model.parameters())
+    adapter = tiny_bank(family).attach(TrialSettings(lora_r=4))
+    assert size.adapter_parameters(TrialSettings(lora_r=4)) == sum(m.numel() for m in adapter.matrices().values())
+    targets = TrialSettings(lora_r=4, target_modules=("q_proj",))
+    assert size.adapter_parameters(targets) == sum(m.numel() for m in tiny_bank(family).attach(targets).matrices().values())
+
+
+def test_more_memory_means_more_trials_up_to_a_limit():
+    size = model_size(CONFIGS["llama"])
+    auto = space(trials_per_gpu="auto")
+    plenty = make_plan(auto, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14))
+    assert plenty.trials == 8
+    tight = plenty.base_bytes + 3 * plenty.adapter_bytes + plenty.activation_bytes // 4
+    plan = make_plan(auto, TRAIN, PUBLIC, size, Device("cuda", (2 << 30) + tight, 1e14))
+    assert 1 <= plan.trials < 8
+    assert plan.peak_bytes <= tight
+    assert make_plan(space(trials_per_gpu=3), TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14)).trials == 3
+
+
+def test_what_cannot_fit_is_one_clear_line():
+    with pytest.raises(InputError, match=r"base_model: a trial needs .* GiB on a device .* are free; choose a smaller base"):
+        make_plan(space(), TRAIN, PUBLIC, model_size(CONFIGS["llama"]), Device("cpu", 1 << 20, 1e10))
+
+
+def test_trials_ask_for_their_share_of_a_gpu():
+    size, device = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
+    for value, share in ((3, 0.3333), (1, 1.0), ("auto", 0.125)):
+        chosen = space(trials_per_gpu=value)
+        shares = trial_shares(chosen, make_plan(chosen, TRAIN, PUBLIC, size, device))
+        assert shares == {"CPU": 1, "GPU": share}
+    assert trial_shares(space(), None) == {"CPU": 1, "GPU": 0}
+
+
+def test_a_plan_in_words():
+    chosen, size = space(trials_per_gpu="auto"), model_size(CONFIGS["llama"])
+    plan = make_plan(chosen, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14))
+    words = describe_plan(chosen, TRAIN, PUBLIC, plan)
+    assert "8 trials side by side" in words
+    assert plan.seconds < plan.seconds_without_stopping
+    fifo = space(scheduler={"type": "fifo"})
+    unstopped = make_plan(fifo, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e9))
+    assert unstopped.seconds == pytest.approx(unstopped.seconds_without_stopping)
+    assert "planned, 3.0 GiB measured" in compare_with_run(plan, 3.0, 100)
+    assert "no GPU here" in describe_plan(chosen, TRAIN, PUBLIC, None)
+
+
+def test_this_device_is_looked_at():
+    device = this_device(torch.device("cpu"))
+    assert device.kind == "cpu"
+    assert device.free_bytes > 1 << 20
+    assert 1e8 < device.speed < 1e15
