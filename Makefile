@@ -57,6 +57,7 @@ bench: base  ## run the benchmarks that need no GPU, one JSON line each
 	$(BIN)/python benchmarks/packed_stream.py
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/beam_search.py
+	$(BIN)/python benchmarks/coresident.py
 
 clean:  ## remove what can be rebuilt, keeping results/ and mlruns/
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

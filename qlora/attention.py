@@ -81,9 +81,8 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
 
 def attend_rows(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float,
                 sliding_window: int | None, softcap: float | None) -> Tensor:
-    """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0). Not differentiable on GPUs where
-    FlashAttention takes it: training attends over a PackedBatch."""
-    if supports(q_SHD, rows.prefix_length + rows.longest, sliding_window, softcap):
+    """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0)."""
+    if not torch.is_grad_enabled() and supports(q_SHD, rows.prefix_length + rows.longest, sliding_window, softcap):
         return flash_attend(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale)
     groups, start, outs_BHD = q_SHD.shape[1] // k_SKD.shape[1], 0, []
     for bucket in rows.buckets:

@@ -26,7 +26,7 @@ from qlora.attention import use_packed_attention
 from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.fused import fuse_for_training
-from qlora.grouped_lora import Dropout, LayerPart
+from qlora.grouped_lora import MAX_GPU_RANK, Dropout, LayerPart
 from qlora.packing import Group, PackedBatch
 from qlora.serving import dequantised_if_it_fits
 
@@ -121,6 +121,8 @@ class AdapterBank:
 
         Raises InputError if no linear layer has one of the target names.
         """
+        if settings.lora_r > MAX_GPU_RANK and self.device.type == "cuda":
+            raise InputError("lora_r", f"{settings.lora_r} is more than the {MAX_GPU_RANK} that a GPU takes")
         names = self._targets(settings)
         layers, end = {}, 0
         for name in names:
@@ -167,7 +169,9 @@ class AdapterBank:
         """Write what `PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         name, _, revision = self.base_name.partition("@")
-        targets = sorted({layer.rpartition(".")[2] for layer in adapter.layers})
+        leaves = {layer.rpartition(".")[2] for layer in adapter.layers}
+        are_all = sum(name.rpartition(".")[2] in leaves for name in self._linear) == len(adapter.layers)
+        targets = sorted(leaves if are_all else adapter.layers)
         config = LoraConfig(r=adapter.settings.lora_r, lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
                             lora_dropout=adapter.settings.lora_dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM",
                             base_model_name_or_path=name, revision=revision or None, inference_mode=True)
@@ -186,11 +190,10 @@ class AdapterBank:
 
     def _targets(self, settings: TrialSettings) -> list[str]:
         wanted = settings.target_modules
-        names = [name for name in self._linear if wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted)]
-        if not names:
-            raise InputError("target_modules", f"no linear layer is called {', '.join(wanted)}; there are: "
-                             f"{', '.join(sorted({name.rpartition('.')[2] for name in self._linear}))}")
-        return names
+        unknown = unknown_targets(wanted, self._linear)
+        if unknown:
+            raise InputError("target_modules", unknown)
+        return [name for name in self._linear if is_targeted(name, wanted)]
 
     def _banked(self, name: str) -> "BankedLinear":
         if name not in self.layers:
@@ -200,8 +203,7 @@ class AdapterBank:
         return self.layers[name]
 
     def _has_kernels(self, adapters: Sequence[Adapter | None]) -> bool:
-        return (lora_kernels is not None and self.device.type == "cuda"
-                and max((adapter.settings.lora_r for adapter in adapters if adapter), default=0) <= lora_kernels.MAX_RANK)
+        return lora_kernels is not None and self.device.type == "cuda" and any(adapter is not None for adapter in adapters)
 
     def _layer_tables(self, adapters: tuple[Adapter | None, ...]) -> Any:
         key = tuple(id(adapter) for adapter in adapters)
@@ -263,6 +265,19 @@ class _Banked(torch.autograd.Function):
             x_TI, = ctx.saved_tensors
             grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.layer_parts(layer.name), ctx.kept)
         return (None if dx_TI is None else dx_TI.view(*grad.shape[:-1], -1)), None, None, None
+
+
+def is_targeted(name: str, wanted: Any) -> bool:
+    """Whether a linear layer is among the target modules, by its whole name or the end of it."""
+    return wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted)
+
+
+def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
+    """What is wrong with target modules, if one of them names no linear layer (the head is none); else None."""
+    missing = [] if wanted == "all-linear" else [one for one in wanted if not any(is_targeted(name, (one,)) for name in linear)]
+    if not missing:
+        return None
+    return f"no linear layer is called {', '.join(missing)}; there are: {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
 
 
 def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> AdapterBank:

@@ -70,7 +70,8 @@ def free_bytes(device: torch.device) -> int:
     free = int(available.split()[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        files = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()).get("inactive_file", "0")
+        free = min(free, int(most) - int(used.read_text()) + int(files))  # cached files give way
     return max(0, free)
 
 

@@ -7,6 +7,7 @@ embedding and the gated MLP are Liger's (https://github.com/linkedin/Liger-Kerne
 
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class FusedRMSNorm(nn.Module):
 _log = logging.getLogger(__name__)
 
 
-def fuse_for_training(model: nn.Module) -> None:
+def fuse_for_training(model: Any) -> None:
     """Norms, and Liger's rotary embedding and gated MLP for the families that Liger knows.
 
     Liger puts its rotary embedding into the family's module in transformers: all models of the family in this process get it.
@@ -39,8 +40,15 @@ def fuse_for_training(model: nn.Module) -> None:
         _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    _apply_liger_kernel_to_instance(model, rope=True, swiglu=True, geglu=True, rms_norm=False, layer_norm=False, cross_entropy=False,
-                                    fused_linear_cross_entropy=False)
+    _apply_liger_kernel_to_instance(model, rope=_turns_whole_heads(model.config), swiglu=True, geglu=True, rms_norm=False,
+                                    layer_norm=False, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _turns_whole_heads(config: Any) -> bool:
+    """Whether the rotary embedding turns all of a head: Liger's does not know another."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return (getattr(text, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0) == 1.0
 
 
 def fuse_norms(model: nn.Module) -> int:

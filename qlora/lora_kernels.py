@@ -18,7 +18,6 @@ from torch import Tensor
 
 from qlora.grouped_lora import Dropout, LayerPart
 
-MAX_RANK = 256
 _TILE_TOKENS = 64
 _PROGRAMS, _MOST_SPLITS = 528, 4  # four programs for each of an H100's processors; pieces that a sum over columns is cut into
 _TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]  # slices: alignment means nothing

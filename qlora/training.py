@@ -126,7 +126,7 @@ class Training:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(optimizer tensors, position) of a run between two steps."""
-        return dict(self.optimizer.state.get(self._parameter, {})), {
+        return dict(self.optimizer.state[self._parameter]), {
             "step": self.step, "settings": self.settings.model_dump(mode="json"), "num_examples": len(self.examples),
             "schedule": self.schedule.state_dict()}
 
@@ -136,8 +136,7 @@ class Training:
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
-        if tensors:
-            self.optimizer.state[self._parameter] = {key: value.to(self._counts_on(key)) for key, value in tensors.items()}
+        self.optimizer.state[self._parameter] = {key: value.to(self._counts_on(key)) for key, value in tensors.items()}
         self.schedule.load_state_dict(position["schedule"])
         for group, learning_rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = learning_rate
@@ -153,6 +152,10 @@ class Training:
         self._parameter.grad = self.adapter.gradients
         self.optimizer = torch.optim.AdamW([self._parameter], lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay,
                                            fused=self._fused)
+        # The state that the first step would make, made now: a step must not run out of memory half done.
+        self.optimizer.state[self._parameter] = {
+            "step": torch.zeros((), device=self._counts_on("step")), "exp_avg": torch.zeros_like(self.adapter.weights),
+            "exp_avg_sq": torch.zeros_like(self.adapter.weights)}
         self.schedule = get_scheduler(self.settings.schedule, self.optimizer,
                                       num_warmup_steps=round(self.settings.warmup_fraction * steps), num_training_steps=steps)
 

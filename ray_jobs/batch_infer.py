@@ -72,6 +72,8 @@ def main() -> None:
 
     with open_job(Path(arguments.input), output) as rows:
         facts = model_facts(work, model_uri, getattr(config, "_commit_hash", None))
+        if not arguments.quiet:
+            show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
         result = run_job(work, rows, output, facts, lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
                          resume=arguments.resume, progress=show)
     if result.engine:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qlora.config import BaseModelSettings, DecodingSettings, InputError, validated
 
@@ -130,7 +130,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except (InputError, StoppedError) as error:
-        cause = getattr(error, "cause", None) or error
+        cause: Any = error
+        while getattr(cause, "cause", None) is not None:  # Ray wraps it once a process that it passed
+            cause = cause.cause
         _exit(EXIT_BAD_INPUT if isinstance(cause, InputError) else EXIT_STOPPED, cause)
     except KeyboardInterrupt:
         _exit(EXIT_STOPPED, "stopped by the keyboard; run the same command again, with --resume where it has that option")

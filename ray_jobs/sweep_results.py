@@ -68,10 +68,10 @@ class SweepResults:
                                      "start a new sweep under another --name")
         return data
 
-    def plan(self, data: SweepData, device: Device | None) -> tuple[Plan | None, str]:
+    def plan(self, data: SweepData, device: Device | None, num_devices: int = 1) -> tuple[Plan | None, str]:
         """(the plan for a device, if there is one to plan for; the plan in words). Raises InputError if no trial fits it."""
         size = model_size(load_config(self.space.base_model.name))
-        plan = make_plan(self.space, data.train, data.public, size, device) if device else None
+        plan = make_plan(self.space, data.train, data.public, size, device, num_devices) if device else None
         return plan, describe_plan(self.space, data.train, data.public, plan)
 
     def claim(self) -> None:

@@ -53,12 +53,13 @@ def main() -> None:
 
 def _run(results: "SweepResults", data: "SweepData", *, resume: bool) -> None:
     resources = connect_ray()
-    from tuning.hosts import start_hosts
+    from tuning.hosts import num_gpus, start_hosts
     from tuning.plan import check_resources, compare_with_run, sweep_device, trial_shares
     from tuning.progress import clock, ranking
     from tuning.sweep import keep_best_adapter, run_sweep, zero_shot_perplexities
     check_resources(trial_shares(data.space, None), resources)
-    plan, words = results.plan(data, sweep_device(data.space, here=False))
+    device = sweep_device(data.space, here=bool(resources) and not data.space.wants_gpu)
+    plan, words = results.plan(data, device, num_gpus())
     print(words, flush=True)
     assert plan is not None, "the device was looked at"
     shares = trial_shares(data.space, plan)

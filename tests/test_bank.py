@@ -59,7 +59,8 @@ def test_trials_together_equal_trials_alone(budget):
     for own, other in zip(found, expected, strict=True):
         assert own == pytest.approx(other, rel=1e-4)
     for number, run in enumerate(alone):
-        torch.testing.assert_close(weights(runs[number]), weights(run), rtol=1e-4, atol=1e-5)
+        # Adam makes whole steps of gradients near zero, whose rounding differs: so the weights as a whole.
+        assert (weights(runs[number]) - weights(run)).norm() < 1e-4 * weights(run).norm()
     together = adapter_perplexities(bank, [(runs[number].adapter, public) for number in range(4)], budget)
     for number, run in enumerate(alone):
         assert together[number] == pytest.approx(adapter_perplexities(run.bank, [(run.adapter, public)], 100_000)[0], rel=1e-4)
@@ -85,9 +86,23 @@ def test_one_trial_that_diverges_leaves_the_others_alone():
     assert [first[1].loss, sound.advance(10_000).loss] == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_unknown_target_is_named():
-    with pytest.raises(InputError, match=r"query.*q_proj"):
-        tiny_bank().attach(TrialSettings(target_modules=("query",)))
+@pytest.mark.parametrize("unknown", ["query", "lm_head"])
+def test_an_unknown_target_is_named(unknown):
+    with pytest.raises(InputError, match=rf"called {unknown}; there are: .*q_proj"):
+        tiny_bank().attach(TrialSettings(target_modules=("q_proj", unknown)))
+
+
+def test_layers_of_one_name_can_be_told_apart(tmp_path):
+    """An adapter of some of the layers that are called alike is saved under their whole names."""
+    bank, public = tiny_bank(), random_examples(3, seed=9)
+    settings = TrialSettings(lora_r=4, batch_size=4, learning_rate=0.01, target_modules=("layers.1.self_attn.q_proj", "up_proj"))
+    run = Training(bank, random_examples(8), settings)
+    losses(run, 2)
+    bank.save(run.adapter, tmp_path)
+    plain = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
+    assert sum("lora_A" in name for name, _ in plain.named_parameters()) == 3
+    ours = adapter_perplexities(bank, [(run.adapter, public)], 10_000)[0]
+    assert ours == pytest.approx(loop_perplexities(plain, public), rel=1e-4)
 
 
 def test_dropout_masks():

@@ -22,6 +22,14 @@ CONFIGS = [{"learning_rate": 0.01, "lora_r": 4}, {"learning_rate": 0.003, "lora_
            {"learning_rate": 0.02, "lora_r": 2, "epochs": "1+1"}]
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A host sets its process's threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tiny_base) -> SweepData:
     space = Space.model_validate({"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "t", "public": "p"},
@@ -73,6 +81,39 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, mon
     points = run(Host(data, 1), "t", CONFIGS[0], tmp_path)
     assert tried[:6] == [10_000, 5000, 2500, 1250, 625, 312]
     assert points[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[0])[1], rel=1e-4)
+
+
+def test_a_trial_that_fits_nowhere_ends_alone(data, tmp_path, monkeypatch):
+    """No pass is small enough for one of two trials: the other goes on."""
+    whole_step = tuning.host.advance_together
+
+    def short_of_memory(trainings, budget_tokens):
+        if any(training.settings.lora_r == 8 for training in trainings):
+            raise torch.cuda.OutOfMemoryError("no room")
+        return whole_step(trainings, budget_tokens)
+    monkeypatch.setattr(tuning.host, "advance_together", short_of_memory)
+    host = Host(data, 1)
+    with ThreadPoolExecutor(2) as pool:
+        small = pool.submit(run, host, "small", CONFIGS[0], tmp_path)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run(host, "large", CONFIGS[1], tmp_path)
+        assert small.result()[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[0])[1], rel=1e-4)
+
+
+def test_a_full_disk_is_one_trials_failure(data, tmp_path, monkeypatch):
+    whole_save = tuning.host.save_checkpoint
+
+    def full(folder, training):
+        if "first" in str(folder):
+            raise OSError("no space left on device")
+        whole_save(folder, training)
+    monkeypatch.setattr(tuning.host, "save_checkpoint", full)
+    host = Host(data, 1)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(run, host, "first", CONFIGS[0], tmp_path), pool.submit(run, host, "second", CONFIGS[0], tmp_path)
+        with pytest.raises(OSError, match="no space"):
+            first.result()
+        assert second.result()[-1]["schedule_percent"] == 100
 
 
 def test_a_failing_trial_ends_alone(data, tmp_path):

@@ -44,6 +44,21 @@ def test_what_cannot_fit_is_one_clear_line():
         make_plan(space(), TRAIN, PUBLIC, model_size(CONFIGS["llama"]), Device("cpu", 1 << 20, 1e10))
 
 
+def test_trials_and_settings_that_the_device_lacks_room_for_are_named():
+    size, device = model_size(CONFIGS["llama"]), Device("cuda", (2 << 30) + (2 << 20), 1e14, has_bfloat16=True)
+    with pytest.raises(InputError, match="trials_per_gpu: 64 trials need"):
+        make_plan(space(trials_per_gpu=64, num_samples=64), TRAIN, PUBLIC, size, device)
+    with pytest.raises(InputError, match="target_modules: no linear layer is called query"):
+        make_plan(space(trial={"target_modules": ["query"]}), TRAIN, PUBLIC, size, device)
+    with pytest.raises(InputError, match="lora_r: 512 is more than"):
+        make_plan(space(search={"lora_r": {"choice": [512]}}), TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14))
+
+
+def test_no_gpu_idles_while_another_is_crowded():
+    chosen, size, device = space(trials_per_gpu="auto"), model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
+    assert [make_plan(chosen, TRAIN, PUBLIC, size, device, count).trials for count in (1, 2, 3, 16)] == [8, 4, 3, 1]
+
+
 def test_trials_ask_for_their_share_of_a_gpu():
     size, device = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
     for value, share in ((3, 0.3333), (1, 1.0), ("auto", 0.125)):

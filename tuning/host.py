@@ -66,7 +66,7 @@ class Host:
     def __init__(self, data: SweepData, num_threads: int):
         torch.set_num_threads(num_threads)
         self._data = data
-        self._budget_tokens = data.budget_tokens or default_token_budget()
+        self._budget_tokens = self._most_tokens = data.budget_tokens or default_token_budget()
         self._seats: dict[str, Seat] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
@@ -75,7 +75,14 @@ class Host:
 
     def zero_shot(self) -> list[float]:
         """Perplexity of each public example under the base without an adapter."""
-        return self._ask(lambda: adapter_perplexities(self._bank, [(None, self._data.public)], self._budget_tokens)[0])  # type: ignore[no-any-return]
+        def score() -> list[float]:
+            while True:
+                try:
+                    return adapter_perplexities(self._bank, [(None, self._data.public)], self._budget_tokens)[0]
+                except torch.cuda.OutOfMemoryError:
+                    if not self._shrink():
+                        raise
+        return self._ask(score)  # type: ignore[no-any-return]
 
     def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
         """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any; returns the steps at which
@@ -97,10 +104,6 @@ class Host:
         """Take a trial's seat and memory back, if it has one."""
         self._ask(lambda: self._leave(trial_id))
 
-    def process_id(self) -> int:
-        """Of the host's process."""
-        return os.getpid()
-
     def _ask(self, call: Callable[[], Any]) -> Any:
         reply: Future[Any] = Future()
         with self._changed:
@@ -110,29 +113,57 @@ class Host:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._calls or any(seat.goal is not None for seat in self._seats.values()))
-                calls, self._calls = self._calls, deque()
-            for call, reply in calls:
-                _settle(reply, call)
-            asked = [seat for seat in self._seats.values() if seat.goal is not None]
-            for step, seats in ((self._evaluate, [seat for seat in asked if seat.at_goal]),
-                                (self._train, [seat for seat in asked if not seat.at_goal])):
-                if seats:
-                    self._with_room(step, seats)
+            self._turn()
+
+    def _turn(self) -> None:
+        """Wait for work, then do one round of it. A method of its own: what it holds of trials goes when it ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._calls or any(seat.goal is not None for seat in self._seats.values()))
+            calls, self._calls = self._calls, deque()
+        for call, reply in calls:
+            _settle(reply, call)
+        asked = [seat for seat in self._seats.values() if seat.goal is not None]
+        for step, seats in ((self._evaluate, [seat for seat in asked if seat.at_goal]),
+                            (self._train, [seat for seat in asked if not seat.at_goal])):
+            if seats:
+                self._with_room(step, seats)
 
     def _with_room(self, step: Callable[[list[Seat]], None], seats: list[Seat]) -> None:
-        """Out of memory halves the tokens of a pass; the next turn tries again. Any other failure is the trials' that took part."""
+        """Out of memory halves the tokens of a pass; the next turn tries again. When that is no help, whoever fits alone goes on. Any
+        other failure is that of the trials that took part."""
         try:
             step(seats)
         except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            self._budget_tokens //= 2
-            _log.warning("out of memory: passes of %d tokens from here on", self._budget_tokens)
-            if self._budget_tokens < _FEWEST_TOKENS:
+            if self._shrink():
+                return
+            if len(seats) == 1:
                 self._fail(seats, error)
+                return
+            for seat in seats:
+                while seat.goal is not None and not self._done_alone(step, seat):
+                    pass
         except Exception as error:  # whatever it is, it belongs to the callers, and this thread must go on
+            _end_if_the_gpu_is_out_of_order()
             self._fail(seats, error)
+
+    def _done_alone(self, step: Callable[[list[Seat]], None], seat: Seat) -> bool:
+        try:
+            step([seat])
+        except torch.cuda.OutOfMemoryError as error:
+            if self._shrink():
+                return False
+            self._fail([seat], error)
+        return True
+
+    def _shrink(self) -> bool:
+        """Halve the tokens of a pass; at the smallest, say no and start again with the most."""
+        torch.cuda.empty_cache()
+        if self._budget_tokens < 2 * _FEWEST_TOKENS:
+            self._budget_tokens = self._most_tokens
+            return False
+        self._budget_tokens //= 2
+        _log.warning("out of memory: passes of %d tokens from here on", self._budget_tokens)
+        return True
 
     def _train(self, seats: list[Seat]) -> None:
         started = time.monotonic()
@@ -148,14 +179,19 @@ class Host:
     def _evaluate(self, seats: list[Seat]) -> None:
         found = adapter_perplexities(self._bank, [(seat.training.adapter, self._data.public) for seat in seats], self._budget_tokens)
         for seat, values in zip(seats, found, strict=True):
-            save_checkpoint(Path(seat.folder), seat.training)
+            try:
+                save_checkpoint(Path(seat.folder), seat.training)
+            except OSError as error:
+                self._fail([seat], error)
+                continue
             seat.goal = None
             seat.reply.set_result(_metrics(seat, mean_perplexity(values)))
 
     def _fail(self, seats: list[Seat], error: Exception) -> None:
         for seat in seats:
-            seat.goal = None
-            seat.reply.set_exception(error)
+            if seat.goal is not None:
+                seat.goal = None
+                seat.reply.set_exception(error.with_traceback(None))  # a traceback would keep activations
 
     def _attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
         for other in [name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id]:
@@ -207,6 +243,16 @@ def _metrics(seat: Seat, perplexity: float) -> dict[str, float]:
         "tokens_per_second": sum(result.num_tokens for result in seen) / max(seat.seconds, 1e-9),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
     }
+
+
+def _end_if_the_gpu_is_out_of_order() -> None:
+    """End the process if no further call to the GPU can succeed: a new host takes its place, and trials come back."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        _log.exception("the GPU is out of order: this host ends")
+        os._exit(1)
 
 
 def _settle(reply: "Future[Any]", call: Callable[[], Any]) -> None:

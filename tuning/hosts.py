@@ -5,13 +5,14 @@ the hosts, so that they outlive trials and end with the sweep; a host that died 
 heavy.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
-    from tuning.host import SweepData
+    from tuning.host import Host, SweepData
 
 _MOST_TRIALS = 64  # of a host at once
 
@@ -20,38 +21,53 @@ class HostActor:
     """A tuning.host.Host in a process of its own, where the heavy libraries load."""
 
     def __init__(self, data: "SweepData", num_threads: int):
-        from tuning.host import Host
-        self._host = Host(data, num_threads)
+        self._error: Exception | None = None
+        try:
+            from tuning.host import Host
+            self._host = Host(data, num_threads)
+        except Exception as error:  # raised to whoever calls: an actor that fails to start would only say that it died
+            self._error = error
+
+    def _found(self) -> "Host":
+        if self._error is not None:
+            raise self._error
+        return self._host
 
     def zero_shot(self) -> list[float]:
         """See Host."""
-        return self._host.zero_shot()
+        return self._found().zero_shot()
 
     def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: list[str]) -> list[int]:
         """See Host."""
-        return self._host.attach(trial_id, holder, config, checkpoints)
+        return self._found().attach(trial_id, holder, config, checkpoints)
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, float]:
         """See Host."""
-        return self._host.advance(trial_id, step, folder)
+        return self._found().advance(trial_id, step, folder)
 
     def detach(self, trial_id: str) -> None:
         """See Host."""
-        self._host.detach(trial_id)
+        self._found().detach(trial_id)
 
     def process_id(self) -> int:
-        """See Host."""
-        return self._host.process_id()
+        """Of the host's process."""
+        return os.getpid()
 
 
 class HostDirectory:
     """Makes hosts and knows them. `data`: a reference to the SweepData, in a list so that Ray passes it on as it is."""
 
     def __init__(self, data: list[Any]):
-        self._data, self._hosts = data[0], dict[tuple[str, str], Any]()
+        self._data, self._hosts, self._places = data[0], dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
 
-    def host(self, node: str, device: str, num_threads: int) -> Any:
-        """The living host of a device (a GPU's number or "cpu") of a node."""
+    def host(self, node: str, device: str, num_threads: int, trial_id: str | None) -> Any:
+        """The living host of a device (a GPU's number or "cpu") of a node. A trial that was elsewhere, as before its process was killed,
+        loses its seat there."""
+        before = self._places.get(trial_id or "")
+        if before is not None and before != (node, device) and before in self._hosts:
+            self._hosts[before].detach.remote(trial_id)
+        if trial_id is not None:
+            self._places[trial_id] = node, device
         found = self._hosts.get((node, device))
         if found is None or _is_dead(found):
             # Ray hides all GPUs from who asks for none, unless told not to; a host sees its own, or none.
@@ -69,13 +85,18 @@ def start_hosts(data: "SweepData") -> Any:
     return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote([ray.put(data)])
 
 
-def host_of_my_device(hosts: Any) -> Any:
-    """The host of the device that this task or actor holds a share of."""
+def num_gpus() -> int:
+    """Of the connected Ray now; 1 if it has none, or none yet."""
+    return max(1, int(ray.cluster_resources().get("GPU", 0)))
+
+
+def host_of_my_device(hosts: Any, trial_id: str | None = None) -> Any:
+    """The host of the device that this task, or the actor of a trial, holds a share of."""
     context = ray.get_runtime_context()
     node, gpus = context.get_node_id(), ray.get_gpu_ids()
     resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)
     num_threads = max(1, int(resources.get("CPU", 1) / max(1, resources.get("GPU", 0) if gpus else 1)))
-    return ray.get(hosts.host.remote(node, str(gpus[0]) if gpus else "cpu", num_threads))
+    return ray.get(hosts.host.remote(node, str(gpus[0]) if gpus else "cpu", num_threads, trial_id))
 
 
 def _is_dead(host: Any) -> bool:
@@ -83,6 +104,8 @@ def _is_dead(host: Any) -> bool:
         ray.get(host.process_id.remote(), timeout=1)
     except ray.exceptions.GetTimeoutError:  # it is loading
         return False
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.ActorUnavailableError:  # for a moment
+        return False
+    except ray.exceptions.ActorDiedError:
         return True
     return False

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qlora.bank import is_targeted, unknown_targets
 from qlora.base_model import compute_dtype, free_bytes
-from qlora.config import InputError, TrialSettings
+from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.grouped_lora import MAX_GPU_RANK
 from qlora.packing import split_by_budget, whole_group
 from qlora.prompts import EncodedExample
 from qlora.training import make_timetable
@@ -33,11 +35,13 @@ _START_SECONDS = 60  # Ray, the first host, its base
 
 @dataclass(frozen=True)
 class Device:
-    """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second)."""
+    """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second), in
+    bfloat16 if it has that."""
 
     kind: str
     free_bytes: int
     speed: float
+    has_bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class ModelSize:
         """Parameters of a trial's adapter."""
         wanted = settings.target_modules
         return sum(settings.lora_r * (rows + columns) for name, rows, columns in self.widths
-                   if wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted))
+                   if is_targeted(name, wanted))
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,15 @@ class Plan:
 
 def this_device(device: torch.device) -> Device:
     """A device of this process, its speed taken from products of two matrices (a tenth of a second)."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    dtype = compute_dtype(BaseModelSettings(), device)
+    size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)
-    return Device(device.type, free_bytes(device), 2 * size**3 / best)
+    return Device(device.type, free_bytes(device), 2 * size**3 / best, dtype == torch.bfloat16)
 
 
 def model_size(config: Any) -> ModelSize:
@@ -109,21 +114,30 @@ def model_size(config: Any) -> ModelSize:
 
 def sweep_device(space: Space, *, here: bool) -> Device | None:
     """The device that a trial of this space will have. `here`: look at this machine only, where None means that it has no GPU and the
-    space wants one; else a GPU is looked at where Ray finds it."""
-    if not space.wants_gpu:
+    space wants one; else look where Ray would put a trial."""
+    if here and not space.wants_gpu:
         return this_device(torch.device("cpu"))
     if here:
         return this_device(torch.device("cuda")) if torch.cuda.is_available() else None
     import ray
-    return ray.get(ray.remote(num_cpus=0, num_gpus=1)(this_device).remote(torch.device("cuda")))  # type: ignore[no-any-return]
+    share: dict[str, Any] = {"num_gpus": 0.01} if space.wants_gpu else {"num_cpus": space.resources_per_trial.cpu}
+    return ray.get(ray.remote(**share)(this_device).remote(torch.device("cuda" if space.wants_gpu else "cpu")))  # type: ignore[no-any-return]
 
 
-def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device) -> Plan:
-    """The plan of a sweep whose hosts all have such a device.
+def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device,
+              num_devices: int = 1) -> Plan:
+    """The plan of a sweep on one or several such devices.
 
-    Raises InputError, naming what to change, if not even one trial fits.
+    Raises InputError, naming what to change, for target modules that the base lacks, and if the trials don't fit.
     """
-    width = compute_dtype(space.base_model, torch.device(device.kind)).itemsize
+    for wanted in _values(space, "target_modules") or [space.trial_settings({}).target_modules]:
+        if unknown := unknown_targets(wanted, [name for name, *_ in size.widths]):
+            raise InputError("target_modules", unknown)
+    rank = max(settings.lora_r for settings in _extremes(space))
+    if device.kind == "cuda" and rank > MAX_GPU_RANK:
+        raise InputError("lora_r", f"{rank} is more than the {MAX_GPU_RANK} that a GPU takes")
+    settings = space.base_model
+    width = 2 if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.has_bfloat16) else 4
     free = device.free_bytes - (_RESERVE_BYTES if device.kind == "cuda" else 0)
     dense = size.linear * width
     keeps_nf4 = space.base_model.quantization == "nf4" and 2 * dense >= free
@@ -138,8 +152,13 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
         raise InputError("base_model", f"a trial needs {_gib(least)} on a device (base {_gib(base)}, adapter and optimizer "
                          f"{_gib(adapter)}), but {_gib(free)} are free; choose a smaller base or lora_r, or a larger device")
     trials = _side_by_side(space)
+    needed = least + ((trials or 1) - 1) * adapter
+    if trials is not None and needed > free:
+        raise InputError("trials_per_gpu", f"{trials} trials need {_gib(needed)} on a device, but {_gib(free)} are free; lower it, "
+                         "or set it to auto")
     if trials is None:
-        trials = next(count for count in range(_MOST_TRIALS, 0, -1)
+        most = min(_MOST_TRIALS, -(-space.num_trials // num_devices))  # no device idles while another is crowded
+        trials = next(count for count in range(most, 0, -1)
                       if count == 1 or base + count * adapter + int(min(count, 2) * step * token) <= 0.9 * free)
     room = int((0.9 * free - base - trials * adapter) / token)
     budget = space.budget_tokens or max(min(room, trials * step, 16384 if device.kind == "cuda" else 1152), _longest(train))

@@ -103,7 +103,7 @@ class Space(Settings):
     trials_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     max_concurrent_trials: int | None = Field(None, ge=1)
     max_failures: int = Field(2, ge=0)
-    budget_tokens: int | None = Field(None, ge=1)
+    budget_tokens: int | None = Field(None, ge=1, le=16384)
     registered_model: str | None = Field(None, min_length=1, pattern=r"^[^/:@]+$")
     storage: str | None = None
     seed: int = Field(42, ge=0)

@@ -16,7 +16,7 @@ from tuning.hosts import host_of_my_device
 def run_trial(config: dict[str, Any], hosts: Any) -> None:
     """Train one configuration from where its last whole checkpoint is, reporting perplexity with a checkpoint each time."""
     trial_id, holder = tune.get_context().get_trial_id(), ray.get_runtime_context().get_actor_id()
-    host = host_of_my_device(hosts)
+    host = host_of_my_device(hosts, trial_id)
     with _own_checkpoints() as checkpoints:
         steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoints))
     try:
