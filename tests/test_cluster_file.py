@@ -84,7 +84,7 @@ def problems(config: Config) -> list[str]:
             if role == "head" and "--autoscaling-config" not in command:
                 found.append("head: no autoscaler")
         setup = "\n".join(prepared[f"{role}_setup_commands"])
-        if not re.search(r"pip install .*-c constraints\.txt \.(\s|$)", setup):
+        if not re.search(r"pip install .*-c constraints\.txt '\.\[gpu\]'(\s|$)", setup):
             found.append(f"{role}: dependencies not installed from constraints.txt")
         if not re.search(r"chmod 600 ~/\.ray/auth_token", setup):
             found.append(f"{role}: token readable by others")
