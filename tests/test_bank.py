@@ -10,7 +10,7 @@ from test_training import losses, tiny_bank, tiny_model, weights
 
 from qlora.bank import AdapterBank, make_dropout
 from qlora.config import InputError, TrialSettings
-from qlora.grouped_lora import Dropout
+from qlora.grouped_lora import Dropout, LayerPart, add_lora, lora_backward
 from qlora.packing import whole_group
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import DivergedError, Training, advance_together
@@ -103,6 +103,30 @@ def test_layers_of_one_name_can_be_told_apart(tmp_path):
     assert sum("lora_A" in name for name, _ in plain.named_parameters()) == 3
     ours = adapter_perplexities(bank, [(run.adapter, public)], 10_000)[0]
     assert ours == pytest.approx(loop_perplexities(plain, public), rel=1e-4)
+
+
+def test_products_and_gradients_are_those_of_autograd():
+    """Two adapters with dropout on parts of a stream, and a part that nobody owns, against the formula written plainly."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x, y, dy = randn(12, 6).requires_grad_(), randn(12, 5), randn(12, 5)
+    parts, expected, leaves = [], y.clone(), []
+    for start, end, rank, dropout in ((0, 5, 3, Dropout(0.4, 1, 0, (0, 1), (2, 3))), (8, 12, 2, Dropout(0.2, 2, 0, (0, 4), (0, 4)))):
+        a, b = randn(rank, 6).requires_grad_(), randn(5, rank).requires_grad_()
+        parts.append(LayerPart(start, end, a.detach(), b.detach(), torch.zeros_like(a), torch.zeros_like(b), 0.7, dropout))
+        mask = dropout.kept(9, 6).double() / (1 - dropout.p)
+        assert 0 < (mask == 0).sum() < mask.numel()
+        expected = expected.index_add(0, torch.arange(start, end), 0.7 * (x[start:end] * mask) @ a.T @ b.T)
+        leaves += [a, b]
+    found, dx = y.clone(), torch.zeros(12, 6, dtype=torch.float64)
+    kept = add_lora(x.detach(), found, parts, 9)
+    lora_backward(x.detach(), dy, dx, parts, kept)
+    torch.testing.assert_close(found, expected)
+    ours = [dx, *(gradient for part in parts for gradient in (part.a_grad, part.b_grad))]
+    for own, other in zip(ours, torch.autograd.grad(expected, [x, *leaves], dy), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_dropout_masks():

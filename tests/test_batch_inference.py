@@ -184,7 +184,7 @@ def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, ma
     assert "1 FAILED" in out.splitlines()[-1]
     generated = int(out.splitlines()[-1].split("(")[1].split()[0])
     assert generated < 350
-    assert json.loads(output.read_text()) == expected
+    assert output.read_text(encoding="utf-8") == json.dumps(expected, ensure_ascii=False, indent=1) + "\n"
     assert [row["id"] for row in expected if not row["output"]] == ["r7"]
     meta = json.loads(output.with_name("out.json.meta.json").read_text())
     assert (meta["rows"], meta["rows_generated"], meta["rows_failed"], meta["scores"]["count"]) == (400, generated, 1, 399)

@@ -75,7 +75,15 @@ def test_a_step_equals_plain_pytorch_on_padded_rows():
 
 
 def test_splitting_a_step_by_the_budget_changes_nothing():
-    """With dropout too: an example's mask, and the prefix's, is its own."""
+    settings = SETTINGS.model_copy(update={"lora_dropout": 0.0})
+    whole, split = training(settings), training(settings)
+    for _ in range(3):
+        assert whole.advance(10_000).loss == pytest.approx(split.advance(1).loss, rel=1e-5)
+    assert torch.allclose(weights(whole), weights(split), atol=2e-5)
+
+
+def test_splitting_a_step_changes_no_dropout_mask():
+    """An example's mask, and the prefix's, is its own."""
     whole, split = training(), training()
     for _ in range(3):
         assert whole.advance(10_000).loss == pytest.approx(split.advance(1).loss, rel=1e-5)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora.bank import is_targeted, unknown_targets
-from qlora.base_model import compute_dtype, free_bytes
+from qlora.base_model import CPU_PASS_TOKENS, compute_dtype, free_bytes
 from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.grouped_lora import MAX_GPU_RANK
 from qlora.packing import split_by_budget, whole_group
@@ -161,7 +161,7 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
         trials = next(count for count in range(most, 0, -1)
                       if count == 1 or base + count * adapter + int(min(count, 2) * step * token) <= 0.9 * free)
     room = int((0.9 * free - base - trials * adapter) / token)
-    budget = space.budget_tokens or max(min(room, trials * step, 16384 if device.kind == "cuda" else 1152), _longest(train))
+    budget = space.budget_tokens or max(min(room, trials * step, 16384 if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train))
     seconds, unstopped = _expected_seconds(space, train, public, size, device)
     kept = 2 * space.num_trials * adapter * 12 // _ADAPTER_BYTES
     return Plan(base, adapter, int(min(budget, trials * step) * token), budget, trials, kept, seconds, unstopped)
