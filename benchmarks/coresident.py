@@ -36,7 +36,7 @@ from qlora.prompts import EncodedExample, encode_examples, load_prompt
 from qlora.serving import dequantised_if_it_fits
 from qlora.training import StepResult, Training, advance_together
 
-_WARM_UP_STEPS = 3 if torch.cuda.is_available() else 1  # kernels are compiled in the first ones
+_PEFT_WARM_UP = 3 if torch.cuda.is_available() else 1  # kernels are compiled in the first steps
 
 
 def main() -> None:
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--lora-dropout", type=float, default=0.1)
+    parser.add_argument("--warm-up", type=int, default=40 if torch.cuda.is_available() else 1, help="steps before ours are timed: on a GPU "
+                        "passes are recorded as their sizes come up")
     parser.add_argument("--budget", type=int, default=default_token_budget(), help="tokens of a pass")
     arguments = parser.parse_args()
     settings = TrialSettings(lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, schedule="constant")
@@ -96,7 +98,8 @@ def measure_peft(model: Any, examples: list[EncodedExample], settings: TrialSett
     rows = 16 if torch.cuda.is_available() else 4  # on a CPU more do not fit a small machine
     while True:
         try:
-            found = _measured([lambda batch=batch, rows=rows: peft_step(adapted, batch, rows, optimizer) for batch in batches], steps)
+            calls = [lambda batch=batch, rows=rows: peft_step(adapted, batch, rows, optimizer) for batch in batches]
+            found = _measured(calls, _PEFT_WARM_UP, steps)
             return {**found, "rows_a_pass": rows}
         except torch.cuda.OutOfMemoryError:
             if rows == 1:
@@ -126,20 +129,21 @@ def measure_bank(bank: AdapterBank, examples: list[EncodedExample], settings: Tr
         assert len(results) == count, "a trial diverged"
         return sum(result.num_tokens for result in results)
     try:
-        return _measured([step], arguments.steps)
+        found = _measured([step], arguments.warm_up, arguments.steps)
+        return {**found, "recordings": bank.recorder.num_recordings if bank.recorder else 0}
     finally:
         for training in trainings:
             bank.detach(training.adapter)
 
 
-def _measured(steps: list[Any], count: int) -> dict[str, float]:
-    """Run steps in turn, each returning its tokens; the first few are not counted."""
+def _measured(steps: list[Any], warm_up: int, count: int) -> dict[str, float]:
+    """Run steps in turn, each returning its tokens; the first ones are not counted."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     tokens, started = 0, 0.0
-    for index in range(_WARM_UP_STEPS + count):
-        if index == _WARM_UP_STEPS:
+    for index in range(warm_up + count):
+        if index == warm_up:
             synchronize()
             tokens, started = 0, time.perf_counter()
         tokens += steps[index % len(steps)]()

@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from inference.beam_search import SearchState
 from qlora.attention import REFUSED_KEYWORDS, attend_rows, refuse_inexact
-from qlora.packing import Rows
+from qlora.stream import Rows
 
 try:
     import inference.decode_kernel as _kernel

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from qlora.flash_attention import flash_attend, flash_attend_packed, supports
-from qlora.packing import Bucket, PackedBatch, Rows
+from qlora.flash_attention import flash_attend, flash_attend_stream, supports
+from qlora.stream import Bucket, PackedBatch, Rows
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
@@ -65,9 +65,10 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
         raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = max(part.prefix.num_tokens + part.suffixes.longest for part in packed.parts)
-    if supports(q_THD, longest, sliding_window, softcap):
-        return flash_attend_packed(q_THD, k_TKD, v_TKD, packed, scale)[None], None
+    if supports(q_THD, packed.longest, sliding_window, softcap):
+        return flash_attend_stream(q_THD, k_TKD, v_TKD, packed.stretches, scale)[None], None
+    if packed.known_stretches is not None:
+        raise ValueError("a recorded pass needs FlashAttention, which doesn't compute this model's attention")
     outs_BHD = []
     for part in packed.parts:
         prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)

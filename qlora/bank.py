@@ -27,8 +27,9 @@ from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.fused import fuse_for_training
 from qlora.grouped_lora import MAX_GPU_RANK, Dropout, LayerPart
-from qlora.packing import Group, PackedBatch
+from qlora.packing import Group
 from qlora.serving import dequantised_if_it_fits
+from qlora.stream import PackedBatch
 
 try:
     from qlora import lora_kernels
@@ -104,17 +105,34 @@ class AdapterBank:
     base_name: str
     layers: dict[str, "BankedLinear"] = field(default_factory=dict)
     route: Route | None = None
+    recorder: Any = None  # of qlora.passes
+    mean_parameters: float = 0.0  # of a linear layer
     _linear: tuple[str, ...] = ()
+    _siblings: dict[str, list["BankedLinear"]] = field(default_factory=dict)
+    _leader: tuple["BankedLinear", Tensor] | None = None
+    _ready: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         head = self.model.get_output_embeddings()
-        self._linear = tuple(name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+        linear = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+        self._linear = tuple(linear)
+        self.mean_parameters = sum(one.in_features * one.out_features for one in linear.values()) / max(1, len(linear))
 
     @property
     def device(self) -> torch.device:
         """Where base and adapters are."""
         return self.model.device
+
+    @property
+    def num_layers(self) -> int:
+        """Linear layers that an adapter may target."""
+        return len(self._linear)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether adapters' products are the GPU's kernels."""
+        return lora_kernels is not None and self.device.type == "cuda"
 
     def attach(self, settings: TrialSettings) -> Adapter:
         """A fresh adapter, B = 0, so that it starts equal to the base; A is drawn from `settings.seed` alone, as PEFT draws it.
@@ -152,18 +170,52 @@ class AdapterBank:
                dropouts: Sequence[Dropout | None]) -> Iterator[None]:
         """Within: the model's layers add the i-th adapter's products (None: nothing) to the tokens of the batch's i-th part, with its
         dropout."""
-        assert self.route is None and len(adapters) == len(batch.parts)
+        assert len(adapters) == len(batch.parts)
         bounds = tuple((part.start, part.end) for part in batch.parts)
         anchor = torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
         tables: dict[str, Any] = {}
-        if self._has_kernels(adapters):
-            tables = {"pass_tables": lora_kernels.make_pass_tables(bounds, dropouts, self.device),
-                      "layer_tables": self._layer_tables(tuple(adapters))}
-        self.route = Route(bounds, tuple(adapters), tuple(dropouts), anchor, **tables)
+        if self.has_kernels and any(adapter is not None for adapter in adapters):
+            tables = {"pass_tables": lora_kernels.pass_tables_on(self.device, bounds, dropouts),
+                      "layer_tables": self.tables_of(adapters).layers}
+        with self.on_route(Route(bounds, tuple(adapters), tuple(dropouts), anchor, **tables)):
+            yield
+
+    @contextmanager
+    def on_route(self, route: Route) -> Iterator[None]:
+        """Within: the model's layers follow a route."""
+        assert self.route is None
+        self.route = route
         try:
             yield
         finally:
-            self.route = None
+            self.route, self._leader = None, None
+            self._ready.clear()
+
+    def product(self, layer: "BankedLinear", x: Tensor) -> Tensor:
+        """A layer's product on the route, with those of the layers that were seen to read the very same x after it (queries, keys
+        and values; a gated MLP's two halves): together they need no sum of their inputs' gradients."""
+        assert self.route is not None
+        read, y = self._ready.pop(layer.name, (None, None))
+        if y is not None and read is x:
+            return y
+        if self._leader is not None and self._leader[1] is x:
+            siblings = self._siblings[self._leader[0].name]
+            if layer not in siblings:
+                siblings.append(layer)
+        else:
+            self._leader = (layer, x)
+        together = self._siblings.setdefault(layer.name, [layer])
+        y, *others = _Banked.apply(x, self.route.anchor, tuple(together), self.route)
+        self._ready.update((other.name, (x, one)) for other, one in zip(together[1:], others, strict=True))
+        return y  # type: ignore[no-any-return]
+
+    def tables_of(self, adapters: Sequence[Adapter | None]) -> Any:
+        """The kernels' tables of these adapters at all layers, kept until one of them is detached. GPUs only."""
+        key = tuple(id(adapter) for adapter in adapters)
+        if key not in self._tables:
+            parts = [[_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear]
+            self._tables[key] = lora_kernels.make_layer_tables(parts, self.device)
+        return self._tables[key]
 
     def save(self, adapter: Adapter, folder: Path) -> None:
         """Write what `PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors."""
@@ -202,16 +254,6 @@ class AdapterBank:
             self.layers[name] = layer
         return self.layers[name]
 
-    def _has_kernels(self, adapters: Sequence[Adapter | None]) -> bool:
-        return lora_kernels is not None and self.device.type == "cuda" and any(adapter is not None for adapter in adapters)
-
-    def _layer_tables(self, adapters: tuple[Adapter | None, ...]) -> Any:
-        key = tuple(id(adapter) for adapter in adapters)
-        if key not in self._tables:
-            parts = [[_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear]
-            self._tables[key] = lora_kernels.make_layer_tables(parts, self.device)
-        return self._tables[key]
-
 
 class BankedLinear(nn.Module):
     """A frozen linear layer of the base, in NF4 or not, and the adapters' products that the bank's route asks for."""
@@ -224,8 +266,8 @@ class BankedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., IN] -> [..., OUT]."""
-        route = self._bank[0].route
-        return self.base(x) if route is None else _Banked.apply(x, route.anchor, self, route)  # type: ignore[no-any-return]
+        bank = self._bank[0]
+        return self.base(x) if bank.route is None else bank.product(self, x)  # type: ignore[no-any-return]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The base's weight [OUT, IN], dequantised if need be."""
@@ -237,34 +279,42 @@ class BankedLinear(nn.Module):
 
 
 class _Banked(torch.autograd.Function):
-    """y = x W' + bias + LoRA products. A, B get their gradients here, beside autograd: they would be as many inputs as adapters."""
+    """y = x W' + bias + LoRA products, of one or several layers that read x. A, B get their gradients here, beside autograd: they would
+    be as many inputs as adapters."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: BankedLinear, route: Route) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layers: tuple[BankedLinear, ...], route: Route) -> tuple[Tensor, ...]:
+        ctx.layers, ctx.route, ctx.kept = layers, route, []
+        ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = F.linear(x_TI, layer.weight(x.dtype), layer.base.bias)
-        ctx.layer, ctx.route = layer, route
-        if route.pass_tables is not None:
-            tables = route.layer_tables[layer.index]
-            low_TR = lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index)
-            ctx.save_for_backward(x_TI, low_TR)
-        else:
-            ctx.kept = grouped_lora.add_lora(x_TI, y_TO, route.layer_parts(layer.name), layer.index)
-            ctx.save_for_backward(x_TI)
-        return y_TO.view(*x.shape[:-1], -1)
+        outs, lows = [], []
+        for layer in layers:
+            y_TO = F.linear(x_TI, layer.weight(x.dtype), layer.base.bias)
+            if route.pass_tables is not None:
+                lows.append(lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, route.layer_tables[layer.index], layer.index))
+            else:
+                ctx.kept.append(grouped_lora.add_lora(x_TI, y_TO, route.layer_parts(layer.name), layer.index))
+            outs.append(y_TO.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x_TI, *lows)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, route, needs_dx = ctx.layer, ctx.route, ctx.needs_input_grad[0]
-        dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
-        dx_TI = dy_TO @ layer.weight(dy_TO.dtype) if needs_dx else None
-        if route.pass_tables is not None:
-            x_TI, low_TR = ctx.saved_tensors
-            lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, low_TR, route.pass_tables, route.layer_tables[layer.index], layer.index)
-        else:
-            x_TI, = ctx.saved_tensors
-            grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.layer_parts(layer.name), ctx.kept)
-        return (None if dx_TI is None else dx_TI.view(*grad.shape[:-1], -1)), None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        route, (x_TI, *lows) = ctx.route, ctx.saved_tensors
+        dx_TI, shape = None, next(grad.shape[:-1] for grad in grads if grad is not None)
+        for number, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
+            if grad is None:
+                continue
+            dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
+            if ctx.needs_input_grad[0]:
+                weight = layer.weight(dy_TO.dtype)
+                dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
+            if route.pass_tables is not None:
+                tables = route.layer_tables[layer.index]
+                lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, lows[number], route.pass_tables, tables, layer.index)
+            else:
+                grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.layer_parts(layer.name), ctx.kept[number])
+        return (None if dx_TI is None else dx_TI.view(*shape, -1)), None, None, None
 
 
 def is_targeted(name: str, wanted: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.packing import PackedBatch, Rows
+from qlora.stream import Rows, Stretches
 
 _MAX_HEAD_WIDTH = 256
 
@@ -29,43 +29,47 @@ def supports(q_SHD: Tensor, longest: int, sliding_window: int | None, softcap: f
 @torch.no_grad()
 def flash_attend(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float) -> Tensor:
     """Attention [S, H, D] of rows behind one prefix that is stored apart (P may be 0). Without gradients."""
-    out, lse_HS = _forward(q_SHD, k_SKD, v_SKD, rows, rows, True, scale)
+    out, lse_HS = _forward(q_SHD, k_SKD, v_SKD, rows.bounds, rows.bounds, rows.longest, rows.longest, True, scale)
     if not rows.prefix_length:
         return out
-    return _joined(out, lse_HS, *_forward(q_SHD, k_PKD, v_PKD, rows.as_one, rows.prefix_row, False, scale))[0]
+    one, prefix = rows.as_one, rows.prefix_row
+    behind = _forward(q_SHD, k_PKD, v_PKD, one.bounds, prefix.bounds, one.longest, prefix.longest, False, scale)
+    return _joined(out, lse_HS, *behind)[0]
 
 
-def flash_attend_packed(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packed: PackedBatch, scale: float) -> Tensor:
-    """Attention [T, H, D] over a PackedBatch, differentiable."""
-    return _FlashPacked.apply(q_THD, k_TKD, v_TKD, packed, scale)  # type: ignore[no-any-return]
+def flash_attend_stream(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, stretches: Stretches, scale: float) -> Tensor:
+    """Attention [T, H, D] over a packed stream, differentiable."""
+    return _FlashStream.apply(q_THD, k_TKD, v_TKD, stretches, scale)  # type: ignore[no-any-return]
 
 
-class _FlashPacked(torch.autograd.Function):
+class _FlashStream(torch.autograd.Function):
+    """Tokens that look at no prefix are shielded: their scores there count as minus infinity, and their gradients as nothing."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scale: float) -> Tensor:
-        out, lse_HT = _forward(q, k, v, packed.rows, packed.rows, True, scale)
-        if any(part.prefix.num_tokens for part in packed.parts):
-            suffix, prefix = packed.prefixed.suffix_places, packed.prefixed.prefix_places
-            behind = _forward(_take(q, suffix), _take(k, prefix), _take(v, prefix), packed.prefixed.suffixes, packed.prefixed.prefixes,
-                              False, scale)
-            joined, lse_HS = _joined(_take(out, suffix), _take(lse_HT, suffix, dim=1), *behind)
-            _put(out, suffix, joined)
-            _put(lse_HT, suffix, lse_HS, dim=1)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, at: Stretches, scale: float) -> Tensor:
+        out, lse_HT = _forward(q, k, v, at.rows, at.rows, at.longest_row, at.longest_row, True, scale)
+        if at.longest_prefix:
+            places = at.prefix_places_P
+            behind, lse_behind_HT = _forward(q, k.index_select(0, places), v.index_select(0, places), at.parts, at.prefixes,
+                                             at.longest_part, at.longest_prefix, False, scale)
+            out, lse_HT = _joined(out, lse_HT, behind, lse_behind_HT.masked_fill_(at.alone_T, -torch.inf))
         ctx.save_for_backward(q, k, v, out, lse_HT)
-        ctx.packed, ctx.scale = packed, scale
+        ctx.at, ctx.scale = at, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_HT = ctx.saved_tensors
-        packed, scale, grad = ctx.packed, ctx.scale, grad.contiguous()
-        dq, dk, dv = _backward(grad, q, k, v, out, lse_HT, packed.rows, packed.rows, True, scale)
-        if any(part.prefix.num_tokens for part in packed.parts):
-            suffix, prefix = packed.prefixed.suffix_places, packed.prefixed.prefix_places
-            more = _backward(_take(grad, suffix), _take(q, suffix), _take(k, prefix), _take(v, prefix), _take(out, suffix),
-                             _take(lse_HT, suffix, dim=1).contiguous(), packed.prefixed.suffixes, packed.prefixed.prefixes, False, scale)
-            for whole, places, part in zip((dq, dk, dv), (suffix, prefix, prefix), more, strict=True):
-                _add(whole, places, part)
+        at, scale, grad = ctx.at, ctx.scale, grad.contiguous()
+        dq, dk, dv = _backward(grad, q, k, v, out, lse_HT, at.rows, at.rows, at.longest_row, at.longest_row, True, scale)
+        if at.longest_prefix:
+            places = at.prefix_places_P
+            more_q, *more = _backward(grad, q, k.index_select(0, places), v.index_select(0, places), out,
+                                      lse_HT.masked_fill(at.alone_T, torch.inf), at.parts, at.prefixes, at.longest_part,
+                                      at.longest_prefix, False, scale)
+            dq.add_(more_q)
+            for whole, part in zip((dk, dv), more, strict=True):
+                whole.index_copy_(0, places, whole.index_select(0, places).add_(part))  # index_add_ would accumulate atomically
         return dq, dk, dv, None, None
 
 
@@ -75,34 +79,16 @@ def _joined(out: Tensor, lse_HS: Tensor, other_out: Tensor, other_lse_HS: Tensor
     return out.lerp(other_out, share_SH1.to(out.dtype)), torch.logaddexp(lse_HS, other_lse_HS)
 
 
-def _take(tensor: Tensor, places: Tensor | slice, dim: int = 0) -> Tensor:
-    return tensor.narrow(dim, places.start, places.stop - places.start) if isinstance(places, slice) else tensor.index_select(dim, places)
-
-
-def _put(tensor: Tensor, places: Tensor | slice, values: Tensor, dim: int = 0) -> None:
-    if isinstance(places, slice):
-        _take(tensor, places, dim).copy_(values)
-    else:
-        tensor.index_copy_(dim, places, values)
-
-
-def _add(tensor: Tensor, places: Tensor | slice, values: Tensor) -> None:
-    if isinstance(places, slice):
-        _take(tensor, places).add_(values)
-    else:
-        tensor.index_copy_(0, places, tensor.index_select(0, places).add_(values))  # index_add_ would accumulate atomically
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp [H, S]) of each row of queries over its row of keys."""
-    out, lse_HS, *_ = torch.ops.aten._flash_attention_forward(q, k, v, queries.bounds, keys.bounds, queries.longest, keys.longest, 0.0,
-                                                              causal, False, scale=scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, most_queries: int, most_keys: int, causal: bool,
+             scale: float) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp [H, S]) of each stretch of queries over its stretch of keys, given by their bounds."""
+    out, lse_HS, *_ = torch.ops.aten._flash_attention_forward(q, k, v, queries, keys, most_queries, most_keys, 0.0, causal, False,
+                                                              scale=scale)
     return out, lse_HS
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HS: Tensor, queries: Rows, keys: Rows, causal: bool,
-              scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HS: Tensor, queries: Tensor, keys: Tensor,
+              most_queries: int, most_keys: int, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]
-        grad, q, k, v, out, lse_HS, queries.bounds, keys.bounds, queries.longest, keys.longest, 0.0, causal, no_dropout, no_dropout,
-        scale=scale)
+        grad, q, k, v, out, lse_HS, queries, keys, most_queries, most_keys, 0.0, causal, no_dropout, no_dropout, scale=scale)

@@ -8,6 +8,7 @@ Shapes: T stream tokens, K columns of a wide tensor, R the largest rank, as a po
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from qlora.grouped_lora import Dropout, LayerPart
 
-_TILE_TOKENS = 64
-_PROGRAMS, _MOST_SPLITS = 528, 4  # four programs for each of an H100's processors; pieces that a sum over columns is cut into
+TILE_TOKENS = 64
+_PROGRAMS, _MOST_SPLITS = 1056, 4  # eight programs for each of an H100's processors; pieces that a sum over columns is cut into
 _TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]  # slices: alignment means nothing
 
 
@@ -51,29 +52,58 @@ class LayerTables:
     max_rank: int
 
 
-def make_pass_tables(bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None], device: torch.device) -> PassTables:
+@dataclass(frozen=True)
+class BankTables:
+    """All layers' tables, L layers and N adapters: the four addresses, ranks, scales, and each layer's largest rank."""
+
+    addresses_L4N: Tensor
+    ranks_LN: Tensor
+    scales_LN: Tensor
+    max_ranks: tuple[int, ...]
+
+    @cached_property
+    def layers(self) -> tuple[LayerTables, ...]:
+        """One layer's each."""
+        addresses_4LN = self.addresses_L4N.unbind(1)
+        return tuple(LayerTables(addresses_4LN[0][i], addresses_4LN[1][i], addresses_4LN[2][i], addresses_4LN[3][i], self.ranks_LN[i],
+                                 self.scales_LN[i], rank) for i, rank in enumerate(self.max_ranks))
+
+    def copy_(self, other: "BankTables") -> None:
+        """Take over another's addresses, ranks and scales, in place."""
+        for name in ("addresses_L4N", "ranks_LN", "scales_LN"):
+            getattr(self, name).copy_(getattr(other, name))
+
+
+def pass_tables_on(device: torch.device, bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]) -> PassTables:
     """Tables of one pass, moved to the device in two copies."""
-    tiles = [(part, start, end) for part, (first, end) in enumerate(bounds) for start in range(first, end, _TILE_TOKENS)]
-    keys = [np.zeros(end - first, np.uint32) if dropout is None else dropout.token_keys()
+    arrays = pass_arrays(bounds, dropouts)
+    *integers, factors = arrays
+    whole = torch.from_numpy(np.concatenate(integers)).pin_memory().to(device, non_blocking=True)
+    tiles, in_parts, limits, keys = whole.split([len(array) for array in integers])
+    return PassTables(len(tiles) // 3, len(bounds), tiles, in_parts, keys, limits, torch.from_numpy(factors).to(device),
+                      any(dropout is not None for dropout in dropouts))
+
+
+def pass_arrays(bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]) -> tuple[np.ndarray, ...]:
+    """(tiles, bounds, drop limits, token keys) int64, keep factors float32."""
+    tiles = [(part, start, end) for part, (first, end) in enumerate(bounds) for start in range(first, end, TILE_TOKENS)]
+    keys = [np.zeros(end - first, np.int64) if dropout is None else dropout.token_keys().astype(np.int64)
             for (first, end), dropout in zip(bounds, dropouts, strict=True)]
     limits = [0 if dropout is None else round(dropout.p * 2**32) for dropout in dropouts]
-    integers = np.concatenate([np.array(tiles, np.int64).flatten(), np.array(bounds, np.int64).flatten(), np.array(limits, np.int64),
-                               *keys]).astype(np.int64)
-    whole = torch.from_numpy(integers).pin_memory().to(device, non_blocking=True)
-    n, m = 3 * len(tiles), len(bounds)
-    factors = torch.tensor([1.0 if dropout is None else 1 / (1 - dropout.p) for dropout in dropouts]).to(device)
-    return PassTables(len(tiles), m, whole[:n], whole[n:n + 2 * m], whole[n + 3 * m:], whole[n + 2 * m:n + 3 * m], factors, any(limits))
+    factors = [1.0 if dropout is None else 1 / (1 - dropout.p) for dropout in dropouts]
+    return (np.array(tiles, np.int64).flatten(), np.array(bounds, np.int64).flatten(), np.array(limits, np.int64), np.concatenate(keys),
+            np.array(factors, np.float32))
 
 
-def make_layer_tables(layers: Sequence[Sequence[LayerPart | None]], device: torch.device) -> list[LayerTables]:
-    """Tables of all layers, each with an entry an adapter, None where it leaves the layer alone."""
+def make_layer_tables(layers: Sequence[Sequence[LayerPart | None]], device: torch.device, least_rank: int = 1) -> BankTables:
+    """Tables of all layers, each with an entry an adapter, None where it leaves the layer alone. Kernels calculate with `least_rank` at
+    least."""
     addresses = [[[0 if part is None else getattr(part, name).data_ptr() for part in parts] for name in ("a", "b", "a_grad", "b_grad")]
                  for parts in layers]
     ranks = [[0 if part is None else part.a.shape[0] for part in parts] for parts in layers]
     scales = [[0.0 if part is None else part.scale for part in parts] for parts in layers]
     addresses_L4N, ranks_LN, scales_LN = (torch.tensor(values, device=device) for values in (addresses, ranks, scales))
-    return [LayerTables(addresses_L4N[i, 0], addresses_L4N[i, 1], addresses_L4N[i, 2], addresses_L4N[i, 3], ranks_LN[i], scales_LN[i],
-                        max(*ranks[i], 1)) for i in range(len(layers))]
+    return BankTables(addresses_L4N, ranks_LN, scales_LN, tuple(max(*one, least_rank) for one in ranks))
 
 
 def add_lora(x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int) -> Tensor:
@@ -96,12 +126,12 @@ def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, low_TR: Ten
 def _down(wide_TK: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
           dropout: bool) -> Tensor:
     """scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
-    (num_tokens, num_columns), rank = wide_TK.shape, _padded(layer.max_rank)
-    splits = min(_MOST_SPLITS, max(1, _PROGRAMS // tables.num_tiles))
+    (num_tokens, num_columns), rank = wide_TK.shape, padded_rank(layer.max_rank)
+    splits = num_splits(tables.num_tiles)
     low_STR = torch.empty(splits, num_tokens, rank, dtype=torch.float32 if splits > 1 else wide_TK.dtype, device=wide_TK.device)
     _down_kernel[(tables.num_tiles, splits)](
         wide_TK, weights, low_STR, tables.tiles, layer.ranks, layer.scales, tables.keys_T, tables.drop_limits, tables.keep_factors, salt,
-        num_columns, num_tokens, **_options(wide_TK), BLOCK_T=_TILE_TOKENS, BLOCK_K=64, BLOCK_R=rank, ALONG_ROWS=along_rows,
+        num_columns, num_tokens, **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=64, BLOCK_R=rank, ALONG_ROWS=along_rows,
         DROPOUT=dropout, SPLITS=splits, num_warps=4, num_stages=4 if rank <= 64 else 3)
     return low_STR[0] if splits == 1 else low_STR.sum(0).to(wide_TK.dtype)
 
@@ -113,7 +143,7 @@ def _up(wide_TK: Tensor, low_TR: Tensor, weights: Tensor, tables: PassTables, la
     block = 128 if rank <= 128 else 64
     _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
         wide_TK, weights, low_TR, tables.tiles, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=_TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4)
+        **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4)
 
 
 def _grad(wide_TK: Tensor, low_TR: Tensor, gradients: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
@@ -123,11 +153,17 @@ def _grad(wide_TK: Tensor, low_TR: Tensor, gradients: Tensor, tables: PassTables
     block = 64 if rank <= 64 and tables.num_parts > 1 else 32
     _grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
         wide_TK, low_TR, gradients, tables.bounds, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=_TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout,
+        **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout,
         num_warps=4, num_stages=3)
 
 
-def _padded(rank: int) -> int:
+def num_splits(num_tiles: int) -> int:
+    """Pieces that a sum over columns is cut into, so that there is work for all processors."""
+    return min(_MOST_SPLITS, max(1, _PROGRAMS // num_tiles))
+
+
+def padded_rank(rank: int) -> int:
+    """The rank that kernels calculate with."""
     return max(16, triton.next_power_of_2(rank))
 
 

@@ -17,8 +17,8 @@ from transformers import get_scheduler
 
 from qlora.bank import AdapterBank, make_dropout
 from qlora.config import TrialSettings
-from qlora.packing import next_pass, pack_groups, split_by_budget
-from qlora.perplexity import answer_nll
+from qlora.packing import next_pass, split_by_budget
+from qlora.passes import run_pass
 from qlora.prompts import EncodedExample
 
 
@@ -173,15 +173,12 @@ def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[
     losses = [torch.zeros((), device=bank.device) for _ in trainings]
     while any(queues):
         owners, groups = next_pass(queues, budget_tokens)
-        batch = pack_groups(groups, bank.device)
         there = [trainings[owner] for owner in owners]
         dropouts = [make_dropout(training.adapter, group, training.step) for training, group in zip(there, groups, strict=True)]
-        with bank.routed(batch, [training.adapter for training in there], dropouts):
-            nll_A = answer_nll(bank.model, batch)
-            parts = [part_A.sum() / num_answers[owner] for owner, part_A in zip(owners, nll_A.split(batch.num_answers), strict=True)]
-            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
-        for owner, part in zip(owners, parts, strict=True):
-            losses[owner] = losses[owner] + part.detach()
+        weights = [1 / num_answers[owner] for owner in owners]
+        layout, nll_A = run_pass(bank, groups, [training.adapter for training in there], dropouts, weights)
+        for owner, weight, part_A in zip(owners, weights, nll_A.split(layout.num_answers), strict=True):
+            losses[owner] = losses[owner] + weight * part_A.sum()
     norms = [training.adapter.gradients.norm() for training in trainings]
     found = torch.stack([*losses, *norms]).tolist()  # one wait for the GPU
     results: list[StepResult | DivergedError] = []

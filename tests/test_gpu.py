@@ -1,5 +1,7 @@
 """What runs on a GPU only: FlashAttention over packed rows, the decode kernel, recorded steps. `pytest -m gpu` on such a machine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CONFIGS, random_examples, tiny_model
@@ -7,13 +9,16 @@ from oracles import padded_loss
 from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
 
+from qlora import passes
 from qlora.attention import use_packed_attention
 from qlora.bank import AdapterBank
 from qlora.config import DecodingSettings
-from qlora.flash_attention import flash_attend, flash_attend_packed, supports
+from qlora.flash_attention import flash_attend, flash_attend_stream, supports
 from qlora.grouped_lora import Dropout, LayerPart
-from qlora.packing import Rows, pack, pack_groups, whole_group
-from qlora.perplexity import answer_nll
+from qlora.packing import pack, pack_groups, whole_group
+from qlora.passes import answer_nll
+from qlora.perplexity import adapter_perplexities
+from qlora.stream import Rows
 from qlora.training import Training, advance_together
 
 lora_kernels = pytest.importorskip("qlora.lora_kernels", reason="Triton comes with torch's CUDA builds only")
@@ -55,6 +60,9 @@ def test_flash_attention_behind_a_stored_prefix_equals_plain_attention(kv_heads,
 def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, num_parts):
     """Output and gradients, to bfloat16's rounding."""
     batch = pack_groups([whole_group(random_examples(4, seed=n, shared=(20, 1, 45)[n])) for n in range(num_parts)], CUDA)
+    if num_parts > 1:  # a group may share nothing
+        groups = [whole_group(random_examples(4, seed=n, shared=20)) for n in range(3)]
+        batch = pack_groups([groups[0], replace(groups[1], prefix_length=0), groups[2]], CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
     tensors = [torch.randn(batch.num_tokens, heads, 64, generator=generator, device=CUDA).bfloat16().requires_grad_()
                for heads in (8, kv_heads, kv_heads)]
@@ -65,7 +73,7 @@ def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, nu
         outs += [plain_attention(q[prefix], k[prefix], v[prefix], k[:0], v[:0], part.prefix, 0.125),
                  plain_attention(q[suffix], k[suffix], v[suffix], k[prefix], v[prefix], part.suffixes, 0.125)]
     expected = torch.cat(outs)
-    found = flash_attend_packed(*tensors, batch, 0.125)
+    found = flash_attend_stream(*tensors, batch.stretches, 0.125)
     grad = torch.randn(found.shape, generator=generator, device=CUDA)
     ours = [found, *torch.autograd.grad(found, tensors, grad.bfloat16())]
     theirs = [expected, *torch.autograd.grad(expected, tensors, grad.double())]
@@ -89,8 +97,8 @@ def test_kernels_equal_plain_pytorch(dtype):
     dropouts = [Dropout(0.3, 7, 2, (0, 1), (20, 30)), None, None, Dropout(0.1, 8, 2, (0, 5), (100, 50))]
     x, dy = randn(300, width_in), randn(300, width_out)
     for dropped in (False, True):
-        tables = lora_kernels.make_pass_tables(bounds, dropouts if dropped else [None] * 4, CUDA)
-        layer, = lora_kernels.make_layer_tables([parts], CUDA)
+        tables = lora_kernels.pass_tables_on(CUDA, bounds, dropouts if dropped else [None] * 4)
+        layer, = lora_kernels.make_layer_tables([parts], CUDA).layers
         mask = dropped_inputs(bounds, dropouts if dropped else [None] * 4, x)
         y, dx = torch.zeros(300, width_out, dtype=dtype, device=CUDA), torch.zeros(300, width_in, dtype=dtype, device=CUDA)
         low = lora_kernels.add_lora(x, y, tables, layer, 5)
@@ -119,9 +127,9 @@ def dropped_inputs(bounds, dropouts, x):
     eye = torch.eye(rank, width, device=CUDA)
     parts = [LayerPart(*bound, eye, torch.zeros(8, rank, device=CUDA), torch.zeros_like(eye), torch.zeros(8, rank, device=CUDA), 1.0, None)
              for bound in bounds]
-    layer, = lora_kernels.make_layer_tables([parts], CUDA)
+    layer, = lora_kernels.make_layer_tables([parts], CUDA).layers
     ones = torch.ones(x.shape, device=CUDA)
-    tables = lora_kernels.make_pass_tables(bounds, dropouts, CUDA)
+    tables = lora_kernels.pass_tables_on(CUDA, bounds, dropouts)
     return lora_kernels.add_lora(ones, torch.zeros(x.shape[0], 8, device=CUDA), tables, layer, 5)[:, :width].double()
 
 
@@ -141,8 +149,32 @@ def test_trials_together_equal_trials_alone_on_a_gpu(family):
         assert (here - there).norm() < 1e-3 * there.norm()
 
 
-def gpu_bank(family):
-    base = tiny_model(family).to(CUDA)
+def test_recorded_passes_equal_launched_ones():
+    """Losses, gradients and perplexities of trials that come and go, in bfloat16, where FlashAttention is: up to rounding, since a
+    recording's kernels add up in another order."""
+    from test_bank import TRIALS
+    public = random_examples(6, seed=9)
+    found = []
+    for is_recorded in (False, True):
+        bank = gpu_bank("llama", torch.bfloat16)
+        bank.recorder = passes.Recorder(bank)
+        if not is_recorded:
+            bank.recorder.stop()
+        trainings = [Training(bank, random_examples(10, seed=n, shared=10 + n), TRIALS[n]) for n in range(4)]
+        numbers = []
+        for there, budget in ((range(4), 10_000), (range(2), 10_000), ((3,), 10_000), (range(4), 150), (range(1, 4), 10_000)):
+            start = [trainings[n].adapter.weights.clone() for n in there]
+            numbers += [result.loss for result in advance_together([trainings[n] for n in there], budget)]
+            numbers += [(trainings[n].adapter.weights - before).norm().item() for n, before in zip(there, start, strict=True)]
+        for values in adapter_perplexities(bank, [(trainings[n].adapter, public) for n in (0, 3)], 10_000):
+            numbers += values
+        assert bool(bank.recorder.num_recordings) == is_recorded
+        found.append(numbers)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+def gpu_bank(family, dtype=torch.float32):
+    base = tiny_model(family).to(CUDA, dtype)
     use_packed_attention(base)
     return AdapterBank(base, "tiny")
 

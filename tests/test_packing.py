@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from qlora.attention import use_packed_attention
 from qlora.config import TrialSettings
 from qlora.packing import pack, pack_groups, shared_prefix_length, split_by_budget, whole_group
-from qlora.perplexity import answer_nll
+from qlora.passes import answer_nll
 from qlora.prompts import EncodedExample
 
 

@@ -156,8 +156,11 @@ class Host:
         return True
 
     def _shrink(self) -> bool:
-        """Halve the tokens of a pass; at the smallest, say no and start again with the most."""
+        """Give up recordings or, if there are none, halve the tokens of a pass; at the smallest, say no and start again with the most."""
         torch.cuda.empty_cache()
+        if self._bank.recorder is not None and self._bank.recorder.stop():
+            _log.warning("out of memory: passes are recorded no more")
+            return True
         if self._budget_tokens < 2 * _FEWEST_TOKENS:
             self._budget_tokens = self._most_tokens
             return False

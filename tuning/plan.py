@@ -6,6 +6,7 @@ backward. Time is the arithmetic of base and adapters at a device's measured spe
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tuning.space import CHOICES, Asha, Space
 _ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
 _NF4_BYTES = 0.516  # a parameter: half a byte, and doubly quantised scales for blocks of 64
 _SLACK = 1.15  # of activations: what kernels need while they work, and what an allocator can't use
+_GPU_PASS_TOKENS = 24576  # of a pass: more of them make no kernel faster
 _MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
 _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
 _ARITHMETIC_SHARE = {"cuda": 0.6, "cpu": 0.55}  # of a training pass's time that is products of the base
@@ -161,10 +163,11 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
         trials = next(count for count in range(most, 0, -1)
                       if count == 1 or base + count * adapter + int(min(count, 2) * step * token) <= 0.9 * free)
     room = int((0.9 * free - base - trials * adapter) / token)
-    budget = space.budget_tokens or max(min(room, trials * step, 16384 if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train))
+    largest = math.ceil(trials * step + 3 * _deviation(train) * math.sqrt(trials * _batch_size(space)))
+    budget = space.budget_tokens or max(min(room, largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train))
     seconds, unstopped = _expected_seconds(space, train, public, size, device)
     kept = 2 * space.num_trials * adapter * 12 // _ADAPTER_BYTES
-    return Plan(base, adapter, int(min(budget, trials * step) * token), budget, trials, kept, seconds, unstopped)
+    return Plan(base, adapter, int(min(budget, largest) * token), budget, trials, kept, seconds, unstopped)
 
 
 def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None) -> str:
@@ -250,9 +253,19 @@ def _values(space: Space, key: str) -> list[Any]:
 
 def _step_tokens(space: Space, train: Sequence[EncodedExample]) -> int:
     """Stream tokens of an optimizer step on examples of average length."""
-    group, batch = whole_group(train), int(max([space.trial_settings({}).batch_size, *_values(space, "batch_size")]))
+    group = whole_group(train)
     own = (group.num_tokens - group.prefix_length) / len(train)
-    return math.ceil(group.prefix_length + own * min(batch, len(train)))
+    return math.ceil(group.prefix_length + own * min(_batch_size(space), len(train)))
+
+
+def _batch_size(space: Space) -> int:
+    """The largest that a trial may have."""
+    return int(max([space.trial_settings({}).batch_size, *_values(space, "batch_size")]))
+
+
+def _deviation(train: Sequence[EncodedExample]) -> float:
+    """Standard deviation of an example's tokens."""
+    return statistics.pstdev(example.num_tokens for example in train)
 
 
 def _longest(train: Sequence[EncodedExample]) -> int:
