@@ -5,7 +5,6 @@ Rows are kept in a work folder as they come; a job that was stopped goes on from
 
 import fcntl
 import hashlib
-import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,7 @@ from inference.scores import Scores
 from qlora.adapters import ADAPTER_FILES
 from qlora.config import InputError
 from qlora.files import write_json
-
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray")
+from qlora.provenance import package_versions
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], pla
         "seconds": round(seconds, 3), "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3), "tokens": num_tokens,
         "seconds_generating": round(generating, 3), "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
         "seconds_to_first_row": None if first_row is None else round(first_row, 3), "scores": summary,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}})
+        "versions": package_versions()})
     journal.close()
     shutil.rmtree(folder)
     return JobResult(len(rows), len(missing), len(errors), seconds, engine, summary)

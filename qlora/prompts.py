@@ -75,7 +75,7 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
 
     Raises InputError for an unknown or malformed template and for shots that don't fit it.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else PROMPT_FOLDER / f"{name}.yaml"
+    path = prompt_file(name)
     template = validated(path, lambda: PromptTemplate.model_validate(_read_yaml(path, name)))
     if template.shot is None and num_shots:
         raise InputError(path, "takes no shots; choose a prompt with {shots}, such as few-shot, or leave --shots out")
@@ -89,6 +89,11 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
     if len(examples) < num_shots:
         raise InputError(shots_from, f"holds {len(examples)} examples, fewer than the {num_shots} shots asked for")
     return Prompt(name, template, tuple(examples[-num_shots:]))
+
+
+def prompt_file(name: str) -> Path:
+    """Where a prompt's template is: a YAML file, or the name of one in `prompts/`."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else PROMPT_FOLDER / f"{name}.yaml"
 
 
 def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:

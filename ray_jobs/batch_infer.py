@@ -52,7 +52,7 @@ def main() -> None:
     from qlora.base_model import load_config, load_tokenizer
     from qlora.prompts import load_prompt
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
-    adapter, adapter_base, model_uri = local_adapter(arguments.model or arguments.adapter)
+    adapter, adapter_base, registered = local_adapter(arguments.model or arguments.adapter)
     base = served_base(arguments.base_model, adapter_base, arguments)
     config = load_config(base.name)
     load_tokenizer(base.name)
@@ -71,11 +71,17 @@ def main() -> None:
             show_line(str(progress), progress.num_done == progress.num_rows)
 
     with open_job(Path(arguments.input), output) as rows:
-        facts = model_facts(work, model_uri, getattr(config, "_commit_hash", None))
+        facts = model_facts(work, registered.model_uri if registered else None, getattr(config, "_commit_hash", None))
         if not arguments.quiet:
             show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
         result = run_job(work, rows, output, facts, lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
                          resume=arguments.resume, progress=show)
+    if registered:
+        from tracking.registry import note_use
+        scores = {key: value for key, value in (result.scores or {}).items() if isinstance(value, int | float)}
+        note_use(registered, "prediction", {"input": arguments.input, "output": arguments.output, "prompt": prompt.name,
+                                            **decoding.model_dump(exclude_none=True)},
+                 {"rows": result.num_rows, "rows_failed": result.num_failed, **scores}, [output.with_name(f"{output.name}.meta.json")])
     if result.engine:
         print(f"engine: {result.engine}")
     if result.scores:

@@ -98,16 +98,16 @@ def served_base(base: str | None, adapter_base: str | None, arguments: argparse.
     return validated("--base-model", lambda: BaseModelSettings(name=name, quantization=arguments.quantization, dtype=dtype))
 
 
-def local_adapter(adapter: str | None) -> tuple[str | None, str | None, str | None]:
-    """(PEFT folder, the base it names, its fixed models:/ URI) of an ADAPTER, fetched from the registry if need be; checked,
-    not loaded."""
+def local_adapter(adapter: str | None) -> tuple[str | None, str | None, Any]:
+    """(PEFT folder, the base it names, its tracking.registry.RegisteredAdapter if it is registered) of an ADAPTER, fetched from the
+    registry if need be; checked, not loaded."""
     if adapter is None:
         return None, None, None
     from qlora.adapters import adapter_base
     from tracking.registry import fetch_adapter, is_model_uri
     if is_model_uri(adapter):
         registered = fetch_adapter(adapter)
-        return str(registered.folder), adapter_base(registered.folder), registered.model_uri
+        return str(registered.folder), adapter_base(registered.folder), registered
     folder = str(Path(adapter).resolve())
     return folder, adapter_base(folder), None
 

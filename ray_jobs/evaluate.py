@@ -25,7 +25,7 @@ def main() -> None:
     from qlora.prompts import encode_examples, load_prompt
     examples = load_examples(arguments.data, need_output=True)
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
-    adapter, adapter_base, _ = local_adapter(arguments.adapter)
+    adapter, adapter_base, registered = local_adapter(arguments.adapter)
     settings = served_base(arguments.base_model, adapter_base, arguments)
     from qlora.base_model import load_config, load_tokenizer
     load_config(settings.name)
@@ -47,6 +47,11 @@ def main() -> None:
                      "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "data": arguments.data,
                      "data_digest": examples_digest(examples), "prompt": prompt.name, "shots": arguments.shots,
                      "shots_from": arguments.shots_from}})
+    if registered:
+        from tracking.registry import note_use
+        note_use(registered, "evaluation", {"data": arguments.data, "data_digest": examples_digest(examples), "prompt": prompt.name,
+                                            "shots": arguments.shots}, {"mean_perplexity": mean_perplexity(values), "count": len(values)},
+                 [Path(arguments.output)])
     print(f"mean perplexity {mean_perplexity(values):.4f} over {len(values)} examples -> {arguments.output}")
 
 

@@ -14,15 +14,19 @@ from typing import Any
 from qlora.base_model import load_config, load_tokenizer
 from qlora.config import InputError
 from qlora.data import Example, examples_digest, load_examples
-from qlora.files import write_json
+from qlora.files import write_json, write_text
 from qlora.perplexity import mean_perplexity
-from qlora.prompts import encode_examples, load_prompt
-from tracking.registry import register_adapter
+from qlora.prompts import encode_examples, load_prompt, prompt_file
+from ray_jobs.command import PROJECT_ROOT
+from ray_jobs.sweep_report import model_card, provenance, sweep_report
+from tracking.registry import ModelFiles, log_model, register
+from tracking.report import write_report
 from tracking.runs import SweepTracker, start_sweep
 from tuning.host import SweepData
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.plan import Device, Plan, describe_plan, make_plan, model_size
 from tuning.space import REPORTED, Space, load_space
+from tuning.sweep import BestAdapter
 
 
 @dataclass(frozen=True)
@@ -86,33 +90,58 @@ class SweepResults:
             write_json(path, {"public_perplexity": mean_perplexity(measure())})
         return json.loads(path.read_text(encoding="utf-8"))["public_perplexity"]
 
-    def tracker(self) -> SweepTracker:
+    def tracker(self, hardware: str) -> SweepTracker:
         """The sweep's runs in the tracking server, found again after a restart."""
         parameters = {"space_file": self.space_file, **_flat(self.space.model_dump(mode="json"))}
         data = {role: (getattr(self.space.data, role), self._digests()[role], len(self._examples(role))) for role in ("train", "public")}
-        return start_sweep(self.folder.name, self.model_name, parameters, data)
+        tracker = start_sweep(self.folder.name, self.model_name, parameters, data)
+        tracker.note(provenance(self.space, hardware, self._digests()), [self.folder / "sweep.json"])
+        return tracker
 
     @property
     def model_name(self) -> str:
         """Of the registered model and the experiment: as the space says, else the space file's name."""
         return self.space.registered_model or Path(self.space_file).stem
 
-    def register(self, records: list[TrialRecord], best: TrialRecord, adapter: Path, zero_shot: float, tracker: SweepTracker) -> None:
-        """Register the best adapter and write summary.json."""
-        assert best.best is not None
-        perplexity, run_id = best.best["public_perplexity"], tracker.run_id(best)
-        facts = {"sweep": self.folder.name, "trial_id": best.trial_id, "base_model": self.space.base_model.name,
-                 "quantization": self.space.base_model.quantization, "prompt": self.space.prompt,
-                 "zero_shot_public_perplexity": repr(zero_shot), "train_digest": self._digests()["train"]}
-        registered = register_adapter(self.model_name, adapter, run_id, perplexity, self._digests()["public"], facts)
+    def register(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, tracker: SweepTracker,
+                 prove: Callable[[str, float], None]) -> None:
+        """Log the best adapter, register it if `prove` (given its URI and perplexity) lets it pass, and write summary.json."""
+        assert best.record.best is not None
+        perplexity, run_id, trial_id = best.record.best["public_perplexity"], tracker.run_id(best.record), best.record.trial_id
+        digests = self._digests()
+        settings = {"base_model": self.space.base_model.name, "quantization": self.space.base_model.quantization}
+        facts = {**settings, "sweep": self.folder.name, "trial_id": trial_id, "prompt": self.space.prompt,
+                 "zero_shot_public_perplexity": repr(zero_shot), "train_digest": digests["train"]}
+        if revision := getattr(load_config(settings["base_model"]), "_commit_hash", None):
+            facts["base_revision"] = revision
+        write_text(best.folder / "README.md", model_card(self.space, best.record, zero_shot, digests))
+        files = ModelFiles(best.folder, prompt_file(self.space.prompt), PROJECT_ROOT / "deploy" / "served_model.py",
+                           [PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"])
+        uri = log_model(run_id, files, settings, self._examples("public")[0].instruction,
+                        {**facts, "public_digest": digests["public"], "public_perplexity": perplexity})
+        prove(uri, perplexity)
+        registered = register(self.model_name, uri, run_id, perplexity, digests["public"], facts)
         write_json(self.folder / "summary.json", {
             "sweep": self.folder.name, "space": self.space_file, "metric": "public_perplexity", "zero_shot": zero_shot,
             "trials": [{**_summary(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
-            "best": {"trial_id": best.trial_id, "public_perplexity": perplexity,
-                     "checkpoint": str(adapter.relative_to(self.folder.parent.parent)),
+            "best": {"trial_id": trial_id, "public_perplexity": perplexity,
+                     "checkpoint": str(best.folder.relative_to(self.folder.parent.parent)),
                      "model_uri": registered.model_uri, "mlflow_run_id": run_id},
             "epochs_saved": share_of_epochs_saved(records),
             "champion": {"is_champion": registered.is_champion, "reason": registered.reason}})
+
+    def publish(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, seconds: float, hardware: str,
+                tracker: SweepTracker) -> None:
+        """Write report.html, and bring it and what was found to the tracking server."""
+        summary = self.summary()
+        assert summary is not None
+        facts = provenance(self.space, hardware, self._digests())
+        registration = f"{summary['best']['model_uri']}: {summary['champion']['reason']}."
+        report = self.folder / "report.html"
+        write_report(report, sweep_report(self.folder.name, self.space, records, zero_shot, seconds, registration, facts))
+        found = {"best_trial": best.record.trial_id, "model_uri": summary["best"]["model_uri"]}
+        checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
+        tracker.note(found, [report, self.folder / "summary.json"], checkpoints)
 
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json; None while the sweep is not finished."""
@@ -129,7 +158,7 @@ class SweepResults:
             f"zero-shot {summary['zero_shot']:.4f}",
             f"registered  {best['model_uri']}, {'now champion' if champion['is_champion'] else 'not champion'}: {champion['reason']}",
             f"adapter     {best['checkpoint']} (a PEFT folder)",
-            f"summary     results/{self.folder.name}/summary.json",
+            f"report      results/{self.folder.name}/report.html, summary.json beside it",
             f"compare     make ui, then experiment {self.model_name!r}",
             f"generate    python ray_jobs/batch_infer.py --model models:/{self.model_name}@champion --input FILE --output FILE"])
 

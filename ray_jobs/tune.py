@@ -53,7 +53,8 @@ def main() -> None:
 
 def _run(results: "SweepResults", data: "SweepData", *, resume: bool) -> None:
     resources = connect_ray()
-    from tuning.hosts import num_gpus, start_hosts
+    from ray_jobs.proof import prove
+    from tuning.hosts import num_gpus, start_hosts, stop_hosts
     from tuning.plan import check_resources, compare_with_run, sweep_device, trial_shares
     from tuning.progress import clock, ranking
     from tuning.sweep import keep_best_adapter, run_sweep, zero_shot_perplexities
@@ -61,23 +62,27 @@ def _run(results: "SweepResults", data: "SweepData", *, resume: bool) -> None:
     device = sweep_device(data.space, here=bool(resources) and not data.space.wants_gpu)
     plan, words = results.plan(data, device, num_gpus())
     print(words, flush=True)
-    assert plan is not None, "the device was looked at"
+    assert plan is not None and device is not None, "the device was looked at"
     shares = trial_shares(data.space, plan)
     results.claim()
     started = time.monotonic()
     hosts = start_hosts(replace(data, budget_tokens=plan.budget_tokens))
     zero_shot = results.zero_shot(lambda: zero_shot_perplexities(hosts, shares))
     print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-    tracker, status = results.tracker(), "KILLED"
+    tracker, status = results.tracker(device.name), "KILLED"
     try:
-        records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
+        with tracker.system_metrics():
+            records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
         if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
             raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
         status, seconds = "FAILED", time.monotonic() - started
         print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
         print(f"{compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds)}\n", flush=True)
-        best, adapter = keep_best_adapter(data.space, results.folder)
-        results.register(records, best, adapter, zero_shot, tracker)
+        stop_hosts(hosts)
+        best = keep_best_adapter(data.space, results.folder)
+        results.register(records, best, zero_shot, tracker,
+                         lambda uri, expected: prove(uri, data.space.base_model, data.public, expected, shares))
+        results.publish(records, best, zero_shot, seconds, device.name, tracker)
         status = "FINISHED"
     finally:
         tracker.end(status, {"zero_shot_public_perplexity": zero_shot, "seconds": time.monotonic() - started})

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ray
 def project(tmp_path_factory, tiny_base):
     """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("qlora", "tuning", "inference", "tracking", "ray_jobs", "prompts"):
+    for name in ("qlora", "tuning", "inference", "tracking", "ray_jobs", "prompts", "deploy"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     words = "春夏秋冬東西南北山水風雲日月星辰"
     rows = [{"id": f"e{n}", "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}", "output": words[(n * 3) % 16]} for n in range(24)]
@@ -136,6 +136,36 @@ def test_runs_end_in_a_terminal_status_and_are_not_doubled(project, sweep):
     assert {value for value, in inputs} == {"train", "public"}
 
 
+def test_runs_tell_where_they_come_from_and_how_they_ended(project, sweep):
+    best = sweep[2]["best"]
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        parent, folder = store.execute("select run_uuid, artifact_uri from runs where name = 'one'").fetchone()
+        tags = dict(store.execute("select key, value from tags where run_uuid = ?", (parent,)).fetchall())
+        system = store.execute("select count(*) from metrics where run_uuid = ? and key like 'system/%'", (parent,)).fetchone()[0]
+        reasons = store.execute("select value from tags where key = 'reason'").fetchall()
+        checkpoints = dict(store.execute("select run_uuid, value from tags where key = 'checkpoint'").fetchall())
+        epochs = store.execute("select step, value from metrics where key = 'epoch_public_perplexity' and run_uuid = ? order by step",
+                               (best["mlflow_run_id"],)).fetchall()
+    assert {"hardware", "public_digest", "train_digest", "version.torch", "version.ray"} <= tags.keys()
+    assert (tags["best_trial"], tags["model_uri"]) == (best["trial_id"], best["model_uri"])
+    assert system > 0
+    assert {reason for reason, in reasons} == {f"ASHA, at {percent} % of its schedule" for percent in _stops(project)}
+    assert len(checkpoints) == 5
+    assert all(Path(path, "adapter").is_dir() for path in checkpoints.values())
+    curve = {point["epoch"]: point["public_perplexity"] for trial in sweep[2]["trials"] if trial["trial_id"] == best["trial_id"]
+             for point in trial["curve"]}
+    assert epochs == [(int(epoch), value) for epoch, value in curve.items() if epoch == int(epoch)]
+    artifacts = Path(folder.removeprefix("file://"))
+    assert {path.name for path in artifacts.iterdir()} >= {"report.html", "summary.json", "sweep.json"}
+    page = (project / "results/one/report.html").read_text(encoding="utf-8")
+    assert f"Trial {best['trial_id']} is best" in page
+    assert "95 % interval over examples" in page
+
+
+def _stops(project):
+    return {f"{record['curve'][-1]['schedule_percent']:.3g}" for record in ledger(project, "one").values() if record["status"] == "stopped"}
+
+
 def test_the_champion_serves_evaluation_and_inference(project, sweep):
     best = sweep[2]["best"]
     assert best["model_uri"] == "models:/tiny/1"
@@ -154,6 +184,17 @@ def test_the_champion_serves_evaluation_and_inference(project, sweep):
     outputs = json.loads((project / "out/outputs.json").read_text())
     assert [row["id"] for row in outputs] == [f"e{n}" for n in range(16, 24)]
     assert all(row.keys() == {"id", "output"} for row in outputs)
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        uses = store.execute("select kind.value, uri.value, status from tags kind join tags uri using (run_uuid) join runs "
+                             "using (run_uuid) where kind.key = 'kind' and uri.key = 'model_uri' and kind.value != 'sweep' "
+                             "order by 1").fetchall()
+    assert uses == [("evaluation", "models:/tiny/1", "FINISHED"), ("prediction", "models:/tiny/1", "FINISHED")]
+    listed = finished(command(project, "promote", "tiny"))
+    assert "challenger, champion" in listed or "champion, challenger" in listed
+    process = command(project, "promote", "tiny", "--roll-back")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "had no champion before" in out
 
 
 def test_a_finished_sweep_is_not_run_again(project, sweep):

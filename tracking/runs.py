@@ -6,13 +6,16 @@ Runs are found again by their tags, so a restored sweep goes on in the same runs
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _SWEEP, _TRIAL, _PARENT, _STATUS = "sweep", "trial_id", "mlflow.parentRunId", "trial_status"
@@ -34,6 +37,8 @@ class TrialRecord(Protocol):
     def best(self) -> dict[str, float] | None: ...
     @property
     def error(self) -> str | None: ...
+    @property
+    def reason(self) -> str: ...
 
 
 def tracking_uri() -> str:
@@ -45,6 +50,7 @@ def connect() -> MlflowClient:
     """A client of the tracking server, whose schema is created or migrated on first use."""
     uri = tracking_uri()
     (PROJECT_ROOT / "mlruns").mkdir(exist_ok=True)
+    mlflow.set_tracking_uri(uri)  # for what MLflow calls in itself
     return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 
 
@@ -59,7 +65,11 @@ def ensure_experiment(client: MlflowClient, name: str) -> str:
 
 @dataclass
 class SweepTracker:
-    """Follows a sweep's trials into MLflow. Holds plain data only, so Ray can store it with the sweep."""
+    """Follows a sweep's trials into MLflow. Holds plain data only, so Ray can store it with the sweep.
+
+    A child's metrics are drawn over optimizer steps; those whose name begins with `epoch_` over whole epochs, the training loss
+    being the mean of the epoch's.
+    """
 
     experiment_id: str
     sweep: str
@@ -77,10 +87,12 @@ class SweepTracker:
             if record.best is not None:
                 values["best_public_perplexity"] = record.best["public_perplexity"]
             now_ms = time.time_ns() // 1_000_000
-            client.log_batch(run_id, metrics=[Metric(key, value, now_ms, int(newest["step"])) for key, value in values.items()])
+            metrics = [Metric(key, value, now_ms, int(newest["step"])) for key, value in values.items()]
+            metrics += [Metric(key, value, now_ms, round(newest["epoch"])) for key, value in _at_epochs_end(record.curve).items()]
+            client.log_batch(run_id, metrics=metrics)
         client.set_tag(run_id, _STATUS, record.status)
-        if record.error:
-            client.set_tag(run_id, "error", record.error[:5000])
+        if record.reason:
+            client.set_tag(run_id, "reason", record.reason[:5000])
         if record.status in _TERMINAL:
             client.set_terminated(run_id, _TERMINAL[record.status])
         else:
@@ -99,6 +111,26 @@ class SweepTracker:
             history = client.get_metric_history(found.info.run_id, "public_perplexity")
             self.logged_steps[record.trial_id] = max((metric.step for metric in history), default=-1)
         return self.run_ids[record.trial_id]
+
+    def note(self, facts: Mapping[str, Any], files: Sequence[Path] = (), trial_tags: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """Tags and files of the sweep, and tags of trials by their ids."""
+        client = connect()
+        tags = [RunTag(key, str(value)[:5000]) for key, value in facts.items() if value is not None]
+        client.log_batch(self.parent_run_id, tags=tags)
+        for file in files:
+            client.log_artifact(self.parent_run_id, str(file))
+        for trial_id, more in (trial_tags or {}).items():
+            client.log_batch(self.run_ids[trial_id], tags=[RunTag(key, value) for key, value in more.items()])
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Within: this machine's load, memory and GPUs are drawn on the parent run, every ten seconds."""
+        monitor = SystemMetricsMonitor(self.parent_run_id, resume_logging=True, tracking_uri=tracking_uri())
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def end(self, status: str, metrics: Mapping[str, float]) -> None:
         """End the parent run with FINISHED, FAILED or KILLED, and every child that was left running with KILLED."""
@@ -125,6 +157,17 @@ def start_sweep(sweep: str, experiment: str, parameters: Mapping[str, Any], data
         client.log_inputs(parent.info.run_id, [_dataset(context, *facts) for context, facts in data.items()])
     client.update_run(parent.info.run_id, status="RUNNING")
     return SweepTracker(experiment_id, sweep, parent.info.run_id)
+
+
+def _at_epochs_end(curve: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What is drawn over epochs, if the newest point is at the end of one."""
+    newest = curve[-1]
+    if abs(newest["epoch"] - round(newest["epoch"])) > 1e-9:
+        return {}
+    before = [0.0, *(point["step"] for point in curve)]
+    lengths = [(point, point["step"] - start) for start, point in zip(before, curve, strict=False) if point["epoch"] > newest["epoch"] - 1]
+    loss = sum(point["training_loss"] * steps for point, steps in lengths) / sum(steps for _, steps in lengths)
+    return {"epoch_public_perplexity": newest["public_perplexity"], "epoch_training_loss": loss}
 
 
 def _find_run(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> Run | None:

@@ -50,7 +50,7 @@ class Seat:
     training: Training
     goal: int | None = None
     folder: str = ""
-    reply: "Future[dict[str, float]]" = field(default_factory=Future)
+    reply: "Future[dict[str, Any]]" = field(default_factory=Future)
     seen: list[StepResult] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -89,12 +89,13 @@ class Host:
         it is yet to be evaluated. A holder has one seat: what it held before is given up."""
         return self._ask(lambda: self._attach(trial_id, holder, config, checkpoints))  # type: ignore[no-any-return]
 
-    def advance(self, trial_id: str, step: int, folder: str) -> dict[str, float]:
-        """Train a trial up to a step, evaluate it, write a checkpoint into the folder; returns its metrics.
+    def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
+        """Train a trial up to a step, evaluate it, write a checkpoint into the folder; returns its metrics, and as `perplexities` those of
+        the public examples.
 
         Raises DivergedError; KeyError for a trial without a seat.
         """
-        def start() -> "Future[dict[str, float]]":
+        def start() -> "Future[dict[str, Any]]":
             seat = self._seats[trial_id]
             seat.goal, seat.folder, seat.reply, seat.seen, seat.seconds = step, folder, Future(), [], 0.0
             return seat.reply
@@ -188,7 +189,7 @@ class Host:
                 self._fail([seat], error)
                 continue
             seat.goal = None
-            seat.reply.set_result(_metrics(seat, mean_perplexity(values)))
+            seat.reply.set_result({**_metrics(seat, mean_perplexity(values)), "perplexities": values})
 
     def _fail(self, seats: list[Seat], error: Exception) -> None:
         for seat in seats:

@@ -41,7 +41,7 @@ class HostActor:
         """See Host."""
         return self._found().attach(trial_id, holder, config, checkpoints)
 
-    def advance(self, trial_id: str, step: int, folder: str) -> dict[str, float]:
+    def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """See Host."""
         return self._found().advance(trial_id, step, folder)
 
@@ -83,6 +83,11 @@ def start_hosts(data: "SweepData") -> Any:
     """A directory for a sweep, on this node. It ends, with its hosts, when the driver does."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote([ray.put(data)])
+
+
+def stop_hosts(hosts: Any) -> None:
+    """End a directory; its hosts end with it and give their devices' memory back."""
+    ray.kill(hosts)
 
 
 def num_gpus() -> int:

@@ -4,6 +4,7 @@ Ray's own state is for Ray; the ledger is what reports, early stopping after a r
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ Status = Literal["pending", "running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial: its configuration, how it ended, and its curve, one point an evaluation, by ascending step."""
+    """One trial: its configuration, how it ended, and its curve, one point an evaluation, by ascending step; the perplexity of each
+    public example at the best point. Times in seconds since 1970."""
 
     trial_id: str
     config: dict[str, Any]
@@ -24,11 +26,16 @@ class TrialRecord:
     curve: tuple[dict[str, float], ...] = ()
     error: str | None = None
     started_at: float | None = None
+    ended_at: float | None = None
+    best_perplexities: tuple[float, ...] = ()
 
-    def with_point(self, point: dict[str, float]) -> "TrialRecord":
+    def with_point(self, point: dict[str, float], perplexities: Sequence[float] = ()) -> "TrialRecord":
         """The record with one more point; a point at a step that was seen replaces it, as after a restore."""
         kept = tuple(old for old in self.curve if old["step"] < point["step"])
-        return replace(self, curve=(*kept, point))
+        record = replace(self, curve=(*kept, point))
+        if record.best is point:
+            return replace(record, best_perplexities=tuple(perplexities))
+        return record if record.best is self.best else replace(record, best_perplexities=())
 
     @property
     def best(self) -> dict[str, float] | None:
@@ -45,6 +52,13 @@ class TrialRecord:
         """Percent of its own schedule that the trial has reported."""
         return self.curve[-1]["schedule_percent"] if self.curve else 0.0
 
+    @property
+    def reason(self) -> str:
+        """Why the trial ended before its time; empty if it did not."""
+        if self.status == "stopped":
+            return f"ASHA, at {self.percent:.3g} % of its schedule"
+        return self.error or ""
+
 
 class Ledger:
     """The records of one sweep, in the order in which trials were first seen."""
@@ -55,7 +69,8 @@ class Ledger:
         self.records: dict[str, TrialRecord] = {}
         for path in sorted(folder.glob("*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
-            self.records[content["trial_id"]] = TrialRecord(**{**content, "curve": tuple(content["curve"])})
+            self.records[content["trial_id"]] = TrialRecord(**{**content, "curve": tuple(content["curve"]),
+                                                                        "best_perplexities": tuple(content.get("best_perplexities", ()))})
 
     def put(self, record: TrialRecord) -> None:
         """Store a record, in memory and on disk."""

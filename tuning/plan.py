@@ -22,6 +22,7 @@ from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.grouped_lora import MAX_GPU_RANK
 from qlora.packing import split_by_budget, whole_group
 from qlora.prompts import EncodedExample
+from qlora.provenance import hardware
 from qlora.training import make_timetable
 from tuning.space import CHOICES, Asha, Space
 
@@ -44,6 +45,7 @@ class Device:
     free_bytes: int
     speed: float
     has_bfloat16: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def this_device(device: torch.device) -> Device:
         started = time.perf_counter()
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)
-    return Device(device.type, free_bytes(device), 2 * size**3 / best, dtype == torch.bfloat16)
+    return Device(device.type, free_bytes(device), 2 * size**3 / best, dtype == torch.bfloat16, hardware(device.type))
 
 
 def model_size(config: Any) -> ModelSize:

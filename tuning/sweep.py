@@ -59,19 +59,20 @@ class SweepCallback(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self.ledger.records.get(trial.trial_id)
         record = known or TrialRecord(trial.trial_id, _full_config(self.space, trial.config), started_at=time.time())
-        self._put(replace(record, status="running"))
+        self._put(replace(record, status="running", ended_at=None))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "public_perplexity" in result:
-            self._put(self.ledger.records[trial.trial_id].with_point({key: float(result[key]) for key in _POINT}))
+            point = {key: float(result[key]) for key in _POINT}
+            self._put(self.ledger.records[trial.trial_id].with_point(point, result["perplexities"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.ledger.records[trial.trial_id]
-        self._put(replace(record, status="finished" if record.percent >= 100 else "stopped"))
+        self._put(replace(record, status="finished" if record.percent >= 100 else "stopped", ended_at=time.time()))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.ledger.records.get(trial.trial_id) or TrialRecord(trial.trial_id, _full_config(self.space, trial.config))
-        self._put(replace(record, status="failed", error=_last_line(trial.get_error())))
+        self._put(replace(record, status="failed", error=_last_line(trial.get_error()), ended_at=time.time()))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.time() - self.printed_at > _SECONDS_BETWEEN_TABLES:
@@ -131,8 +132,17 @@ def run_sweep(space: Space, hosts: Any, shares: dict[str, float], folder: Path, 
     return list(Ledger(folder / "trials").records.values())
 
 
-def keep_best_adapter(space: Space, folder: Path) -> tuple[TrialRecord, Path]:
-    """Copy the adapter of the best checkpoint of all trials to `folder`/best, and say whose it is.
+@dataclass(frozen=True)
+class BestAdapter:
+    """The best trial, the PEFT folder with its best adapter, and where every trial's best checkpoint is."""
+
+    record: TrialRecord
+    folder: Path
+    checkpoints: dict[str, str]
+
+
+def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
+    """Copy the adapter of the best checkpoint of all trials to `folder`/best.
 
     Raises InputError if no trial has reported a perplexity.
     """
@@ -141,14 +151,14 @@ def keep_best_adapter(space: Space, folder: Path) -> tuple[TrialRecord, Path]:
     if best is None:
         raise InputError(folder, "no trial reached an evaluation; see the errors above and trials/ in this folder")
     grid = tune.ExperimentAnalysis(experiment, default_metric="public_perplexity", default_mode="min")
-    trial = next(trial for trial in grid.trials if trial.trial_id == best.trial_id)
-    checkpoint = grid.get_best_checkpoint(trial, metric="public_perplexity", mode="min")
-    assert checkpoint is not None, "every report comes with a checkpoint"
+    seen = [trial for trial in grid.trials if trial.checkpoint is not None]
+    found = {trial.trial_id: checkpoint for trial in seen
+             if (checkpoint := grid.get_best_checkpoint(trial, metric="public_perplexity", mode="min")) is not None}
     target = folder / "best"
-    with checkpoint.as_directory() as source:
+    with found[best.trial_id].as_directory() as source:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(Path(source) / ADAPTER, target)
-    return best, target
+    return BestAdapter(best, target, {trial: checkpoint.path for trial, checkpoint in found.items()})
 
 
 def storage_path(space: Space, folder: Path) -> str:

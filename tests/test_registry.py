@@ -1,0 +1,116 @@
+"""The registry: what is logged loads back and serves, the better adapter is champion, and there is a way back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import byte_tokenizer, tiny_model
+from test_training import tiny_bank
+
+from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
+from qlora.prompts import PROMPT_FOLDER
+from tracking import registry, runs
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = [ROOT / "qlora", ROOT / "inference"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A tracking store of this module's own."""
+    folder = tmp_path_factory.mktemp("store")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    patch.setattr(runs, "PROJECT_ROOT", folder)
+    yield folder
+    patch.undo()
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def logged(store, base, run_name: str, seed: int = 0) -> tuple[str, str]:
+    """(run, URI) of a logged adapter that was never trained, with weights of its own."""
+    client = runs.connect()
+    run = client.create_run(runs.ensure_experiment(client, "course"), run_name=run_name).info.run_id
+    client.log_param(run, "lora_r", 4)
+    bank = tiny_bank()
+    adapter = bank.attach(TrialSettings(lora_r=4, seed=seed))
+    adapter.weights.normal_(std=0.2)
+    bank.base_name = str(base)
+    bank.save(adapter, store / run_name)
+    files = registry.ModelFiles(store / run_name, PROMPT_FOLDER / "default.yaml", ROOT / "deploy" / "served_model.py", CODE)
+    uri = registry.log_model(run, files, {"base_model": str(base), "quantization": "none"}, "翻譯：春", {"public_digest": "d"})
+    assert registry.log_model(run, files, {}, "", {}) == uri
+    return run, uri
+
+
+def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, base):
+    """From the store alone: the script, the packages and the adapter that were kept there."""
+    from inference.engine import ServedModel, load_engine
+    from qlora.base_model import load_tokenizer
+    from qlora.prompts import encode_prompt, load_prompt
+    _, uri = logged(store, base, "served")
+    fetched = registry.fetch_adapter(uri)
+    assert (fetched.folder / "adapter_config.json").exists()
+    asked = ["翻譯：春風", "翻譯：秋月明"]
+    program = f"""
+import json, mlflow
+model = mlflow.pyfunc.load_model({uri!r})
+found = model.predict([{{"instruction": text}} for text in {asked!r}], params={{"num_beams": 2, "max_new_tokens": 5}})
+print(json.dumps(found["output"].tolist()))"""
+    out = subprocess.run([sys.executable, "-c", program], cwd=store, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    engine = load_engine(ServedModel(BaseModelSettings(name=str(base), quantization="none"), str(fetched.folder)),
+                         DecodingSettings(num_beams=2, max_new_tokens=5))
+    prompts = [encode_prompt(load_tokenizer(str(base)), load_prompt().render(text)) for text in asked]
+    expected = {index: text for index, text, _ in engine.generate(prompts)}
+    assert json.loads(out.stdout.splitlines()[-1]) == [expected[0], expected[1]]
+    model = mlflow.models.get_model_info(uri)
+    assert [column.name for column in model.signature.inputs] == ["instruction"]
+    assert {parameter.name for parameter in model.signature.params} == {"num_beams", "max_new_tokens"}
+    assert model.metadata == {"public_digest": "d"}
+
+
+def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, base):
+    def register(number, perplexity, digest="d"):
+        run, uri = logged(store, base, f"run{number}", seed=number)
+        return registry.register("course", uri, run, perplexity, digest, {"sweep": "s"})
+    first, worse, better, other = register(1, 5.0), register(2, 6.0), register(3, 4.0), register(4, 1.0, digest="another")
+    assert [one.is_champion for one in (first, worse, better, other)] == [True, False, True, False]
+    assert "measured on other public examples" in other.reason
+    assert registry.fetch_adapter("models:/course@champion").model_uri == better.model_uri == "models:/course/3"
+    assert registry.fetch_adapter("models:/course@challenger").model_uri == "models:/course/4"
+    assert not registry.promote("course", "2").is_champion
+    assert registry.roll_back("course").model_uri == "models:/course/1"
+    assert registry.fetch_adapter("models:/course@champion").model_uri == "models:/course/1"
+    with pytest.raises(InputError, match="had no champion before"):
+        registry.roll_back("course")
+    assert registry.promote("course", "3").is_champion
+    listed = registry.versions("course")
+    assert [(entry["version"], entry["aliases"]) for entry in listed] == [("4", "challenger"), ("3", "champion"), ("2", ""), ("1", "")]
+    for wrong in (lambda: registry.promote("course", "9"), lambda: registry.promote("nobody", "1"), lambda: registry.versions("nobody"),
+                  lambda: registry.roll_back("nobody")):
+        with pytest.raises(InputError, match="models:/"):
+            wrong()
+
+
+def test_uses_are_linked_to_the_version_that_made_them(store, base):
+    run, uri = logged(store, base, "used", seed=7)
+    registered = registry.register("linked", uri, run, 5.0, "d", {})
+    registry.note_use(registry.fetch_adapter(registered.model_uri), "evaluation", {"data": "public.json"}, {"mean_perplexity": 5.1})
+    client = runs.connect()
+    found = client.search_runs([runs.ensure_experiment(client, "linked")], "tags.kind = 'evaluation'")
+    assert [(one.info.status, one.data.tags["model_uri"], one.data.metrics["mean_perplexity"]) for one in found] == [
+        ("FINISHED", "models:/linked/1", 5.1)]
+    assert [one.model_id for one in client.get_run(found[0].info.run_id).inputs.model_inputs] == [uri.removeprefix("models:/")]

@@ -1,0 +1,112 @@
+"""Owns the pictures of a sweep: inline SVG by matplotlib, without scripts, readable on light and on dark paper.
+
+Text and axes take the page's own colour. Refuses to know where numbers come from.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+_INK = "#0a0b0c"  # stands for the page's colour until the picture is written
+_BEST, _OTHER, _STOPPED, _BASE = "#d55e00", "#0072b2", "#7f8c8d", "#009e73"  # Okabe and Ito's, told apart by colour-blind people
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "font.family": "sans-serif", "font.size": 10, "text.color": _INK,
+          "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
+          "axes.spines.right": False, "legend.frameon": False}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A trial's public perplexity over the percent of its own schedule."""
+
+    name: str
+    percents: Sequence[float]
+    perplexities: Sequence[float]
+    was_stopped: bool
+    is_best: bool
+
+
+def learning_curves(curves: Sequence[Curve], zero_shot: float) -> str:
+    """All trials from the base on, which a fresh adapter equals; the best one in front, a cross where ASHA stopped one."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(8, 4.2)
+        axes.axhline(zero_shot, color=_BASE, linestyle="--", linewidth=1.2, label=f"zero-shot {zero_shot:.4g}")
+        for curve in sorted(curves, key=lambda curve: curve.is_best):
+            colour = _BEST if curve.is_best else _STOPPED if curve.was_stopped else _OTHER
+            label = f"best, {curve.name}" if curve.is_best else None
+            axes.plot([0, *curve.percents], [zero_shot, *curve.perplexities], color=colour, linewidth=2.4 if curve.is_best else 1.2,
+                      marker="o", markersize=3, alpha=1.0 if curve.is_best else 0.75, label=label)
+            if curve.was_stopped and curve.percents:
+                axes.plot(curve.percents[-1:], curve.perplexities[-1:], marker="x", markersize=8, color=_STOPPED, markeredgewidth=2)
+        axes.plot([], [], color=_OTHER, marker="o", markersize=3, label="ran to its end")
+        axes.plot([], [], color=_STOPPED, marker="x", markersize=8, markeredgewidth=2, label="stopped early")
+        _logarithmic(axes)
+        axes.set(xlabel="percent of a trial's own schedule", ylabel="public perplexity", xlim=(0, 103))
+        figure.legend(loc="outside upper center", ncols=4, fontsize=9)
+        return _svg(figure)
+
+
+def parallel_coordinates(columns: Mapping[str, Sequence[float]], labels: Mapping[str, Mapping[float, str]],
+                         perplexities: Sequence[float], best: int) -> str:
+    """One line a trial through an axis for each parameter (its place there from 0 to 1, `labels` says what stands where) to its
+    best public perplexity, on a logarithmic axis. `best`: the trial drawn in front."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(8, 3.8)
+        logs = [math.log(value) for value in perplexities]
+        low, high = min(logs), max(logs)
+        heights = [(value - low) / (high - low or 1.0) for value in logs]
+        places = [*columns.values(), heights]
+        for trial in sorted(range(len(perplexities)), key=lambda trial: (trial == best, -perplexities[trial])):
+            colour = _BEST if trial == best else mpl.colormaps["viridis"](0.1 + 0.7 * (1 - heights[trial]))
+            axes.plot(range(len(places)), [column[trial] for column in places], color=colour, linewidth=2.6 if trial == best else 1.1,
+                      alpha=1.0 if trial == best else 0.7)
+        ends = {0.0: f"{min(perplexities):.4g}", 1.0: f"{max(perplexities):.4g}"}
+        for x, marks in enumerate([*(labels[name] for name in columns), ends]):
+            axes.axvline(x, color=_INK, linewidth=0.8)
+            for place, text in marks.items():
+                axes.annotate(text, (x, place), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+        axes.set_xticks(range(len(places)), [*columns, "public\nperplexity"])
+        axes.set_yticks([])
+        axes.set(ylim=(-0.06, 1.06), xlim=(-0.1, len(places) - 0.6))
+        axes.spines[:].set_visible(False)
+        return _svg(figure)
+
+
+def importance_bars(shares: Mapping[str, float]) -> str:
+    """Parameters by their share of what perplexity's differences are explained by."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(8, 0.6 + 0.42 * len(shares))
+        names = sorted(shares, key=lambda name: shares[name])
+        bars = axes.barh(names, [shares[name] for name in names], color=_OTHER)
+        axes.bar_label(bars, [f" {shares[name]:.0%}" for name in names], fontsize=9)
+        axes.set(xlim=(0, 1.08))
+        axes.set_xticks([])
+        axes.spines[["bottom", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+        return _svg(figure)
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter() if high / low < 12 else NullFormatter())
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    metadata: dict[str, Any] = {"Date": None, "Creator": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue()
+    return text[text.index("<svg"):].replace(_INK, "currentColor")

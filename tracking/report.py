@@ -1,0 +1,236 @@
+"""Owns a sweep's report: one HTML file without scripts or outside files, which says which trial is best and how sure that is.
+
+Perplexities are means over examples, so an interval comes from drawing examples anew, and two trials are compared on the same
+draws. Refuses to know Ray and the tracking server.
+"""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora.files import write_text
+from tracking.charts import Curve, importance_bars, learning_curves, parallel_coordinates
+
+_DRAWS = 10_000
+_LOGARITHMIC = {"learning_rate", "lora_r", "lora_alpha"}
+_FEWEST_TRIALS = 8  # to say which parameter mattered
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --best: #d55e00; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
+tr.best td { font-weight: 600; } tr.best td:first-child { box-shadow: inset 3px 0 var(--best); }
+.wide { overflow-x: auto; } figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
+figcaption, .note { font-size: .85rem; opacity: .8; } .verdict { font-size: 1.1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; } dd { margin: 0; word-break: break-word; }
+"""
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """One trial: its searched settings, its curve as (percent of its schedule, public perplexity), the perplexity of each public
+    example at its best point, and what it cost."""
+
+    name: str
+    settings: Mapping[str, Any]
+    status: str
+    reason: str
+    curve: Sequence[tuple[float, float]]
+    perplexities: Sequence[float]
+    training_loss: float | None
+    tokens_per_second: float | None
+    peak_memory_gib: float
+    seconds: float | None
+
+    @property
+    def best(self) -> float:
+        """Lowest public perplexity; infinite before the first evaluation."""
+        return min((value for _, value in self.curve), default=math.inf)
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """A sweep: its name, the base's perplexity, its trials, the share of full-length epochs that early stopping did not run, time, what
+    became of the best adapter, and facts to print (settings, digests, versions, hardware)."""
+
+    name: str
+    zero_shot: float
+    trials: Sequence[TrialReport]
+    epochs_saved: float
+    seconds: float
+    registration: str
+    facts: Mapping[str, Any]
+
+
+def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[float, float]:
+    """Where the mean of `values` lies in 95 of 100 draws of as many examples. Source: Efron 1979, https://doi.org/10.1214/aos/1176344552."""
+    low, high = np.quantile(_means(np.array(values), draws), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compare(best: Sequence[float], other: Sequence[float], draws: int = _DRAWS) -> tuple[float, float, float]:
+    """(difference of means best - other, its 95 % interval), both drawn over the same examples."""
+    differences = np.array(best) - np.array(other)
+    return float(differences.mean()), *bootstrap_interval(differences.tolist(), draws)  # type: ignore[return-value]
+
+
+def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
+    """Share of each searched parameter in explaining the first perplexity that each trial reported, where all had spent the same share
+    of their schedules: permutation importance in a forest of regression trees. Empty for too few trials.
+
+    Source: Breiman 2001, https://doi.org/10.1023/A:1010933404324.
+    """
+    seen = [trial for trial in trials if trial.curve]
+    names = _searched(seen)
+    if len(seen) < _FEWEST_TRIALS or not names:
+        return {}
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+    inputs = np.array([_places(seen, name)[0] for name in names]).T
+    targets = np.log([trial.curve[0][1] for trial in seen])
+    forest = RandomForestRegressor(300, random_state=0).fit(inputs, targets)
+    found = permutation_importance(forest, inputs, targets, n_repeats=20, random_state=0).importances_mean.clip(0)
+    total = found.sum()
+    return {name: float(share / total) if total else 0.0 for name, share in zip(names, found, strict=True)}
+
+
+def verdict(trials: Sequence[TrialReport], zero_shot: float) -> str:
+    """In words: which trial is best, and whether it can be told from the runner-up."""
+    order = _ranked(trials)
+    best = order[0]
+    low, high = bootstrap_interval(best.perplexities)
+    words = (f"Trial {best.name} is best: public perplexity {best.best:.4g} (95 % interval over examples {low:.4g} to {high:.4g}), "
+             f"zero-shot {zero_shot:.4g}.")
+    if len(order) < 2 or not order[1].curve:
+        return words
+    second = order[1]
+    difference, low, high = compare(best.perplexities, second.perplexities)
+    found = (f"its runner-up {second.name} ({second.best:.4g}): the difference is {difference:.3g}, 95 % interval {low:.3g} to {high:.3g} "
+             f"on {len(best.perplexities)} examples.")
+    if low <= 0 <= high:
+        return f"{words} It can't be told from {found}"
+    return f"{words} It is better than {found}"
+
+
+def write_report(path: Path, sweep: SweepReport) -> None:
+    """Write the page."""
+    write_text(path, _page(sweep))
+
+
+def _page(sweep: SweepReport) -> str:
+    order = _ranked(sweep.trials)
+    seen = [trial for trial in order if trial.curve]
+    names = _searched(seen)
+    places = {name: _places(seen, name) for name in names}
+    stopped = sum(trial.status == "stopped" for trial in sweep.trials)
+    curves = [Curve(trial.name, [percent for percent, _ in trial.curve], [value for _, value in trial.curve], trial.status == "stopped",
+                    trial is order[0]) for trial in seen]
+    shares = importance(sweep.trials)
+    sections = [
+        f"<h1>Sweep {_text(sweep.name)}</h1>",
+        f'<p class="verdict">{_text(verdict(sweep.trials, sweep.zero_shot))}</p>',
+        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them and saved "
+        f"{sweep.epochs_saved:.0%} of the full-length epochs. {_text(sweep.registration)}</p>",
+        "<h2>Ranking</h2>", _table(order, names),
+        "<h2>Learning curves</h2>",
+        _figure(learning_curves(curves, sweep.zero_shot), "Public perplexity of each trial; a cross is where early stopping ended one."),
+        "<h2>Settings and results</h2>",
+        _figure(parallel_coordinates({_label(name): column for name, (column, _) in places.items()},
+                                     {_label(name): marks for name, (_, marks) in places.items()}, [trial.best for trial in seen], 0),
+                "One line a trial, from its settings to its best public perplexity; the best trial in front."),
+        "<h2>What mattered</h2>",
+        _figure(importance_bars({_label(name): share for name, share in shares.items()}),
+                f"Share of each setting in explaining the first perplexity that the {len(seen)} trials reported (random forest, "
+                "permutation importance). With so few trials this is a hint, not a proof.") if shares else
+        f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>',
+        "<h2>Facts</h2>", _facts(sweep.facts)]
+    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sweep {_text(sweep.name)}</title>'
+            f"<style>{_STYLE}</style>")
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(sections) + "\n</body></html>\n"
+
+
+def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
+    has_gpu = any(trial.peak_memory_gib for trial in order)
+    heads = ["trial", "status", *map(_label, names), "done", "perplexity", "95 % interval", "train. loss", "tokens/s",
+             *(["peak GiB"] if has_gpu else []), "time"]
+    lines = ["<tr>" + "".join(f"<th>{_text(head)}</th>" for head in heads) + "</tr>"]
+    for number, trial in enumerate(order):
+        interval = "{:.4g} - {:.4g}".format(*bootstrap_interval(trial.perplexities)) if trial.perplexities else "-"
+        percent = trial.curve[-1][0] if trial.curve else 0.0
+        cells = [trial.name, trial.status, *(_value(trial.settings[name]) for name in names), f"{percent:.0f}%", _number(trial.best),
+                 interval, _number(trial.training_loss), "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
+                 *([f"{trial.peak_memory_gib:.1f}"] if has_gpu else []), _clock(trial.seconds)]
+        kind = ' class="best"' if number == 0 else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    failed = "".join(f'<p class="note">{_text(trial.name)} failed: {_text(trial.reason)}</p>' for trial in order
+                     if trial.status == "failed")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>{failed}'
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items()) + "</dl>"
+
+
+def _figure(picture: str, caption: str) -> str:
+    return f'<figure role="img" aria-label="{_text(caption)}">{picture}<figcaption>{_text(caption)}</figcaption></figure>'
+
+
+def _ranked(trials: Sequence[TrialReport]) -> list[TrialReport]:
+    return sorted(trials, key=lambda trial: trial.best)
+
+
+def _searched(trials: Sequence[TrialReport]) -> list[str]:
+    """Settings that differ between trials."""
+    return [name for name in (trials[0].settings if trials else ()) if len({str(trial.settings[name]) for trial in trials}) > 1]
+
+
+def _places(trials: Sequence[TrialReport], name: str) -> tuple[list[float], dict[float, str]]:
+    """(each trial's place on an axis from 0 to 1, what stands at which place): numbers by size, anything else by name."""
+    values = [trial.settings[name] for trial in trials]
+    if all(isinstance(value, int | float) for value in values):
+        scaled = [math.log(value) if name in _LOGARITHMIC and min(values) > 0 else float(value) for value in values]
+    else:
+        order = sorted({str(value) for value in values})
+        scaled = [float(order.index(str(value))) for value in values]
+    low, high = min(scaled), max(scaled)
+    places = [(value - low) / (high - low or 1.0) for value in scaled]
+    marks = dict(sorted(zip(places, map(_value, values), strict=True)))
+    return places, marks if len(marks) <= 6 else {place: text for place, text in marks.items() if place in (0.0, 1.0)}
+
+
+def _means(values: np.ndarray, draws: int) -> np.ndarray:
+    """Means of so many draws of as many examples, in pieces that fit into memory; the draws depend on the number of examples alone."""
+    generator, size = np.random.default_rng(0), max(1, len(values))
+    piece = max(1, 2_000_000 // size)
+    return np.concatenate([values[generator.integers(0, size, (min(piece, draws - done), size))].mean(axis=1)
+                           for done in range(0, draws, piece)])
+
+
+def _label(name: str) -> str:
+    return {"lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}.get(name, name.replace("_", " "))
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes}:{second:02d} min" if minutes else f"{second} s"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
