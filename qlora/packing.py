@@ -84,9 +84,8 @@ def on_device(layout: Layout, device: torch.device | str) -> PackedBatch:
     """A layout's batch, moved in one copy."""
     arrays = (layout.ids_T, layout.positions_T, layout.predictors_A, layout.targets_A)
     whole = torch.from_numpy(np.concatenate(arrays)).to(device)
-    longest = max(part.prefix.num_tokens + part.suffixes.longest for part in layout.parts)
     ids_T, positions_T, predictors_A, targets_A = whole.split([len(array) for array in arrays])
-    return PackedBatch(ids_T, positions_T, predictors_A, targets_A, layout.parts, layout.num_answers, longest)
+    return PackedBatch(ids_T, positions_T, predictors_A, targets_A, layout.parts, layout.num_answers, layout.longest)
 
 
 def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[Group]:

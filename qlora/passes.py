@@ -2,8 +2,8 @@
 
 A pass over a small model waits for its launches: a linear layer costs a host a millisecond of Python and launches, forward and
 backward, whatever its size. So on a GPU passes are recorded as CUDA graphs of rounded sizes and played back: a stream's tail is
-a row of its own, which no adapter and no answer belongs to. Results are those of the pass that launches each kernel. Refuses to
-know schedules, metrics and trials.
+a row of its own, which no adapter and no answer belongs to. Results are those of the pass that launches each kernel, up to
+rounding. Refuses to know schedules, metrics and trials.
 
 Shapes: T stream tokens, A scored positions, L linear layers, as rounded for a recording.
 """
@@ -52,30 +52,41 @@ def run_pass(bank: AdapterBank, groups: Sequence[Group], adapters: Sequence[Adap
 
     With weights, one a group, the gradient of the weighted sum of NLLs is added to the adapters' gradients.
     """
-    layout = lay_out(groups, bank.device)
+    work = Pass(lay_out(groups, bank.device), adapters, dropouts, weights)
     if bank.recorder is None and bank.has_kernels:
         bank.recorder = Recorder(bank)
     if bank.recorder is not None and any(adapter is not None for adapter in adapters):
-        found = bank.recorder.run(layout, adapters, dropouts, weights)
+        found = bank.recorder.run(work)
         if found is not None:
-            return layout, found
-    batch = on_device(layout, bank.device)
+            return work.layout, found
+    batch = on_device(work.layout, bank.device)
     with bank.routed(batch, adapters, dropouts):
         if weights is None:
             with torch.no_grad():
-                return layout, answer_nll(bank.model, batch)
+                return work.layout, answer_nll(bank.model, batch)
         nll_A = answer_nll(bank.model, batch)
-        (nll_A * torch.from_numpy(_spread(weights, layout)).to(bank.device)).sum().backward()  # type: ignore[no-untyped-call]
-    return layout, nll_A.detach()
+        (nll_A * torch.from_numpy(work.answer_weights()).to(bank.device)).sum().backward()  # type: ignore[no-untyped-call]
+    return work.layout, nll_A.detach()
 
 
-def _spread(weights: Sequence[float], layout: Layout) -> np.ndarray:
-    return np.repeat(np.array(weights, np.float32), layout.num_answers)
+@dataclass(frozen=True)
+class Pass:
+    """What one pass works on: a stream, each part's adapter and dropout, and, in training, the weight of each part's answers."""
+
+    layout: Layout
+    adapters: Sequence[Adapter | None]
+    dropouts: Sequence[Dropout | None]
+    weights: Sequence[float] | None
+
+    def answer_weights(self) -> np.ndarray:
+        """Of every scored position: [A] float32."""
+        return np.repeat(np.array(self.weights, np.float32), self.layout.num_answers)
 
 
 @dataclass(frozen=True)
 class PassSize:
-    """What a recording has room for, and what its kernels were made for."""
+    """What a recording has room for, and what its kernels were made for. `longest`: of a row with its prefix, where a window might
+    hide something; `num_layers`: that any adapter targets."""
 
     tokens: int
     answers: int
@@ -85,7 +96,9 @@ class PassSize:
     longest_row: int
     longest_part: int
     longest_prefix: int
+    longest: int
     rank: int
+    num_layers: int
     has_dropout: bool
     is_training: bool
 
@@ -93,7 +106,7 @@ class PassSize:
     def kernels(self) -> tuple[int, ...]:
         """What kernels are compiled for."""
         splits = lora_kernels.num_splits(self.num_tiles)
-        return (self.rank, self.has_dropout, self.is_training, splits, min(self.parts, 2))
+        return (self.rank, self.has_dropout, self.is_training, splits, min(self.parts, 2), self.num_layers)
 
     @property
     def num_tiles(self) -> int:
@@ -101,19 +114,22 @@ class PassSize:
         return -(-self.tokens // lora_kernels.TILE_TOKENS) + self.parts
 
     @classmethod
-    def of(cls, layout: Layout, adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None], is_training: bool) -> "PassSize":
+    def of(cls, work: "Pass", bank: AdapterBank) -> "PassSize":
         """The size that a pass is rounded up to: 3 % more tokens on average."""
+        layout = work.layout
         rows, in_parts, prefixes = stretch_lengths(layout.parts)
         p, t = int(prefixes.sum()), layout.num_tokens
         prefix_tokens = _up_to(p, 64)
         tokens = _up_to(t + prefix_tokens - p, max(128, 2 ** (t.bit_length() - 5)))
         tail = tokens - t
-        rank = max(adapter.settings.lora_r for adapter in adapters if adapter is not None)
+        rank = max(adapter.settings.lora_r for adapter in work.adapters if adapter is not None)
+        has_window = getattr(bank.model.config.get_text_config(), "sliding_window", None) is not None
         # Lengths of stretches are limits of a kernel's grid, where what is empty costs nearly nothing.
+        row, prefix = _power_of_2(max(int(rows.max()), tail, 1024)), _power_of_2(max(int(prefixes.max()), 64))
         return cls(tokens, _up_to(len(layout.targets_A), tokens // 4), _up_to(len(rows) + 1, 32), _power_of_2(len(in_parts)), prefix_tokens,
-                   _power_of_2(max(int(rows.max()), tail, 1024)), _power_of_2(max(int(in_parts.max()), tail, 4096)),
-                   _power_of_2(max(int(prefixes.max()), 64)), lora_kernels.padded_rank(rank),
-                   any(dropout is not None for dropout in dropouts), is_training)
+                   row, _power_of_2(max(int(in_parts.max()), tail, 4096)), prefix,
+                   _up_to(layout.longest, 256) if has_window else row + prefix, lora_kernels.padded_rank(rank), len(bank.layers),
+                   any(dropout is not None for dropout in work.dropouts), work.weights is not None)
 
 
 class Recorder:
@@ -124,31 +140,44 @@ class Recorder:
         self._bank = bank
         self._recordings: dict[PassSize, _Recording] = {}
         self._compiled: set[tuple[int, ...]] = set()
+        self._refused: set[PassSize] = set()
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is reused on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
         self._is_off = False
 
-    def run(self, layout: Layout, adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None],
-            weights: Sequence[float] | None) -> Tensor | None:
+    def run(self, work: "Pass") -> Tensor | None:
         """NLL of the pass [A], or None if it has to be launched kernel by kernel."""
-        if self._is_off or layout.num_tokens > self._most_tokens:
+        if self._is_off or work.layout.num_tokens > self._most_tokens:
             return None
-        size = PassSize.of(layout, adapters, dropouts, weights is not None)
-        recording = self._recordings.pop(size, None)
-        try:
-            if recording is None:
-                if len(self._recordings) == _MOST_RECORDINGS:
-                    del self._recordings[next(iter(self._recordings))]  # the one that was not played for longest
-                recording = _Recording(self._bank, size)
-                recording.fill(layout, adapters, dropouts, weights)
-                recording.record(self._pool, self._stream, is_compiled=size.kernels in self._compiled)
-                self._compiled.add(size.kernels)
-        except Exception as error:  # out of memory, or a model that waits for the GPU or doesn't take FlashAttention
-            _log.warning("passes are not recorded: %s", str(error).partition("\n")[0])
-            self.stop()
+        size = PassSize.of(work, self._bank)
+        if size in self._refused:
+            return None
+        recording = self._recordings.pop(size, None) or self._recorded(size, work)
+        if recording is None:
             return None
         self._recordings[size] = recording
-        return recording.play(layout, adapters, dropouts, weights)
+        return recording.play(work)
+
+    def _recorded(self, size: PassSize, work: "Pass") -> "_Recording | None":
+        if len(self._recordings) == _MOST_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]  # the one that was not played for longest
+        try:
+            recording = _Recording(self._bank, size)
+            recording.fill(work)
+            recording.record(self._pool, self._stream, is_compiled=size.kernels in self._compiled)
+            self._compiled.add(size.kernels)
+            return recording
+        except (ValueError, torch.cuda.OutOfMemoryError) as error:  # FlashAttention doesn't compute this; or there is no room for it
+            reason, is_final = str(error).partition("\n")[0], False
+        except Exception as error:  # a model that waits for the GPU: the allocator may be left in the middle of a recording
+            reason, is_final = str(error).partition("\n")[0], True
+        _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, reason)
+        if is_final:
+            self.stop()
+        else:
+            self._refused.add(size)
+            self._give_back()
+        return None
 
     @property
     def num_recordings(self) -> int:
@@ -158,9 +187,12 @@ class Recorder:
     def stop(self) -> bool:
         """Give the recordings' memory back and record no more; returns whether there were any."""
         had, self._is_off = bool(self._recordings), True
+        self._give_back()
+        return had
+
+    def _give_back(self) -> None:
         self._recordings.clear()
         torch.cuda.empty_cache()
-        return had
 
 
 class _Recording:
@@ -179,8 +211,7 @@ class _Recording:
         at = SimpleNamespace(**{name: self._block[start:end].view(getattr(torch, np.dtype(kind).name)) for name, kind, start, end
                                 in self._places()})
         stretches = Stretches(at.rows, at.parts, at.prefixes, size.longest_row, size.longest_part, size.longest_prefix, at.places, at.alone)
-        longest = size.longest_row + size.longest_prefix
-        self._batch = PackedBatch(at.ids, at.positions, at.predictors, at.targets, (), (), longest, stretches)
+        self._batch = PackedBatch(at.ids, at.positions, at.predictors, at.targets, (), (), size.longest, stretches)
         self._layers = lora_kernels.make_layer_tables([[None] * parts] * bank.num_layers, bank.device, size.rank)
         self._pass_tables = lora_kernels.PassTables(size.num_tiles, size.parts, at.tiles, at.bounds, at.keys, at.limits, at.factors,
                                                     size.has_dropout)
@@ -190,22 +221,13 @@ class _Recording:
 
     def record(self, pool: Any, stream: torch.cuda.Stream, *, is_compiled: bool) -> None:
         """Record the pass, having run it once without adapters unless its kernels are known: they can't be compiled within."""
-        if is_compiled:
-            try:
-                self._capture(pool, stream)
-                return
-            except RuntimeError as error:
-                _log.info("recorded at the second try: %s", error)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._work()
+        if not is_compiled:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._work()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what it needed, the recording needs again
-        self._capture(pool, stream)
-
-    def _capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # within, nothing that is kept for other passes can be had
+        collects = gc.isenabled()
         gc.disable()  # another recording that is freed meanwhile would spoil this one
         try:
             with torch.cuda.stream(stream):
@@ -215,26 +237,26 @@ class _Recording:
                 finally:
                     self._graph.capture_end()
         finally:
-            gc.enable()
+            if collects:
+                gc.enable()
 
-    def play(self, layout: Layout, adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None],
-             weights: Sequence[float] | None) -> Tensor:
+    def play(self, work: "Pass") -> Tensor:
         """Run a pass; returns its NLL [A]."""
-        self.fill(layout, adapters, dropouts, weights)
-        self._layers.copy_(self._bank.tables_of([*adapters, *[None] * (self._size.parts + 1 - len(adapters))]))
+        self.fill(work)
+        self._layers.copy_(self._bank.tables_of([*work.adapters, *[None] * (self._size.parts + 1 - len(work.adapters))]))
         self._graph.replay()
-        return self._nll_A[:len(layout.targets_A)].clone()
+        return self._nll_A[:len(work.layout.targets_A)].clone()
 
-    def fill(self, layout: Layout, adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None],
-             weights: Sequence[float] | None) -> None:
+    def fill(self, work: "Pass") -> None:
         """Put a pass into the buffers."""
-        host = self._host_block()
+        layout, host = work.layout, self._host_block()
         at = SimpleNamespace(**{name: host[start:end].view(kind) for name, kind, start, end in self._places()})
         t, tail, a = layout.num_tokens, self._size.tokens - layout.num_tokens, len(layout.targets_A)
         at.ids[:t], at.positions[:t], at.positions[t:] = layout.ids_T, layout.positions_T, np.arange(tail)
-        at.predictors[:a], at.targets[:a] = layout.predictors_A, layout.targets_A
-        if weights is not None:
-            at.weights[:a] = _spread(weights, layout)
+        at.predictors[:a], at.predictors[a:] = layout.predictors_A, np.arange(self._size.answers - a)  # one place for all would be slow
+        at.targets[:a] = layout.targets_A
+        if work.weights is not None:
+            at.weights[:a] = work.answer_weights()
         rows, in_parts, prefixes = (bounds_of(one) for one in stretch_lengths(layout.parts))
         for buffer, bounds, end in ((at.rows, rows, self._size.tokens), (at.parts, in_parts, self._size.tokens),
                                     (at.prefixes, prefixes, self._size.prefix_tokens)):
@@ -244,7 +266,7 @@ class _Recording:
         at.places[:len(places)], at.places[len(places):] = places, t + np.arange(len(at.places) - len(places))
         at.alone[:t], at.alone[t:] = alone, True
         spans = [(part.start, part.end) for part in layout.parts]
-        tiles, bounds, limits, keys, factors = lora_kernels.pass_arrays(spans, dropouts)
+        tiles, bounds, limits, keys, factors = lora_kernels.pass_arrays(spans, work.dropouts)
         at.tiles.reshape(-1, 3)[:, 0] = self._size.parts
         for buffer, values in ((at.tiles, tiles), (at.bounds, bounds), (at.limits, limits), (at.keys, keys), (at.factors, factors)):
             buffer[:len(values)] = values

@@ -131,6 +131,11 @@ class Layout:
         """Examples N of all parts."""
         return sum(len(part.suffixes.lengths) for part in self.parts)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row with its prefix."""
+        return max(part.prefix.num_tokens + part.suffixes.longest for part in self.parts)
+
     def row_means(self, values_A: np.ndarray) -> np.ndarray:
         """The mean over each row's scored positions: [N] float64."""
         sums_N = np.bincount(self.rows_A, weights=values_A, minlength=self.num_rows)
