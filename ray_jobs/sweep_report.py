@@ -1,5 +1,6 @@
 """Owns what a sweep tells people besides its summary: its report, and the facts on its runs in the tracking server."""
 
+import getpass
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ def provenance(space: Space, hardware: str, digests: Mapping[str, str]) -> dict[
     """Where a sweep's figures come from, in the words of MLflow's tags where it has some."""
     versions = {f"version.{name}": version for name, version in package_versions().items()}
     return {"mlflow.source.type": "LOCAL", "mlflow.source.name": "ray_jobs/tune.py", "mlflow.source.git.commit": git_commit(),
+            "mlflow.user": getpass.getuser(),
             "hardware": hardware, "base_model": space.base_model.name, **{f"{role}_digest": digest for role, digest in digests.items()},
             **versions}
 
@@ -52,7 +54,7 @@ def sweep_report(name: str, space: Space, records: list[TrialRecord], zero_shot:
                 "train": f"{space.data.train} ({space.data.train_examples or 'all'} examples)",
                 "public": f"{space.data.public} ({space.data.public_examples or 'all'} examples)"}
     shown = {key.removeprefix("mlflow.source.").removeprefix("version."): value for key, value in {**settings, **facts}.items()
-             if value is not None and key != "mlflow.source.type"}
+             if value is not None and key not in ("mlflow.source.type", "mlflow.user")}
     return SweepReport(name, zero_shot, [_trial(record, space) for record in records], share_of_epochs_saved(records), seconds,
                        registration, shown)
 

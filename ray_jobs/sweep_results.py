@@ -20,7 +20,7 @@ from qlora.prompts import encode_examples, load_prompt, prompt_file
 from ray_jobs.command import PROJECT_ROOT
 from ray_jobs.sweep_report import model_card, provenance, sweep_report
 from tracking.registry import ModelFiles, log_model, register
-from tracking.report import write_report
+from tracking.report import verdict, write_report
 from tracking.runs import SweepTracker, start_sweep
 from tuning.host import SweepData
 from tuning.ledger import TrialRecord, share_of_epochs_saved
@@ -104,8 +104,8 @@ class SweepResults:
         return self.space.registered_model or Path(self.space_file).stem
 
     def register(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, tracker: SweepTracker,
-                 prove: Callable[[str, float], None]) -> None:
-        """Log the best adapter, register it if `prove` (given its URI and perplexity) lets it pass, and write summary.json."""
+                 prove: Callable[[str, float], None]) -> dict[str, Any]:
+        """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass; returns the sweep's summary."""
         assert best.record.best is not None
         perplexity, run_id, trial_id = best.record.best["public_perplexity"], tracker.run_id(best.record), best.record.trial_id
         digests = self._digests()
@@ -121,25 +121,26 @@ class SweepResults:
                         {**facts, "public_digest": digests["public"], "public_perplexity": perplexity})
         prove(uri, perplexity)
         registered = register(self.model_name, uri, run_id, perplexity, digests["public"], facts)
-        write_json(self.folder / "summary.json", {
+        return {
             "sweep": self.folder.name, "space": self.space_file, "metric": "public_perplexity", "zero_shot": zero_shot,
             "trials": [{**_summary(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
             "best": {"trial_id": trial_id, "public_perplexity": perplexity,
                      "checkpoint": str(best.folder.relative_to(self.folder.parent.parent)),
                      "model_uri": registered.model_uri, "mlflow_run_id": run_id},
             "epochs_saved": share_of_epochs_saved(records),
-            "champion": {"is_champion": registered.is_champion, "reason": registered.reason}})
+            "champion": {"is_champion": registered.is_champion, "reason": registered.reason}}
 
-    def publish(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, seconds: float, hardware: str,
-                tracker: SweepTracker) -> None:
-        """Write report.html, and bring it and what was found to the tracking server."""
-        summary = self.summary()
-        assert summary is not None
+    def publish(self, summary: dict[str, Any], records: list[TrialRecord], best: BestAdapter, zero_shot: float, seconds: float,
+                hardware: str, tracker: SweepTracker) -> None:
+        """Write report.html and summary.json, which ends the sweep, and bring them to the tracking server."""
         facts = provenance(self.space, hardware, self._digests())
         registration = f"{summary['best']['model_uri']}: {summary['champion']['reason']}."
         report = self.folder / "report.html"
-        write_report(report, sweep_report(self.folder.name, self.space, records, zero_shot, seconds, registration, facts))
-        found = {"best_trial": best.record.trial_id, "model_uri": summary["best"]["model_uri"]}
+        content = sweep_report(self.folder.name, self.space, records, zero_shot, seconds, registration, facts)
+        write_report(report, content)
+        write_json(self.folder / "summary.json", summary)
+        words = f"{verdict(content.trials, zero_shot)} Registered as {registration} All of it: artifact report.html."
+        found = {"best_trial": best.record.trial_id, "model_uri": summary["best"]["model_uri"], "mlflow.note.content": words}
         checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
         tracker.note(found, [report, self.folder / "summary.json"], checkpoints)
 

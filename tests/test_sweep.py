@@ -148,6 +148,7 @@ def test_runs_tell_where_they_come_from_and_how_they_ended(project, sweep):
                                (best["mlflow_run_id"],)).fetchall()
     assert {"hardware", "public_digest", "train_digest", "version.torch", "version.ray"} <= tags.keys()
     assert (tags["best_trial"], tags["model_uri"]) == (best["trial_id"], best["model_uri"])
+    assert f"Trial {best['trial_id']} is best" in tags["mlflow.note.content"]
     assert system > 0
     assert {reason for reason, in reasons} == {f"ASHA, at {percent} % of its schedule" for percent in _stops(project)}
     assert len(checkpoints) == 5
@@ -205,6 +206,29 @@ def test_a_finished_sweep_is_not_run_again(project, sweep):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "holds a finished sweep" in out
+
+
+@pytest.mark.slow
+def test_people_see_a_finished_sweep_in_the_ui(project, sweep, tmp_path):
+    """MLflow's own pages in a real browser: what people compare and choose by is there."""
+    pytest.importorskip("PySide6.QtWebEngineWidgets", reason="pip install '.[browser]'")
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlruns/mlflow.db"}
+    out = subprocess.run([sys.executable, ROOT / "docs/screenshots.py", "one", "--out", tmp_path], env=environment, capture_output=True,
+                         text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    texts, summary = json.loads(out.stdout.splitlines()[-1]), sweep[2]
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(texts)
+    best = summary["best"]
+    for trial in summary["trials"]:
+        assert f"one-{trial['trial_id']}" in texts["compare"]
+        assert str(trial["config"]["learning_rate"]) in texts["compare"]
+        assert str(min(point["public_perplexity"] for point in trial["curve"]))[:10] in texts["curves"]
+    assert "best_public_perplexity" in texts["compare"]
+    assert f"Trial {best['trial_id']} is best" in texts["sweep"]
+    assert str(summary["zero_shot"])[:10] in texts["sweep"]
+    assert "epoch_public_perplexity" in texts["trial"]
+    assert "champion" in texts["model"]
+    assert str(best["public_perplexity"])[:10] in texts["model"]
 
 
 @pytest.mark.slow
