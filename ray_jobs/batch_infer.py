@@ -63,6 +63,7 @@ def main() -> None:
     from inference.engine import ServedModel
     from inference.job import Progress, model_facts, open_job, run_job
     from inference.pipeline import Work, plan_pool
+    from ray_jobs.job_report import closing_words, note_prediction
     work = Work(ServedModel(base, adapter), prompt, decoding, context_tokens - decoding.max_new_tokens)
     output = Path(arguments.output)
 
@@ -77,18 +78,8 @@ def main() -> None:
         result = run_job(work, rows, output, facts, lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
                          resume=arguments.resume, progress=show)
     if registered:
-        from tracking.registry import note_use
-        scores = {key: value for key, value in (result.scores or {}).items() if isinstance(value, int | float)}
-        note_use(registered, "prediction", {"input": arguments.input, "output": arguments.output, "prompt": prompt.name,
-                                            **decoding.model_dump(exclude_none=True)},
-                 {"rows": result.num_rows, "rows_failed": result.num_failed, **scores}, [output.with_name(f"{output.name}.meta.json")])
-    if result.engine:
-        print(f"engine: {result.engine}")
-    if result.scores:
-        print(", ".join(f"{name} {value}" for name, value in result.scores.items()))
-    failed = f", {result.num_failed} FAILED (see {output}.errors.json)" if result.num_failed else ""
-    rate = result.num_generated / max(result.seconds, 1e-9)
-    print(f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s){failed} -> {output}")
+        note_prediction(registered, result, decoding, arguments.input, output, prompt.name)
+    print(closing_words(result, output))
     if result.num_failed:
         sys.exit(EXIT_ROWS_FAILED)
 

@@ -48,15 +48,15 @@ Digests of the data: train `{digests["train"]}`, public `{digests["public"]}`.
 
 
 def sweep_report(name: str, space: Space, records: list[TrialRecord], zero_shot: float, seconds: float, registration: str,
-                 facts: Mapping[str, Any]) -> SweepReport:
-    """What the report is made of. `facts`: see `provenance`."""
-    settings = {"search": space.search, "scheduler": space.scheduler.model_dump(mode="json"), "seed": space.seed,
+                 facts: Mapping[str, Any], start: str | None = None) -> SweepReport:
+    """What the report is made of. `facts`: see `provenance`. `start`: the adapter that trials went on from."""
+    settings = {"continued from": start, "search": space.search, "scheduler": space.scheduler.model_dump(mode="json"), "seed": space.seed,
                 "train": f"{space.data.train} ({space.data.train_examples or 'all'} examples)",
                 "public": f"{space.data.public} ({space.data.public_examples or 'all'} examples)"}
     shown = {key.removeprefix("mlflow.source.").removeprefix("version."): value for key, value in {**settings, **facts}.items()
              if value is not None and key not in ("mlflow.source.type", "mlflow.user")}
     return SweepReport(name, zero_shot, [_trial(record, space) for record in records], share_of_epochs_saved(records), seconds,
-                       registration, shown)
+                       registration, shown, start is None)
 
 
 def _trial(record: TrialRecord, space: Space) -> TrialReport:

@@ -6,11 +6,13 @@
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.adapters import ADAPTER_FILES
 from qlora.base_model import load_config, load_tokenizer
 from qlora.config import InputError
 from qlora.data import Example, examples_digest, load_examples
@@ -18,6 +20,7 @@ from qlora.files import write_json, write_text
 from qlora.perplexity import mean_perplexity
 from qlora.prompts import encode_examples, load_prompt, prompt_file
 from ray_jobs.command import PROJECT_ROOT
+from ray_jobs.starting_point import starting_point
 from ray_jobs.sweep_report import model_card, provenance, sweep_report
 from tracking.registry import ModelFiles, log_model, register
 from tracking.report import verdict, write_report
@@ -31,16 +34,23 @@ from tuning.sweep import BestAdapter
 
 @dataclass(frozen=True)
 class SweepResults:
-    """One sweep on disk, `space_file` being where its space was read from."""
+    """One sweep on disk, `space_file` being where its space was read from; `start`: the adapter that its trials go on from, and where
+    that is, if there is one."""
 
     folder: Path
     space_file: str
     space: Space
+    start: tuple[str, Path] | None = None
 
     @classmethod
-    def planned(cls, folder: Path, space_file: str, overrides: list[str]) -> "SweepResults":
-        """A sweep that has not started. Raises InputError for a bad space or a name that is taken."""
-        results = cls(folder, space_file, load_space(space_file, overrides))
+    def planned(cls, folder: Path, space_file: str, overrides: list[str], continue_from: str | None = None) -> "SweepResults":
+        """A sweep that has not started. Raises InputError for a bad space, a name that is taken, an adapter that doesn't fit."""
+        start = starting_point(continue_from) if continue_from else None
+        space = load_space(space_file, overrides, start.settings if start else None)
+        if start and start.base != space.base_model.name:
+            raise InputError("--continue-from", f"{continue_from} belongs to the base {start.base}, not to {space.base_model.name}; "
+                             f"add --set base_model.name={start.base}")
+        results = cls(folder, space_file, space, (start.name, start.folder) if start else None)
         if results.summary() is not None:
             raise InputError(folder, "holds a finished sweep; choose another --name, or remove the folder to run it again")
         if (folder / "sweep.json").exists():
@@ -54,7 +64,9 @@ class SweepResults:
             content = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError("--resume", f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space") from None
-        return cls(folder, content["space_file"], Space.model_validate(content["space"]))
+        started_from = content.get("continue_from")
+        return cls(folder, content["space_file"], Space.model_validate(content["space"]),
+                   (started_from, folder / "start") if started_from else None)
 
     def load_data(self) -> SweepData:
         """Both data sets as token ids. Raises InputError for bad data, prompt or base, and for data that changed since the start."""
@@ -63,7 +75,8 @@ class SweepResults:
         load_config(self.space.base_model.name)
         tokenizer = load_tokenizer(self.space.base_model.name)
         data = SweepData(self.space, encode_examples(tokenizer, prompt, train, self.space.data.train),
-                         encode_examples(tokenizer, prompt, public, self.space.data.public))
+                         encode_examples(tokenizer, prompt, public, self.space.data.public),
+                         start={name: (self.start[1] / name).read_bytes() for name in ADAPTER_FILES} if self.start else {})
         if (self.folder / "sweep.json").exists():
             before = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))["digests"]
             for role, digest in self._digests().items():
@@ -80,8 +93,11 @@ class SweepResults:
 
     def claim(self) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed."""
+        if self.start and self.start[1] != self.folder / "start":
+            shutil.copytree(self.start[1], self.folder / "start", dirs_exist_ok=True)
         write_json(self.folder / "sweep.json", {"sweep": self.folder.name, "space_file": self.space_file,
-                                                "space": self.space.model_dump(mode="json"), "digests": self._digests()})
+                                                "space": self.space.model_dump(mode="json"), "digests": self._digests(),
+                                                "continue_from": self.start[0] if self.start else None})
 
     def zero_shot(self, measure: Callable[[], list[float]]) -> float:
         """The base's public perplexity, measured once a sweep."""
@@ -95,7 +111,8 @@ class SweepResults:
         parameters = {"space_file": self.space_file, **_flat(self.space.model_dump(mode="json"))}
         data = {role: (getattr(self.space.data, role), self._digests()[role], len(self._examples(role))) for role in ("train", "public")}
         tracker = start_sweep(self.folder.name, self.model_name, parameters, data)
-        tracker.note(provenance(self.space, hardware, self._digests()), [self.folder / "sweep.json"])
+        facts = {**provenance(self.space, hardware, self._digests()), "continued_from": self.start[0] if self.start else None}
+        tracker.note(facts, [self.folder / "sweep.json"])
         return tracker
 
     @property
@@ -112,6 +129,8 @@ class SweepResults:
         settings = {"base_model": self.space.base_model.name, "quantization": self.space.base_model.quantization}
         facts = {**settings, "sweep": self.folder.name, "trial_id": trial_id, "prompt": self.space.prompt,
                  "zero_shot_public_perplexity": repr(zero_shot), "train_digest": digests["train"]}
+        if self.start:
+            facts["continued_from"] = self.start[0]
         if revision := getattr(load_config(settings["base_model"]), "_commit_hash", None):
             facts["base_revision"] = revision
         write_text(best.folder / "README.md", model_card(self.space, best.record, zero_shot, digests))
@@ -136,7 +155,7 @@ class SweepResults:
         facts = provenance(self.space, hardware, self._digests())
         registration = f"{summary['best']['model_uri']}: {summary['champion']['reason']}."
         report = self.folder / "report.html"
-        content = sweep_report(self.folder.name, self.space, records, zero_shot, seconds, registration, facts)
+        content = sweep_report(self.folder.name, self.space, records, zero_shot, seconds, registration, facts, self.start and self.start[0])
         write_report(report, content)
         write_json(self.folder / "summary.json", summary)
         words = f"{verdict(content.trials, zero_shot)} Registered as {registration} All of it: artifact report.html."

@@ -19,10 +19,11 @@ def main() -> None:
     parser.add_argument("--space", metavar="FILE", help="a search space, see search_spaces/")
     parser.add_argument("--name", metavar="NAME", help="of the sweep and its folder under results/ (default: the space file's)")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a dotted key of the space")
+    parser.add_argument("--continue-from", metavar="ADAPTER", help="start trials from this adapter, whose r, alpha and layers they keep")
     parser.add_argument("--resume", metavar="NAME", help="continue a sweep that was stopped, with the same trials")
     parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, start nothing")
     arguments = parser.parse_args()
-    if arguments.resume and (arguments.space or arguments.name or arguments.set or arguments.dry_run):
+    if arguments.resume and (arguments.space or arguments.name or arguments.set or arguments.dry_run or arguments.continue_from):
         parser.error("--resume takes the sweep's own settings; give it alone")
     if not arguments.resume and not arguments.space:
         parser.error("give --space FILE, or --resume NAME")
@@ -32,7 +33,8 @@ def main() -> None:
 
     from ray_jobs.sweep_results import SweepResults
     folder = PROJECT_ROOT / "results" / name
-    results = SweepResults.reopened(folder) if arguments.resume else SweepResults.planned(folder, arguments.space, arguments.set)
+    results = (SweepResults.reopened(folder) if arguments.resume else
+               SweepResults.planned(folder, arguments.space, arguments.set, arguments.continue_from))
     if results.summary() is None:
         data = results.load_data()
         print(f"sweep       {name}", flush=True)

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import random_examples
 from test_training import losses
 
 import tuning.host
+from qlora.adapters import ADAPTER_FILES
 from qlora.bank import load_bank
 from qlora.checkpoint import verify_checkpoint
 from qlora.config import BaseModelSettings
@@ -67,6 +69,15 @@ def test_trials_of_a_host_are_what_they_are_alone(data, tmp_path):
         assert points[-1]["step"] == len(expected)
     assert host.zero_shot() == pytest.approx(
         adapter_perplexities(load_bank(data.space.base_model), [(None, data.public)], 10_000)[0], rel=1e-5)
+
+
+def test_trials_go_on_from_an_adapter(data, tmp_path):
+    """What was reached by one sweep is where the trials of the next begin."""
+    before = run(Host(data, 1), "first", CONFIGS[0], tmp_path)[-1]
+    folder = tmp_path / f"first-{before['step']}" / "adapter"
+    start = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
+    after = run(Host(replace(data, start=start), 1), "second", {"learning_rate": 1e-12, "lora_r": 4}, tmp_path)[0]
+    assert after["public_perplexity"] == pytest.approx(before["public_perplexity"], rel=1e-5)
 
 
 def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from conftest import tiny_model
 
 import ray_jobs.batch_infer
 import ray_jobs.evaluate
+import ray_jobs.promote
+import ray_jobs.sweep_run
 import ray_jobs.tune
 from qlora import base_model
 from ray_jobs import command
@@ -45,7 +47,7 @@ def nothing_heavy_happens(monkeypatch):
         raise AssertionError("this must not happen before the input is checked")
     monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", forbidden)
     monkeypatch.setattr(command, "connect_ray", forbidden)
-    monkeypatch.setattr(ray_jobs.tune, "connect_ray", forbidden)
+    monkeypatch.setattr(ray_jobs.sweep_run, "connect_ray", forbidden)
     monkeypatch.setattr(ray_jobs.batch_infer, "connect_ray", forbidden)
 
 
@@ -180,6 +182,32 @@ def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
     assert "is not valid YAML" in alone("--space", tmp_path / "bad.yaml", "--name", "x")
     (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
     assert "must be a YAML mapping" in alone("--space", tmp_path / "list.yaml", "--name", "x")
+
+
+def test_tune_continues_from_fitting_adapters_only(tune, tmp_path):
+    def with_adapter(**config):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}), encoding="utf-8")
+        (tmp_path / "adapter_model.safetensors").touch()
+        return tune(lambda s: None, "--continue-from", str(tmp_path))
+    whole = {"base_model_name_or_path": "another", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    assert "belongs to the base another" in with_adapter(**whole)
+    assert "names no base_model" in with_adapter(r=4)
+    assert "use_rslora, which trials don't have" in with_adapter(**whole, use_rslora=True)
+    assert "says no lora_alpha" in with_adapter(base_model_name_or_path="another", r=4, target_modules=["q_proj"])
+    assert "has no adapter_config.json" in tune(lambda s: None, "--continue-from", str(tmp_path / "nosuch"))
+    assert "give it alone" in tune(lambda s: None, "--continue-from", str(tmp_path), "--resume", "x")
+
+
+def test_promote_refuses_what_it_does_not_know(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def asked(*arguments):
+        return refused(ray_jobs.promote, capsys, monkeypatch, *arguments)
+    assert "is no registered model" in asked("nobody")
+    assert "is no registered model" in asked("nobody", "--version", "1")
+    assert "is no registered model" in asked("nobody", "--roll-back")
+    assert "not allowed with" in asked("nobody", "--roll-back", "--version", "1")
+    assert "at least 1" in asked("nobody", "--version", "0")
 
 
 def test_bad_bases_and_adapters_are_refused(capsys, monkeypatch, write_rows, tmp_path, tiny_base):

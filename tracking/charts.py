@@ -32,15 +32,16 @@ class Curve:
     is_best: bool
 
 
-def learning_curves(curves: Sequence[Curve], zero_shot: float) -> str:
-    """All trials from the base on, which a fresh adapter equals; the best one in front, a cross where ASHA stopped one."""
+def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bool = True) -> str:
+    """All trials, from the base on if that is where they start; the best one in front, a cross where ASHA stopped one."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 4.2)
         axes.axhline(zero_shot, color=_BASE, linestyle="--", linewidth=1.2, label=f"zero-shot {zero_shot:.4g}")
         for curve in sorted(curves, key=lambda curve: curve.is_best):
             colour = _BEST if curve.is_best else _STOPPED if curve.was_stopped else _OTHER
             label = f"best, {curve.name}" if curve.is_best else None
-            axes.plot([0, *curve.percents], [zero_shot, *curve.perplexities], color=colour, linewidth=2.4 if curve.is_best else 1.2,
+            first = ([0.0], [zero_shot]) if start_at_base else ([], [])
+            axes.plot([*first[0], *curve.percents], [*first[1], *curve.perplexities], color=colour, linewidth=2.4 if curve.is_best else 1.2,
                       marker="o", markersize=3, alpha=1.0 if curve.is_best else 0.75, label=label)
             if curve.was_stopped and curve.percents:
                 axes.plot(curve.percents[-1:], curve.perplexities[-1:], marker="x", markersize=8, color=_STOPPED, markeredgewidth=2)

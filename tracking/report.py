@@ -58,7 +58,8 @@ class TrialReport:
 @dataclass(frozen=True)
 class SweepReport:
     """A sweep: its name, the base's perplexity, its trials, the share of full-length epochs that early stopping did not run, time, what
-    became of the best adapter, and facts to print (settings, digests, versions, hardware)."""
+    became of the best adapter, facts to print (settings, digests, versions, hardware), and whether fresh adapters were trained, which
+    equal the base at first."""
 
     name: str
     zero_shot: float
@@ -67,6 +68,7 @@ class SweepReport:
     seconds: float
     registration: str
     facts: Mapping[str, Any]
+    starts_at_base: bool = True
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[float, float]:
@@ -140,7 +142,8 @@ def _page(sweep: SweepReport) -> str:
         f"{sweep.epochs_saved:.0%} of the full-length epochs. {_text(sweep.registration)}</p>",
         "<h2>Ranking</h2>", _table(order, names),
         "<h2>Learning curves</h2>",
-        _figure(learning_curves(curves, sweep.zero_shot), "Public perplexity of each trial; a cross is where early stopping ended one."),
+        _figure(learning_curves(curves, sweep.zero_shot, sweep.starts_at_base),
+                "Public perplexity of each trial; a cross is where early stopping ended one."),
         "<h2>Settings and results</h2>",
         _figure(parallel_coordinates({_label(name): column for name, (column, _) in places.items()},
                                      {_label(name): marks for name, (_, marks) in places.items()}, [trial.best for trial in seen], 0),

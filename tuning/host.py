@@ -8,6 +8,7 @@ nothing. Refuses to know how hosts are found and how trials report.
 import logging
 import math
 import os
+import tempfile
 import threading
 import time
 from collections import deque
@@ -34,12 +35,14 @@ _FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of p
 
 @dataclass(frozen=True)
 class SweepData:
-    """What every trial of a sweep works on, sent to the hosts once. `budget_tokens`: of a pass; None for the device's default."""
+    """What every trial of a sweep works on, sent to the hosts once. `budget_tokens`: of a pass; None for the device's default. `start`:
+    the files of a PEFT folder that every trial starts from; none for fresh adapters."""
 
     space: Space
     train: list[EncodedExample]
     public: list[EncodedExample]
     budget_tokens: int | None = None
+    start: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -202,6 +205,7 @@ class Host:
             self._leave(other)
         settings = self._data.space.trial_settings(config)
         training = Training(self._bank, self._data.train, settings)
+        self._start_from_adapter(training)
         for folder in checkpoints:
             try:
                 verify_checkpoint(Path(folder))
@@ -213,6 +217,13 @@ class Host:
         self._seats[trial_id] = Seat(holder, training)
         stops = evaluation_steps(training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch)
         return sorted(step for step in stops if step > training.step)
+
+    def _start_from_adapter(self, training: Training) -> None:
+        if self._data.start:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, content in self._data.start.items():
+                    (Path(folder) / name).write_bytes(content)
+                self._bank.load(training.adapter, Path(folder))
 
     def _leave(self, trial_id: str) -> None:
         seat = self._seats.pop(trial_id, None)

@@ -5,6 +5,7 @@ trial trains.
 """
 
 import itertools
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -103,7 +104,7 @@ class Space(Settings):
     trials_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     max_concurrent_trials: int | None = Field(None, ge=1)
     max_failures: int = Field(2, ge=0)
-    budget_tokens: int | None = Field(None, ge=1, le=16384)
+    budget_tokens: int | None = Field(None, ge=1, le=65536)
     registered_model: str | None = Field(None, min_length=1, pattern=r"^[^/:@]+$")
     storage: str | None = None
     seed: int = Field(42, ge=0)
@@ -147,14 +148,19 @@ class Space(Settings):
         return total
 
 
-def load_space(path: str | Path, overrides: list[str]) -> Space:
-    """The Space of a YAML file with `dotted.key=value` overrides, values read as YAML.
+def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | None = None) -> Space:
+    """The Space of a YAML file with `dotted.key=value` overrides, values read as YAML. `fixed`: trial settings that hold whatever the
+    file says of them.
 
     Raises InputError naming file and key.
     """
     content = _read_yaml(Path(path))
     for override in overrides:
         _override(content, override)
+    for key, value in (fixed or {}).items():
+        if isinstance(content.get("search"), dict):
+            content["search"].pop(key, None)
+        _override(content, f"trial.{key}={json.dumps(value)}")
     return validated(path, lambda: Space.model_validate(content))
 
 
