@@ -8,7 +8,7 @@ EXTRAS := dev,optuna$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base test test-all check tune infer plan ui bench screenshots clean
+.PHONY: help setup base test test-all check tune infer study plan ui bench screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -47,6 +47,9 @@ results/quickstart/outputs.json: results/quickstart/summary.json data/sample/pri
 
 results/quickstart/summary.json:
 	@$(MAKE) tune
+
+study: base  ## the course report's study in small: stages, prompts, beams, as one page
+	$(BIN)/python ray_jobs/study.py --study studies/quick.yaml
 
 plan: base  ## print the quickstart sweep's plan and start nothing
 	$(BIN)/python ray_jobs/tune.py --space search_spaces/quickstart.yaml --name plan --dry-run

@@ -124,6 +124,12 @@ class Training:
         self.step += 1
         return StepResult(loss, learning_rate, num_tokens, grad_norm)
 
+    def begin_at(self, step: int) -> None:
+        """Take a step that begins a stage for the next one: the stage's optimizer and schedule are fresh, the adapter is as it is."""
+        assert self.timetable.stage_of(step)[1] == step, "a stage begins with a fresh optimizer; elsewhere a checkpoint is needed"
+        self.step = step
+        self._start_stage()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(optimizer tensors, position) of a run between two steps."""
         return dict(self.optimizer.state[self._parameter]), {

@@ -62,7 +62,7 @@ def test_settings_import_nothing_heavy():
     assert loaded_by("import qlora.config, ray_jobs.command").strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["tune", "evaluate", "batch_infer", "promote"])
+@pytest.mark.parametrize("command", ["tune", "evaluate", "batch_infer", "promote", "study"])
 def test_help_is_quick_and_loads_nothing_heavy(command):
     code = f"""
 import runpy

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 _INK = "#0a0b0c"  # stands for the page's colour until the picture is written
 _BEST, _OTHER, _STOPPED, _BASE = "#d55e00", "#0072b2", "#7f8c8d", "#009e73"  # Okabe and Ito's, told apart by colour-blind people
@@ -49,6 +49,18 @@ def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bo
         axes.plot([], [], color=_STOPPED, marker="x", markersize=8, markeredgewidth=2, label="stopped early")
         _logarithmic(axes)
         axes.set(xlabel="percent of a trial's own schedule", ylabel="public perplexity", xlim=(0, 103))
+        figure.legend(loc="outside upper center", ncols=4, fontsize=9)
+        return _svg(figure)
+
+
+def epoch_curves(curves: Mapping[str, Sequence[tuple[float, float]]], quantity: str) -> str:
+    """A quantity over epochs, one line a lineage."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(8, 3.2)
+        for (name, points), colour in zip(curves.items(), (_BEST, _OTHER, _BASE, _STOPPED) * len(curves), strict=False):
+            axes.plot([epoch for epoch, _ in points], [value for _, value in points], color=colour, marker="o", markersize=4, label=name)
+        axes.set(xlabel="epochs", ylabel=quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=4, fontsize=9)
         return _svg(figure)
 

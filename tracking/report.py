@@ -4,7 +4,6 @@ Perplexities are means over examples, so an interval comes from drawing examples
 draws. Refuses to know Ray and the tracking server.
 """
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +14,11 @@ import numpy as np
 
 from qlora.files import write_text
 from tracking.charts import Curve, importance_bars, learning_curves, parallel_coordinates
+from tracking.pages import facts, figure, number, page, table, text
 
 _DRAWS = 10_000
 _LOGARITHMIC = {"learning_rate", "lora_r", "lora_alpha"}
 _FEWEST_TRIALS = 8  # to say which parameter mattered
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --best: #d55e00; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
-tr.best td { font-weight: 600; } tr.best td:first-child { box-shadow: inset 3px 0 var(--best); }
-.wide { overflow-x: auto; } figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
-figcaption, .note { font-size: .85rem; opacity: .8; } .verdict { font-size: 1.1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; } dd { margin: 0; word-break: break-word; }
-"""
 
 
 @dataclass(frozen=True)
@@ -136,53 +124,40 @@ def _page(sweep: SweepReport) -> str:
                     trial is order[0]) for trial in seen]
     shares = importance(sweep.trials)
     sections = [
-        f"<h1>Sweep {_text(sweep.name)}</h1>",
-        f'<p class="verdict">{_text(verdict(sweep.trials, sweep.zero_shot))}</p>',
+        f"<h1>Sweep {text(sweep.name)}</h1>",
+        f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot))}</p>',
         f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them and saved "
-        f"{sweep.epochs_saved:.0%} of the full-length epochs. {_text(sweep.registration)}</p>",
+        f"{sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
         "<h2>Ranking</h2>", _table(order, names),
         "<h2>Learning curves</h2>",
-        _figure(learning_curves(curves, sweep.zero_shot, sweep.starts_at_base),
+        figure(learning_curves(curves, sweep.zero_shot, sweep.starts_at_base),
                 "Public perplexity of each trial; a cross is where early stopping ended one."),
         "<h2>Settings and results</h2>",
-        _figure(parallel_coordinates({_label(name): column for name, (column, _) in places.items()},
+        figure(parallel_coordinates({_label(name): column for name, (column, _) in places.items()},
                                      {_label(name): marks for name, (_, marks) in places.items()}, [trial.best for trial in seen], 0),
                 "One line a trial, from its settings to its best public perplexity; the best trial in front."),
         "<h2>What mattered</h2>",
-        _figure(importance_bars({_label(name): share for name, share in shares.items()}),
+        figure(importance_bars({_label(name): share for name, share in shares.items()}),
                 f"Share of each setting in explaining the first perplexity that the {len(seen)} trials reported (random forest, "
                 "permutation importance). With so few trials this is a hint, not a proof.") if shares else
         f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>',
-        "<h2>Facts</h2>", _facts(sweep.facts)]
-    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Sweep {_text(sweep.name)}</title>'
-            f"<style>{_STYLE}</style>")
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(sections) + "\n</body></html>\n"
+        "<h2>Facts</h2>", facts(sweep.facts)]
+    return page(f"Sweep {sweep.name}", sections)
 
 
 def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
     has_gpu = any(trial.peak_memory_gib for trial in order)
     heads = ["trial", "status", *map(_label, names), "done", "perplexity", "95 % interval", "train. loss", "tokens/s",
              *(["peak GiB"] if has_gpu else []), "time"]
-    lines = ["<tr>" + "".join(f"<th>{_text(head)}</th>" for head in heads) + "</tr>"]
-    for number, trial in enumerate(order):
+    rows = []
+    for trial in order:
         interval = "{:.4g} - {:.4g}".format(*bootstrap_interval(trial.perplexities)) if trial.perplexities else "-"
         percent = trial.curve[-1][0] if trial.curve else 0.0
-        cells = [trial.name, trial.status, *(_value(trial.settings[name]) for name in names), f"{percent:.0f}%", _number(trial.best),
-                 interval, _number(trial.training_loss), "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
-                 *([f"{trial.peak_memory_gib:.1f}"] if has_gpu else []), _clock(trial.seconds)]
-        kind = ' class="best"' if number == 0 else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
-    failed = "".join(f'<p class="note">{_text(trial.name)} failed: {_text(trial.reason)}</p>' for trial in order
-                     if trial.status == "failed")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>{failed}'
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    return "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items()) + "</dl>"
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f'<figure role="img" aria-label="{_text(caption)}">{picture}<figcaption>{_text(caption)}</figcaption></figure>'
+        rows.append([trial.name, trial.status, *(_value(trial.settings[name]) for name in names), f"{percent:.0f}%", number(trial.best),
+                     interval, number(trial.training_loss), "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
+                     *([f"{trial.peak_memory_gib:.1f}"] if has_gpu else []), _clock(trial.seconds)])
+    failed = "".join(f'<p class="note">{text(trial.name)} failed: {text(trial.reason)}</p>' for trial in order if trial.status == "failed")
+    return table(heads, rows, best=0) + failed
 
 
 def _ranked(trials: Sequence[TrialReport]) -> list[TrialReport]:
@@ -224,16 +199,8 @@ def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
 def _clock(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes}:{second:02d} min" if minutes else f"{second} s"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

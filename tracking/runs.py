@@ -159,6 +159,26 @@ def start_sweep(sweep: str, experiment: str, parameters: Mapping[str, Any], data
     return SweepTracker(experiment_id, sweep, parent.info.run_id)
 
 
+def note_study(experiment: str, study: str, runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]], page: Path) -> str:
+    """A parent run of a study with its page, and a finished child a result: (parameters, metrics) by name; found again if it is there
+    already. Returns the parent's id."""
+    client = connect()
+    experiment_id = ensure_experiment(client, experiment)
+    parent = _find_run(client, experiment_id, {"study": study, "kind": "study"}) or client.create_run(
+        experiment_id, run_name=study, tags={"study": study, "kind": "study"})
+    for name, (parameters, metrics) in runs.items():
+        tags = {"study": study, "result": name, _PARENT: parent.info.run_id}
+        if _find_run(client, experiment_id, {"study": study, "result": name}) is None:
+            child = client.create_run(experiment_id, run_name=f"{study}: {name}", tags=tags)
+            _log_params(client, child.info.run_id, parameters)
+            for key, value in metrics.items():
+                client.log_metric(child.info.run_id, key, value)
+            client.set_terminated(child.info.run_id, "FINISHED")
+    client.log_artifact(parent.info.run_id, str(page))
+    client.set_terminated(parent.info.run_id, "FINISHED")
+    return parent.info.run_id  # type: ignore[no-any-return]
+
+
 def _at_epochs_end(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     """What is drawn over epochs, if the newest point is at the end of one."""
     newest = curve[-1]

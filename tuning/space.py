@@ -154,14 +154,20 @@ def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | N
 
     Raises InputError naming file and key.
     """
-    content = _read_yaml(Path(path))
-    for override in overrides:
-        _override(content, override)
+    content = read_settings(path, overrides)
     for key, value in (fixed or {}).items():
         if isinstance(content.get("search"), dict):
             content["search"].pop(key, None)
         _override(content, f"trial.{key}={json.dumps(value)}")
     return validated(path, lambda: Space.model_validate(content))
+
+
+def read_settings(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """The mapping of a YAML file with `dotted.key=value` overrides, values read as YAML. Raises InputError naming file and key."""
+    content = _read_yaml(Path(path))
+    for override in overrides:
+        _override(content, override)
+    return content
 
 
 def tune_space(space: Space) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Owns the settings of a study: what a YAML file under studies/ holds."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from qlora.config import BaseModelSettings, InputError, Settings, TrialSettings, parse_stages, validated
+from tuning.space import DataSettings, read_settings
+
+
+class Sampling(Settings):
+    """Of sampling in place of beam search; see DecodingSettings."""
+
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, gt=0)
+
+
+class Reported(Settings):
+    """Public perplexities of a report to stand beside ours: the base it used, and values by stages."""
+
+    base: str
+    stages: dict[str, float] = Field(default_factory=dict)
+
+
+class Study(Settings):
+    """A study. `stages`: lineages of training; what two of them begin with alike is trained once. `trial`: settings of training but
+    epochs. Texts are generated for the public examples."""
+
+    base_model: BaseModelSettings = BaseModelSettings()
+    data: DataSettings
+    prompt: str = "default"
+    trial: dict[str, Any] = Field(default_factory=dict)
+    stages: tuple[str, ...] = ("1+1+3", "1+1+1+1+1+1")
+    shots: int = Field(3, ge=1)
+    beams: tuple[int, ...] = (1, 3, 5)
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = Field(128, ge=1)
+    num_predictions: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0)
+    reported: Reported | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_fit(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        if not stages:
+            raise ValueError("give at least one lineage, such as '1+1+3'")
+        for one in stages:
+            parse_stages(one)
+        return stages
+
+    @field_validator("trial")
+    @classmethod
+    def _trial_fits(cls, trial: dict[str, Any]) -> dict[str, Any]:
+        if "epochs" in trial:
+            raise ValueError("epochs come from stages; take it out")
+        TrialSettings.model_validate(trial)
+        return trial
+
+    @field_validator("beams")
+    @classmethod
+    def _beams_fit(cls, beams: tuple[int, ...]) -> tuple[int, ...]:
+        if not beams or min(beams) < 1:
+            raise ValueError("needs at least one number of beams, each at least 1")
+        return beams
+
+    def nodes(self) -> list[tuple[int, ...]]:
+        """Every point of every lineage, as the stages that lead to it, parents first: (1,), (1, 1), (1, 1, 3), (1, 1, 1), ..."""
+        found: list[tuple[int, ...]] = []
+        for lineage in self.stages:
+            stages = parse_stages(lineage)
+            found += [stages[:end] for end in range(1, len(stages) + 1) if stages[:end] not in found]
+        return found
+
+    def settings_of(self, stages: tuple[int, ...]) -> TrialSettings:
+        """What training to a point of a lineage is set to."""
+        return TrialSettings.model_validate({"seed": self.seed, **self.trial, "epochs": name_of(stages)})
+
+
+def name_of(stages: tuple[int, ...]) -> str:
+    """(1, 1, 3) -> "1+1+3"."""
+    return "+".join(map(str, stages))
+
+
+def load_study(path: str | Path, overrides: list[str]) -> Study:
+    """The Study of a YAML file with `dotted.key=value` overrides. Raises InputError naming file and key."""
+    content = read_settings(path, overrides)
+    study = validated(path, lambda: Study.model_validate(content))
+    if study.data.train_examples is not None and study.shots > study.data.train_examples:
+        raise InputError(path, f"{study.shots} shots are more than the {study.data.train_examples} training examples")
+    return study

@@ -1,0 +1,103 @@
+"""Owns a study's page: the tables of the course report, with intervals, beside the report's own figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora.files import write_text
+from tracking.charts import epoch_curves
+from tracking.pages import facts, figure, number, page, table, text
+from tracking.report import bootstrap_interval, compare
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """A study: its name and base; what was found by step; points of its lineages as stages ("1+1+3"); the report's base and perplexities
+    by stages, if there are any; examples to show, each (instruction, reference, texts by kind); facts."""
+
+    name: str
+    base: str
+    found: Mapping[str, Any]
+    nodes: Sequence[str]
+    lineages: Sequence[str]
+    kinds: Mapping[str, str]
+    decodings: Sequence[str]
+    reported_base: str | None
+    reported: Mapping[str, float]
+    examples: Sequence[tuple[str, str, Mapping[str, str]]]
+    facts: Mapping[str, Any]
+
+
+def write_study_report(path: Path, study: StudyReport) -> None:
+    """Write the page."""
+    sections = [
+        f"<h1>Study {text(study.name)}</h1>", f"<p>Base: {text(study.base)}. {text(_verdict(study))}</p>",
+        "<h2>Stages</h2>", _stages(study),
+        "<h2>Learning curves</h2>", figure(epoch_curves(_curves(study, "perplexity", "mean"), "public perplexity"),
+                                           "Public perplexity over epochs; every + begins a stage with a fresh optimizer and schedule."),
+        figure(epoch_curves(_curves(study, "text", "chrf"), "chrF"), "chrF of texts generated greedily, over epochs."),
+        "<h2>Prompts</h2>", _prompts(study), "<h2>Beams and sampling</h2>", _decodings(study),
+        "<h2>Predictions side by side</h2>", _predictions(study), "<h2>Facts</h2>", facts(study.facts)]
+    write_text(path, page(f"Study {study.name}", sections))
+
+
+def _verdict(study: StudyReport) -> str:
+    best = study.found["best"]
+    ours, zero = (study.found[f"perplexity {name}"]["values"] for name in (best, "zero-shot"))
+    _, low, high = compare(ours, zero)
+    told = "" if low <= 0 <= high else ", and the difference is not one of the examples drawn"
+    return (f"Best after stages {best}: public perplexity {study.found[f'perplexity {best}']['mean']:.4g}, zero-shot "
+            f"{study.found['perplexity zero-shot']['mean']:.4g}{told}.")
+
+
+def _stages(study: StudyReport) -> str:
+    theirs = [f"reported ({study.reported_base})"] if study.reported_base else []
+    rows = []
+    for node in study.nodes:
+        measured, written = study.found[f"perplexity {node}"], study.found[f"text {node}"]
+        rows.append([node, sum(map(int, node.split("+"))), number(measured["mean"]), _interval(measured["values"]),
+                     number(study.found[f"train {node}"]["training_loss"]), number(written["chrf"]), number(written["bleu"]),
+                     *([number(study.reported.get(node))] if theirs else [])])
+    best = list(study.nodes).index(study.found["best"])
+    heads = ["stages", "epochs", "public perplexity", "95 % interval", "training loss", "chrF", "BLEU", *theirs]
+    note = f'<p class="note">The reported figures are those of another base, {text(study.reported_base)}.</p>' if theirs else ""
+    return table(heads, rows, best) + note
+
+
+def _prompts(study: StudyReport) -> str:
+    rows = []
+    for key, label in study.kinds.items():
+        measured, written = study.found[f"perplexity {key}"], study.found[f"text {key}"]
+        rows.append([label, number(measured["mean"]), _interval(measured["values"]), number(written["chrf"]), number(written["bleu"]),
+                     number(written["exact_match"]), f"{written['asks_another_question']} of {written['count']}"])
+    return table(["prompt", "public perplexity", "95 % interval", "chrF", "BLEU", "exact", "go on to another question"], rows)
+
+
+def _decodings(study: StudyReport) -> str:
+    rows = []
+    for name in study.decodings:
+        written = study.found[f"text {name}"]
+        rows.append([name, number(written["chrf"]), number(written["bleu"]), number(written["exact_match"]),
+                     number(written["rows_per_second"]), number(written["num_tokens"] / written["count"]),
+                     number(written["peak_memory_gib"] or None)])
+    return table(["decoding", "chrF", "BLEU", "exact", "rows/s", "new tokens a row", "peak GiB"], rows)
+
+
+def _predictions(study: StudyReport) -> str:
+    kinds = list(study.kinds.values())
+    rows = [[instruction, reference, *(texts[kind] for kind in kinds)] for instruction, reference, texts in study.examples]
+    return table(["instruction", "reference", *kinds], rows, kind="texts")
+
+
+def _curves(study: StudyReport, step: str, value: str) -> dict[str, list[tuple[float, float]]]:
+    curves = {}
+    for lineage in study.lineages:
+        stages = lineage.split("+")
+        names = ["+".join(stages[:end]) for end in range(1, len(stages) + 1)]
+        curves[lineage] = [(float(sum(map(int, name.split("+")))), float(study.found[f"{step} {name}"][value])) for name in names]
+    return curves
+
+
+def _interval(values: Sequence[float]) -> str:
+    return "{:.4g} - {:.4g}".format(*bootstrap_interval(values))
