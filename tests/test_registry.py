@@ -13,6 +13,7 @@ from test_training import tiny_bank
 
 from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
 from qlora.prompts import PROMPT_FOLDER
+from ray_jobs.promote import table
 from tracking import registry, runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,7 @@ def logged(store, base, run_name: str, seed: int = 0) -> tuple[str, str]:
     return run, uri
 
 
+@pytest.mark.slow
 def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, base):
     """From the store alone: the script, the packages and the adapter that were kept there."""
     from inference.engine import ServedModel, load_engine
@@ -98,6 +100,9 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, base):
         registry.roll_back("course")
     assert registry.promote("course", "3").is_champion
     listed = registry.versions("course")
+    lines = table(listed).splitlines()
+    assert lines[0].split()[:4] == ["version", "aliases", "public", "ppl"]
+    assert lines[2].split()[:4] == ["3", "champion", "4", "-"]
     assert [(entry["version"], entry["aliases"]) for entry in listed] == [("4", "challenger"), ("3", "champion"), ("2", ""), ("1", "")]
     for wrong in (lambda: registry.promote("course", "9"), lambda: registry.promote("nobody", "1"), lambda: registry.versions("nobody"),
                   lambda: registry.roll_back("nobody")):
