@@ -24,18 +24,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 _FLAGS = "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist --force-color-profile=srgb"
 _SETTLE_SECONDS = 8
 _LEAVE_ASSISTANT = "document.querySelectorAll('aside button, [aria-label=\"Close\"]').forEach(b => b.click())"
-# The comparison opens with the parameters that differ; of the metrics, the first is chosen, which we replace.
-_CHOOSE_METRIC = """
+# The comparison opens with some of the parameters that differ and the first metric; people compare all five with perplexity.
+_CHOOSE_AXES = """
 (async () => {
   const wait = ms => new Promise(done => setTimeout(done, ms));
-  const label = [...document.querySelectorAll('div')].find(e => e.childElementCount == 0 && e.textContent.trim() == 'Metrics:');
-  const field = label.nextElementSibling;
-  field.querySelector('[class*=select-selection-item-remove]').click();
+  const field = name => [...document.querySelectorAll('div')].find(
+    e => e.childElementCount == 0 && e.textContent.trim() == name).nextElementSibling;
+  const add = async (name, wanted) => {
+    field(name).querySelector('[class*=select-selector]').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
+    await wait(1000);
+    for (const option of [...document.querySelectorAll('.du-bois-light-select-item-option')])
+      if (option.offsetParent && wanted.includes(option.textContent) && !option.className.includes('option-selected')) {
+        option.click();
+        await wait(300);
+      }
+    document.querySelector('h1, h2').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
+    await wait(1000);
+  };
+  field('Metrics:').querySelector('[class*=select-selection-item-remove]').click();
   await wait(500);
-  field.querySelector('[class*=select-selector]').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
-  await wait(1000);
-  [...document.querySelectorAll('[class*=select-item-option]')].find(e => e.textContent == 'best_public_perplexity').click();
-  document.querySelector('h1, h2').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
+  await add('Metrics:', ['best_public_perplexity']);
+  await add('Parameters:', ['learning_rate', 'lora_r', 'lora_alpha', 'lora_dropout', 'epochs']);
 })()"""
 
 
@@ -77,7 +86,7 @@ def _pages(root: str, sweep: str) -> dict[str, tuple[str, str, int]]:
     child = next(child for child in children if child.data.tags["trial_id"] == best)
     return {
         "sweep": (f"{root}/#/experiments/{experiment}/runs/{run}", "", 1300),
-        "compare": (f"{root}/#/compare-runs?runs={runs}&experiments={only}", _CHOOSE_METRIC, 900),
+        "compare": (f"{root}/#/compare-runs?runs={runs}&experiments={only}", _CHOOSE_AXES, 900),
         "curves": (f"{root}/#/metric?runs={runs}&experiments={only}&metric={curve}&plot_metric_keys={urllib.parse.quote('[')}{curve}"
                    f"{urllib.parse.quote(']')}&x_axis=step", "", 800),
         "trial": (f"{root}/#/experiments/{experiment}/runs/{child.info.run_id}/model-metrics", "", 1200),
@@ -117,7 +126,7 @@ def look(pages: dict[str, tuple[str, str, int]], out: Path) -> dict[str, str]:
         evaluate(_LEAVE_ASSISTANT)
         if script:
             evaluate(script)
-        pause(4)
+        pause(8 if script else 4)
         texts[name] = evaluate("document.body.innerText")
         view.grab().save(str(out / f"{name}.png"))
     view.close()

@@ -1,8 +1,7 @@
 """Owns the AdapterBank: many trials' LoRA adapters on one frozen base, trained and evaluated in one pass over one stream.
 
-Every linear layer that an adapter targets becomes a BankedLinear: the base's product over the whole stream, then each
-part's LoRA product over its own tokens (qlora.grouped_lora; on a GPU qlora.lora_kernels). An adapter's weights are one flat
-float32 vector, and so are its gradients: an optimizer step is a few launches, however many layers there are.
+Every linear layer that an adapter targets becomes a BankedLinear (qlora.banked_linear). An adapter's weights are one flat float32
+vector, and so are its gradients: an optimizer step is a few launches, however many layers there are.
 
 PEFT's layout goes in and out, and a fresh adapter is the one that PEFT would draw. Refuses to know schedules and data.
 """
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora import grouped_lora
 from qlora.attention import use_packed_attention
+from qlora.banked_linear import BankedLinear, Route, Switch
 from qlora.base_model import load_base
 from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.fused import fuse_for_training
@@ -78,24 +76,6 @@ class _Place:
         return flat[self.start:self.start + math.prod(self.shape)].view(self.shape)
 
 
-@dataclass(frozen=True)
-class Route:
-    """Which tokens of a pass go through which adapter, and what the layers need to know of it."""
-
-    bounds: tuple[tuple[int, int], ...]
-    adapters: tuple[Adapter | None, ...]
-    dropouts: tuple[Dropout | None, ...]
-    anchor: Tensor
-    pass_tables: Any = None
-    layer_tables: Any = None
-
-    def layer_parts(self, name: str) -> list[LayerPart]:
-        """The parts that have an adapter at a layer."""
-        found = (_layer_part(adapter, name, *bounds, dropout)
-                 for adapter, bounds, dropout in zip(self.adapters, self.bounds, self.dropouts, strict=True))
-        return [part for part in found if part is not None]
-
-
 @dataclass(eq=False)
 class AdapterBank:
     """Adapters on one base, which has packed attention. `base_name` is what saved adapters say they were trained on. A layer has the
@@ -103,14 +83,11 @@ class AdapterBank:
 
     model: PreTrainedModel
     base_name: str
-    layers: dict[str, "BankedLinear"] = field(default_factory=dict)
-    route: Route | None = None
+    layers: dict[str, BankedLinear] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
     recorder: Any = None  # of qlora.passes
     mean_parameters: float = 0.0  # of a linear layer
     _linear: tuple[str, ...] = ()
-    _siblings: dict[str, list["BankedLinear"]] = field(default_factory=dict)
-    _leader: tuple["BankedLinear", Tensor] | None = None
-    _ready: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -177,37 +154,13 @@ class AdapterBank:
         if self.has_kernels and any(adapter is not None for adapter in adapters):
             tables = {"pass_tables": lora_kernels.pass_tables_on(self.device, bounds, dropouts),
                       "layer_tables": self.tables_of(adapters).layers}
-        with self.on_route(Route(bounds, tuple(adapters), tuple(dropouts), anchor, **tables)):
-            yield
 
-    @contextmanager
-    def on_route(self, route: Route) -> Iterator[None]:
-        """Within: the model's layers follow a route."""
-        assert self.route is None
-        self.route = route
-        try:
+        def parts_at(layer: str) -> list[LayerPart]:
+            found = (_layer_part(adapter, layer, *bound, dropout)
+                     for adapter, bound, dropout in zip(adapters, bounds, dropouts, strict=True))
+            return [part for part in found if part is not None]
+        with self.switch.on_route(Route(anchor, parts_at, **tables)):
             yield
-        finally:
-            self.route, self._leader = None, None
-            self._ready.clear()
-
-    def product(self, layer: "BankedLinear", x: Tensor) -> Tensor:
-        """A layer's product on the route, with those of the layers that were seen to read the very same x after it (queries, keys
-        and values; a gated MLP's two halves): together they need no sum of their inputs' gradients."""
-        assert self.route is not None
-        read, y = self._ready.pop(layer.name, (None, None))
-        if y is not None and read is x:
-            return y
-        if self._leader is not None and self._leader[1] is x:
-            siblings = self._siblings[self._leader[0].name]
-            if layer not in siblings:
-                siblings.append(layer)
-        else:
-            self._leader = (layer, x)
-        together = self._siblings.setdefault(layer.name, [layer])
-        y, *others = _Banked.apply(x, self.route.anchor, tuple(together), self.route)
-        self._ready.update((other.name, (x, one)) for other, one in zip(together[1:], others, strict=True))
-        return y  # type: ignore[no-any-return]
 
     def tables_of(self, adapters: Sequence[Adapter | None]) -> Any:
         """The kernels' tables of these adapters at all layers, kept until one of them is detached. GPUs only."""
@@ -247,74 +200,12 @@ class AdapterBank:
             raise InputError("target_modules", unknown)
         return [name for name in self._linear if is_targeted(name, wanted)]
 
-    def _banked(self, name: str) -> "BankedLinear":
+    def _banked(self, name: str) -> BankedLinear:
         if name not in self.layers:
-            layer = BankedLinear(self.model.get_submodule(name), self, name, self._linear.index(name))
+            layer = BankedLinear(self.model.get_submodule(name), self.switch, name, self._linear.index(name))
             self.model.set_submodule(name, layer)
             self.layers[name] = layer
         return self.layers[name]
-
-
-class BankedLinear(nn.Module):
-    """A frozen linear layer of the base, in NF4 or not, and the adapters' products that the bank's route asks for."""
-
-    def __init__(self, base: Any, bank: AdapterBank, name: str, index: int):
-        super().__init__()
-        self.base, self.name, self.index = base, name, index
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self._bank = (bank,)  # in a tuple: a bank is no submodule
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., IN] -> [..., OUT]."""
-        bank = self._bank[0]
-        return self.base(x) if bank.route is None else bank.product(self, x)  # type: ignore[no-any-return]
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The base's weight [OUT, IN], dequantised if need be."""
-        state = getattr(self.base.weight, "quant_state", None)
-        if state is None:
-            return self.base.weight  # type: ignore[no-any-return]
-        from bitsandbytes.functional import dequantize_4bit
-        return dequantize_4bit(self.base.weight.data, state).to(dtype)  # type: ignore[no-any-return]
-
-
-class _Banked(torch.autograd.Function):
-    """y = x W' + bias + LoRA products, of one or several layers that read x. A, B get their gradients here, beside autograd: they would
-    be as many inputs as adapters."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, layers: tuple[BankedLinear, ...], route: Route) -> tuple[Tensor, ...]:
-        ctx.layers, ctx.route, ctx.kept = layers, route, []
-        ctx.set_materialize_grads(False)
-        x_TI = x.reshape(-1, x.shape[-1])
-        outs, lows = [], []
-        for layer in layers:
-            y_TO = F.linear(x_TI, layer.weight(x.dtype), layer.base.bias)
-            if route.pass_tables is not None:
-                lows.append(lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, route.layer_tables[layer.index], layer.index))
-            else:
-                ctx.kept.append(grouped_lora.add_lora(x_TI, y_TO, route.layer_parts(layer.name), layer.index))
-            outs.append(y_TO.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x_TI, *lows)
-        return tuple(outs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        route, (x_TI, *lows) = ctx.route, ctx.saved_tensors
-        dx_TI, shape = None, next(grad.shape[:-1] for grad in grads if grad is not None)
-        for number, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
-            if grad is None:
-                continue
-            dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
-            if ctx.needs_input_grad[0]:
-                weight = layer.weight(dy_TO.dtype)
-                dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
-            if route.pass_tables is not None:
-                tables = route.layer_tables[layer.index]
-                lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, lows[number], route.pass_tables, tables, layer.index)
-            else:
-                grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.layer_parts(layer.name), ctx.kept[number])
-        return (None if dx_TI is None else dx_TI.view(*shape, -1)), None, None, None
 
 
 def is_targeted(name: str, wanted: Any) -> bool:

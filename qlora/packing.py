@@ -85,7 +85,7 @@ def on_device(layout: Layout, device: torch.device | str) -> PackedBatch:
     arrays = (layout.ids_T, layout.positions_T, layout.predictors_A, layout.targets_A)
     whole = torch.from_numpy(np.concatenate(arrays)).to(device)
     ids_T, positions_T, predictors_A, targets_A = whole.split([len(array) for array in arrays])
-    return PackedBatch(ids_T, positions_T, predictors_A, targets_A, layout.parts, layout.num_answers, layout.longest)
+    return PackedBatch(ids_T, positions_T, predictors_A, targets_A, layout.parts, layout.longest)
 
 
 def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[Group]:

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora.bank import Adapter, AdapterBank, Route
+from qlora.bank import Adapter, AdapterBank
+from qlora.banked_linear import Route
 from qlora.grouped_lora import Dropout
 from qlora.packing import Group, lay_out, on_device
 from qlora.stream import Layout, PackedBatch, Stretches, bounds_of, prefix_places, stretch_lengths
@@ -211,7 +212,7 @@ class _Recording:
         at = SimpleNamespace(**{name: self._block[start:end].view(getattr(torch, np.dtype(kind).name)) for name, kind, start, end
                                 in self._places()})
         stretches = Stretches(at.rows, at.parts, at.prefixes, size.longest_row, size.longest_part, size.longest_prefix, at.places, at.alone)
-        self._batch = PackedBatch(at.ids, at.positions, at.predictors, at.targets, (), (), size.longest, stretches)
+        self._batch = PackedBatch(at.ids, at.positions, at.predictors, at.targets, (), size.longest, stretches)
         self._layers = lora_kernels.make_layer_tables([[None] * parts] * bank.num_layers, bank.device, size.rank)
         self._pass_tables = lora_kernels.PassTables(size.num_tiles, size.parts, at.tiles, at.bounds, at.keys, at.limits, at.factors,
                                                     size.has_dropout)
@@ -274,8 +275,8 @@ class _Recording:
 
     def _work(self) -> Tensor:
         anchor = torch.zeros((), device=self._bank.device, requires_grad=self._size.is_training)  # belongs to the stream it is made on
-        route = Route((), (), (), anchor, self._pass_tables, self._layers.layers)
-        with self._bank.on_route(route), torch.autograd.set_multithreading_enabled(False):
+        route = Route(anchor, lambda layer: [], self._pass_tables, self._layers.layers)
+        with self._bank.switch.on_route(route), torch.autograd.set_multithreading_enabled(False):
             if not self._size.is_training:
                 with torch.no_grad():
                     return answer_nll(self._bank.model, self._batch)

@@ -152,7 +152,6 @@ class PackedBatch:
     predictors_A: torch.Tensor
     targets_A: torch.Tensor
     parts: tuple[Part, ...]
-    num_answers: tuple[int, ...]
     longest: int
     known_stretches: "Stretches | None" = None
 

@@ -85,7 +85,7 @@ def name_of(stages: tuple[int, ...]) -> str:
 
 def load_study(path: str | Path, overrides: list[str]) -> Study:
     """The Study of a YAML file with `dotted.key=value` overrides. Raises InputError naming file and key."""
-    content = read_settings(path, overrides)
+    content = read_settings(path, overrides, "studies/quick.yaml")
     study = validated(path, lambda: Study.model_validate(content))
     if study.data.train_examples is not None and study.shots > study.data.train_examples:
         raise InputError(path, f"{study.shots} shots are more than the {study.data.train_examples} training examples")

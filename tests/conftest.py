@@ -3,6 +3,9 @@
 import copy
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +13,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +28,7 @@ from transformers import (
 
 from qlora.prompts import EncodedExample
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {
@@ -92,3 +97,35 @@ def write_rows(tmp_path: Path):
         path.write_text(json.dumps(rows), encoding="utf-8")
         return path
     return write
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_base):
+    """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("qlora", "tuning", "inference", "tracking", "ray_jobs", "prompts", "deploy"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    words = "春夏秋冬東西南北山水風雲日月星辰"
+    rows = [{"id": f"e{n}", "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}", "output": words[(n * 3) % 16]} for n in range(24)]
+    (folder / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
+    (folder / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+    space = {"base_model": {"name": str(tiny_base), "quantization": "none"},
+             "data": {"train": "train.json", "public": "public.json"},
+             "trial": {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0},
+             "search": {"learning_rate": {"choice": [1e-5, 1e-3, 1e-2, 3e-2]}, "epochs": {"choice": [2, "1+1"]}},
+             "num_samples": 5, "registered_model": "tiny",
+             "scheduler": {"type": "asha", "grace_period": 25, "reduction_factor": 2}, "resources_per_trial": {"cpu": 1}}
+    (folder / "space.yaml").write_text(yaml.safe_dump(space), encoding="utf-8")
+    return folder
+
+
+def command(project: Path, script: str, *arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": ""}
+    return subprocess.Popen([sys.executable, f"ray_jobs/{script}.py", *arguments], cwd=project, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def finished(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from qlora.attention import use_packed_attention
 from qlora.config import TrialSettings
-from qlora.packing import pack, pack_groups, shared_prefix_length, split_by_budget, whole_group
+from qlora.packing import lay_out, pack, pack_groups, shared_prefix_length, split_by_budget, whole_group
 from qlora.passes import answer_nll
 from qlora.prompts import EncodedExample
 
@@ -59,7 +59,7 @@ def test_parts_of_a_stream_do_not_see_each_other():
         use_packed_attention(model)
         together = pack_groups(groups)
         alone = torch.cat([answer_nll(model, pack_groups([group])) for group in groups])
-        assert together.num_answers == tuple(sum(len(e.answer) for e in group.examples) for group in groups)
+        assert lay_out(groups).num_answers == tuple(sum(len(e.answer) for e in group.examples) for group in groups)
         torch.testing.assert_close(answer_nll(model, together), alone, rtol=1e-5, atol=1e-5)
 
 

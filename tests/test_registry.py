@@ -1,14 +1,16 @@
 """The registry: what is logged loads back and serves, the better adapter is champion, and there is a way back."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import byte_tokenizer, tiny_model
+from servers import mlflow_server
 from test_training import tiny_bank
 
 from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
@@ -20,27 +22,21 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = [ROOT / "qlora", ROOT / "inference"]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A tracking store of this module's own."""
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
+def store(request, tmp_path_factory):
+    """A tracking store of this module's own: a file as by default, or a server as a team would have it, with PostgreSQL and an S3-like
+    store."""
     folder = tmp_path_factory.mktemp("store")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    patch.setattr(runs, "PROJECT_ROOT", folder)
-    yield folder
-    patch.undo()
+    with contextlib.ExitStack() as stack:
+        uri = f"sqlite:///{folder}/mlflow.db" if request.param == "sqlite" else stack.enter_context(mlflow_server(folder))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        patch.setattr(runs, "PROJECT_ROOT", folder)
+        yield folder
     mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def logged(store, base, run_name: str, seed: int = 0) -> tuple[str, str]:
+def logged(store, tiny_base, run_name: str, seed: int = 0) -> tuple[str, str]:
     """(run, URI) of a logged adapter that was never trained, with weights of its own."""
     client = runs.connect()
     run = client.create_run(runs.ensure_experiment(client, "course"), run_name=run_name).info.run_id
@@ -48,21 +44,21 @@ def logged(store, base, run_name: str, seed: int = 0) -> tuple[str, str]:
     bank = tiny_bank()
     adapter = bank.attach(TrialSettings(lora_r=4, seed=seed))
     adapter.weights.normal_(std=0.2)
-    bank.base_name = str(base)
+    bank.base_name = str(tiny_base)
     bank.save(adapter, store / run_name)
     files = registry.ModelFiles(store / run_name, PROMPT_FOLDER / "default.yaml", ROOT / "deploy" / "served_model.py", CODE)
-    uri = registry.log_model(run, files, {"base_model": str(base), "quantization": "none"}, "翻譯：春", {"public_digest": "d"})
+    uri = registry.log_model(run, files, {"base_model": str(tiny_base), "quantization": "none"}, "翻譯：春", {"public_digest": "d"})
     assert registry.log_model(run, files, {}, "", {}) == uri
     return run, uri
 
 
 @pytest.mark.slow
-def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, base):
+def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, tiny_base):
     """From the store alone: the script, the packages and the adapter that were kept there."""
     from inference.engine import ServedModel, load_engine
     from qlora.base_model import load_tokenizer
     from qlora.prompts import encode_prompt, load_prompt
-    _, uri = logged(store, base, "served")
+    _, uri = logged(store, tiny_base, "served")
     fetched = registry.fetch_adapter(uri)
     assert (fetched.folder / "adapter_config.json").exists()
     asked = ["翻譯：春風", "翻譯：秋月明"]
@@ -73,9 +69,9 @@ found = model.predict([{{"instruction": text}} for text in {asked!r}], params={{
 print(json.dumps(found["output"].tolist()))"""
     out = subprocess.run([sys.executable, "-c", program], cwd=store, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    engine = load_engine(ServedModel(BaseModelSettings(name=str(base), quantization="none"), str(fetched.folder)),
+    engine = load_engine(ServedModel(BaseModelSettings(name=str(tiny_base), quantization="none"), str(fetched.folder)),
                          DecodingSettings(num_beams=2, max_new_tokens=5))
-    prompts = [encode_prompt(load_tokenizer(str(base)), load_prompt().render(text)) for text in asked]
+    prompts = [encode_prompt(load_tokenizer(str(tiny_base)), load_prompt().render(text)) for text in asked]
     expected = {index: text for index, text, _ in engine.generate(prompts)}
     assert json.loads(out.stdout.splitlines()[-1]) == [expected[0], expected[1]]
     model = mlflow.models.get_model_info(uri)
@@ -84,9 +80,9 @@ print(json.dumps(found["output"].tolist()))"""
     assert model.metadata == {"public_digest": "d"}
 
 
-def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, base):
+def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base):
     def register(number, perplexity, digest="d"):
-        run, uri = logged(store, base, f"run{number}", seed=number)
+        run, uri = logged(store, tiny_base, f"run{number}", seed=number)
         return registry.register("course", uri, run, perplexity, digest, {"sweep": "s"})
     first, worse, better, other = register(1, 5.0), register(2, 6.0), register(3, 4.0), register(4, 1.0, digest="another")
     assert [one.is_champion for one in (first, worse, better, other)] == [True, False, True, False]
@@ -110,8 +106,8 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, base):
             wrong()
 
 
-def test_uses_are_linked_to_the_version_that_made_them(store, base):
-    run, uri = logged(store, base, "used", seed=7)
+def test_uses_are_linked_to_the_version_that_made_them(store, tiny_base):
+    run, uri = logged(store, tiny_base, "used", seed=7)
     registered = registry.register("linked", uri, run, 5.0, "d", {})
     registry.note_use(registry.fetch_adapter(registered.model_uri), "evaluation", {"data": "public.json"}, {"mean_perplexity": 5.1})
     client = runs.connect()
@@ -119,3 +115,22 @@ def test_uses_are_linked_to_the_version_that_made_them(store, base):
     assert [(one.info.status, one.data.tags["model_uri"], one.data.metrics["mean_perplexity"]) for one in found] == [
         ("FINISHED", "models:/linked/1", 5.1)]
     assert [one.model_id for one in client.get_run(found[0].info.run_id).inputs.model_inputs] == [uri.removeprefix("models:/")]
+
+
+def test_a_sweeps_runs_and_files(store, tmp_path):
+    (tmp_path / "report.html").write_text("<p>report</p>")
+    tracker = runs.start_sweep("night", "team", {"seed": 0}, {"train": ("train.json", "d" * 64, 3), "public": ("public.json", "e" * 64, 2)})
+    tracker.note({"hardware": "two cores"}, [tmp_path / "report.html"])
+    with tracker.system_metrics():
+        time.sleep(0.5)
+    tracker.end("FINISHED", {"zero_shot_public_perplexity": 9.0})
+    client = runs.connect()
+    run = client.get_run(tracker.parent_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["hardware"] == "two cores"
+    assert run.data.metrics["zero_shot_public_perplexity"] == 9.0
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"train.json", "public.json"}
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]
+    assert runs.start_sweep("night", "team", {}, {}).parent_run_id == tracker.parent_run_id
+    with pytest.raises(Exception, match="models:/"):
+        registry.fetch_adapter("models:/nobody@champion")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import command, finished
 from oracles import loop_perplexities
 from peft import PeftModel
 from test_inputs import refused
-from test_sweep import command, finished, project  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ray_jobs.study
@@ -24,7 +24,7 @@ TRIAL = {"learning_rate": 0.01, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.
 
 
 @pytest.fixture(scope="module")
-def study(project, tiny_base):  # noqa: F811
+def study(project, tiny_base):
     settings = {"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "train.json", "public": "public.json"},
                 "trial": TRIAL, "stages": ["1+2", "1+1"], "shots": 2, "beams": [1, 2], "sampling": {"top_k": 5}, "max_new_tokens": 4,
                 "num_predictions": 3, "reported": {"base": "another base", "stages": {"1": 5.06}}}
@@ -37,7 +37,7 @@ def step(study, key: str) -> dict:
     return json.loads((study[0] / "steps" / f"{key}.json").read_text(encoding="utf-8"))
 
 
-def encoded(project, tiny_base, name: str):  # noqa: F811
+def encoded(project, tiny_base, name: str):
     examples = load_examples(project / f"{name}.json", need_output=True)
     return encode_examples(AutoTokenizer.from_pretrained(tiny_base), load_prompt(), examples, name)
 
@@ -45,7 +45,7 @@ def encoded(project, tiny_base, name: str):  # noqa: F811
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", ["1", "1+2", "1+1"])
-def test_a_point_of_a_lineage_is_what_one_run_of_its_stages_gives(study, project, tiny_base, stages):  # noqa: F811
+def test_a_point_of_a_lineage_is_what_one_run_of_its_stages_gives(study, project, tiny_base, stages):
     """Trained in one go, and measured by PEFT and a loop."""
     training = Training(load_bank(BaseModelSettings(name=str(tiny_base), quantization="none")), encoded(project, tiny_base, "train"),
                         TrialSettings.model_validate({**TRIAL, "epochs": stages, "seed": 0}))
@@ -62,7 +62,7 @@ def test_a_point_of_a_lineage_is_what_one_run_of_its_stages_gives(study, project
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_page_has_the_reports_tables(study, project):  # noqa: F811
+def test_the_page_has_the_reports_tables(study, project):
     page = (study[0] / "study.html").read_text(encoding="utf-8")
     for heading in ("Stages", "Learning curves", "Prompts", "Beams and sampling", "Predictions side by side"):
         assert f"<h2>{heading}</h2>" in page
@@ -78,7 +78,7 @@ def test_the_page_has_the_reports_tables(study, project):  # noqa: F811
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_second_run_does_nothing_twice_and_never_mixes(study, project):  # noqa: F811
+def test_a_second_run_does_nothing_twice_and_never_mixes(study, project):
     files = {path: path.stat().st_mtime_ns for path in (study[0] / "steps").iterdir()}
     (study[0] / "steps" / "text-sampling.json").unlink()
     out = finished(command(project, "study", "--study", "study.yaml", "--name", "small"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from conftest import ROOT, command, finished
 from oracles import loop_perplexities
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,40 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora.data import load_examples
 from qlora.prompts import encode_examples, load_prompt
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, tiny_base):
-    """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("qlora", "tuning", "inference", "tracking", "ray_jobs", "prompts", "deploy"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    words = "春夏秋冬東西南北山水風雲日月星辰"
-    rows = [{"id": f"e{n}", "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}", "output": words[(n * 3) % 16]} for n in range(24)]
-    (folder / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
-    (folder / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
-    space = {"base_model": {"name": str(tiny_base), "quantization": "none"},
-             "data": {"train": "train.json", "public": "public.json"},
-             "trial": {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0},
-             "search": {"learning_rate": {"choice": [1e-5, 1e-3, 1e-2, 3e-2]}, "epochs": {"choice": [2, "1+1"]}},
-             "num_samples": 5, "registered_model": "tiny",
-             "scheduler": {"type": "asha", "grace_period": 25, "reduction_factor": 2}, "resources_per_trial": {"cpu": 1}}
-    (folder / "space.yaml").write_text(yaml.safe_dump(space), encoding="utf-8")
-    return folder
-
-
-def command(project: Path, script: str, *arguments: str, **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": ""}
-    return subprocess.Popen([sys.executable, f"ray_jobs/{script}.py", *arguments], cwd=project, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-
-
-def finished(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
 
 
 def ledger(project: Path, name: str) -> dict[str, dict]:

@@ -154,7 +154,7 @@ def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | N
 
     Raises InputError naming file and key.
     """
-    content = read_settings(path, overrides)
+    content = read_settings(path, overrides, "search_spaces/quickstart.yaml")
     for key, value in (fixed or {}).items():
         if isinstance(content.get("search"), dict):
             content["search"].pop(key, None)
@@ -162,9 +162,10 @@ def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | N
     return validated(path, lambda: Space.model_validate(content))
 
 
-def read_settings(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The mapping of a YAML file with `dotted.key=value` overrides, values read as YAML. Raises InputError naming file and key."""
-    content = _read_yaml(Path(path))
+def read_settings(path: str | Path, overrides: list[str], model: str) -> dict[str, Any]:
+    """The mapping of a YAML file with `dotted.key=value` overrides, values read as YAML. Raises InputError naming file and key, and
+    `model`, a file to learn from."""
+    content = _read_yaml(Path(path), model)
     for override in overrides:
         _override(content, override)
     return content
@@ -233,18 +234,18 @@ def _check_setting(key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: {value!r}: {first_problem(error)[1]}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, model: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(path, "no such file; see search_spaces/") from None
+        raise InputError(path, f"no such file; see {model}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise InputError(f"{path}:line {line}", f"is not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(path, f"can't be read: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(path, "must be a YAML mapping; see search_spaces/quickstart.yaml")
+        raise InputError(path, f"must be a YAML mapping; see {model}")
     return content
 
 
