@@ -106,6 +106,15 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base
             wrong()
 
 
+def test_a_champion_that_was_made_by_hand_can_be_gone_back_to(store, tiny_base):
+    run, uri = logged(store, tiny_base, "by-hand", seed=8)
+    registry.register("hand", uri, run, 5.0, "d", {})
+    runs.connect().delete_registered_model_tag("hand", "champions")
+    run, uri = logged(store, tiny_base, "by-register", seed=9)
+    assert registry.register("hand", uri, run, 4.0, "d", {}).is_champion
+    assert registry.roll_back("hand").model_uri == "models:/hand/1"
+
+
 def test_uses_are_linked_to_the_version_that_made_them(store, tiny_base):
     run, uri = logged(store, tiny_base, "used", seed=7)
     registered = registry.register("linked", uri, run, 5.0, "d", {})

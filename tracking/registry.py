@@ -106,23 +106,14 @@ def register(name: str, model_uri: str, run_id: str, public_perplexity: float, p
     tags = {"public_perplexity": repr(public_perplexity), "public_digest": public_digest, **facts}
     version = _version_of_run(client, name, run_id, tags) or _create_version(client, name, model_uri, run_id, tags)
     client.set_registered_model_alias(name, CHALLENGER, version.version)
-    champion = _champion(client, name)
-    is_champion, reason = _judge(champion, version)
-    if is_champion and (champion is None or champion.version != version.version):
-        _crown(client, name, version)
-    return Registration(f"models:/{name}/{version.version}", is_champion, reason)
+    return _crowned_if_better(client, name, version)
 
 
 def promote(name: str, number: str) -> Registration:
     """Make a version champion if it is better than the present one on the same public examples. Raises InputError for an unknown
     version."""
     client = connect()
-    version = _version(client, name, number)
-    champion = _champion(client, name)
-    is_champion, reason = _judge(champion, version)
-    if is_champion and (champion is None or champion.version != version.version):
-        _crown(client, name, version)
-    return Registration(f"models:/{name}/{number}", is_champion, reason)
+    return _crowned_if_better(client, name, _version(client, name, number))
 
 
 def roll_back(name: str) -> Registration:
@@ -224,9 +215,14 @@ def _history(client: MlflowClient, name: str) -> list[str]:
     return json.loads(client.get_registered_model(name).tags.get(_HISTORY, "[]"))  # type: ignore[no-any-return]
 
 
-def _crown(client: MlflowClient, name: str, version: ModelVersion) -> None:
-    client.set_registered_model_tag(name, _HISTORY, json.dumps([*_history(client, name), str(version.version)]))
-    client.set_registered_model_alias(name, CHAMPION, version.version)
+def _crowned_if_better(client: MlflowClient, name: str, version: ModelVersion) -> Registration:
+    champion = _champion(client, name)
+    is_champion, reason = _judge(champion, version)
+    if is_champion and (champion is None or champion.version != version.version):
+        before = _history(client, name) or ([str(champion.version)] if champion else [])
+        client.set_registered_model_tag(name, _HISTORY, json.dumps([*before, str(version.version)]))
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+    return Registration(f"models:/{name}/{version.version}", is_champion, reason)
 
 
 def _judge(champion: ModelVersion | None, version: ModelVersion) -> tuple[bool, str]:
