@@ -1,11 +1,13 @@
 """Time from start to end of a fixed set of 16 configurations: this project's sweep, against two ways to do it with PEFT.
 
     python benchmarks/makespan.py [--base-model BASE] [--train FILE] [--public FILE] [--train-examples 256] [--side-by-side 4]
+        [--unsloth TOKENS_PER_SECOND]
 
 The sweep is ray_jobs/tune.py, run whole in a process of its own, once without early stopping and once with ASHA: its time
 includes Ray's start, loading the base, evaluations, checkpoints, and registration. PEFT's times are those of its optimizer steps
 alone, from measured throughput: (a) one trial after another, (b) as many Ray tasks side by side as the sweep has trials on a device,
-each with a base of its own. So the comparison leans to PEFT's side.
+each with a base of its own, and, with --unsloth, (c) those of unsloth at a throughput measured elsewhere. So the comparison leans to
+their side.
 """
 
 import argparse
@@ -44,12 +46,14 @@ def main() -> None:
     parser.add_argument("--train-examples", type=int, default=256)
     parser.add_argument("--side-by-side", type=int, default=4, help="trials on a device")
     parser.add_argument("--peft-steps", type=int, default=3)
+    parser.add_argument("--unsloth", type=float, help="unsloth's tokens/s on this base and hardware, measured elsewhere")
     arguments = parser.parse_args()
     num_tokens = sum(example.num_tokens for example in _examples(arguments))
     alone = _peft_throughput(arguments)
     together = _peft_side_by_side(arguments)
     num_trials = len(_RANKS) * len(_RATES)
     found = {"one after another": num_trials * num_tokens / alone, "side by side": num_trials * num_tokens / together,
+             **({"unsloth, one after another": num_trials * num_tokens / arguments.unsloth} if arguments.unsloth else {}),
              **{name: _sweep_seconds(arguments, scheduler) for name, scheduler in (
                  ("sweep", {"type": "fifo"}), ("sweep with ASHA", {"type": "asha", "grace_period": 12.5, "reduction_factor": 2}))}}
     print_report("makespan", found["sweep"], found["one after another"], "seconds",

@@ -13,9 +13,13 @@ def print_report(benchmark: str, ours: float, baseline: float, unit: str, settin
     """Print the line. `ratio` says how many times faster ours is than the baseline."""
     ratio = ours / baseline if higher_is_better else baseline / ours
     print(json.dumps({
-        "benchmark": benchmark, "ours": round(ours, 3), "baseline": round(baseline, 3), "unit": unit, "ratio": round(ratio, 2),
+        "benchmark": benchmark, "ours": _rounded(ours), "baseline": _rounded(baseline), "unit": unit, "ratio": round(ratio, 2),
         "settings": settings, "versions": package_versions(),
         "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"), "date": datetime.date.today().isoformat()}))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def synchronize() -> None:

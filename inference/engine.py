@@ -103,7 +103,13 @@ def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
 
 
 def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engine:
-    """The engine for a loaded model, which the search quickens; says once why it is `generate`, if it is."""
+    """The engine for a loaded model, which the search quickens; says once why it is `generate`, if it is.
+
+    Outputs end at the tokenizer's EOS, which answers end with in training, as well as where the model's generation config says.
+    """
+    ends = model.generation_config.eos_token_id
+    known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id]))
     own_attention = model.config._attn_implementation
     try:
         rules = search_rules(model, decoding)

@@ -1,18 +1,36 @@
-"""Owns PEFT folders: what one says of its base, and PEFT's model of it, for serving.
+"""Owns PEFT folders: what one says of its base, PEFT's model of it, for serving, and writing one.
 
 Refuses to know training and the tracking server. Source of the layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.config import InputError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEFT folder, what makes the adapter
+
+
+@dataclass(frozen=True)
+class AdapterContent:
+    """What a PEFT folder is made of: its config and its matrices by name, in memory."""
+
+    config: LoraConfig
+    matrices: dict[str, Tensor]
+
+    def write(self, folder: Path) -> None:
+        """Write what `PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(str(folder))
+        save_file({name: tensor.contiguous() for name, tensor in self.matrices.items()}, folder / "adapter_model.safetensors",
+                  metadata={"format": "pt"})
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora.adapters import AdapterContent
 from qlora.attention import use_packed_attention
 from qlora.banked_linear import BankedLinear, Route, Switch
 from qlora.base_model import load_base
@@ -171,8 +172,11 @@ class AdapterBank:
         return self._tables[key]
 
     def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write what `PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write a PEFT folder."""
+        self.content(adapter).write(folder)
+
+    def content(self, adapter: Adapter) -> AdapterContent:
+        """Of an adapter's PEFT folder; on a CPU the matrices are the adapter's own, not copies."""
         name, _, revision = self.base_name.partition("@")
         leaves = {layer.rpartition(".")[2] for layer in adapter.layers}
         are_all = sum(name.rpartition(".")[2] in leaves for name in self._linear) == len(adapter.layers)
@@ -180,9 +184,7 @@ class AdapterBank:
         config = LoraConfig(r=adapter.settings.lora_r, lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
                             lora_dropout=adapter.settings.lora_dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM",
                             base_model_name_or_path=name, revision=revision or None, inference_mode=True)
-        config.save_pretrained(str(folder))
-        save_file({name: tensor.contiguous() for name, tensor in adapter.matrices().items()}, folder / "adapter_model.safetensors",
-                  metadata={"format": "pt"})
+        return AdapterContent(config, {name: tensor.cpu() for name, tensor in adapter.matrices().items()})
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Take over the weights of a PEFT folder. Raises InputError if they are not this adapter's."""

@@ -5,6 +5,7 @@ folder, a hub id with an optional revision. Safetensors only, no remote code. Re
 """
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -119,6 +120,19 @@ def base_revision(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_commit_hash", None)
 
 
+def base_digest(name: str) -> str | None:
+    """SHA-256 of a local or embedded base's config, tokenizer and weights; None for a hub id, whose revision pins them."""
+    reference = resolve_base(name)
+    if reference.kind == "hub":
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(reference.location).glob("*")):
+        if path.suffix in (".json", ".safetensors", ".model", ".jinja"):
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def cache_folder() -> Path:
     """Where converted models live: $QLORA_CACHE, else ~/.cache/qlora."""
     return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora")
@@ -150,7 +164,10 @@ def _convert_embedded_base(folder: Path) -> None:
     model.config.name_or_path = DEFAULT_BASE
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE).save_pretrained(unfinished)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
+    for role in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 takes BOS for EOS here; the model's config is right
+        setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{role}_id")))
+    tokenizer.save_pretrained(unfinished)
     unfinished.chmod(0o755)
     if folder.exists():
         shutil.rmtree(folder)

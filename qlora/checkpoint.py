@@ -6,10 +6,14 @@ or nothing. Only safetensors and JSON are read back.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from qlora.adapters import AdapterContent
 from qlora.training import Training
 
 ADAPTER, OPTIMIZER, POSITION, MANIFEST = "adapter", "optimizer.safetensors", "position.json", "manifest.json"
@@ -19,17 +23,35 @@ class CheckpointError(ValueError):
     """A folder is not a whole checkpoint."""
 
 
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a checkpoint is made of, in memory: to be written while the device does other work. It holds until the trial's next step."""
+
+    adapter: AdapterContent
+    optimizer: dict[str, Tensor]
+    position: dict[str, Any]
+
+    @classmethod
+    def of(cls, training: Training) -> "CheckpointContent":
+        """All that `load_checkpoint` needs to go on exactly."""
+        tensors, position = training.state()
+        return cls(training.bank.content(training.adapter), {name: tensor.cpu() for name, tensor in tensors.items()}, position)
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        self.adapter.write(folder / ADAPTER)
+        save_file({name: tensor.contiguous() for name, tensor in self.optimizer.items()}, folder / OPTIMIZER)
+        (folder / POSITION).write_text(json.dumps(self.position, indent=1), encoding="utf-8")
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+        manifest = {str(path.relative_to(folder)): _digest(path) for path in files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
 def save_checkpoint(folder: Path, training: Training) -> None:
-    """Write all that `load_checkpoint` needs to go on exactly."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    tensors, position = training.state()
-    training.bank.save(training.adapter, folder / ADAPTER)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
-    (folder / POSITION).write_text(json.dumps(position, indent=1), encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    manifest = {str(path.relative_to(folder)): _digest(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    """Write a training's checkpoint. Raises OSError."""
+    CheckpointContent.of(training).write(folder)
 
 
 def load_checkpoint(folder: Path, training: Training) -> None:

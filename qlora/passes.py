@@ -33,7 +33,7 @@ except ImportError:  # Triton comes with torch's CUDA builds only
 
 _log = logging.getLogger(__name__)
 _LOGIT_ROWS = 64  # without gradients, so many rows of logits at a time become probabilities: float32 copies stay in cache
-_LAUNCH_BOUND = 3e11  # tokens times parameters of a linear layer: below that, launches cost a GPU time
+_LAUNCH_BOUND = 2e11  # tokens times parameters of a linear layer: above that, a host launches faster than a GPU works
 _MOST_RECORDINGS = 64
 
 

@@ -1,5 +1,6 @@
-"""Owns work of single models on the device of a trial, each piece in a process of its own: training a stage, perplexity, texts."""
+"""Owns work of single models on the device of a trial, away from the driver: training a stage, perplexity, texts."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,29 @@ Files = dict[str, bytes]  # of a PEFT folder, by name; none for the bare base
 def on_device(shares: dict[str, float], work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `work`, done where Ray has such shares of CPUs and GPUs, in a new process."""
     return ray.get(ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"], max_calls=1)(work).remote(*arguments))
+
+
+class Worker:
+    """A process for one piece of work after another where Ray has such shares: what it imported stays, what it loaded goes."""
+
+    def __init__(self, shares: dict[str, float]):
+        self._actor: Any = ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"])(_WorkerProcess).remote()
+
+    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of `work`."""
+        return ray.get(self._actor.do.remote(work, *arguments))
+
+
+class _WorkerProcess:
+    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        import torch
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            return work(*arguments)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def adapter_files(folder: Path) -> Files:

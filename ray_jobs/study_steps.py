@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from qlora.data import examples_digest, load_examples
 from qlora.files import write_json
 from qlora.perplexity import mean_perplexity
 from qlora.prompts import EncodedExample, Prompt, encode_examples, load_prompt
-from ray_jobs.device_work import Files, adapter_files, generate_texts, measure_perplexities, on_device, train_stage
+from ray_jobs.device_work import Files, Worker, adapter_files, generate_texts, measure_perplexities, train_stage
 from ray_jobs.study_settings import Study, name_of
 
 ZERO_SHOT, FEW_SHOT, ADAPTER = "zero-shot", "few-shot", "adapter"
@@ -49,6 +49,10 @@ class StudySteps:
         self._encoded["train"] = encode_examples(self.tokenizer, self.prompts[ADAPTER], self.train, data.train)
         if len(self.public) < self.study.num_predictions:
             raise InputError(data.public, f"holds {len(self.public)} examples, fewer than num_predictions {self.study.num_predictions}")
+
+    @cached_property
+    def _worker(self) -> Worker:
+        return Worker(self.shares)
 
     def claim(self) -> None:
         """Write what the steps belong to. Raises InputError if the folder's steps belong to something else."""
@@ -81,7 +85,7 @@ class StudySteps:
 
     def _train(self, stages: tuple[int, ...]) -> dict[str, Any]:
         start = self._adapter(stages[:-1]) if len(stages) > 1 else {}
-        files, loss, seconds = on_device(self.shares, train_stage, self.study.base_model, start, self._encoded["train"],
+        files, loss, seconds = self._worker.do(train_stage, self.study.base_model, start, self._encoded["train"],
                                          self.study.settings_of(stages))
         folder = self._adapter_folder(stages)
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,14 +95,14 @@ class StudySteps:
 
     def _perplexity(self, name: str, kind: str, files: Files) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            values, _ = on_device(self.shares, measure_perplexities, self.study.base_model, files, self._encoded[kind])
+            values, _ = self._worker.do(measure_perplexities, self.study.base_model, files, self._encoded[kind])
             return {"mean": mean_perplexity(values), "values": values}
         return self._step(f"perplexity {name}", measure)
 
     def _text(self, name: str, kind: str, files: Files, decoding: DecodingSettings) -> dict[str, Any]:
         def generate() -> dict[str, Any]:
             prompts = [example.prompt for example in self._encoded[kind]]
-            found = on_device(self.shares, generate_texts, self.study.base_model, files, prompts, decoding)
+            found = self._worker.do(generate_texts, self.study.base_model, files, prompts, decoding)
             scores = Scores()
             for text, example in zip(found["texts"], self.public, strict=True):
                 scores.add(text, example.output or "")

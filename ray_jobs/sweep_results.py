@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.adapters import ADAPTER_FILES
-from qlora.base_model import load_config, load_tokenizer
+from qlora.base_model import base_digest, load_config, load_tokenizer
 from qlora.config import InputError
 from qlora.data import Example, examples_digest, load_examples
 from qlora.files import write_json, write_text
@@ -133,6 +133,8 @@ class SweepResults:
             facts["continued_from"] = self.start[0]
         if revision := getattr(load_config(settings["base_model"]), "_commit_hash", None):
             facts["base_revision"] = revision
+        if digest := base_digest(settings["base_model"]):
+            facts["base_digest"] = digest
         write_text(best.folder / "README.md", model_card(self.space, best.record, zero_shot, digests))
         files = ModelFiles(best.folder, prompt_file(self.space.prompt), PROJECT_ROOT / "deploy" / "served_model.py",
                            [PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"])

@@ -248,6 +248,25 @@ def test_a_family_that_fails_at_its_first_forward_is_served_by_generate(caplog):
     assert [text for _, text, _ in engine.generate([(1, 5, 6)])] == [byte_tokenizer().decode(expected, skip_special_tokens=True).strip()]
 
 
+@pytest.mark.parametrize("engine_name", ["BeamEngine", "TransformersEngine"])
+def test_outputs_end_where_answers_end_in_training(engine_name):
+    """At the tokenizer's EOS, though the model's generation config names another token, in either engine."""
+    from conftest import byte_tokenizer
+
+    from inference.engine import make_engine
+    from qlora.config import DecodingSettings
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 6.0
+    model.generation_config.eos_token_id = 9
+    if engine_name == "TransformersEngine":
+        model.generation_config.repetition_penalty = 1.01  # which the search lacks
+    engine = make_engine(model, tokenizer, DecodingSettings(max_new_tokens=40))
+    assert type(engine).__name__ == engine_name
+    counts = [count for _, _, count in engine.generate([(1, 5 + n, 6) for n in range(12)])]
+    assert min(counts) < 40
+
+
 @pytest.mark.ray
 def test_a_pool_has_one_engine_an_accelerator():
     """A GPU each, wherever they are; a node each where there are none; a GPU from an autoscaler that has started no node yet."""

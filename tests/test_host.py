@@ -112,13 +112,13 @@ def test_a_trial_that_fits_nowhere_ends_alone(data, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_trials_failure(data, tmp_path, monkeypatch):
-    whole_save = tuning.host.save_checkpoint
+    whole_write = tuning.host.CheckpointContent.write
 
-    def full(folder, training):
+    def full(content, folder):
         if "first" in str(folder):
             raise OSError("no space left on device")
-        whole_save(folder, training)
-    monkeypatch.setattr(tuning.host, "save_checkpoint", full)
+        whole_write(content, folder)
+    monkeypatch.setattr(tuning.host.CheckpointContent, "write", full)
     host = Host(data, 1)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.submit(run, host, "first", CONFIGS[0], tmp_path), pool.submit(run, host, "second", CONFIGS[0], tmp_path)

@@ -70,3 +70,12 @@ def test_the_sample_data_are_whole(name, count):
     assert len(examples) == count
     assert any("文言文" in e.instruction or "古" in e.instruction for e in examples)
     assert any("現代" in e.instruction or "白話" in e.instruction for e in examples)
+
+
+@pytest.mark.slow
+def test_the_embedded_base_ends_answers_where_it_ends_its_own():
+    from qlora.base_model import load_config, load_tokenizer
+    from qlora.config import DEFAULT_BASE
+    tokenizer, config = load_tokenizer(DEFAULT_BASE), load_config(DEFAULT_BASE)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")

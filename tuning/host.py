@@ -2,7 +2,7 @@
 
 One thread does everything that touches the device: whoever calls leaves a wish and waits. Between two steps the thread
 carries out what was asked for; a trial that asks for nothing (it waits at a rung, or was stopped) costs the others
-nothing. Refuses to know how hosts are found and how trials report.
+nothing. Checkpoints are written by a second thread. Refuses to know how hosts are found and how trials report.
 """
 
 import logging
@@ -13,9 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 from qlora.bank import load_bank
 from qlora.base_model import default_token_budget
-from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, verify_checkpoint
+from qlora.checkpoint import CheckpointContent, CheckpointError, load_checkpoint, verify_checkpoint
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.prompts import EncodedExample
 from qlora.training import DivergedError, StepResult, Timetable, Training, advance_together
@@ -74,6 +75,7 @@ class Host:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._bank = load_bank(data.space.base_model)
+        self._writer = ThreadPoolExecutor(1)
         threading.Thread(target=self._work, daemon=True).start()
 
     def zero_shot(self) -> list[float]:
@@ -186,13 +188,9 @@ class Host:
     def _evaluate(self, seats: list[Seat]) -> None:
         found = adapter_perplexities(self._bank, [(seat.training.adapter, self._data.public) for seat in seats], self._budget_tokens)
         for seat, values in zip(seats, found, strict=True):
-            try:
-                save_checkpoint(Path(seat.folder), seat.training)
-            except OSError as error:
-                self._fail([seat], error)
-                continue
-            seat.goal = None
-            seat.reply.set_result({**_metrics(seat, mean_perplexity(values)), "perplexities": values})
+            metrics = {**_metrics(seat, mean_perplexity(values)), "perplexities": values}
+            content, seat.goal = CheckpointContent.of(seat.training), None
+            self._writer.submit(_settle, seat.reply, partial(_written, content, Path(seat.folder), metrics))
 
     def _fail(self, seats: list[Seat], error: Exception) -> None:
         for seat in seats:
@@ -258,6 +256,11 @@ def _metrics(seat: Seat, perplexity: float) -> dict[str, float]:
         "tokens_per_second": sum(result.num_tokens for result in seen) / max(seat.seconds, 1e-9),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
     }
+
+
+def _written(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    content.write(folder)
+    return metrics
 
 
 def _end_if_the_gpu_is_out_of_order() -> None:

@@ -1,14 +1,15 @@
 """Owns the plan: what a sweep is about to do and need, in numbers, before anything starts; and afterwards, how right that was.
 
 Memory is counted, not guessed: base, adapters with gradients and Adam's two moments, and what a layer keeps of a token for its
-backward. Time is the arithmetic of base and adapters at a device's measured speed.
+backward. Time is the arithmetic of the base and the memory that layers move, at a device's measured speeds, with what every step
+and every first pass of a size costs a GPU's host, for as many trials as ASHA lets through.
 """
 
 import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +33,25 @@ _SLACK = 1.15  # of activations: what kernels need while they work, and what an 
 _GPU_PASS_TOKENS = 24576  # of a pass: more of them make no kernel faster
 _MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
 _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
-_ARITHMETIC_SHARE = {"cuda": 0.6, "cpu": 0.55}  # of a training pass's time that is products of the base
 _START_SECONDS = 60  # Ray, the first host, its base
+_CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of the base
+# Of a GPU, from steps of one and eight trials of the shapes of 135 million, 1.1 and 7 billion parameters on an H100:
+_MOVED_NUMBERS = 16  # by a training pass, for each number that a linear layer takes or gives
+_STEP_SECONDS, _TRIAL_SECONDS = 0.015, 0.0025  # of the host: a step, and each trial in it
+_RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
 
 
 @dataclass(frozen=True)
 class Device:
     """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second), in
-    bfloat16 if it has that."""
+    bfloat16 if it has that, and moves memory (bytes a second, read and written)."""
 
     kind: str
     free_bytes: int
     speed: float
     has_bfloat16: bool = False
     name: str = ""
+    bandwidth: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class ModelSize:
     widths: tuple[tuple[str, int, int], ...]
     vocabulary: int
     hidden: int
+    num_layers: int
     kept_numbers: int
 
     def adapter_parameters(self, settings: TrialSettings) -> int:
@@ -87,16 +94,21 @@ class Plan:
 
 
 def this_device(device: torch.device) -> Device:
-    """A device of this process, its speed taken from products of two matrices (a tenth of a second)."""
+    """A device of this process, its speeds taken from products of two matrices and copies of one (a tenth of a second)."""
     dtype = compute_dtype(BaseModelSettings(), device)
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
+    product, copy = _shortest_seconds(lambda: a @ a), _shortest_seconds(lambda: a.clone())
+    return Device(device.type, free_bytes(device), 2 * size**3 / product, dtype == torch.bfloat16, hardware(device.type),
+                  2 * a.nbytes / copy)
+
+
+def _shortest_seconds(work: Callable[[], torch.Tensor]) -> float:
+    def measured() -> float:
         started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return Device(device.type, free_bytes(device), 2 * size**3 / best, dtype == torch.bfloat16, hardware(device.type))
+        work()[0, 0].item()
+        return time.perf_counter() - started
+    return min(measured() for _ in range(4))
 
 
 def model_size(config: Any) -> ModelSize:
@@ -113,7 +125,7 @@ def model_size(config: Any) -> ModelSize:
     # Both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product.
     kept = 4 * text.hidden_size + 2 * (heads + kv_heads) * head_dim + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
     return ModelSize(size, sum(p.numel() for p in model.parameters()) - size, tuple(linear), text.vocab_size, text.hidden_size,
-                     text.num_hidden_layers * kept)
+                     text.num_hidden_layers, text.num_hidden_layers * kept)
 
 
 def sweep_device(space: Space, *, here: bool) -> Device | None:
@@ -167,7 +179,7 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
     room = int((0.9 * free - base - trials * adapter) / token)
     largest = math.ceil(trials * step + 3 * _deviation(train) * math.sqrt(trials * _batch_size(space)))
     budget = space.budget_tokens or max(min(room, largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train))
-    seconds, unstopped = _expected_seconds(space, train, public, size, device)
+    seconds, unstopped = _expected_seconds(space, train, public, size, device, trials)
     kept = 2 * space.num_trials * adapter * 12 // _ADAPTER_BYTES
     return Plan(base, adapter, int(min(budget, largest) * token), budget, trials, kept, seconds, unstopped)
 
@@ -275,27 +287,51 @@ def _longest(train: Sequence[EncodedExample]) -> int:
 
 
 def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize,
-                      device: Device) -> tuple[float, float]:
-    """(with early stopping, without), on one device, if trials stop as ASHA means to: 1 of `reduction_factor` goes on at each rung."""
+                      device: Device, side_by_side: int) -> tuple[float, float]:
+    """(with early stopping, without), on one device."""
     fixed = space.trial_settings({})
     epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in _values(space, "epochs")] or [sum(fixed.stages)]
     mean_epochs = sum(epochs) / len(epochs)
     steps = make_timetable(len(train), fixed).steps_per_epoch
     answers = sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
-    head = size.vocabulary * size.hidden * answers  # scored positions only
-    training = 4 * (size.linear + head) * steps * _step_tokens(space, train) * mean_epochs
-    one_evaluation = 2 * (size.linear + head) * sum(group.num_tokens for group in split_by_budget(public, 32768))
-    points, keep = [100.0], 1.0
+    step = _token_seconds(size, device, answers) * _step_tokens(space, train)
+    evaluation = _token_seconds(size, device, answers) / 2 * sum(group.num_tokens for group in split_by_budget(public, 32768))
+    start = float(_START_SECONDS)
+    if device.kind == "cuda":
+        step += _STEP_SECONDS / side_by_side + _TRIAL_SECONDS
+        start += _RECORDINGS * _RECORDING_SECONDS * size.num_layers
+    points: list[float] = [100.0]
     if isinstance(space.scheduler, Asha):
         unit = 1.0 if space.scheduler.time_attr == "schedule_percent" else 100 / (steps * mean_epochs)
         points = [unit * rung for rung in (*space.scheduler.rungs, space.scheduler.max_t) if unit * rung < 100] + [100.0]
-        keep = 1 / space.scheduler.reduction_factor
-    stretches = [end - start for start, end in zip([0.0, *points], points, strict=False)]
-    share = sum(stretch / 100 * keep**index for index, stretch in enumerate(stretches))
-    evaluations = sum(keep**index for index in range(len(points)))
-    speed = device.speed * _ARITHMETIC_SHARE[device.kind]
-    full = _START_SECONDS + space.num_trials * (training + (len(points) + mean_epochs - 1) * one_evaluation) / speed
-    return _START_SECONDS + space.num_trials * (share * training + (evaluations + share * (mean_epochs - 1)) * one_evaluation) / speed, full
+
+    def seconds(trials: list[float]) -> float:
+        """`trials`: that train up to each point."""
+        stretches = [end - start for start, end in zip([0.0, *points], points, strict=False)]
+        whole = sum(count * stretch / 100 for count, stretch in zip(trials, stretches, strict=True))
+        return start + whole * mean_epochs * steps * step + (sum(trials) + whole * (mean_epochs - 1)) * evaluation
+    everyone = [float(space.num_trials)] * len(points)
+    survivors = list(everyone)
+    if isinstance(space.scheduler, Asha):
+        for index in range(1, len(points)):
+            survivors[index] = _let_through(survivors[index - 1], space.scheduler.reduction_factor)
+    return seconds(survivors), seconds(everyone)
+
+
+def _let_through(trials: float, reduction_factor: float) -> float:
+    """Trials that Ray Tune's ASHA lets pass a rung which so many reach one after another, in an order that says nothing about them: the
+    first, and of the others each that is better than a quantile of those before it. About 1 of `reduction_factor`, and one or two."""
+    share, count = 1 - 1 / reduction_factor, round(trials)
+    return min(trials, 1 + sum(1 - (share * (number - 2) + 1) / number for number in range(2, count + 1)))
+
+
+def _token_seconds(size: ModelSize, device: Device, answers: float) -> float:
+    """Of a token in a training pass: two products with every frozen weight forward and two backward, the head's for answers only."""
+    arithmetic = 4 * (size.linear + size.vocabulary * size.hidden * answers) / device.speed
+    if device.kind == "cpu":
+        return arithmetic / _CPU_ARITHMETIC
+    width = 2 if device.has_bfloat16 else 4
+    return arithmetic + _MOVED_NUMBERS * width * sum(rows + columns for _, rows, columns in size.widths) / device.bandwidth
 
 
 def _gib(count: float) -> str:
