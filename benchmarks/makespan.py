@@ -11,21 +11,16 @@ their side.
 """
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import yaml
 
+from benchmarks.commands import ROOT, run_sweep_command
 from benchmarks.coresident import measure_peft
 from benchmarks.report import print_report
 from qlora.base_model import load_base, load_tokenizer
@@ -33,7 +28,6 @@ from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
 from qlora.data import load_examples
 from qlora.prompts import encode_examples, load_prompt
 
-ROOT = Path(__file__).resolve().parent.parent
 _RANKS, _RATES = [16, 64], [1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3]
 
 
@@ -52,12 +46,14 @@ def main() -> None:
     alone = _peft_throughput(arguments)
     together = _peft_side_by_side(arguments)
     num_trials = len(_RANKS) * len(_RATES)
+    sweeps = {name: _sweep_seconds(arguments, scheduler) for name, scheduler in (
+        ("sweep", {"type": "fifo"}), ("sweep with ASHA", {"type": "asha", "grace_period": 12.5, "reduction_factor": 2}))}
     found = {"one after another": num_trials * num_tokens / alone, "side by side": num_trials * num_tokens / together,
              **({"unsloth, one after another": num_trials * num_tokens / arguments.unsloth} if arguments.unsloth else {}),
-             **{name: _sweep_seconds(arguments, scheduler) for name, scheduler in (
-                 ("sweep", {"type": "fifo"}), ("sweep with ASHA", {"type": "asha", "grace_period": 12.5, "reduction_factor": 2}))}}
+             **{name: run["whole command"] for name, run in sweeps.items()}}
     print_report("makespan", found["sweep"], found["one after another"], "seconds",
                  {**vars(arguments), "trials": num_trials, "seconds": {name: round(seconds, 1) for name, seconds in found.items()},
+                  "sweeps": {name: {part: round(seconds, 1) for part, seconds in run.items()} for name, run in sweeps.items()},
                   "peft_tokens_per_second": {"alone": alone, "side by side": together}}, higher_is_better=False)
 
 
@@ -82,6 +78,8 @@ def _peft_side_by_side(arguments: argparse.Namespace) -> float:
 
     def measure() -> float:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+        if on_gpu:  # else the first takes what others need; contexts have the rest
+            torch.cuda.set_per_process_memory_fraction(0.9 / count)
         return _peft_throughput(arguments)
     try:
         task = ray.remote(num_cpus=1, num_gpus=1 / count if on_gpu else 0)(measure)
@@ -90,25 +88,16 @@ def _peft_side_by_side(arguments: argparse.Namespace) -> float:
         ray.shutdown()
 
 
-def _sweep_seconds(arguments: argparse.Namespace, scheduler: dict[str, Any]) -> float:
-    """Wall clock of the whole command."""
+def _sweep_seconds(arguments: argparse.Namespace, scheduler: dict[str, Any]) -> dict[str, float]:
+    """Wall clock of the whole command, and of what it has of trials and what was before them."""
     resources = {"trials_per_gpu": arguments.side_by_side} if torch.cuda.is_available() else {}
     space = {"base_model": {"name": arguments.base_model},
              "data": {"train": arguments.train, "public": arguments.public, "train_examples": arguments.train_examples},
              "search": {"lora_r": {"grid_search": _RANKS}, "learning_rate": {"grid_search": _RATES}}, "num_samples": 1,
              "scheduler": scheduler, "resources_per_trial": {"cpu": min(1, (os.cpu_count() or 1) / arguments.side_by_side)}, **resources}
-    with tempfile.TemporaryDirectory() as folder:
-        file, name = Path(folder) / "makespan.yaml", f"makespan-{os.getpid()}-{scheduler['type']}"
-        file.write_text(yaml.safe_dump(space), encoding="utf-8")
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-        started = time.monotonic()
-        subprocess.run([sys.executable, "ray_jobs/tune.py", "--space", str(file), "--name", name], cwd=ROOT, env=environment, check=True,
-                       stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - started
-        summary = json.loads((ROOT / "results" / name / "summary.json").read_text(encoding="utf-8"))
-        shutil.rmtree(ROOT / "results" / name)
-        assert len(summary["trials"]) == len(_RANKS) * len(_RATES)
-        return seconds
+    run = run_sweep_command(space, f"makespan-{scheduler['type']}")
+    assert len(run.records) == len(_RANKS) * len(_RATES)
+    return {"whole command": run.command.seconds, "trials": run.trial_seconds, "start": run.start_up_seconds}
 
 
 if __name__ == "__main__":

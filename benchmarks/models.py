@@ -14,17 +14,18 @@ from qlora.base_model import load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings
 from qlora.serving import load_merged
 
-_SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
 }
+_COMMON: dict[str, Any] = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
 _VOCABULARY = 32000
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--base-model, or --shape with --tokenizer."""
     parser.add_argument("--base-model", default=DEFAULT_BASE)
-    parser.add_argument("--shape", choices=_SHAPES, help="random bfloat16 weights of this size in place of --base-model")
+    parser.add_argument("--shape", choices=SHAPES, help="random bfloat16 weights of this size in place of --base-model")
     parser.add_argument("--tokenizer", default=DEFAULT_BASE, help="a base or a tokenizer's folder")
 
 
@@ -32,16 +33,32 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) as the options say, in transformers' own modules; a base has its dequantised weights if memory allows."""
     if not arguments.shape:
         return load_merged(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
-    is_folder = Path(arguments.tokenizer).is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if is_folder else load_tokenizer(arguments.tokenizer)
-    config = LlamaConfig(vocab_size=_VOCABULARY, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1,
-                         eos_token_id=2, dtype="bfloat16", **_SHAPES[arguments.shape])
+    tokenizer = _load_tokenizer(arguments.tokenizer)
+    config = LlamaConfig(vocab_size=_VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_COMMON, **SHAPES[arguments.shape])
+    return _random_model(config).requires_grad_(False).eval(), tokenizer
+
+
+def write_base(shape: str, tokenizer: str, folder: Path) -> None:
+    """Write a base of random bfloat16 weights with a tokenizer's own vocabulary, as `save_pretrained` does."""
+    words = _load_tokenizer(tokenizer)
+    config = LlamaConfig(vocab_size=len(words), eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+                         bos_token_id=words.bos_token_id, **_COMMON, **SHAPES[shape])
+    _random_model(config).cpu().save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def _random_model(config: LlamaConfig) -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.requires_grad_(False).eval(), tokenizer
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _load_tokenizer(name: str) -> Any:
+    return AutoTokenizer.from_pretrained(name) if Path(name).is_dir() else load_tokenizer(name)
 
 
 def fold(tokens: tuple[int, ...]) -> tuple[int, ...]:

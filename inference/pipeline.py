@@ -190,11 +190,14 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
     device = "gpu" if pool.on_gpu else "cpu"
     batch_rows = min(_MOST_ROWS[device], max(_FEWEST_ROWS[device], -(-window // _BATCHES)))
     engines_per_node = -(-pool.num_workers // max(1, len(_cpus_of_nodes())))
-    # Small CPU requests: on the fewest cores, the tokenising task and the pool must fit side by side.
+    # Small CPU requests: on one core, all operators must fit side by side.
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
         Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25)
     # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
-    dataset = dataset.repartition(target_num_rows_per_block=batch_rows).map_batches(
+    dataset = dataset.repartition(target_num_rows_per_block=batch_rows)
+    # Ray has no argument for this, and nodes of one CPU have no whole one left.
+    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = 0.25  # type: ignore[attr-defined]
+    dataset = dataset.map_batches(
         EngineActor, fn_constructor_args=(work, pool.on_gpu, engines_per_node, _adapter_files(work.served)), batch_size=batch_rows,
         compute=ActorPoolStrategy(size=pool.num_workers), num_cpus=0.25, num_gpus=int(pool.on_gpu))
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):

@@ -64,7 +64,7 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     if refused or attention_mask is not None:
         raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q_THD, k_TKD, v_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # the gradient of [0] is a copy
     if supports(q_THD, packed.longest, sliding_window, softcap):
         return flash_attend_stream(q_THD, k_TKD, v_TKD, packed.stretches, scale)[None], None
     if packed.known_stretches is not None:

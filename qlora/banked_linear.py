@@ -105,11 +105,16 @@ class _Banked(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         outs, lows = [], []
         for layer in layers:
-            y_TO = F.linear(x_TI, layer.weight(x.dtype), layer.base.bias)
-            if route.pass_tables is not None:
-                lows.append(lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, route.layer_tables[layer.index], layer.index))
-            else:
+            weight, bias = layer.weight(x.dtype), layer.base.bias
+            if route.pass_tables is None:
+                y_TO = F.linear(x_TI, weight, bias)
                 ctx.kept.append(grouped_lora.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index))
+            else:  # LoRA products first: what is there, a matrix product adds to at no cost
+                y_TO = x_TI.new_empty(len(x_TI), layer.out_features) if bias is None else F.linear(x_TI, weight, bias)
+                tables = route.layer_tables[layer.index]
+                lows.append(lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=bias is None))
+                if bias is None:
+                    y_TO.addmm_(x_TI, weight.t())
             outs.append(y_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(x_TI, *lows)
         return tuple(outs)
@@ -122,12 +127,17 @@ class _Banked(torch.autograd.Function):
             if grad is None:
                 continue
             dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
-            if ctx.needs_input_grad[0]:
-                weight = layer.weight(dy_TO.dtype)
-                dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
-            if route.pass_tables is not None:
-                tables = route.layer_tables[layer.index]
-                lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, lows[number], route.pass_tables, tables, layer.index)
-            else:
+            weight = layer.weight(dy_TO.dtype) if ctx.needs_input_grad[0] else None
+            if route.pass_tables is None:
+                if weight is not None:
+                    dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
                 grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.parts_at(layer.name), ctx.kept[number])
+            else:
+                is_new = weight is not None and dx_TI is None
+                if is_new:
+                    dx_TI = torch.empty_like(x_TI)
+                lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, lows[number], route.pass_tables, route.layer_tables[layer.index],
+                                           layer.index, is_new=is_new)
+                if dx_TI is not None:
+                    dx_TI.addmm_(dy_TO, weight)
         return (None if dx_TI is None else dx_TI.view(*shape, -1)), None, None, None

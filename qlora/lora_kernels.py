@@ -106,21 +106,22 @@ def make_layer_tables(layers: Sequence[Sequence[LayerPart | None]], device: torc
     return BankTables(addresses_L4N, ranks_LN, scales_LN, tuple(max(*one, least_rank) for one in ranks))
 
 
-def add_lora(x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int) -> Tensor:
-    """Add every part's LoRA product to y in place; returns low [T, R]."""
+def add_lora(x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, is_new: bool = False) -> Tensor:
+    """Add every part's LoRA product to y in place, or put it there if y `is_new`, unwritten memory, with zeros where there is none;
+    returns low [T, R]."""
     low_TR = _down(x_TI, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
-    _up(y_TO, low_TR, layer.b, tables, layer, salt, along_rows=False, dropout=False)
+    _up(y_TO, low_TR, layer.b, tables, layer, salt, along_rows=False, dropout=False, is_new=is_new)
     return low_TR
 
 
 def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, low_TR: Tensor, tables: PassTables, layer: LayerTables,
-                  salt: int) -> None:
-    """Add to the gradients of every part's A and B, and of x if it is given, in place."""
+                  salt: int, *, is_new: bool = False) -> None:
+    """Add to the gradients of every part's A and B, and of x if it is given, in place; or put x's there if it `is_new`."""
     dlow_TR = _down(dy_TO, layer.b, tables, layer, salt, along_rows=False, dropout=False)
     _grad(dy_TO, low_TR, layer.b_grad, tables, layer, salt, along_rows=False, dropout=False)
     _grad(x_TI, dlow_TR, layer.a_grad, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
     if dx_TI is not None:
-        _up(dx_TI, dlow_TR, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
+        _up(dx_TI, dlow_TR, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout, is_new=is_new)
 
 
 def _down(wide_TK: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
@@ -137,13 +138,14 @@ def _down(wide_TK: Tensor, weights: Tensor, tables: PassTables, layer: LayerTabl
 
 
 def _up(wide_TK: Tensor, low_TR: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
-        dropout: bool) -> None:
-    """wide += dropped(low times weights) in place."""
+        dropout: bool, is_new: bool) -> None:
+    """wide += dropped(low times weights) in place, or wide = that."""
     num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
     block = 128 if rank <= 128 else 64
     _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
         wide_TK, weights, low_TR, tables.tiles, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, num_warps=4)
+        **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, IS_NEW=is_new,
+        num_warps=4)
 
 
 def _grad(wide_TK: Tensor, low_TR: Tensor, gradients: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
@@ -225,15 +227,16 @@ def _down_kernel(  # type: ignore[no-untyped-def]
 def _up_kernel(  # type: ignore[no-untyped-def]
         wide, weights, low, tiles, ranks, keys, limits, factors, salt, K,
         PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr) -> None:
+        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr, IS_NEW: tl.constexpr) -> None:
     tile = tl.program_id(1)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live = t < tl.load(tiles + 3 * tile + 2)
     rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    place, inside = wide + t[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :]
     if rank > 0:
         source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
-        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
         w = tl.load(source + places, mask=(n < rank)[:, None] & (k < K)[None, :], other=0.0)
         narrow = tl.load(low + t[:, None] * BLOCK_R + n[None, :], mask=live[:, None], other=0.0)
@@ -241,8 +244,11 @@ def _up_kernel(  # type: ignore[no-untyped-def]
         if DROPOUT:
             key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
             more = tl.where(_is_kept(key, salt, k, limit), more * tl.load(factors + part), 0.0)
-        place, inside = wide + t[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :]
-        tl.store(place, (tl.load(place, mask=inside, other=0.0) + more).to(wide.dtype.element_ty), mask=inside)
+        if not IS_NEW:
+            more += tl.load(place, mask=inside, other=0.0)
+        tl.store(place, more.to(wide.dtype.element_ty), mask=inside)
+    elif IS_NEW:
+        tl.store(place, tl.zeros((BLOCK_T, BLOCK_K), wide.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)

@@ -40,7 +40,7 @@ _MOST_RECORDINGS = 64
 def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
     """Negative log-likelihood in nats of every answer token: [A], float32. Logits exist at scored positions only."""
     logits_AV = model(input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], packed=batch, use_cache=False,
-                      logits_to_keep=batch.predictors_A).logits[0]
+                      logits_to_keep=batch.predictors_A).logits.squeeze(0)  # the gradient of [0] is a copy
     if torch.is_grad_enabled():
         return F.cross_entropy(logits_AV.float(), batch.targets_A, reduction="none")
     parts = zip(logits_AV.split(_LOGIT_ROWS), batch.targets_A.split(_LOGIT_ROWS), strict=True)
@@ -48,16 +48,17 @@ def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def run_pass(bank: AdapterBank, groups: Sequence[Group], adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None],
-             weights: Sequence[float] | None = None) -> tuple[Layout, Tensor]:
+             weights: Sequence[float] | None = None, largest: int = 0) -> tuple[Layout, Tensor]:
     """One pass over groups, each under its adapter (None: the bare base): (the stream, NLL of its answer tokens [A]).
 
-    With weights, one a group, the gradient of the weighted sum of NLLs is added to the adapters' gradients.
+    With weights, one a group, the gradient of the weighted sum of NLLs is added to the adapters' gradients. `largest`: tokens of the
+    largest pass of the step that this one belongs to, if there are others.
     """
     work = Pass(lay_out(groups, bank.device), adapters, dropouts, weights)
     if bank.recorder is None and bank.has_kernels:
         bank.recorder = Recorder(bank)
     if bank.recorder is not None and any(adapter is not None for adapter in adapters):
-        found = bank.recorder.run(work)
+        found = bank.recorder.run(work, max(largest, work.layout.num_tokens))
         if found is not None:
             return work.layout, found
     batch = on_device(work.layout, bank.device)
@@ -135,7 +136,8 @@ class PassSize:
 
 class Recorder:
     """Recordings of a bank's passes, made when a size first comes up, in one pool of memory: they never run at the same time. What
-    can't be recorded is launched."""
+    can't be recorded is launched, and all passes of steps that are large enough to keep a GPU at work: launched passes don't share
+    that pool, so the recordings are given back."""
 
     def __init__(self, bank: AdapterBank):
         self._bank = bank
@@ -144,11 +146,11 @@ class Recorder:
         self._refused: set[PassSize] = set()
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is reused on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
-        self._is_off = False
+        self._is_off, self._is_at_large_steps = False, False
 
-    def run(self, work: "Pass") -> Tensor | None:
-        """NLL of the pass [A], or None if it has to be launched kernel by kernel."""
-        if self._is_off or work.layout.num_tokens > self._most_tokens:
+    def run(self, work: "Pass", largest: int) -> Tensor | None:
+        """NLL of the pass [A], or None if it has to be launched kernel by kernel. `largest`: tokens of its step's largest pass."""
+        if self._is_off or self._is_large(largest, work.weights is not None):
             return None
         size = PassSize.of(work, self._bank)
         if size in self._refused:
@@ -158,6 +160,14 @@ class Recorder:
             return None
         self._recordings[size] = recording
         return recording.play(work)
+
+    def _is_large(self, largest: int, is_training: bool) -> bool:
+        if not is_training:  # holds little memory either way
+            return largest > self._most_tokens
+        was, self._is_at_large_steps = self._is_at_large_steps, largest > self._most_tokens / (2 if self._is_at_large_steps else 1)
+        if self._is_at_large_steps and not was:
+            self._give_back()
+        return self._is_at_large_steps
 
     def _recorded(self, size: PassSize, work: "Pass") -> "_Recording | None":
         if len(self._recordings) == _MOST_RECORDINGS:
@@ -193,6 +203,7 @@ class Recorder:
 
     def _give_back(self) -> None:
         self._recordings.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # a pool goes with its last recording
         torch.cuda.empty_cache()
 
 
@@ -268,6 +279,9 @@ class _Recording:
         at.alone[:t], at.alone[t:] = alone, True
         spans = [(part.start, part.end) for part in layout.parts]
         tiles, bounds, limits, keys, factors = lora_kernels.pass_arrays(spans, work.dropouts)
+        tail_starts = np.arange(t, self._size.tokens, lora_kernels.TILE_TOKENS)
+        tail_tiles = np.stack([np.full_like(tail_starts, self._size.parts), tail_starts, np.full_like(tail_starts, self._size.tokens)], 1)
+        tiles = np.concatenate([tiles, tail_tiles.flatten()])
         at.tiles.reshape(-1, 3)[:, 0] = self._size.parts
         for buffer, values in ((at.tiles, tiles), (at.bounds, bounds), (at.limits, limits), (at.keys, keys), (at.factors, factors)):
             buffer[:len(values)] = values

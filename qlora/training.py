@@ -117,7 +117,8 @@ class Training:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(f"diverged at step {self.step}: loss {loss}, gradient norm {grad_norm}; try a lower learning rate")
         learning_rate = self.schedule.get_last_lr()[0]
-        self.adapter.gradients.mul_(min(1.0, self.settings.max_grad_norm / (grad_norm + 1e-6)))
+        if grad_norm + 1e-6 > self.settings.max_grad_norm:
+            self.adapter.gradients.mul_(self.settings.max_grad_norm / (grad_norm + 1e-6))
         self.optimizer.step()
         self.schedule.step()
         self.adapter.refresh()
@@ -177,12 +178,13 @@ def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[
     queues = [deque(split_by_budget(batch, budget_tokens)) for batch in batches]
     num_answers = [sum(len(example.answer) for example in batch) for batch in batches]
     losses = [torch.zeros((), device=bank.device) for _ in trainings]
+    largest = min(budget_tokens, sum(group.num_tokens for queue in queues for group in queue))
     while any(queues):
         owners, groups = next_pass(queues, budget_tokens)
         there = [trainings[owner] for owner in owners]
         dropouts = [make_dropout(training.adapter, group, training.step) for training, group in zip(there, groups, strict=True)]
         weights = [1 / num_answers[owner] for owner in owners]
-        layout, nll_A = run_pass(bank, groups, [training.adapter for training in there], dropouts, weights)
+        layout, nll_A = run_pass(bank, groups, [training.adapter for training in there], dropouts, weights, largest)
         for owner, weight, part_A in zip(owners, weights, nll_A.split(layout.num_answers), strict=True):
             losses[owner] = losses[owner] + weight * part_A.sum()
     norms = [training.adapter.gradients.norm() for training in trainings]

@@ -114,6 +114,13 @@ def test_kernels_equal_plain_pytorch(dtype):
             part.a_grad.zero_()
             part.b_grad.zero_()
         assert not y[51:150].any()
+        new_y, new_dx = torch.full_like(y, torch.nan), torch.full_like(dx, torch.nan)
+        low = lora_kernels.add_lora(x, new_y, tables, layer, 5, is_new=True)
+        lora_kernels.lora_backward(x, dy, new_dx, low, tables, layer, 5, is_new=True)
+        assert torch.equal(new_y, y) and torch.equal(new_dx, dx), "what is put into new memory is what is added to zeros"
+        for part in filter(None, parts):
+            part.a_grad.zero_()
+            part.b_grad.zero_()
         if dropped:
             assert (mask[150:] == 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
             assert (mask[:50] == 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
@@ -174,6 +181,19 @@ def test_recorded_passes_equal_launched_ones():
     assert numbers[True] == pytest.approx(numbers[False], rel=0.03)
     for recorded, launched in zip(gradients[True], gradients[False], strict=True):
         assert (recorded - launched).norm() < 0.1 * launched.norm()
+
+
+def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch):
+    """A step's small remainder is not recorded beside its large passes; a trial that stays behind is recorded again."""
+    from test_bank import TRIALS
+    bank = gpu_bank("llama", torch.bfloat16)
+    monkeypatch.setattr(passes, "_LAUNCH_BOUND", 400 * bank.mean_parameters)
+    trainings = [Training(bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number]) for number in range(4)]
+    sizes = []
+    for there in (1, 4, 4, 1):
+        advance_together(trainings[:there], 1000)
+        sizes.append(bank.recorder.num_recordings)
+    assert sizes == [1, 0, 0, 1]
 
 
 def test_a_pass_that_cannot_be_recorded_is_launched():
