@@ -1,7 +1,7 @@
 """Look at a finished sweep in MLflow's UI with a real browser (Chromium, in Qt's WebEngine, without a screen), and keep pictures.
 
     pip install '.[browser]'
-    python docs/screenshots.py quickstart [--out docs/images]
+    python docs/screenshots.py quickstart [--study report] [--out docs/images]
 
 Starts an MLflow server for the store of $MLFLOW_TRACKING_URI (default: mlruns/) on loopback, opens the pages that people decide from,
 saves each as a PNG, and prints one JSON line with the text that each page shows.
@@ -19,7 +19,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))
 
 _FLAGS = "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist --force-color-profile=srgb"
 _SETTLE_SECONDS = 8
@@ -52,7 +53,8 @@ def main() -> None:
     """Serve, look, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="name of a finished sweep")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "images")
+    parser.add_argument("--study", help="name of a finished study, whose page is shown too, down to its predictions")
+    parser.add_argument("--out", type=Path, default=_ROOT / "docs/images")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     from tracking.runs import tracking_uri
@@ -63,7 +65,10 @@ def main() -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health")
-        print(json.dumps(look(_pages(f"http://127.0.0.1:{port}", arguments.sweep), arguments.out), ensure_ascii=False))
+        pages = _pages(f"http://127.0.0.1:{port}", arguments.sweep)
+        if arguments.study:
+            pages["study"] = ((_ROOT / "results/studies" / arguments.study / "study.html").as_uri(), "", 1990)
+        print(json.dumps(look(pages, arguments.out), ensure_ascii=False))
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)

@@ -1,7 +1,7 @@
 """Owns the settings of a study: what a YAML file under studies/ holds."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,10 +18,12 @@ class Sampling(Settings):
 
 
 class Reported(Settings):
-    """Public perplexities of a report to stand beside ours: the base it used, and values by stages."""
+    """Public perplexities of a report to stand beside ours: the base it used, values by stages, and by prompts, which are `zero-shot`,
+    `few-shot` and `adapter`."""
 
     base: str
     stages: dict[str, float] = Field(default_factory=dict)
+    prompts: dict[Literal["zero-shot", "few-shot", "adapter"], float] = Field(default_factory=dict)
 
 
 class Study(Settings):

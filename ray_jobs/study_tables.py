@@ -18,11 +18,13 @@ def study_report(name: str, steps: StudySteps, found: Mapping[str, Any], chosen:
     examples = [(steps.public[index].instruction, steps.public[index].output or "",
                  {label: found[f"text {key}"]["texts"][index] for key, label in kinds.items()}) for index in chosen]
     reported = study.reported
+    in_prompts = {best if key == ADAPTER else key: value for key, value in (reported.prompts if reported else {}).items()}
     facts = {"commit": git_commit(), "train": f"{study.data.train} ({len(steps.train)} examples)",
              "public": f"{study.data.public} ({len(steps.public)} examples)", "trial": study.trial, "seed": study.seed,
              "engine": found["text zero-shot"]["engine"], **package_versions()}
     return StudyReport(name, study.base_model.name, found, [name_of(stages) for stages in study.nodes()], study.stages, kinds,
-                       decodings_of(study), reported.base if reported else None, reported.stages if reported else {}, examples, facts)
+                       decodings_of(study), reported.base if reported else None, reported.stages if reported else {}, in_prompts,
+                       examples, facts)
 
 
 def decodings_of(study: Study) -> list[str]:

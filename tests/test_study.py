@@ -27,7 +27,7 @@ TRIAL = {"learning_rate": 0.01, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.
 def study(project, tiny_base):
     settings = {"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "train.json", "public": "public.json"},
                 "trial": TRIAL, "stages": ["1+2", "1+1"], "shots": 2, "beams": [1, 2], "sampling": {"top_k": 5}, "max_new_tokens": 4,
-                "num_predictions": 3, "reported": {"base": "another base", "stages": {"1": 5.06}}}
+                "num_predictions": 3, "reported": {"base": "another base", "stages": {"1": 5.06}, "prompts": {"adapter": 4.95}}}
     (project / "study.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     out = finished(command(project, "study", "--study", "study.yaml", "--name", "small"))
     return project / "results/studies/small", out
@@ -68,10 +68,10 @@ def test_the_page_has_the_reports_tables(study, project):
         assert f"<h2>{heading}</h2>" in page
     for stages in ("1", "1+2", "1+1"):
         assert f"<td>{step(study, f'perplexity-{stages}')['mean']:.4g}</td>" in page
-    assert "5.06" in page
-    assert "reported (another base)" in page
+    assert "<td>5.06</td>" in page and "<td>4.95</td>" in page
+    assert page.count("reported (another base)") == 2
     rows = json.loads((project / "public.json").read_text(encoding="utf-8"))
-    assert sum(f"<td>{row['instruction']}</td>" in page for row in rows) == 3
+    assert sum(f"<td><div>{row['instruction']}</div></td>" in page for row in rows) == 3
     assert "<script" not in page
     assert step(study, "text-few-shot")["count"] == len(rows)
 

@@ -15,6 +15,8 @@ th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) { text-align: l
 tr.best td { font-weight: 600; } tr.best td:first-child { box-shadow: inset 3px 0 var(--best); }
 .wide { overflow-x: auto; } figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
 table.texts td { white-space: pre-wrap; text-align: left; vertical-align: top; min-width: 9rem; } table.texts th { text-align: left; }
+table.texts td > div { max-height: 9rem; overflow: auto; }
+table.numbers :is(td, th):nth-child(2) { text-align: right; }
 figcaption, .note { font-size: .85rem; opacity: .8; } .verdict { font-size: 1.1rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; } dd { margin: 0; word-break: break-word; }
 """
@@ -32,7 +34,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None 
     lines = ["<tr>" + "".join(f"<th>{text(head)}</th>" for head in heads) + "</tr>"]
     for number, row in enumerate(rows):
         mark = ' class="best"' if number == best else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>")
+        cells = (f"<div>{text(cell)}</div>" if kind == "texts" else text(cell) for cell in row)
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
 
 

@@ -13,8 +13,8 @@ from tracking.report import bootstrap_interval, compare
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study: its name and base; what was found by step; points of its lineages as stages ("1+1+3"); the report's base and perplexities
-    by stages, if there are any; examples to show, each (instruction, reference, texts by kind); facts."""
+    """A study: its name and base; what was found by step; points of its lineages as stages ("1+1+3"); the report's base and perplexities,
+    by stages and by kinds of prompt, if there are any; examples to show, each (instruction, reference, texts by kind); facts."""
 
     name: str
     base: str
@@ -24,7 +24,8 @@ class StudyReport:
     kinds: Mapping[str, str]
     decodings: Sequence[str]
     reported_base: str | None
-    reported: Mapping[str, float]
+    reported_stages: Mapping[str, float]
+    reported_kinds: Mapping[str, float]
     examples: Sequence[tuple[str, str, Mapping[str, str]]]
     facts: Mapping[str, Any]
 
@@ -52,26 +53,37 @@ def _verdict(study: StudyReport) -> str:
 
 
 def _stages(study: StudyReport) -> str:
-    theirs = [f"reported ({study.reported_base})"] if study.reported_base else []
+    theirs, note = _beside(study, study.reported_stages)
     rows = []
     for node in study.nodes:
         measured, written = study.found[f"perplexity {node}"], study.found[f"text {node}"]
         rows.append([node, sum(map(int, node.split("+"))), number(measured["mean"]), _interval(measured["values"]),
                      number(study.found[f"train {node}"]["training_loss"]), number(written["chrf"]), number(written["bleu"]),
-                     *([number(study.reported.get(node))] if theirs else [])])
+                     *([number(study.reported_stages.get(node))] if theirs else [])])
     best = list(study.nodes).index(study.found["best"])
     heads = ["stages", "epochs", "public perplexity", "95 % interval", "training loss", "chrF", "BLEU", *theirs]
-    note = f'<p class="note">The reported figures are those of another base, {text(study.reported_base)}.</p>' if theirs else ""
-    return table(heads, rows, best) + note
+    return table(heads, rows, best, kind="numbers") + note
+
+
+def _beside(study: StudyReport, reported: Mapping[str, float]) -> tuple[list[str], str]:
+    """(the head of a column with the report's figures, if there are any; what to say below)."""
+    if not study.reported_base or not reported:
+        return [], ""
+    same = study.base.partition("@")[0].rpartition("/")[2] == study.reported_base
+    return [f"reported ({study.reported_base})"], "" if same else (
+        f'<p class="note">The reported figures are those of another base, {text(study.reported_base)}.</p>')
 
 
 def _prompts(study: StudyReport) -> str:
+    theirs, note = _beside(study, study.reported_kinds)
     rows = []
     for key, label in study.kinds.items():
         measured, written = study.found[f"perplexity {key}"], study.found[f"text {key}"]
         rows.append([label, number(measured["mean"]), _interval(measured["values"]), number(written["chrf"]), number(written["bleu"]),
-                     number(written["exact_match"]), f"{written['asks_another_question']} of {written['count']}"])
-    return table(["prompt", "public perplexity", "95 % interval", "chrF", "BLEU", "exact", "go on to another question"], rows)
+                     number(written["exact_match"]), f"{written['asks_another_question']} of {written['count']}",
+                     *([number(study.reported_kinds.get(key))] if theirs else [])])
+    heads = ["prompt", "public perplexity", "95 % interval", "chrF", "BLEU", "exact", "go on to another question", *theirs]
+    return table(heads, rows, kind="numbers") + note
 
 
 def _decodings(study: StudyReport) -> str:
@@ -81,7 +93,7 @@ def _decodings(study: StudyReport) -> str:
         rows.append([name, number(written["chrf"]), number(written["bleu"]), number(written["exact_match"]),
                      number(written["rows_per_second"]), number(written["num_tokens"] / written["count"]),
                      number(written["peak_memory_gib"] or None)])
-    return table(["decoding", "chrF", "BLEU", "exact", "rows/s", "new tokens a row", "peak GiB"], rows)
+    return table(["decoding", "chrF", "BLEU", "exact", "rows/s", "new tokens a row", "peak GiB"], rows, kind="numbers")
 
 
 def _predictions(study: StudyReport) -> str:

@@ -76,21 +76,29 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep needs on one device, in bytes and seconds. `trials`: side by side on that device."""
+    """What a sweep needs on each of its devices, in bytes and seconds. `trials`: side by side on a device. `adapter_bytes`: of a trial with
+    what training needs beside its adapter; at most, and of one with middling settings."""
 
     base_bytes: int
     adapter_bytes: int
+    mean_adapter_bytes: int
     activation_bytes: int
     budget_tokens: int
     trials: int
     disk_bytes: int
+    num_devices: int
     seconds: float
     seconds_without_stopping: float
 
     @property
-    def peak_bytes(self) -> int:
-        """Of the device while it trains all of its trials."""
+    def most_bytes(self) -> int:
+        """Of a device that trains all of its trials, each of them the largest that the space allows."""
         return self.base_bytes + self.trials * self.adapter_bytes + self.activation_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """What is to be expected: trials of middling settings."""
+        return self.base_bytes + self.trials * self.mean_adapter_bytes + self.activation_bytes
 
 
 def this_device(device: torch.device) -> Device:
@@ -158,7 +166,9 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
     dense = size.linear * width
     keeps_nf4 = space.base_model.quantization == "nf4" and 2 * dense >= free
     base = size.other * width + (int(size.linear * _NF4_BYTES) if keeps_nf4 else dense)
-    adapter = max(size.adapter_parameters(settings) for settings in _extremes(space)) * (_ADAPTER_BYTES + (width if width < 4 else 0))
+    of_parameter = _ADAPTER_BYTES + (width if width < 4 else 0)
+    adapter = of_parameter * max(size.adapter_parameters(settings) for settings in _extremes(space))
+    middling = of_parameter * statistics.fmean(size.adapter_parameters(settings) for settings in _extremes(space, statistics.fmean))
     answers = sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
     # Of scored tokens, logits in the model's dtype and their gradient, and float32 logits and theirs.
     token = _SLACK * (size.kept_numbers * width + answers * size.vocabulary * (2 * width + 8))
@@ -179,9 +189,9 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
     room = int((0.9 * free - base - trials * adapter) / token)
     largest = math.ceil(trials * step + 3 * _deviation(train) * math.sqrt(trials * _batch_size(space)))
     budget = space.budget_tokens or max(min(room, largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train))
-    seconds, unstopped = _expected_seconds(space, train, public, size, device, trials)
+    seconds, unstopped = _expected_seconds(space, train, public, size, device, trials, num_devices)
     kept = 2 * space.num_trials * adapter * 12 // _ADAPTER_BYTES
-    return Plan(base, adapter, int(min(budget, largest) * token), budget, trials, kept, seconds, unstopped)
+    return Plan(base, adapter, int(middling), int(min(budget, largest) * token), budget, trials, kept, num_devices, seconds, unstopped)
 
 
 def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None) -> str:
@@ -206,11 +216,12 @@ def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequenc
         lines += [
             f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} tokens",
             f"memory      {_gib(plan.peak_bytes)} a device: base {_gib(plan.base_bytes)}, adapters and optimizers {plan.trials} x "
-            f"{_gib(plan.adapter_bytes)}, activations {_gib(plan.activation_bytes)}",
+            f"{_gib(plan.mean_adapter_bytes)}, activations {_gib(plan.activation_bytes)}; at most {_gib(plan.most_bytes)}",
             f"disk        up to {_gib(plan.disk_bytes)} of checkpoints, two a trial",
         ]
         unstopped = _minutes(plan.seconds_without_stopping)
-        lines.append(f"time        about {_minutes(plan.seconds)} on one device, {unstopped} if nothing is stopped")
+        devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
+        lines.append(f"time        about {_minutes(plan.seconds)} on {devices}, {unstopped} if nothing is stopped")
     else:
         lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
@@ -251,11 +262,11 @@ def _side_by_side(space: Space) -> int | None:
     return max(1, min(trials, space.num_trials, space.max_concurrent_trials or trials))
 
 
-def _extremes(space: Space) -> list[TrialSettings]:
-    """Settings that need the most memory: the largest rank with every choice of target modules."""
+def _extremes(space: Space, of_ranks: Callable[[list[Any]], float] = max) -> list[TrialSettings]:
+    """Settings that need the most memory: the largest rank, or another `of_ranks`, with every choice of target modules."""
     ranks = _values(space, "lora_r") or [space.trial_settings({}).lora_r]
     targets = _values(space, "target_modules")
-    highest = {"lora_r": int(max(ranks))}
+    highest = {"lora_r": int(of_ranks(ranks))}
     return [space.trial_settings({**highest, **({"target_modules": value} if targets else {})}) for value in targets or [None]]
 
 
@@ -287,8 +298,8 @@ def _longest(train: Sequence[EncodedExample]) -> int:
 
 
 def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize,
-                      device: Device, side_by_side: int) -> tuple[float, float]:
-    """(with early stopping, without), on one device."""
+                      device: Device, side_by_side: int, num_devices: int) -> tuple[float, float]:
+    """(with early stopping, without), with as many trials on each device."""
     fixed = space.trial_settings({})
     epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in _values(space, "epochs")] or [sum(fixed.stages)]
     mean_epochs = sum(epochs) / len(epochs)
@@ -309,7 +320,8 @@ def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Seq
         """`trials`: that train up to each point."""
         stretches = [end - start for start, end in zip([0.0, *points], points, strict=False)]
         whole = sum(count * stretch / 100 for count, stretch in zip(trials, stretches, strict=True))
-        return start + whole * mean_epochs * steps * step + (sum(trials) + whole * (mean_epochs - 1)) * evaluation
+        work = whole * mean_epochs * steps * step + (sum(trials) + whole * (mean_epochs - 1)) * evaluation
+        return start + work / min(num_devices, space.num_trials)
     everyone = [float(space.num_trials)] * len(points)
     survivors = list(everyone)
     if isinstance(space.scheduler, Asha):
