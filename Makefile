@@ -58,9 +58,9 @@ ui: $(STAMP)  ## open MLflow's UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
 		--backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --default-artifact-root $(CURDIR)/mlruns/artifacts
 
-screenshots: results/quickstart/summary.json  ## retake docs/images from MLflow's UI and the report of the quickstart sweep
+screenshots: results/quickstart/summary.json  ## retake docs/images from MLflow's UI, the quickstart sweep and the study
 	$(BIN)/python -c 'import PySide6' 2>/dev/null || $(BIN)/pip install -q -c constraints.txt -e '.[browser]'
-	$(BIN)/python docs/screenshots.py quickstart > /dev/null
+	$(BIN)/python docs/screenshots.py quickstart $(if $(wildcard results/studies/report/study.html),--study report) > /dev/null
 
 bench: base  ## run the benchmarks that need no GPU, one JSON line each
 	$(BIN)/python benchmarks/packed_stream.py

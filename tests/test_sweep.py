@@ -16,6 +16,7 @@ from oracles import loop_perplexities
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora.base_model import base_digest
 from qlora.data import load_examples
 from qlora.prompts import encode_examples, load_prompt
 
@@ -102,7 +103,7 @@ def test_runs_end_in_a_terminal_status_and_are_not_doubled(project, sweep):
     assert {value for value, in inputs} == {"train", "public"}
 
 
-def test_runs_tell_where_they_come_from_and_how_they_ended(project, sweep):
+def test_runs_tell_where_they_come_from_and_how_they_ended(project, tiny_base, sweep):
     best = sweep[2]["best"]
     with sqlite3.connect(project / "mlruns/mlflow.db") as store:
         parent, folder = store.execute("select run_uuid, artifact_uri from runs where name = 'one'").fetchone()
@@ -112,6 +113,8 @@ def test_runs_tell_where_they_come_from_and_how_they_ended(project, sweep):
         checkpoints = dict(store.execute("select run_uuid, value from tags where key = 'checkpoint'").fetchall())
         epochs = store.execute("select step, value from metrics where key = 'epoch_public_perplexity' and run_uuid = ? order by step",
                                (best["mlflow_run_id"],)).fetchall()
+        version = dict(store.execute("select key, value from model_version_tags where name = 'tiny' and version = 1").fetchall())
+    assert (version["base_model"], version["base_digest"]) == (str(tiny_base), base_digest(str(tiny_base)))
     assert {"hardware", "public_digest", "train_digest", "version.torch", "version.ray"} <= tags.keys()
     assert (tags["best_trial"], tags["model_uri"]) == (best["trial_id"], best["model_uri"])
     assert f"Trial {best['trial_id']} is best" in tags["mlflow.note.content"]

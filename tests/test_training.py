@@ -1,5 +1,8 @@
 """Training: stages, the exact loss of a split step, exact resume, and gradients that survive evaluation on every CPU."""
 
+import shutil
+from pathlib import Path
+
 import bitsandbytes
 import pytest
 import torch
@@ -9,7 +12,7 @@ from oracles import loop_perplexities, padded_loss, peft_adapter
 
 from qlora.attention import use_packed_attention
 from qlora.bank import AdapterBank
-from qlora.base_model import load_base
+from qlora.base_model import base_digest, load_base
 from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.perplexity import adapter_perplexities, example_perplexities, mean_perplexity
@@ -169,3 +172,14 @@ def test_training_after_evaluation_keeps_its_gradients(tiny_base, monkeypatch):
     norms = [b.of(run.adapter.gradients).norm().item() for _, b in run.adapter.layers.values()]
     assert len(norms) == 14
     assert all(norm > 0 for norm in norms)
+
+
+def test_a_bases_digest_is_that_of_its_files(tiny_base, tmp_path):
+    """The same wherever the folder is, another for other weights; a hub model's revision stands for it."""
+    copied = Path(shutil.copytree(tiny_base, tmp_path / "copied"))
+    assert base_digest(str(copied)) == base_digest(str(tiny_base))
+    weights = bytearray((copied / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(weights)
+    assert base_digest(str(copied)) != base_digest(str(tiny_base))
+    assert base_digest("owner/model@5073b2bbc1aa5519acdc865e99832857ef47f7c9") is None
