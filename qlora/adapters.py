@@ -6,14 +6,16 @@ Refuses to know training and the tracking server. Source of the layout: https://
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.config import InputError
+
+if TYPE_CHECKING:  # PEFT takes seconds to load, which a command that only starts others' work need not wait for
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEFT folder, what makes the adapter
 
@@ -22,7 +24,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEF
 class AdapterContent:
     """What a PEFT folder is made of: its config and its matrices by name, in memory."""
 
-    config: LoraConfig
+    config: "LoraConfig"
     matrices: dict[str, Tensor]
 
     def write(self, folder: Path) -> None:
@@ -33,10 +35,11 @@ class AdapterContent:
                   metadata={"format": "pt"})
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     """The base with the adapter of a PEFT folder. Raises InputError if the adapter doesn't fit the base."""
     check_adapter(folder)
     try:
+        from peft import PeftModel
         return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(folder, f"doesn't fit this base: {str(error).strip().splitlines()[0]}") from error

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -177,6 +176,7 @@ class AdapterBank:
 
     def content(self, adapter: Adapter) -> AdapterContent:
         """Of an adapter's PEFT folder; on a CPU the matrices are the adapter's own, not copies."""
+        from peft import LoraConfig
         name, _, revision = self.base_name.partition("@")
         leaves = {layer.rpartition(".")[2] for layer in adapter.layers}
         are_all = sum(name.rpartition(".")[2] in leaves for name in self._linear) == len(adapter.layers)

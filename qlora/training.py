@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from qlora.bank import AdapterBank, make_dropout
 from qlora.config import TrialSettings
@@ -152,6 +151,7 @@ class Training:
         return torch.device("cpu") if key == "step" and not self._fused else self.bank.device
 
     def _start_stage(self) -> None:
+        from transformers import get_scheduler  # takes seconds to load, which a driver need not wait for
         stage, _ = self.timetable.stage_of(min(self.step, self.timetable.total_steps - 1))
         steps = self.timetable.stages[stage] * self.timetable.steps_per_epoch
         self._fused = self.bank.device.type == "cuda"

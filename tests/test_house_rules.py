@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "ray_jobs": {"qlora", "tuning", "inference", "tracking"},
 }
 OWNER = {"ray.tune": "tuning", "ray.data": "inference", "mlflow": "tracking"}
-HEAVY = ("torch", "ray", "mlflow", "transformers")
+HEAVY = ("torch", "ray", "mlflow", "transformers", "peft")
 
 
 def imports_of(path: Path) -> set[str]:
@@ -60,6 +60,10 @@ def loaded_by(code: str) -> str:
 
 def test_settings_import_nothing_heavy():
     assert loaded_by("import qlora.config, ray_jobs.command").strip() == "[]"
+
+
+def test_a_driver_of_sweeps_starts_without_peft():
+    assert "peft" not in loaded_by("import tuning.sweep, ray_jobs.sweep_run")
 
 
 @pytest.mark.parametrize("command", ["tune", "evaluate", "batch_infer", "promote", "study"])
