@@ -36,6 +36,7 @@ class SweepRun:
 
     command: CommandRun
     records: list[TrialRecord] = field(default_factory=list)
+    host_seconds: dict[str, float] = field(default_factory=dict)  # by kind of work, of all devices together
 
     @property
     def trial_seconds(self) -> float:
@@ -82,7 +83,9 @@ def run_sweep_command(space: dict[str, Any], name: str, environment: dict[str, s
         try:
             run = run_command(["ray_jobs/tune.py", "--space", str(file), "--name", name],
                               {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **(environment or {})})
-            return SweepRun(run, list(Ledger(ROOT / "results" / name / "trials").records.values()))
+            results = ROOT / "results" / name
+            summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+            return SweepRun(run, list(Ledger(results / "trials").records.values()), summary["host_seconds"])
         finally:
             shutil.rmtree(ROOT / "results" / name, ignore_errors=True)
 

@@ -43,8 +43,7 @@ def main() -> None:
     parser.add_argument("--unsloth", type=float, help="unsloth's tokens/s on this base and hardware, measured elsewhere")
     arguments = parser.parse_args()
     num_tokens = sum(example.num_tokens for example in _examples(arguments))
-    alone = _peft_throughput(arguments)
-    together = _peft_side_by_side(arguments)
+    alone, together = (_peft_side_by_side(arguments, count) for count in (1, arguments.side_by_side))
     num_trials = len(_RANKS) * len(_RATES)
     sweeps = {name: _sweep_seconds(arguments, scheduler) for name, scheduler in (
         ("sweep", {"type": "fifo"}), ("sweep with ASHA", {"type": "asha", "grace_period": 12.5, "reduction_factor": 2}))}
@@ -69,10 +68,10 @@ def _peft_throughput(arguments: argparse.Namespace) -> float:
                         arguments.peft_steps)["tokens_per_second"]
 
 
-def _peft_side_by_side(arguments: argparse.Namespace) -> float:
-    """The same, added up over Ray tasks that share the device."""
+def _peft_side_by_side(arguments: argparse.Namespace, count: int) -> float:
+    """The same, added up over so many Ray tasks that share the device, in processes of their own that leave nothing behind."""
     import ray
-    on_gpu, count = torch.cuda.is_available(), arguments.side_by_side
+    on_gpu = torch.cuda.is_available()
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=max(count, os.cpu_count() or 1),
              runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}})
 
@@ -83,7 +82,9 @@ def _peft_side_by_side(arguments: argparse.Namespace) -> float:
         return _peft_throughput(arguments)
     try:
         task = ray.remote(num_cpus=1, num_gpus=1 / count if on_gpu else 0)(measure)
-        return sum(ray.get([task.remote() for _ in range(count)]))
+        found = sum(ray.get([task.remote() for _ in range(count)]))
+        print(f"PEFT, {count} side by side: {found:.0f} tokens/s", file=sys.stderr, flush=True)
+        return found
     finally:
         ray.shutdown()
 
@@ -97,7 +98,9 @@ def _sweep_seconds(arguments: argparse.Namespace, scheduler: dict[str, Any]) -> 
              "scheduler": scheduler, "resources_per_trial": {"cpu": min(1, (os.cpu_count() or 1) / arguments.side_by_side)}, **resources}
     run = run_sweep_command(space, f"makespan-{scheduler['type']}")
     assert len(run.records) == len(_RANKS) * len(_RATES)
-    return {"whole command": run.command.seconds, "trials": run.trial_seconds, "start": run.start_up_seconds}
+    found = {"whole command": run.command.seconds, "trials": run.trial_seconds, "start": run.start_up_seconds, **run.host_seconds}
+    print(f"{scheduler['type']}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def _sweep(arguments: argparse.Namespace, devices: int, environment: dict[str, s
     return {"speed": epochs * sum(example.num_tokens for example in examples), "examples_per_second": round(epochs * len(rows), 2),
             "trials": num_trials, "trial_seconds": round(run.trial_seconds, 1), "start_up_seconds": round(run.start_up_seconds, 1),
             "peak_memory_gib": round(max(record.peak_memory_gib for record in run.records), 1), **_driver(run.command),
+            "host_seconds": {work: round(seconds, 1) for work, seconds in run.host_seconds.items()},
             "gpu_load": _mean_load(load, run.first_start, run.first_start + run.trial_seconds)}
 
 

@@ -10,6 +10,7 @@ Shapes: T stream tokens, A scored positions, L linear layers, as rounded for a r
 
 import gc
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -147,6 +148,7 @@ class Recorder:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is reused on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
         self._is_off, self._is_at_large_steps = False, False
+        self.seconds = 0.0  # that recording took, with compiling its kernels
 
     def run(self, work: "Pass", largest: int) -> Tensor | None:
         """NLL of the pass [A], or None if it has to be launched kernel by kernel. `largest`: tokens of its step's largest pass."""
@@ -172,6 +174,7 @@ class Recorder:
     def _recorded(self, size: PassSize, work: "Pass") -> "_Recording | None":
         if len(self._recordings) == _MOST_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]  # the one that was not played for longest
+        started = time.monotonic()
         try:
             recording = _Recording(self._bank, size)
             recording.fill(work)
@@ -182,6 +185,8 @@ class Recorder:
             reason, is_final = str(error).partition("\n")[0], False
         except Exception as error:  # a model that waits for the GPU: the allocator may be left in the middle of a recording
             reason, is_final = str(error).partition("\n")[0], True
+        finally:
+            self.seconds += time.monotonic() - started
         _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, reason)
         if is_final:
             self.stop()

@@ -7,10 +7,10 @@ from ray_jobs.command import StoppedError, connect_ray
 from ray_jobs.proof import prove
 from ray_jobs.sweep_results import SweepResults
 from tuning.host import SweepData
-from tuning.hosts import num_gpus, start_hosts, stop_hosts
+from tuning.hosts import host_seconds, num_gpus, start_hosts, stop_hosts
 from tuning.ledger import share_of_epochs_saved
 from tuning.plan import check_resources, compare_with_run, sweep_device, trial_shares
-from tuning.progress import clock, ranking
+from tuning.progress import clock, ranking, where_time_went
 from tuning.sweep import keep_best_adapter, run_sweep, zero_shot_perplexities
 
 
@@ -36,14 +36,16 @@ def run_and_register(results: SweepResults, data: SweepData, *, resume: bool) ->
             raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
         status, seconds = "FAILED", time.monotonic() - started
         print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
-        print(f"{compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds)}\n", flush=True)
+        host_time = host_seconds(hosts)
+        print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
+        print(where_time_went(host_time), end="\n\n", flush=True)
         stop_hosts(hosts)
         best = keep_best_adapter(data.space, results.folder)
         assert best.record.best is not None
         found |= {"best_public_perplexity": best.record.best["public_perplexity"], "epochs_saved": share_of_epochs_saved(records)}
         summary = results.register(records, best, zero_shot, tracker,
                                    lambda uri, expected: prove(uri, data.space.base_model, data.public, expected, shares))
-        results.publish(summary, records, best, zero_shot, seconds, device.name, tracker)
+        results.publish({**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker)
         status = "FINISHED"
     finally:
         tracker.end(status, {**found, "seconds": time.monotonic() - started})

@@ -1,6 +1,7 @@
 """A host trains whoever asks, holds up nobody, and loses no trial to memory or to another trial's end."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_trials_of_a_host_are_what_they_are_alone(data, tmp_path):
         assert points[-1]["step"] == len(expected)
     assert host.zero_shot() == pytest.approx(
         adapter_perplexities(load_bank(data.space.base_model), [(None, data.public)], 10_000)[0], rel=1e-5)
+
+
+def test_a_host_knows_where_its_time_went(data, tmp_path):
+    """All of it from the first trial's coming to the last one's end, and nothing of before and after."""
+    host = Host(data, 1)
+    time.sleep(0.5)
+    assert sum(host.seconds().values()) == 0
+    started = time.monotonic()
+    points = run(host, "t", CONFIGS[0], tmp_path)
+    whole, seconds = time.monotonic() - started, host.seconds()
+    time.sleep(0.5)
+    assert host.seconds() == seconds
+    assert sum(seconds.values()) == pytest.approx(whole, rel=0.2)
+    assert seconds["recording"] == 0  # there is no GPU to record on
+    assert min(seconds["training"], seconds["evaluating"], seconds["waiting"]) > 0
+    assert points
 
 
 def test_trials_go_on_from_an_adapter(data, tmp_path):

@@ -71,6 +71,7 @@ def test_the_summary_keeps_its_contract(project, sweep):
     assert summary["best"]["public_perplexity"] == lowest < summary["zero_shot"]
     assert any(trial["status"] == "stopped" for trial in summary["trials"])
     assert "saved" in out
+    assert f"hosts       training {summary['host_seconds']['training'] / sum(summary['host_seconds'].values()):.0%}" in out
     assert (project / summary["best"]["checkpoint"] / "adapter_config.json").exists()
 
 

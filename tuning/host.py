@@ -12,8 +12,9 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -31,6 +32,7 @@ from qlora.training import DivergedError, StepResult, Timetable, Training, advan
 from tuning.space import Space
 
 _log = logging.getLogger(__name__)
+WORK = ("training", "recording", "evaluating", "waiting")
 _FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
 
 
@@ -76,6 +78,7 @@ class Host:
         self._changed = threading.Condition()
         self._bank = load_bank(data.space.base_model)
         self._writer = ThreadPoolExecutor(1)
+        self._seconds = dict.fromkeys(WORK, 0.0)
         threading.Thread(target=self._work, daemon=True).start()
 
     def zero_shot(self) -> list[float]:
@@ -110,6 +113,11 @@ class Host:
         """Take a trial's seat and memory back, if it has one."""
         self._ask(lambda: self._leave(trial_id))
 
+    def seconds(self) -> dict[str, float]:
+        """Since the first trial came: seconds of training, of recording passes, of evaluating, and of waiting for trials and
+        of letting them in and out."""
+        return dict(self._seconds)
+
     def _ask(self, call: Callable[[], Any]) -> Any:
         reply: Future[Any] = Future()
         with self._changed:
@@ -123,16 +131,32 @@ class Host:
 
     def _turn(self) -> None:
         """Wait for work, then do one round of it. A method of its own: what it holds of trials goes when it ends."""
-        with self._changed:
+        with self._changed, self._counted("waiting" if self._seats else None):
             self._changed.wait_for(lambda: self._calls or any(seat.goal is not None for seat in self._seats.values()))
             calls, self._calls = self._calls, deque()
-        for call, reply in calls:
-            _settle(reply, call)
+        with self._counted("waiting" if self._seats else None):
+            for call, reply in calls:
+                _settle(reply, call)
         asked = [seat for seat in self._seats.values() if seat.goal is not None]
-        for step, seats in ((self._evaluate, [seat for seat in asked if seat.at_goal]),
-                            (self._train, [seat for seat in asked if not seat.at_goal])):
+        for work, step, seats in (("evaluating", self._evaluate, [seat for seat in asked if seat.at_goal]),
+                                  ("training", self._train, [seat for seat in asked if not seat.at_goal])):
             if seats:
-                self._with_room(step, seats)
+                with self._counted(work):
+                    self._with_room(step, seats)
+
+    @contextmanager
+    def _counted(self, work: str | None) -> Iterator[None]:
+        """Add the time within to a kind of work, but for passes that are recorded meanwhile."""
+        started, recorded = time.monotonic(), self._recording_seconds
+        yield
+        if work is not None:
+            recording = self._recording_seconds - recorded
+            self._seconds["recording"] += recording
+            self._seconds[work] += time.monotonic() - started - recording
+
+    @property
+    def _recording_seconds(self) -> float:
+        return self._bank.recorder.seconds if self._bank.recorder is not None else 0.0
 
     def _with_room(self, step: Callable[[list[Seat]], None], seats: list[Seat]) -> None:
         """Out of memory halves the tokens of a pass; the next turn tries again. When that is no help, whoever fits alone goes on. Any

@@ -6,6 +6,8 @@ heavy.
 """
 
 import os
+from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -49,6 +51,10 @@ class HostActor:
         """See Host."""
         self._found().detach(trial_id)
 
+    def seconds(self) -> dict[str, float]:
+        """See Host."""
+        return self._found().seconds()
+
     def process_id(self) -> int:
         """Of the host's process."""
         return os.getpid()
@@ -79,10 +85,24 @@ class HostDirectory:
         return found
 
 
+    def seconds(self) -> dict[str, float]:
+        """Of all living hosts together, by kind of work (tuning.host.WORK)."""
+        found: Counter[str] = Counter()
+        for host in self._hosts.values():
+            with suppress(ray.exceptions.RayActorError):
+                found.update(ray.get(host.seconds.remote()))
+        return dict(found)
+
+
 def start_hosts(data: "SweepData") -> Any:
     """A directory for a sweep, on this node. It ends, with its hosts, when the driver does."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote([ray.put(data)])
+
+
+def host_seconds(hosts: Any) -> dict[str, float]:
+    """What the hosts' time went to: seconds of all of them together, by kind of work (tuning.host.WORK)."""
+    return ray.get(hosts.seconds.remote())  # type: ignore[no-any-return]
 
 
 def stop_hosts(hosts: Any) -> None:

@@ -1,6 +1,6 @@
 """Owns what a person reads while a sweep runs and when it ends. Pure functions from records to text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qlora.config import TrialSettings
 from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
@@ -42,6 +42,13 @@ def ranking(records: list[TrialRecord], zero_shot: float) -> str:
     return (f"{table(records, zero_shot, limit=len(records))}\n"
             f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials and saved "
             f"{saved:.0%} of the full-length epochs")
+
+
+def where_time_went(seconds: Mapping[str, float]) -> str:
+    """One line: the share of each kind of work in what hosts did; empty if they did nothing."""
+    whole = sum(seconds.values())
+    shares = ", ".join(f"{work} {part / whole:.0%}" for work, part in seconds.items() if round(100 * part / max(whole, 1e-9)))
+    return f"hosts       {shares} of {clock(whole)}" if shares else ""
 
 
 def clock(seconds: float) -> str:
