@@ -11,7 +11,8 @@ Shapes: T stream tokens, A scored positions, L linear layers, as rounded for a r
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -148,7 +149,7 @@ class Recorder:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is reused on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
         self._is_off, self._is_at_large_steps = False, False
-        self.seconds = 0.0  # that recording took, with compiling its kernels
+        self.seconds = {"compiling": 0.0, "recording": 0.0}
 
     def run(self, work: "Pass", largest: int) -> Tensor | None:
         """NLL of the pass [A], or None if it has to be launched kernel by kernel. `largest`: tokens of its step's largest pass."""
@@ -174,19 +175,20 @@ class Recorder:
     def _recorded(self, size: PassSize, work: "Pass") -> "_Recording | None":
         if len(self._recordings) == _MOST_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]  # the one that was not played for longest
-        started = time.monotonic()
         try:
             recording = _Recording(self._bank, size)
             recording.fill(work)
-            recording.record(self._pool, self._stream, is_compiled=size.kernels in self._compiled)
-            self._compiled.add(size.kernels)
+            if size.kernels not in self._compiled:
+                with self._counted("compiling"):
+                    recording.rehearse(self._stream)
+                self._compiled.add(size.kernels)
+            with self._counted("recording"):
+                recording.record(self._pool, self._stream)
             return recording
         except (ValueError, torch.cuda.OutOfMemoryError) as error:  # FlashAttention doesn't compute this; or there is no room for it
             reason, is_final = str(error).partition("\n")[0], False
         except Exception as error:  # a model that waits for the GPU: the allocator may be left in the middle of a recording
             reason, is_final = str(error).partition("\n")[0], True
-        finally:
-            self.seconds += time.monotonic() - started
         _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, reason)
         if is_final:
             self.stop()
@@ -194,6 +196,14 @@ class Recorder:
             self._refused.add(size)
             self._give_back()
         return None
+
+    @contextmanager
+    def _counted(self, work: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[work] += time.monotonic() - started
 
     @property
     def num_recordings(self) -> int:
@@ -236,12 +246,15 @@ class _Recording:
         self._graph = torch.cuda.CUDAGraph()
         self._nll_A = at.weights
 
-    def record(self, pool: Any, stream: torch.cuda.Stream, *, is_compiled: bool) -> None:
-        """Record the pass, having run it once without adapters unless its kernels are known: they can't be compiled within."""
-        if not is_compiled:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._work()
+    def rehearse(self, stream: torch.cuda.Stream) -> None:
+        """Run the pass once without adapters, which compiles its kernels: that can't be done within a recording."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._work()
+        torch.cuda.synchronize()
+
+    def record(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        """Record the pass, whose kernels are compiled."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # within, nothing that is kept for other passes can be had
         collects = gc.isenabled()

@@ -39,8 +39,8 @@ def main() -> None:
         data = results.load_data()
         print(f"sweep       {name}", flush=True)
         if arguments.dry_run:
-            from tuning.plan import sweep_device
-            print(results.plan(data, sweep_device(data.space, here=True))[1])
+            from tuning.plan import device_here
+            print(results.plan(data, device_here(data.space))[1])
             return
         from ray_jobs.sweep_run import run_and_register
         run_and_register(results, data, resume=bool(arguments.resume))

@@ -32,7 +32,7 @@ from qlora.training import DivergedError, StepResult, Timetable, Training, advan
 from tuning.space import Space
 
 _log = logging.getLogger(__name__)
-WORK = ("training", "recording", "evaluating", "waiting")
+WORK = ("training", "compiling", "recording", "evaluating", "waiting")
 _FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
 
 
@@ -114,8 +114,8 @@ class Host:
         self._ask(lambda: self._leave(trial_id))
 
     def seconds(self) -> dict[str, float]:
-        """Since the first trial came: seconds of training, of recording passes, of evaluating, and of waiting for trials and
-        of letting them in and out."""
+        """Since the first trial came: seconds of training, of compiling kernels and recording passes, of evaluating, and of waiting for
+        trials and letting them in and out."""
         return dict(self._seconds)
 
     def _ask(self, call: Callable[[], Any]) -> Any:
@@ -146,17 +146,17 @@ class Host:
 
     @contextmanager
     def _counted(self, work: str | None) -> Iterator[None]:
-        """Add the time within to a kind of work, but for passes that are recorded meanwhile."""
-        started, recorded = time.monotonic(), self._recording_seconds
+        """Add the time within to a kind of work, but for what a recorder did meanwhile."""
+        started, before = time.monotonic(), self._recorder_seconds()
         yield
         if work is not None:
-            recording = self._recording_seconds - recorded
-            self._seconds["recording"] += recording
-            self._seconds[work] += time.monotonic() - started - recording
+            now = self._recorder_seconds()
+            self._seconds[work] += time.monotonic() - started - sum(now.values()) + sum(before.values())
+            for kind, seconds in now.items():
+                self._seconds[kind] += seconds - before.get(kind, 0.0)
 
-    @property
-    def _recording_seconds(self) -> float:
-        return self._bank.recorder.seconds if self._bank.recorder is not None else 0.0
+    def _recorder_seconds(self) -> dict[str, float]:
+        return dict(self._bank.recorder.seconds) if self._bank.recorder is not None else {}
 
     def _with_room(self, step: Callable[[list[Seat]], None], seats: list[Seat]) -> None:
         """Out of memory halves the tokens of a pass; the next turn tries again. When that is no help, whoever fits alone goes on. Any

@@ -6,8 +6,10 @@ heavy.
 """
 
 import os
+import threading
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,22 +17,41 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from tuning.host import Host, SweepData
+    from tuning.plan import Device
 
 _MOST_TRIALS = 64  # of a host at once
 
 
 class HostActor:
-    """A tuning.host.Host in a process of its own, where the heavy libraries load."""
+    """A tuning.host.Host in a process of its own, where the heavy libraries load at once, and the base once there is a plan."""
 
-    def __init__(self, data: "SweepData", num_threads: int):
+    def __init__(self, data: "SweepData", num_threads: int, budget_tokens: int | None):
+        self._data, self._num_threads, self._begun = data, num_threads, threading.Event()
         self._error: Exception | None = None
+        if budget_tokens is not None:
+            self.begin(budget_tokens)
+        else:
+            import tuning.host  # noqa: F401
+
+    def device(self) -> "Device":
+        """What there is to plan for, before `begin`."""
+        import torch
+
+        from tuning.plan import this_device
+        torch.set_num_threads(self._num_threads)
+        return this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def begin(self, budget_tokens: int) -> None:
+        """Load the base, for passes of so many tokens; what is asked of the host waits for it."""
         try:
             from tuning.host import Host
-            self._host = Host(data, num_threads)
+            self._host = Host(replace(self._data, budget_tokens=budget_tokens), self._num_threads)
         except Exception as error:  # raised to whoever calls: an actor that fails to start would only say that it died
             self._error = error
+        self._begun.set()
 
     def _found(self) -> "Host":
+        self._begun.wait()
         if self._error is not None:
             raise self._error
         return self._host
@@ -65,6 +86,7 @@ class HostDirectory:
 
     def __init__(self, data: list[Any]):
         self._data, self._hosts, self._places = data[0], dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
+        self._budget_tokens: int | None = None
 
     def host(self, node: str, device: str, num_threads: int, trial_id: str | None) -> Any:
         """The living host of a device (a GPU's number or "cpu") of a node. A trial that was elsewhere, as before its process was killed,
@@ -80,10 +102,16 @@ class HostDirectory:
             environment = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
             found = ray.remote(HostActor).options(
                 num_cpus=0, max_concurrency=_MOST_TRIALS, runtime_env={"env_vars": environment},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(self._data, num_threads)
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(self._data, num_threads, self._budget_tokens)
             self._hosts[node, device] = found
         return found
 
+
+    def begin(self, budget_tokens: int) -> None:
+        """Have the hosts there are, and those to come, begin with passes of so many tokens."""
+        self._budget_tokens = budget_tokens
+        for host in self._hosts.values():
+            host.begin.remote(budget_tokens)
 
     def seconds(self) -> dict[str, float]:
         """Of all living hosts together, by kind of work (tuning.host.WORK)."""
@@ -95,9 +123,15 @@ class HostDirectory:
 
 
 def start_hosts(data: "SweepData") -> Any:
-    """A directory for a sweep, on this node. It ends, with its hosts, when the driver does."""
+    """A directory for a sweep, on this node, whose hosts begin when they are told to (`begin_hosts`). It ends, with its hosts, when the
+    driver does."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote([ray.put(data)])
+
+
+def begin_hosts(hosts: Any, budget_tokens: int) -> None:
+    """Have hosts load their bases, for passes of so many tokens."""
+    ray.get(hosts.begin.remote(budget_tokens))
 
 
 def host_seconds(hosts: Any) -> dict[str, float]:
@@ -108,6 +142,16 @@ def host_seconds(hosts: Any) -> dict[str, float]:
 def stop_hosts(hosts: Any) -> None:
     """End a directory; its hosts end with it and give their devices' memory back."""
     ray.kill(hosts)
+
+
+def ask_all_devices(hosts: Any, shares: dict[str, float], question: str) -> list[Any]:
+    """What the host of each GPU there is answers, all asked at once since any would wait for the first; or, if trials need none, that of
+    one node's CPUs. `question`: a method of HostActor. `shares`: what a trial asks Ray for."""
+    def ask(hosts: Any) -> Any:
+        return ray.get(getattr(host_of_my_device(hosts), question).remote())
+    count, share = (num_gpus(), max(1, shares["GPU"])) if shares["GPU"] else (1, 0)
+    task = ray.remote(num_cpus=shares["CPU"], num_gpus=share)(ask)
+    return ray.get([task.remote(hosts) for _ in range(count)])  # type: ignore[no-any-return]
 
 
 def num_gpus() -> int:

@@ -136,16 +136,11 @@ def model_size(config: Any) -> ModelSize:
                      text.num_hidden_layers, text.num_hidden_layers * kept)
 
 
-def sweep_device(space: Space, *, here: bool) -> Device | None:
-    """The device that a trial of this space will have. `here`: look at this machine only, where None means that it has no GPU and the
-    space wants one; else look where Ray would put a trial."""
-    if here and not space.wants_gpu:
+def device_here(space: Space) -> Device | None:
+    """The device of this machine that trials of this space would have; None if it has no GPU and the space wants one."""
+    if not space.wants_gpu:
         return this_device(torch.device("cpu"))
-    if here:
-        return this_device(torch.device("cuda")) if torch.cuda.is_available() else None
-    import ray
-    share: dict[str, Any] = {"num_gpus": 0.01} if space.wants_gpu else {"num_cpus": space.resources_per_trial.cpu}
-    return ray.get(ray.remote(**share)(this_device).remote(torch.device("cuda" if space.wants_gpu else "cpu")))  # type: ignore[no-any-return]
+    return this_device(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device,

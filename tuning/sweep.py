@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from qlora.checkpoint import ADAPTER
 from qlora.config import InputError
-from tuning.hosts import host_of_my_device, num_gpus
 from tuning.ledger import Ledger, TrialRecord, ranked
 from tuning.progress import headline, table
 from tuning.space import Asha, Space, tune_space
@@ -105,16 +103,6 @@ class RestoredASHA(ASHAScheduler):
         for point in record.curve if record else ():
             if point[self._time_attr] < self._max_t:
                 self._trial_info[trial.trial_id].on_result(trial, point[self._time_attr], -point["public_perplexity"])
-
-
-def zero_shot_perplexities(hosts: Any, shares: dict[str, float]) -> list[float]:
-    """Perplexity of each public example under the bare base, measured where trials will find the base loaded: on each GPU there is, all
-    at once, since any would wait for the first, or on one node's CPUs."""
-    def measure(hosts: Any) -> list[float]:
-        return ray.get(host_of_my_device(hosts).zero_shot.remote())  # type: ignore[no-any-return]
-    count, share = (num_gpus(), max(1, shares["GPU"])) if shares["GPU"] else (1, 0)
-    task = ray.remote(num_cpus=shares["CPU"], num_gpus=share)(measure)
-    return ray.get([task.remote(hosts) for _ in range(count)])[0]  # type: ignore[no-any-return]
 
 
 def run_sweep(space: Space, hosts: Any, shares: dict[str, float], folder: Path, zero_shot: float, observer: SweepObserver, *,
