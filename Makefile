@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 base: $(STAMP)  ## convert the embedded base once into ~/.cache/qlora
-	@$(BIN)/python -c 'from qlora.base_model import embedded_base_folder; print(embedded_base_folder())' 2>/dev/null
+	@$(BIN)/python -c 'from qlora.base_reference import embedded_base_folder; print(embedded_base_folder())' 2>/dev/null
 
 test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest

@@ -2,33 +2,34 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from ray_jobs.command import StoppedError, connect_ray
+import ray
+
+from ray_jobs.command import StoppedError
 from ray_jobs.proof import prove
 from ray_jobs.sweep_results import SweepResults
-from tuning.host import SweepData
-from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, start_hosts, stop_hosts
+from ray_jobs.sweep_start import StartedHosts
+from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts
 from tuning.ledger import share_of_epochs_saved
-from tuning.plan import check_resources, compare_with_run, trial_shares
+from tuning.plan import compare_with_run
 from tuning.progress import clock, ranking, where_time_went
+from tuning.shares import trial_shares
 from tuning.sweep import keep_best_adapter, run_sweep
 
 
-def run_and_register(results: SweepResults, data: SweepData, *, resume: bool) -> None:
+def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bool) -> None:
     """Run or go on with a sweep and register its best adapter. Raises StoppedError if it was interrupted and can go on."""
-    available, shares = connect_ray(), trial_shares(data.space, None)
-    check_resources(shares, available)
-    started = time.monotonic()
-    hosts = start_hosts(data)
-    device = min(ask_all_devices(hosts, shares, "device"), key=lambda device: device.free_bytes)
+    hosts, data = started.hosts, results.load_data()
+    device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
     plan, words = results.plan(data, device, num_gpus())
     print(words, flush=True)
     assert plan is not None, "there is a device"
-    shares = trial_shares(data.space, plan)
+    shares = trial_shares(data.space, plan.trials)
     results.claim()
-    begin_hosts(hosts, plan.budget_tokens)
+    begin_hosts(hosts, replace(data, budget_tokens=plan.budget_tokens))
     with ThreadPoolExecutor(1) as aside:
-        measured = aside.submit(results.zero_shot, lambda: ask_all_devices(hosts, shares, "zero_shot")[0])
+        measured = aside.submit(results.zero_shot, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0])
         tracker = results.tracker(device.name)
     status, found = "KILLED", {}
     try:
@@ -38,7 +39,7 @@ def run_and_register(results: SweepResults, data: SweepData, *, resume: bool) ->
             records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
             if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
                 raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
-            status, seconds = "FAILED", time.monotonic() - started
+            status, seconds = "FAILED", time.monotonic() - started.began
             print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
             host_time = host_seconds(hosts)
             print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
@@ -52,4 +53,4 @@ def run_and_register(results: SweepResults, data: SweepData, *, resume: bool) ->
         results.publish({**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker)
         status = "FINISHED"
     finally:
-        tracker.end(status, {**found, "seconds": time.monotonic() - started})
+        tracker.end(status, {**found, "seconds": time.monotonic() - started.began})

@@ -31,20 +31,25 @@ def main() -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError("--name", f"{name!r} may hold letters, digits, dots, dashes and underscores only")
 
-    from ray_jobs.sweep_results import SweepResults
+    from ray_jobs.sweep_folder import SweepFolder
     folder = PROJECT_ROOT / "results" / name
-    results = (SweepResults.reopened(folder) if arguments.resume else
-               SweepResults.planned(folder, arguments.space, arguments.set, arguments.continue_from))
-    if results.summary() is None:
-        data = results.load_data()
+    sweep = (SweepFolder.reopened(folder) if arguments.resume else
+             SweepFolder.planned(folder, arguments.space, arguments.set, arguments.continue_from))
+    if sweep.summary() is None:
+        sweep.check()
         print(f"sweep       {name}", flush=True)
         if arguments.dry_run:
+            from ray_jobs.sweep_results import SweepResults
             from tuning.plan import device_here
-            print(results.plan(data, device_here(data.space))[1])
+            results = SweepResults.of(sweep)
+            print(results.plan(results.load_data(), device_here(sweep.space))[1])
             return
+        from ray_jobs.sweep_start import start
+        started = start(sweep.space)  # hosts load their libraries while this process loads its own
+        from ray_jobs.sweep_results import SweepResults
         from ray_jobs.sweep_run import run_and_register
-        run_and_register(results, data, resume=bool(arguments.resume))
-    print(results.closing_words())
+        run_and_register(SweepResults.of(sweep), started, resume=bool(arguments.resume))
+    print(sweep.closing_words())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.host import SweepData
-from tuning.hosts import host_of_my_device, start_hosts
+from tuning.hosts import begin_hosts, host_of_my_device, start_hosts
 from tuning.space import Space
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -37,7 +37,8 @@ def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     space = Space.model_validate({"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "t", "public": "p"},
                                   "search": {"lora_r": {"choice": [4]}}})
     examples = random_examples(4, vocabulary=250)
-    hosts = start_hosts(SweepData(space, examples, examples))
+    hosts = start_hosts()
+    begin_hosts(hosts, SweepData(space, examples, examples))
 
     def processes() -> list[int]:
         """Of the hosts found by two holders on each node, asking at once."""

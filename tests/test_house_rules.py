@@ -62,6 +62,10 @@ def test_settings_import_nothing_heavy():
     assert loaded_by("import qlora.config, ray_jobs.command").strip() == "[]"
 
 
+def test_a_sweep_starts_hosts_before_it_loads_anything_heavy_but_ray():
+    assert loaded_by("import ray_jobs.sweep_folder, ray_jobs.sweep_start").strip() == "['ray']"
+
+
 def test_a_driver_of_sweeps_starts_without_peft():
     assert "peft" not in loaded_by("import tuning.sweep, ray_jobs.sweep_run")
 

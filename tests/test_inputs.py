@@ -10,7 +10,7 @@ from conftest import tiny_model
 import ray_jobs.batch_infer
 import ray_jobs.evaluate
 import ray_jobs.promote
-import ray_jobs.sweep_run
+import ray_jobs.sweep_start
 import ray_jobs.tune
 from qlora import base_model
 from ray_jobs import command
@@ -47,7 +47,7 @@ def nothing_heavy_happens(monkeypatch):
         raise AssertionError("this must not happen before the input is checked")
     monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", forbidden)
     monkeypatch.setattr(command, "connect_ray", forbidden)
-    monkeypatch.setattr(ray_jobs.sweep_run, "connect_ray", forbidden)
+    monkeypatch.setattr(ray_jobs.sweep_start, "connect_ray", forbidden)
     monkeypatch.setattr(ray_jobs.batch_infer, "connect_ray", forbidden)
 
 

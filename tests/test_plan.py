@@ -11,7 +11,8 @@ from test_training import tiny_bank
 
 from qlora.config import InputError, TrialSettings
 from tuning import plan as planning
-from tuning.plan import Device, compare_with_run, describe_plan, make_plan, model_size, this_device, trial_shares
+from tuning.plan import Device, compare_with_run, describe_plan, make_plan, model_size, this_device
+from tuning.shares import trial_shares
 from tuning.space import Space
 
 TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
@@ -68,9 +69,9 @@ def test_trials_ask_for_their_share_of_a_gpu():
     size, device = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
     for value, share in ((3, 0.3333), (1, 1.0), ("auto", 0.125)):
         chosen = space(trials_per_gpu=value)
-        shares = trial_shares(chosen, make_plan(chosen, TRAIN, PUBLIC, size, device))
+        shares = trial_shares(chosen, make_plan(chosen, TRAIN, PUBLIC, size, device).trials)
         assert shares == {"CPU": 1, "GPU": share}
-    assert trial_shares(space(), None) == {"CPU": 1, "GPU": 0}
+    assert trial_shares(space()) == {"CPU": 1, "GPU": 0}
 
 
 def test_a_plan_in_words():

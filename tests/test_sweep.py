@@ -16,7 +16,7 @@ from oracles import loop_perplexities
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.base_model import base_digest
+from qlora.base_reference import base_digest
 from qlora.data import load_examples
 from qlora.prompts import encode_examples, load_prompt
 

@@ -12,7 +12,8 @@ from oracles import loop_perplexities, padded_loss, peft_adapter
 
 from qlora.attention import use_packed_attention
 from qlora.bank import AdapterBank
-from qlora.base_model import base_digest, load_base
+from qlora.base_model import load_base
+from qlora.base_reference import base_digest
 from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.perplexity import adapter_perplexities, example_perplexities, mean_perplexity

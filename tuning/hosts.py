@@ -9,7 +9,6 @@ import os
 import threading
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -25,11 +24,11 @@ _MOST_TRIALS = 64  # of a host at once
 class HostActor:
     """A tuning.host.Host in a process of its own, where the heavy libraries load at once, and the base once there is a plan."""
 
-    def __init__(self, data: "SweepData", num_threads: int, budget_tokens: int | None):
-        self._data, self._num_threads, self._begun = data, num_threads, threading.Event()
+    def __init__(self, num_threads: int, data: "SweepData | None" = None):
+        self._num_threads, self._begun = num_threads, threading.Event()
         self._error: Exception | None = None
-        if budget_tokens is not None:
-            self.begin(budget_tokens)
+        if data is not None:
+            self.begin(data)
         else:
             import tuning.host  # noqa: F401
 
@@ -41,11 +40,11 @@ class HostActor:
         torch.set_num_threads(self._num_threads)
         return this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def begin(self, budget_tokens: int) -> None:
-        """Load the base, for passes of so many tokens; what is asked of the host waits for it."""
+    def begin(self, data: "SweepData") -> None:
+        """Load the base; what is asked of the host waits for it."""
         try:
             from tuning.host import Host
-            self._host = Host(replace(self._data, budget_tokens=budget_tokens), self._num_threads)
+            self._host = Host(data, self._num_threads)
         except Exception as error:  # raised to whoever calls: an actor that fails to start would only say that it died
             self._error = error
         self._begun.set()
@@ -82,11 +81,11 @@ class HostActor:
 
 
 class HostDirectory:
-    """Makes hosts and knows them. `data`: a reference to the SweepData, in a list so that Ray passes it on as it is."""
+    """Makes hosts and knows them."""
 
-    def __init__(self, data: list[Any]):
-        self._data, self._hosts, self._places = data[0], dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
-        self._budget_tokens: int | None = None
+    def __init__(self) -> None:
+        self._hosts, self._places = dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
+        self._data: list[Any] = []
 
     def host(self, node: str, device: str, num_threads: int, trial_id: str | None) -> Any:
         """The living host of a device (a GPU's number or "cpu") of a node. A trial that was elsewhere, as before its process was killed,
@@ -102,16 +101,17 @@ class HostDirectory:
             environment = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
             found = ray.remote(HostActor).options(
                 num_cpus=0, max_concurrency=_MOST_TRIALS, runtime_env={"env_vars": environment},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(self._data, num_threads, self._budget_tokens)
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(num_threads, *self._data)
             self._hosts[node, device] = found
         return found
 
 
-    def begin(self, budget_tokens: int) -> None:
-        """Have the hosts there are, and those to come, begin with passes of so many tokens."""
-        self._budget_tokens = budget_tokens
+    def begin(self, data: list[Any]) -> None:
+        """Have the hosts there are, and those to come, begin. `data`: a reference to the SweepData, in a list so that Ray passes it on as
+        it is."""
+        self._data = data
         for host in self._hosts.values():
-            host.begin.remote(budget_tokens)
+            host.begin.remote(*data)
 
     def seconds(self) -> dict[str, float]:
         """Of all living hosts together, by kind of work (tuning.host.WORK)."""
@@ -122,16 +122,16 @@ class HostDirectory:
         return dict(found)
 
 
-def start_hosts(data: "SweepData") -> Any:
-    """A directory for a sweep, on this node, whose hosts begin when they are told to (`begin_hosts`). It ends, with its hosts, when the
+def start_hosts() -> Any:
+    """A directory for a sweep, on this node, whose hosts begin when they are given data (`begin_hosts`). It ends, with its hosts, when the
     driver does."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote([ray.put(data)])
+    return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def begin_hosts(hosts: Any, budget_tokens: int) -> None:
-    """Have hosts load their bases, for passes of so many tokens."""
-    ray.get(hosts.begin.remote(budget_tokens))
+def begin_hosts(hosts: Any, data: "SweepData") -> None:
+    """Have hosts load their bases."""
+    ray.get(hosts.begin.remote([ray.put(data)]))
 
 
 def host_seconds(hosts: Any) -> dict[str, float]:
@@ -145,13 +145,13 @@ def stop_hosts(hosts: Any) -> None:
 
 
 def ask_all_devices(hosts: Any, shares: dict[str, float], question: str) -> list[Any]:
-    """What the host of each GPU there is answers, all asked at once since any would wait for the first; or, if trials need none, that of
-    one node's CPUs. `question`: a method of HostActor. `shares`: what a trial asks Ray for."""
+    """References to what the host of each GPU there is answers, all asked at once since any would wait for the first; or, if trials need
+    none, that of one node's CPUs. `question`: a method of HostActor. `shares`: what a trial asks Ray for."""
     def ask(hosts: Any) -> Any:
         return ray.get(getattr(host_of_my_device(hosts), question).remote())
     count, share = (num_gpus(), max(1, shares["GPU"])) if shares["GPU"] else (1, 0)
     task = ray.remote(num_cpus=shares["CPU"], num_gpus=share)(ask)
-    return ray.get([task.remote(hosts) for _ in range(count)])  # type: ignore[no-any-return]
+    return [task.remote(hosts) for _ in range(count)]
 
 
 def num_gpus() -> int:

@@ -228,26 +228,6 @@ def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
     return f"plan        {memory}time {_minutes(plan.seconds)} planned, {_minutes(seconds)} measured"
 
 
-def trial_shares(space: Space, plan: Plan | None) -> dict[str, float]:
-    """What a trial asks Ray for: its CPUs, and its share of a GPU by `trials_per_gpu` if that is given."""
-    gpu = space.resources_per_trial.gpu
-    if space.trials_per_gpu is not None:
-        trials = space.trials_per_gpu if isinstance(space.trials_per_gpu, int) else plan.trials if plan else 1
-        gpu = math.floor(1e4 / trials) / 1e4  # Ray counts in ten thousandths
-    return {"CPU": space.resources_per_trial.cpu, "GPU": gpu}
-
-
-def check_resources(shares: dict[str, float], available: dict[str, float]) -> None:
-    """Raise InputError if no trial could ever be placed on a Ray of these resources; none given means a cluster that may grow."""
-    if not available:
-        return
-    for name, wanted in shares.items():
-        if wanted > available.get(name, 0):
-            raise InputError("resources_per_trial", f"a trial asks for {wanted:g} {name}, but Ray has {available.get(name, 0):g}; "
-                             f"lower it with --set resources_per_trial.{name.lower()}=N"
-                             + (" --set trials_per_gpu=null" if name == "GPU" else ""))
-
-
 def _side_by_side(space: Space) -> int | None:
     """Trials that share a device as the space has it; None if it leaves that to the plan."""
     if space.trials_per_gpu == "auto":
