@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from test_inputs import refused
 
 import inference.rows
+import ray_jobs.batch_infer
 from inference.job import open_job
 from inference.predictions import Journal, write_predictions
 from inference.rows import store_rows
@@ -109,9 +111,13 @@ def test_scores_of_equal_and_of_unrelated_texts():
     assert other.summary()["chrf"] < 10
 
 
+def options_of(tiny_base: Path, source: Path, output: Path) -> list[str]:
+    return ["--base-model", str(tiny_base), "--quantization", "none", "--input", str(source), "--output", str(output),
+            "--max-new-tokens", "24"]
+
+
 def infer(tiny_base: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
-    arguments = ["--base-model", str(tiny_base), "--quantization", "none", "--input", str(source), "--output", str(output),
-                 "--max-new-tokens", "24", *options]
+    arguments = [*options_of(tiny_base, source, output), *options]
     return subprocess.Popen([sys.executable, str(PROJECT / "ray_jobs/batch_infer.py"), *arguments], cwd=output.parent, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -164,7 +170,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     return [int(line.split()[0]) for line in listing if "EngineActor" in line and descends(int(line.split()[0]))]
 
 
-def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, many, tmp_path):
+def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, many, tmp_path, capsys, monkeypatch):
     """Every row comes out once, in order, as if nothing had happened; the row that fails is told apart."""
     output = tmp_path / "out.json"
     first = infer(tiny_base, many, output)
@@ -178,7 +184,7 @@ def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, ma
     first.communicate(timeout=60)
     assert not output.exists()
 
-    changed = finish(infer(tiny_base, many, output, "--num-beams", "2", "--resume"), code=2)
+    changed = refused(ray_jobs.batch_infer, capsys, monkeypatch, *options_of(tiny_base, many, output), "--num-beams", "2", "--resume")
     assert "another generation settings" in changed
     out = finish(infer(tiny_base, many, output, "--resume"), code=4)
     assert "1 FAILED" in out.splitlines()[-1]

@@ -1,7 +1,9 @@
 """Every kind of bad input ends a command with exit code 2 and one `error:` line, before a model loads or Ray starts."""
 
 import json
+import os
 import sys
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -55,7 +57,7 @@ def refused(module, capsys, monkeypatch, *arguments) -> str:
     """Run a command that must refuse its input; returns the one error line."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
+    with patch.dict(os.environ), pytest.raises(SystemExit) as end:  # a command makes its process's environment its own
         command.run(module.main)
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2, error
