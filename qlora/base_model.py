@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from qlora.base_reference import BaseReference, resolve_base
@@ -88,7 +89,7 @@ def _from_pretrained(auto_class: Any, name: str, reference: BaseReference, **opt
     try:
         return auto_class.from_pretrained(reference.location, revision=reference.revision, trust_remote_code=False,
                                           local_files_only=reference.kind != "hub", **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(name, f"can't be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}") from error
 
 

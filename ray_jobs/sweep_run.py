@@ -31,7 +31,7 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
     with ThreadPoolExecutor(1) as aside:
         measured = aside.submit(results.zero_shot, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0])
         tracker = results.tracker(device.name)
-    status, found = "KILLED", {}
+    status, found = "FAILED", {}
     try:
         with tracker.system_metrics():
             zero_shot = found["zero_shot_public_perplexity"] = measured.result()
@@ -39,7 +39,7 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
             records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
             if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
                 raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
-            status, seconds = "FAILED", time.monotonic() - started.began
+            seconds = time.monotonic() - started.began
             print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
             host_time = host_seconds(hosts)
             print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
@@ -52,5 +52,8 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
                                        lambda uri, expected: prove(uri, data.space.base_model, data.public, expected, shares))
         results.publish({**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker)
         status = "FINISHED"
+    except (StoppedError, KeyboardInterrupt):
+        status = "KILLED"
+        raise
     finally:
         tracker.end(status, {**found, "seconds": time.monotonic() - started.began})

@@ -15,7 +15,7 @@ from qlora.bank import AdapterBank
 from qlora.base_model import load_base
 from qlora.base_reference import base_digest
 from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from qlora.config import BaseModelSettings, TrialSettings
+from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.perplexity import adapter_perplexities, example_perplexities, mean_perplexity
 from qlora.training import DivergedError, Training, make_timetable
 
@@ -184,3 +184,11 @@ def test_a_bases_digest_is_that_of_its_files(tiny_base, tmp_path):
     (copied / "model.safetensors").write_bytes(weights)
     assert base_digest(str(copied)) != base_digest(str(tiny_base))
     assert base_digest("owner/model@5073b2bbc1aa5519acdc865e99832857ef47f7c9") is None
+
+
+def test_damaged_weights_are_told_in_one_line(tiny_base, tmp_path):
+    copied = Path(shutil.copytree(tiny_base, tmp_path / "copied"))
+    (copied / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="can't be loaded") as refusal:
+        load_base(BaseModelSettings(name=str(copied), quantization="none"), torch.device("cpu"))
+    assert "\n" not in str(refusal.value)
