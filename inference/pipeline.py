@@ -87,18 +87,26 @@ class Tokenise:
 
 
 class EngineActor:
-    """A worker of the pool: one engine, loaded once."""
+    """A worker of the pool: one engine, loaded once. A model that can't be had comes back as the error of rows that no engine made:
+    raised here, it would reach people as a worker's death."""
 
     def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, adapter_files: Any):
         if not on_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked for a GPU
         torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
-        with _local_adapter(work.served, adapter_files) as served:
-            self.engine = load_engine(served, work.decoding)
+        self.refusal = ""
+        try:
+            with _local_adapter(work.served, adapter_files) as served:
+                self.engine = load_engine(served, work.decoding)
+        except InputError as error:
+            self.refusal = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`, `seconds`."""
-        started = time.monotonic()
+        started, count = time.monotonic(), len(batch["index"])
+        if self.refusal:
+            return {"index": batch["index"], "text": [""] * count, "error": [self.refusal] * count, "num_tokens": [0] * count,
+                    "engine": [""] * count, "seconds": [0.0] * count}
         errors = [str(error) for error in batch["error"]]
         rows = [row for row, error in enumerate(errors) if not error]
         outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
@@ -179,7 +187,8 @@ def _cpus_of_this_node() -> int:
 
 
 def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool) -> Iterator[Report]:
-    """Results of the rows with these numbers (ascending), batch by batch, as they are done. Needs a connected Ray."""
+    """Results of the rows with these numbers (ascending), batch by batch, as they are done. Needs a connected Ray. Raises InputError if
+    the model can't be had."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -201,6 +210,8 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
         EngineActor, fn_constructor_args=(work, pool.on_gpu, engines_per_node, _adapter_files(work.served)), batch_size=batch_rows,
         compute=ActorPoolStrategy(size=pool.num_workers), num_cpus=0.25, num_gpus=int(pool.on_gpu))
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        if not batch["engine"][0]:
+            raise InputError(*str(batch["error"][0]).split(": ", 1))
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]
         yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["seconds"].max()))

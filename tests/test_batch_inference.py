@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,15 @@ def test_two_jobs_on_one_output_are_refused(tmp_path):
     with open_job(source, tmp_path / "out.json"), pytest.raises(InputError, match="being written by another job"), \
             open_job(source, tmp_path / "out.json"):
         pass
+
+
+@pytest.mark.slow
+def test_a_base_that_no_engine_can_load_is_told_in_one_line(tiny_base, tmp_path):
+    damaged = Path(shutil.copytree(tiny_base, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes(b"cut off")
+    out = finish(infer(damaged, write(tmp_path / "in.json", ROWS), tmp_path / "out.json"), code=2)
+    assert out.splitlines()[-1].startswith(f"error: {damaged}: can't be loaded")
+    assert "Traceback" not in out
 
 
 @pytest.mark.slow
