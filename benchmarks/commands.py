@@ -108,4 +108,4 @@ def _watch(process: "subprocess.Popen[str]", run: CommandRun) -> None:
                 run.memory_gib = max(run.memory_gib, watched.memory_info().rss / 2**30)
             time.sleep(0.2)
     except psutil.NoSuchProcess:
-        pass
+        return  # it ended between two looks

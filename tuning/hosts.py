@@ -5,6 +5,7 @@ the hosts, so that they outlive trials and end with the sweep; a host that died 
 heavy.
 """
 
+import importlib
 import os
 import threading
 from collections import Counter
@@ -30,7 +31,7 @@ class HostActor:
         if data is not None:
             self.begin(data)
         else:
-            import tuning.host  # noqa: F401
+            importlib.import_module("tuning.host")
 
     def device(self) -> "Device":
         """What there is to plan for, before `begin`."""
@@ -136,7 +137,8 @@ def begin_hosts(hosts: Any, data: "SweepData") -> None:
 
 def host_seconds(hosts: Any) -> dict[str, float]:
     """What the hosts' time went to: seconds of all of them together, by kind of work (tuning.host.WORK)."""
-    return ray.get(hosts.seconds.remote())  # type: ignore[no-any-return]
+    found: dict[str, float] = ray.get(hosts.seconds.remote())
+    return found
 
 
 def stop_hosts(hosts: Any) -> None:
