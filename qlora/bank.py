@@ -61,9 +61,9 @@ class Adapter:
         if self.served is not self.weights:
             self.served.copy_(self.weights)
 
-    def matrices(self) -> dict[str, Tensor]:
-        """Views of the weights under PEFT's names, A [r, in] and B [out, r]."""
-        return {f"base_model.model.{layer}.lora_{letter}.weight": place.of(self.weights)
+    def matrices(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Views of the weights, or of a copy of them, under PEFT's names, A [r, in] and B [out, r]."""
+        return {f"base_model.model.{layer}.lora_{letter}.weight": place.of(self.weights if weights is None else weights)
                 for layer, places in self.layers.items() for letter, place in zip("AB", places, strict=True)}
 
 
@@ -87,14 +87,14 @@ class AdapterBank:
     switch: Switch = field(default_factory=Switch)
     recorder: Any = None  # of qlora.passes
     mean_parameters: float = 0.0  # of a linear layer
-    _linear: tuple[str, ...] = ()
+    _linear: dict[str, tuple[int, int]] = field(default_factory=dict)  # (in, out) of each layer that an adapter may target
     _tables: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         head = self.model.get_output_embeddings()
-        linear = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-        self._linear = tuple(linear)
-        self.mean_parameters = sum(one.in_features * one.out_features for one in linear.values()) / max(1, len(linear))
+        self._linear = {name: (module.in_features, module.out_features) for name, module in self.model.named_modules()
+                        if isinstance(module, nn.Linear) and module is not head}
+        self.mean_parameters = sum(map(math.prod, self._linear.values())) / max(1, len(self._linear))
 
     @property
     def device(self) -> torch.device:
@@ -111,30 +111,25 @@ class AdapterBank:
         """Whether adapters' products are the GPU's kernels."""
         return lora_kernels is not None and self.device.type == "cuda"
 
-    def attach(self, settings: TrialSettings) -> Adapter:
-        """A fresh adapter, B = 0, so that it starts equal to the base; A is drawn from `settings.seed` alone, as PEFT draws it.
+    def fresh_weights(self, settings: TrialSettings) -> Tensor:
+        """Those of a new adapter, [n] float32 on the CPU: B = 0, so that it starts equal to the base; A drawn from `settings.seed` alone,
+        as PEFT draws it. Slow (10 ns a weight), and any thread may do it while others train.
 
         Raises InputError if no linear layer has one of the target names.
         """
-        if settings.lora_r > MAX_GPU_RANK and self.device.type == "cuda":
-            raise InputError("lora_r", f"{settings.lora_r} is more than the {MAX_GPU_RANK} that a GPU takes")
-        names = self._targets(settings)
-        layers, end = {}, 0
-        for name in names:
-            linear = self._banked(name)
-            places = []
-            for shape in ((settings.lora_r, linear.in_features), (linear.out_features, settings.lora_r)):
-                places.append(_Place(end, shape))
-                end += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
-            layers[name] = (places[0], places[1])
-        weights = torch.zeros(end)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            for a, b in layers.values():
-                nn.Linear(a.shape[1], a.shape[0], bias=False)  # PEFT makes both layers, each drawing its weights,
-                nn.Linear(b.shape[1], b.shape[0], bias=False)
-                nn.init.kaiming_uniform_(a.of(weights), a=math.sqrt(5))  # and then draws A anew
-        weights = weights.to(self.device)
+        layers, length = self._places(settings)
+        weights, generator = torch.zeros(length), torch.Generator().manual_seed(settings.seed)
+        for a, b in layers.values():  # PEFT makes both layers, each drawing its weights, and then draws A anew
+            for matrix in (torch.empty(a.shape), torch.empty(b.shape), a.of(weights)):
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        return weights
+
+    def attach(self, settings: TrialSettings, weights: Tensor | None = None) -> Adapter:
+        """A new adapter. `weights`: its `fresh_weights`, if they are there already. Raises InputError as that does."""
+        layers, _ = self._places(settings)
+        weights = (self.fresh_weights(settings) if weights is None else weights).to(self.device)
+        for name in layers:
+            self._make_banked(name)
         served = weights if self.model.dtype == torch.float32 else weights.to(self.model.dtype)
         return Adapter(settings, weights, torch.zeros_like(weights), served, layers)
 
@@ -184,7 +179,7 @@ class AdapterBank:
         config = LoraConfig(r=adapter.settings.lora_r, lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
                             lora_dropout=adapter.settings.lora_dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM",
                             base_model_name_or_path=name, revision=revision or None, inference_mode=True)
-        return AdapterContent(config, {name: tensor.cpu() for name, tensor in adapter.matrices().items()})
+        return AdapterContent(config, adapter.matrices(adapter.weights.cpu()))
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Take over the weights of a PEFT folder. Raises InputError if they are not this adapter's."""
@@ -195,19 +190,26 @@ class AdapterBank:
             matrix.copy_(found[name])
         adapter.refresh()
 
-    def _targets(self, settings: TrialSettings) -> list[str]:
-        wanted = settings.target_modules
-        unknown = unknown_targets(wanted, self._linear)
+    def _places(self, settings: TrialSettings) -> tuple[dict[str, tuple[_Place, _Place]], int]:
+        if settings.lora_r > MAX_GPU_RANK and self.device.type == "cuda":
+            raise InputError("lora_r", f"{settings.lora_r} is more than the {MAX_GPU_RANK} that a GPU takes")
+        unknown = unknown_targets(settings.target_modules, list(self._linear))
         if unknown:
             raise InputError("target_modules", unknown)
-        return [name for name in self._linear if is_targeted(name, wanted)]
+        layers, end = {}, 0
+        for name, (num_in, num_out) in self._linear.items():
+            if is_targeted(name, settings.target_modules):
+                places = []
+                for shape in ((settings.lora_r, num_in), (num_out, settings.lora_r)):
+                    places.append(_Place(end, shape))
+                    end += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+                layers[name] = (places[0], places[1])
+        return layers, end
 
-    def _banked(self, name: str) -> BankedLinear:
+    def _make_banked(self, name: str) -> None:
         if name not in self.layers:
-            layer = BankedLinear(self.model.get_submodule(name), self.switch, name, self._linear.index(name))
-            self.model.set_submodule(name, layer)
-            self.layers[name] = layer
-        return self.layers[name]
+            self.layers[name] = BankedLinear(self.model.get_submodule(name), self.switch, name, list(self._linear).index(name))
+            self.model.set_submodule(name, self.layers[name])
 
 
 def is_targeted(name: str, wanted: Any) -> bool:

@@ -73,12 +73,13 @@ def make_timetable(num_examples: int, settings: TrialSettings) -> Timetable:
 
 
 class Training:
-    """One adapter in training on a bank's base, in passes of its own or shared with other trials (`advance_together`)."""
+    """One adapter in training on a bank's base, in passes of its own or shared with other trials (`advance_together`). `weights`: see
+    AdapterBank.attach."""
 
-    def __init__(self, bank: AdapterBank, examples: Sequence[EncodedExample], settings: TrialSettings):
+    def __init__(self, bank: AdapterBank, examples: Sequence[EncodedExample], settings: TrialSettings, weights: Tensor | None = None):
         self.bank, self.examples, self.settings = bank, examples, settings
         self.timetable = make_timetable(len(examples), settings)
-        self.adapter = bank.attach(settings)
+        self.adapter = bank.attach(settings, weights)
         self.step = 0
         self._start_stage()
 
@@ -131,8 +132,8 @@ class Training:
         self._start_stage()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(optimizer tensors, position) of a run between two steps."""
-        return dict(self.optimizer.state[self._parameter]), {
+        """(optimizer tensors, position) of a run between two steps. At the end there are no tensors: no step is left for them."""
+        return {} if self.finished else dict(self.optimizer.state[self._parameter]), {
             "step": self.step, "settings": self.settings.model_dump(mode="json"), "num_examples": len(self.examples),
             "schedule": self.schedule.state_dict()}
 
@@ -142,7 +143,8 @@ class Training:
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
-        self.optimizer.state[self._parameter] = {key: value.to(self._counts_on(key)) for key, value in tensors.items()}
+        if tensors:
+            self.optimizer.state[self._parameter] = {key: value.to(self._counts_on(key)) for key, value in tensors.items()}
         self.schedule.load_state_dict(position["schedule"])
         for group, learning_rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = learning_rate

@@ -1,6 +1,7 @@
 """Owns work of single models on the device of a trial, away from the driver: training a stage, perplexity, texts."""
 
 import gc
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +14,14 @@ import ray
 from qlora.adapters import ADAPTER_FILES
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
 from qlora.prompts import EncodedExample
+from tuning.hosts import my_device
 
 Files = dict[str, bytes]  # of a PEFT folder, by name; none for the bare base
 
 
-def on_device(shares: dict[str, float], work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `work`, done where Ray has such shares of CPUs and GPUs, in a new process."""
-    return ray.get(ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"], max_calls=1)(work).remote(*arguments))
-
-
 class Worker:
-    """A process for one piece of work after another where Ray has such shares: what it imported stays, what it loaded goes."""
+    """A process for one piece of work after another where Ray has such shares: what it imported stays, what it loaded goes. It starts
+    at once and ends with its last reference."""
 
     def __init__(self, shares: dict[str, float]):
         self._actor: Any = ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"])(_WorkerProcess).remote()
@@ -34,6 +32,11 @@ class Worker:
 
 
 class _WorkerProcess:
+    def __init__(self) -> None:
+        import torch
+        torch.set_num_threads(my_device()[2])  # Ray has set those of its share
+        importlib.import_module("qlora.serving")  # most of what any work needs, before there is some
+
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         import torch
         if torch.cuda.is_available():

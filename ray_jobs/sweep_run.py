@@ -7,12 +7,13 @@ from dataclasses import replace
 import ray
 
 from ray_jobs.command import StoppedError
+from ray_jobs.device_work import Worker
 from ray_jobs.proof import prove
 from ray_jobs.sweep_results import SweepResults
 from ray_jobs.sweep_start import StartedHosts
 from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts
 from tuning.ledger import share_of_epochs_saved
-from tuning.plan import compare_with_run
+from tuning.plan import Device, compare_with_run
 from tuning.progress import clock, ranking, where_time_went
 from tuning.shares import trial_shares
 from tuning.sweep import keep_best_adapter, run_sweep
@@ -21,7 +22,7 @@ from tuning.sweep import keep_best_adapter, run_sweep
 def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bool) -> None:
     """Run or go on with a sweep and register its best adapter. Raises StoppedError if it was interrupted and can go on."""
     hosts, data = started.hosts, results.load_data()
-    device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
+    device = min((Device(**found) for found in ray.get(started.devices)), key=lambda device: device.free_bytes)
     plan, words = results.plan(data, device, num_gpus())
     print(words, flush=True)
     assert plan is not None, "there is a device"
@@ -39,6 +40,7 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
             records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
             if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
                 raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
+            worker = Worker(shares)  # which loads its libraries meanwhile
             seconds = time.monotonic() - started.began
             print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
             host_time = host_seconds(hosts)
@@ -49,7 +51,7 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
             assert best.record.best is not None
             found |= {"best_public_perplexity": best.record.best["public_perplexity"], "epochs_saved": share_of_epochs_saved(records)}
             summary = results.register(records, best, zero_shot, tracker,
-                                       lambda uri, expected: prove(uri, data.space.base_model, data.public, expected, shares))
+                                       lambda uri, expected: prove(worker, uri, data.space.base_model, data.public, expected))
         results.publish({**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker)
         status = "FINISHED"
     except (StoppedError, KeyboardInterrupt):

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import random_examples, tiny_model
 from oracles import loop_perplexities, padded_loss, peft_adapter
+from safetensors.torch import load_file
 
 from qlora.attention import use_packed_attention
 from qlora.bank import AdapterBank
@@ -114,6 +115,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
     adapter_perplexities(second.bank, [(second.adapter, second.examples)], 10_000)
     assert losses(second, 6 - stop_at) == expected[stop_at:]
     assert torch.equal(weights(second), weights(whole))
+
+
+def test_a_finished_run_is_kept_without_its_optimizer(tmp_path):
+    run, again = training(), training()
+    losses(run, run.timetable.total_steps)
+    save_checkpoint(tmp_path / "c", run)
+    load_checkpoint(tmp_path / "c", again)
+    assert again.finished
+    assert torch.equal(weights(again), weights(run))
+    assert load_file(tmp_path / "c" / "optimizer.safetensors") == {}
 
 
 def test_an_unfinished_or_damaged_checkpoint_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 One thread does everything that touches the device: whoever calls leaves a wish and waits. Between two steps the thread
 carries out what was asked for; a trial that asks for nothing (it waits at a rung, or was stopped) costs the others
-nothing. Checkpoints are written by a second thread. Refuses to know how hosts are found and how trials report.
+nothing. Checkpoints are written by threads of their own. Refuses to know how hosts are found and how trials report.
 """
 
 import logging
@@ -26,6 +26,7 @@ import torch
 from qlora.bank import load_bank
 from qlora.base_model import default_token_budget
 from qlora.checkpoint import CheckpointContent, CheckpointError, load_checkpoint, verify_checkpoint
+from qlora.config import TrialSettings
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.prompts import EncodedExample
 from qlora.training import DivergedError, StepResult, Timetable, Training, advance_together
@@ -33,6 +34,7 @@ from tuning.space import Space
 
 _log = logging.getLogger(__name__)
 WORK = ("training", "compiling", "recording", "evaluating", "waiting")
+_WRITERS = 4  # of checkpoints at once: trials of one length end together
 _FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
 
 
@@ -77,7 +79,7 @@ class Host:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._bank = load_bank(data.space.base_model)
-        self._writer = ThreadPoolExecutor(1)
+        self._writers = ThreadPoolExecutor(_WRITERS)
         self._seconds = dict.fromkeys(WORK, 0.0)
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -95,7 +97,9 @@ class Host:
     def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
         """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any; returns the steps at which
         it is yet to be evaluated. A holder has one seat: what it held before is given up."""
-        return self._ask(lambda: self._attach(trial_id, holder, config, checkpoints))  # type: ignore[no-any-return]
+        settings = self._data.space.trial_settings(config)
+        weights = self._bank.fresh_weights(settings)  # here, where no other trial waits for it
+        return self._ask(lambda: self._attach(trial_id, holder, settings, weights, checkpoints))  # type: ignore[no-any-return]
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder; returns its metrics, and as `perplexities` those of
@@ -214,7 +218,7 @@ class Host:
         for seat, values in zip(seats, found, strict=True):
             metrics = {**_metrics(seat, mean_perplexity(values)), "perplexities": values}
             content, seat.goal = CheckpointContent.of(seat.training), None
-            self._writer.submit(_settle, seat.reply, partial(_written, content, Path(seat.folder), metrics))
+            self._writers.submit(_settle, seat.reply, partial(_written, content, Path(seat.folder), metrics))
 
     def _fail(self, seats: list[Seat], error: Exception) -> None:
         for seat in seats:
@@ -222,11 +226,10 @@ class Host:
                 seat.goal = None
                 seat.reply.set_exception(error.with_traceback(None))  # a traceback would keep activations
 
-    def _attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
+    def _attach(self, trial_id: str, holder: str, settings: TrialSettings, weights: torch.Tensor, checkpoints: Sequence[str]) -> list[int]:
         for other in [name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id]:
             self._leave(other)
-        settings = self._data.space.trial_settings(config)
-        training = Training(self._bank, self._data.train, settings)
+        training = Training(self._bank, self._data.train, settings, weights)
         self._start_from_adapter(training)
         for folder in checkpoints:
             try:

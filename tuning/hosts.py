@@ -10,6 +10,7 @@ import os
 import threading
 from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,15 +18,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from tuning.host import Host, SweepData
-    from tuning.plan import Device
 
 _MOST_TRIALS = 64  # of a host at once
 
 
 class HostActor:
-    """A tuning.host.Host in a process of its own, where the heavy libraries load at once, and the base once there is a plan."""
+    """A tuning.host.Host in a process of its own, where the heavy libraries load at once, and the base once there is a plan. `device`: a
+    GPU's number or "cpu"."""
 
-    def __init__(self, num_threads: int, data: "SweepData | None" = None):
+    def __init__(self, device: str, num_threads: int, data: "SweepData | None" = None):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device  # Ray's books give it none
         self._num_threads, self._begun = num_threads, threading.Event()
         self._error: Exception | None = None
         if data is not None:
@@ -33,13 +35,13 @@ class HostActor:
         else:
             importlib.import_module("tuning.host")
 
-    def device(self) -> "Device":
-        """What there is to plan for, before `begin`."""
+    def device(self) -> dict[str, Any]:
+        """What there is to plan for, before `begin`: the fields of a tuning.plan.Device, since whoever passes that on would load torch."""
         import torch
 
         from tuning.plan import this_device
         torch.set_num_threads(self._num_threads)
-        return this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return asdict(this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
     def begin(self, data: "SweepData") -> None:
         """Load the base; what is asked of the host waits for it."""
@@ -98,14 +100,11 @@ class HostDirectory:
             self._places[trial_id] = node, device
         found = self._hosts.get((node, device))
         if found is None or _is_dead(found):
-            # Ray hides all GPUs from who asks for none, unless told not to; a host sees its own, or none.
-            environment = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
             found = ray.remote(HostActor).options(
-                num_cpus=0, max_concurrency=_MOST_TRIALS, runtime_env={"env_vars": environment},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(num_threads, *self._data)
+                num_cpus=0, max_concurrency=_MOST_TRIALS,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(device, num_threads, *self._data)
             self._hosts[node, device] = found
         return found
-
 
     def begin(self, data: list[Any]) -> None:
         """Have the hosts there are, and those to come, begin. `data`: a reference to the SweepData, in a list so that Ray passes it on as
@@ -163,11 +162,17 @@ def num_gpus() -> int:
 
 def host_of_my_device(hosts: Any, trial_id: str | None = None) -> Any:
     """The host of the device that this task, or the actor of a trial, holds a share of."""
+    return ray.get(hosts.host.remote(*my_device(), trial_id))
+
+
+def my_device() -> tuple[str, str, int]:
+    """(node, device, threads that work on it) of the device that this task or actor holds a share of: all of the node's CPUs, or its
+    part of them beside one GPU of several."""
     context = ray.get_runtime_context()
     node, gpus = context.get_node_id(), ray.get_gpu_ids()
     resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)
     num_threads = max(1, int(resources.get("CPU", 1) / max(1, resources.get("GPU", 0) if gpus else 1)))
-    return ray.get(hosts.host.remote(node, str(gpus[0]) if gpus else "cpu", num_threads, trial_id))
+    return node, str(gpus[0]) if gpus else "cpu", num_threads
 
 
 def _is_dead(host: Any) -> bool:
