@@ -6,7 +6,6 @@ from typing import Any
 
 from qlora.adapters import ADAPTER_FILES
 from qlora.base_model import load_config, load_tokenizer
-from qlora.base_reference import base_digest
 from qlora.files import write_json, write_text
 from qlora.perplexity import mean_perplexity
 from qlora.prompts import encode_examples, load_prompt, prompt_file
@@ -64,8 +63,9 @@ class SweepResults(SweepFolder):
         return tracker
 
     def register(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, tracker: SweepTracker,
-                 prove: Callable[[str, float], None]) -> dict[str, Any]:
-        """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass; returns the sweep's summary."""
+                 base_digest: str | None, prove: Callable[[str, float], None]) -> dict[str, Any]:
+        """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass; returns the sweep's summary.
+        `base_digest`: see qlora.base_reference."""
         assert best.record.best is not None
         perplexity, run_id, trial_id = best.record.best["public_perplexity"], tracker.run_id(best.record), best.record.trial_id
         digests = self.digests()
@@ -76,8 +76,8 @@ class SweepResults(SweepFolder):
             facts["continued_from"] = self.start[0]
         if revision := getattr(load_config(settings["base_model"]), "_commit_hash", None):
             facts["base_revision"] = revision
-        if digest := base_digest(settings["base_model"]):
-            facts["base_digest"] = digest
+        if base_digest:
+            facts["base_digest"] = base_digest
         write_text(best.folder / "README.md", model_card(self.space, best.record, zero_shot, digests))
         files = ModelFiles(best.folder, prompt_file(self.space.prompt), PROJECT_ROOT / "deploy" / "served_model.py",
                            [PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"])

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import ray
 
+from qlora.base_reference import base_digest
 from ray_jobs.command import StoppedError
 from ray_jobs.device_work import Worker
 from ray_jobs.proof import prove
 from ray_jobs.sweep_results import SweepResults
 from ray_jobs.sweep_start import StartedHosts
-from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts
+from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts, this_node
 from tuning.ledger import share_of_epochs_saved
 from tuning.plan import Device, compare_with_run
 from tuning.progress import clock, ranking, where_time_went
@@ -28,6 +29,7 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
     assert plan is not None, "there is a device"
     shares = trial_shares(data.space, plan.trials)
     results.claim()
+    digest = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node()).remote(data.space.base_model.name)
     begin_hosts(hosts, replace(data, budget_tokens=plan.budget_tokens))
     with ThreadPoolExecutor(1) as aside:
         measured = aside.submit(results.zero_shot, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0])
@@ -50,7 +52,7 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
             best = keep_best_adapter(data.space, results.folder)
             assert best.record.best is not None
             found |= {"best_public_perplexity": best.record.best["public_perplexity"], "epochs_saved": share_of_epochs_saved(records)}
-            summary = results.register(records, best, zero_shot, tracker,
+            summary = results.register(records, best, zero_shot, tracker, ray.get(digest),
                                        lambda uri, expected: prove(worker, uri, data.space.base_model, data.public, expected))
         results.publish({**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker)
         status = "FINISHED"

@@ -125,8 +125,12 @@ class HostDirectory:
 def start_hosts() -> Any:
     """A directory for a sweep, on this node, whose hosts begin when they are given data (`begin_hosts`). It ends, with its hosts, when the
     driver does."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=this_node()).remote()
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """For work of Ray's that belongs on the node of the process that asks for it."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def begin_hosts(hosts: Any, data: "SweepData") -> None:
