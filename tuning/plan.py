@@ -25,6 +25,7 @@ from qlora.packing import split_by_budget, whole_group
 from qlora.prompts import EncodedExample
 from qlora.provenance import hardware
 from qlora.training import make_timetable
+from tuning.progress import clock
 from tuning.space import CHOICES, Asha, Space
 
 _ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
@@ -33,7 +34,7 @@ _SLACK = 1.15  # of activations: what kernels need while they work, and what an 
 _GPU_PASS_TOKENS = 24576  # of a pass: more of them make no kernel faster
 _MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
 _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
-_START_SECONDS = 60  # Ray, the first host, its base
+_START_SECONDS = 30  # Ray, the first host, its base
 _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of the base
 # Of a GPU, from steps of one and eight trials of the shapes of 135 million, 1.1 and 7 billion parameters on an H100:
 _MOVED_NUMBERS = 16  # by a training pass, for each number that a linear layer takes or gives
@@ -225,7 +226,7 @@ def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequenc
 def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
     """The plan's peak memory (of a GPU) and time beside those measured."""
     memory = f"peak memory {_gib(plan.peak_bytes)} planned, {peak_gib:.1f} GiB measured; " if peak_gib else ""
-    return f"plan        {memory}time {_minutes(plan.seconds)} planned, {_minutes(seconds)} measured"
+    return f"plan        {memory}time {clock(plan.seconds)} planned, {clock(seconds)} measured"
 
 
 def _side_by_side(space: Space) -> int | None:
