@@ -146,11 +146,17 @@ def _adapter_files(served: ServedModel) -> Any:
 
 @contextmanager
 def _local_adapter(served: ServedModel, files: Any) -> Iterator[ServedModel]:
-    """What to load on this node, from files that `_adapter_files` refers to."""
+    """What to load on this node, from files that `_adapter_files` refers to. Errors name the folder that people know."""
+    if served.adapter is None:
+        yield served
+        return
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in (ray.get(files) if files is not None else {}).items():
+        for name, content in ray.get(files).items():
             (Path(folder) / name).write_bytes(content)
-        yield served if files is None else replace(served, adapter=folder)
+        try:
+            yield replace(served, adapter=folder)
+        except InputError as error:
+            raise InputError(str(error.where).replace(folder, served.adapter), error.problem) from error
 
 
 @dataclass(frozen=True)

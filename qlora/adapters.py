@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,11 +39,16 @@ class AdapterContent:
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     """The base with the adapter of a PEFT folder. Raises InputError if the adapter doesn't fit the base."""
     check_adapter(folder)
+    from peft import PeftModel, get_peft_model_state_dict
     try:
-        from peft import PeftModel
-        return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(folder, f"doesn't fit this base: {str(error).strip().splitlines()[0]}") from error
+        reason = next(line.strip() for line in [*str(error).splitlines(), repr(error)] if line.strip() and not line.endswith(":"))
+        raise InputError(folder, f"doesn't fit this base: {reason}") from error
+    differing = set(_matrix_names(folder)) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if odd := sorted(name for name in differing if ".lora_" in name):  # PEFT passes over them
+        raise InputError(folder, f"doesn't fit this base: {len(odd)} matrices are on one side only, such as {odd[0]}")
+    return adapted
 
 
 def check_adapter(folder: str | Path) -> dict[str, Any]:
@@ -58,6 +64,10 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
         raise InputError(path / "adapter_config.json", "peft_type is not LORA; give a LoRA adapter")
     if not (path / "adapter_model.safetensors").is_file():
         raise InputError(folder, "holds no adapter_model.safetensors; save the adapter again with safe_serialization=True")
+    try:
+        _matrix_names(folder)
+    except SafetensorError as error:
+        raise InputError(path / "adapter_model.safetensors", f"is damaged: {error}") from None
     return config
 
 
@@ -68,3 +78,8 @@ def adapter_base(folder: str | Path) -> str:
         raise InputError(Path(folder) / "adapter_config.json", "names no base_model_name_or_path; give --base-model too")
     revision = config.get("revision")
     return config["base_model_name_or_path"] + (f"@{revision}" if revision else "")
+
+
+def _matrix_names(folder: str | Path) -> list[str]:
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        return list(file.keys())

@@ -1,5 +1,7 @@
 """Many adapters on one base: each is what it would be alone, and alone it is what PEFT makes of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from oracles import loop_perplexities, peft_adapter
 from peft import PeftModel
 from test_training import losses, tiny_bank, tiny_model, weights
 
+from qlora.adapters import load_adapter
 from qlora.bank import AdapterBank, make_dropout
 from qlora.config import InputError, TrialSettings
 from qlora.grouped_lora import Dropout, LayerPart, add_lora, lora_backward
@@ -145,3 +148,15 @@ def test_dropout_masks():
     for other in (make_dropout(adapter, whole, step + 1).kept(2, 2000), make_dropout(adapter, whole, step).kept(3, 2000)):
         assert (other.float() == kept).float().mean().item() == pytest.approx(0.82, abs=0.01)  # 0.9**2 + 0.1**2
     assert make_dropout(tiny_bank().attach(TrialSettings(lora_dropout=0.0)), whole, 0) is None
+
+
+@pytest.mark.parametrize(("change", "problem"), [({"r": 8}, "size mismatch"), ({"target_modules": ["nosuch"]}, "nosuch"),
+                                                 ({"target_modules": ["q_proj"]}, "matrices are on one side only")])
+def test_an_adapter_of_another_shape_is_refused(change, problem, tmp_path):
+    bank = tiny_bank()
+    bank.save(bank.attach(TrialSettings(lora_r=4)), tmp_path)
+    assert load_adapter(tiny_model("llama"), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(InputError, match=f"doesn't fit this base: .*{problem}"):
+        load_adapter(tiny_model("llama"), tmp_path)

@@ -20,7 +20,8 @@ from inference.job import open_job
 from inference.predictions import Journal, write_predictions
 from inference.rows import store_rows
 from inference.scores import Scores
-from qlora.config import InputError
+from qlora.bank import load_bank
+from qlora.config import BaseModelSettings, InputError, TrialSettings
 
 ROWS = [{"id": f"r{n}", "instruction": f"翻譯：{'甲乙丙' * n}「\"\\{{}}」\n", "output": "天地" * n} for n in range(1, 40)]
 PROJECT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,13 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
     return out
 
 
+def error_line(out: str) -> str:
+    assert "Traceback" not in out
+    lines = [line for line in out.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, out
+    return lines[0]
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     """400 rows; row 7 has a prompt that no model of ours takes."""
@@ -211,8 +219,18 @@ def test_a_base_that_no_engine_can_load_is_told_in_one_line(tiny_base, tmp_path)
     damaged = Path(shutil.copytree(tiny_base, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes(b"cut off")
     out = finish(infer(damaged, write(tmp_path / "in.json", ROWS), tmp_path / "out.json"), code=2)
-    assert out.splitlines()[-1].startswith(f"error: {damaged}: can't be loaded")
-    assert "Traceback" not in out
+    assert error_line(out).startswith(f"error: {damaged}: can't be loaded")
+
+
+@pytest.mark.slow
+def test_an_adapter_that_fits_no_engine_is_told_in_one_line(tiny_base, tmp_path):
+    bank = load_bank(BaseModelSettings(name=str(tiny_base)))
+    bank.save(bank.attach(TrialSettings(lora_r=4)), tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    source = write(tmp_path / "in.json", ROWS)
+    out = finish(infer(tiny_base, source, tmp_path / "out.json", f"--adapter={tmp_path / 'adapter'}"), code=2)
+    assert error_line(out).startswith(f"error: {tmp_path / 'adapter'}: doesn't fit this base: size mismatch")
 
 
 @pytest.mark.slow

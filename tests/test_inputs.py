@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 from conftest import tiny_model
+from safetensors.torch import save_file
 
 import ray_jobs.batch_infer
 import ray_jobs.evaluate
@@ -189,7 +190,7 @@ def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
 def test_tune_continues_from_fitting_adapters_only(tune, tmp_path):
     def with_adapter(**config):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}), encoding="utf-8")
-        (tmp_path / "adapter_model.safetensors").touch()
+        save_file({}, tmp_path / "adapter_model.safetensors")
         return tune(lambda s: None, "--continue-from", str(tmp_path))
     whole = {"base_model_name_or_path": "another", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     assert "belongs to the base another" in with_adapter(**whole)
@@ -234,7 +235,9 @@ def test_bad_bases_and_adapters_are_refused(capsys, monkeypatch, write_rows, tmp
     assert "not LORA" in with_base("--adapter", adapter)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
     assert "holds no adapter_model.safetensors" in with_base("--adapter", adapter)
-    (adapter / "adapter_model.safetensors").touch()
+    (adapter / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert "is damaged" in with_base("--adapter", adapter)
+    save_file({}, adapter / "adapter_model.safetensors")
     assert "names no base_model" in with_base("--adapter", adapter)
 
 
