@@ -15,9 +15,10 @@ from ray_jobs.sweep_report import model_card, provenance, sweep_report
 from tracking.registry import ModelFiles, log_model, register
 from tracking.report import verdict, write_report
 from tracking.runs import SweepTracker, start_sweep
+from tuning.device import Device
 from tuning.host import SweepData
 from tuning.ledger import TrialRecord, share_of_epochs_saved
-from tuning.plan import Device, Plan, describe_plan, make_plan, model_size
+from tuning.plan import Plan, describe_plan, make_plan, model_size
 from tuning.space import REPORTED
 from tuning.sweep import BestAdapter
 

@@ -14,7 +14,7 @@ from ray_jobs.sweep_results import SweepResults
 from ray_jobs.sweep_start import StartedHosts
 from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts, this_node
 from tuning.ledger import share_of_epochs_saved
-from tuning.plan import Device, compare_with_run
+from tuning.plan import compare_with_run
 from tuning.progress import clock, ranking, where_time_went
 from tuning.shares import trial_shares
 from tuning.sweep import keep_best_adapter, run_sweep
@@ -23,7 +23,7 @@ from tuning.sweep import keep_best_adapter, run_sweep
 def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bool) -> None:
     """Run or go on with a sweep and register its best adapter. Raises StoppedError if it was interrupted and can go on."""
     hosts, data = started.hosts, results.load_data()
-    device = min((Device(**found) for found in ray.get(started.devices)), key=lambda device: device.free_bytes)
+    device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
     plan, words = results.plan(data, device, num_gpus())
     print(words, flush=True)
     assert plan is not None, "there is a device"

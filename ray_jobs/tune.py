@@ -40,7 +40,7 @@ def main() -> None:
         print(f"sweep       {name}", flush=True)
         if arguments.dry_run:
             from ray_jobs.sweep_results import SweepResults
-            from tuning.plan import device_here
+            from tuning.device import device_here
             results = SweepResults.of(sweep)
             print(results.plan(results.load_data(), device_here(sweep.space))[1])
             return

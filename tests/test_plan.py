@@ -4,14 +4,14 @@ import random
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import CONFIGS, random_examples, tiny_model
 from ray.tune.schedulers import TrialScheduler
 from test_training import tiny_bank
 
 from qlora.config import InputError, TrialSettings
 from tuning import plan as planning
-from tuning.plan import Device, compare_with_run, describe_plan, make_plan, model_size, this_device
+from tuning.device import Device, this_device
+from tuning.plan import compare_with_run, describe_plan, make_plan, model_size
 from tuning.shares import trial_shares
 from tuning.space import Space
 
@@ -90,7 +90,7 @@ def test_a_plan_in_words():
 
 
 def test_this_device_is_looked_at():
-    device = this_device(torch.device("cpu"))
+    device = this_device("cpu")
     assert device.kind == "cpu"
     assert device.free_bytes > 1 << 20
     assert 1e8 < device.speed < 1e15

@@ -10,11 +10,12 @@ import os
 import threading
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tuning.device import Device, this_device
 
 if TYPE_CHECKING:
     from tuning.host import Host, SweepData
@@ -35,13 +36,11 @@ class HostActor:
         else:
             importlib.import_module("tuning.host")
 
-    def device(self) -> dict[str, Any]:
-        """What there is to plan for, before `begin`: the fields of a tuning.plan.Device, since whoever passes that on would load torch."""
+    def device(self) -> Device:
+        """What there is to plan for, before `begin`."""
         import torch
-
-        from tuning.plan import this_device
         torch.set_num_threads(self._num_threads)
-        return asdict(this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+        return this_device()
 
     def begin(self, data: "SweepData") -> None:
         """Load the base; what is asked of the host waits for it."""

@@ -8,7 +8,6 @@ and every first pass of a size costs a GPU's host, for as many trials as ASHA le
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora.bank import is_targeted, unknown_targets
-from qlora.base_model import CPU_PASS_TOKENS, compute_dtype, free_bytes
-from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.base_model import CPU_PASS_TOKENS
+from qlora.config import InputError, TrialSettings
 from qlora.grouped_lora import MAX_GPU_RANK
 from qlora.packing import split_by_budget, whole_group
 from qlora.prompts import EncodedExample
-from qlora.provenance import hardware
 from qlora.training import make_timetable
+from tuning.device import Device
 from tuning.progress import clock
 from tuning.space import CHOICES, Asha, Space
 
@@ -40,19 +39,6 @@ _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of
 _MOVED_NUMBERS = 16  # by a training pass, for each number that a linear layer takes or gives
 _STEP_SECONDS, _TRIAL_SECONDS = 0.015, 0.0025  # of the host: a step, and each trial in it
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second), in
-    bfloat16 if it has that, and moves memory (bytes a second, read and written)."""
-
-    kind: str
-    free_bytes: int
-    speed: float
-    has_bfloat16: bool = False
-    name: str = ""
-    bandwidth: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -102,24 +88,6 @@ class Plan:
         return self.base_bytes + self.trials * self.mean_adapter_bytes + self.activation_bytes
 
 
-def this_device(device: torch.device) -> Device:
-    """A device of this process, its speeds taken from products of two matrices and copies of one (a tenth of a second)."""
-    dtype = compute_dtype(BaseModelSettings(), device)
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    product, copy = _shortest_seconds(lambda: a @ a), _shortest_seconds(lambda: a.clone())
-    return Device(device.type, free_bytes(device), 2 * size**3 / product, dtype == torch.bfloat16, hardware(device.type),
-                  2 * a.nbytes / copy)
-
-
-def _shortest_seconds(work: Callable[[], torch.Tensor]) -> float:
-    def measured() -> float:
-        started = time.perf_counter()
-        work()[0, 0].item()
-        return time.perf_counter() - started
-    return min(measured() for _ in range(4))
-
-
 def model_size(config: Any) -> ModelSize:
     """Read off a model of this config that has no weights."""
     with torch.device("meta"):
@@ -135,13 +103,6 @@ def model_size(config: Any) -> ModelSize:
     kept = 4 * text.hidden_size + 2 * (heads + kv_heads) * head_dim + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
     return ModelSize(size, sum(p.numel() for p in model.parameters()) - size, tuple(linear), text.vocab_size, text.hidden_size,
                      text.num_hidden_layers, text.num_hidden_layers * kept)
-
-
-def device_here(space: Space) -> Device | None:
-    """The device of this machine that trials of this space would have; None if it has no GPU and the space wants one."""
-    if not space.wants_gpu:
-        return this_device(torch.device("cpu"))
-    return this_device(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device,

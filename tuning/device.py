@@ -1,0 +1,56 @@
+"""Owns what a plan is made for: the device that trials run on, measured in the process that has it. Loads nothing heavy, so that what
+is known of a device passes through processes that don't."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.config import BaseModelSettings
+from qlora.provenance import hardware
+from tuning.space import Space
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second), in
+    bfloat16 if it has that, and moves memory (bytes a second, read and written)."""
+
+    kind: str
+    free_bytes: int
+    speed: float
+    has_bfloat16: bool = False
+    name: str = ""
+    bandwidth: float = math.inf
+
+
+def this_device(kind: str | None = None) -> Device:
+    """This process's GPU or CPU, whichever is first there unless a kind is given: its speeds are those of products of two matrices and
+    of copies of one (a tenth of a second)."""
+    import torch
+
+    from qlora.base_model import compute_dtype, default_device, free_bytes
+    device = torch.device(kind) if kind else default_device()
+    dtype = compute_dtype(BaseModelSettings(), device)
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    product, copy = _shortest_seconds(lambda: a @ a), _shortest_seconds(lambda: a.clone())
+    return Device(device.type, free_bytes(device), 2 * size**3 / product, dtype == torch.bfloat16, hardware(device.type),
+                  2 * a.nbytes / copy)
+
+
+def device_here(space: Space) -> Device | None:
+    """The device of this machine that trials of this space would have; None if it has no GPU and the space wants one."""
+    import torch
+    if not space.wants_gpu:
+        return this_device("cpu")
+    return this_device("cuda") if torch.cuda.is_available() else None
+
+
+def _shortest_seconds(work: Callable[[], Any]) -> float:
+    def measured() -> float:
+        started = time.perf_counter()
+        work()[0, 0].item()
+        return time.perf_counter() - started
+    return min(measured() for _ in range(4))
