@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ from qlora.training import DivergedError, StepResult, Timetable, Training, advan
 from tuning.space import Space
 
 _log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
 WORK = ("training", "compiling", "recording", "evaluating", "waiting")
 _WRITERS = 4  # of checkpoints at once: trials of one length end together
 _FEWEST_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
@@ -92,14 +93,14 @@ class Host:
                 except torch.cuda.OutOfMemoryError:
                     if not self._shrink():
                         raise
-        return self._ask(score)  # type: ignore[no-any-return]
+        return self._ask(score)
 
     def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
         """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any; returns the steps at which
         it is yet to be evaluated. A holder has one seat: what it held before is given up."""
         settings = self._data.space.trial_settings(config)
         weights = self._bank.fresh_weights(settings)  # here, where no other trial waits for it
-        return self._ask(lambda: self._attach(trial_id, holder, settings, weights, checkpoints))  # type: ignore[no-any-return]
+        return self._ask(lambda: self._attach(trial_id, holder, settings, weights, checkpoints))
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder; returns its metrics, and as `perplexities` those of
@@ -111,7 +112,7 @@ class Host:
             seat = self._seats[trial_id]
             seat.goal, seat.folder, seat.reply, seat.seen, seat.seconds = step, folder, Future(), [], 0.0
             return seat.reply
-        return self._ask(start).result()  # type: ignore[no-any-return]
+        return self._ask(start).result()
 
     def detach(self, trial_id: str) -> None:
         """Take a trial's seat and memory back, if it has one."""
@@ -122,8 +123,8 @@ class Host:
         trials and letting them in and out."""
         return dict(self._seconds)
 
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        reply: Future[Any] = Future()
+    def _ask(self, call: Callable[[], _Answer]) -> _Answer:
+        reply: Future[_Answer] = Future()
         with self._changed:
             self._calls.append((call, reply))
             self._changed.notify()
