@@ -25,9 +25,9 @@ from benchmarks.report import print_report
 from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine, search_rules
 from qlora.config import DecodingSettings
-from qlora.data import load_examples
-from qlora.prompts import encode_prompts, load_prompt
-from qlora.serving import quicken
+from qlora.data.examples import load_examples
+from qlora.data.prompts import encode_prompts, load_prompt
+from qlora.served import quicken
 
 _FAMILIES = {"decode attention": ("_decode",), "prefill attention": ("fmha", "flash", "attention"),
              "matrix products": ("gemm", "nvjet", "cutlass"), "top-k": ("TopK", "topk", "ort", "radix")}

@@ -15,12 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import print_report
-from qlora.bank import AdapterBank, load_bank
-from qlora.base_model import default_token_budget, load_tokenizer
+from qlora.base.model import default_token_budget, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
-from qlora.data import load_examples
+from qlora.data.examples import load_examples
+from qlora.data.prompts import EncodedExample, encode_examples, load_prompt
+from qlora.lora.bank import AdapterBank, load_bank
 from qlora.perplexity import adapter_perplexities, mean_perplexity
-from qlora.prompts import EncodedExample, encode_examples, load_prompt
 from qlora.training import StepResult, Training, advance_together
 
 _EVALUATIONS = 4  # of an epoch

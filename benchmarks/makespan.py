@@ -23,10 +23,10 @@ import torch
 from benchmarks.commands import ROOT, run_sweep_command
 from benchmarks.coresident import measure_peft
 from benchmarks.report import print_report
-from qlora.base_model import load_base, load_tokenizer
+from qlora.base.model import load_base, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
-from qlora.data import load_examples
-from qlora.prompts import encode_examples, load_prompt
+from qlora.data.examples import load_examples
+from qlora.data.prompts import encode_examples, load_prompt
 
 _RANKS, _RATES = [16, 64], [1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3]
 

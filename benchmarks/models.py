@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qlora.base_model import load_tokenizer
+from qlora.base.model import load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings
-from qlora.serving import load_merged
+from qlora.served import load_merged
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},

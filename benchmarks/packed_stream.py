@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.report import print_report, synchronize
-from qlora.bank import load_bank
-from qlora.base_model import default_token_budget, load_base, load_tokenizer
+from qlora.base.model import default_token_budget, load_base, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
-from qlora.data import load_examples
-from qlora.packing import pack
-from qlora.prompts import EncodedExample, encode_examples, load_prompt
+from qlora.data.examples import load_examples
+from qlora.data.prompts import EncodedExample, encode_examples, load_prompt
+from qlora.lora.bank import load_bank
+from qlora.packed.packing import pack
 from qlora.training import Training
 
 

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from benchmarks.models import add_model_options, fold, load_model
 from benchmarks.packed_stream import padded_rows, timed
 from benchmarks.report import print_report
-from qlora.attention import use_packed_attention
-from qlora.base_model import default_token_budget, load_base, load_tokenizer
+from qlora.base.model import default_token_budget, load_base, load_tokenizer
 from qlora.config import BaseModelSettings
-from qlora.data import load_examples
-from qlora.packing import pack
+from qlora.data.examples import load_examples
+from qlora.data.prompts import EncodedExample, encode_examples, load_prompt
+from qlora.packed.attention import use_packed_attention
+from qlora.packed.packing import pack
 from qlora.perplexity import example_perplexities, mean_perplexity
-from qlora.prompts import EncodedExample, encode_examples, load_prompt
-from qlora.serving import load_served, quicken
+from qlora.served import load_served, quicken
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ import torch
 from benchmarks.commands import ROOT, CommandRun, run_inference_command, run_sweep_command
 from benchmarks.models import SHAPES, write_base
 from benchmarks.report import print_report
-from qlora.base_model import load_tokenizer
+from qlora.base.model import load_tokenizer
 from qlora.config import DEFAULT_BASE
-from qlora.data import load_examples
-from qlora.prompts import encode_examples, load_prompt
+from qlora.data.examples import load_examples
+from qlora.data.prompts import encode_examples, load_prompt
 
 _LEARNING_RATES = (1e-4, 3e-4)
 

@@ -13,10 +13,10 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 from inference.engine import Engine, make_engine
-from qlora.base_model import load_tokenizer
+from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
-from qlora.prompts import encode_prompt, load_prompt
-from qlora.serving import load_merged
+from qlora.data.prompts import encode_prompt, load_prompt
+from qlora.served import load_merged
 
 
 class AdapterModel(PythonModel):

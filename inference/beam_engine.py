@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from inference.beam_search import SearchRules, SearchState, advance
-from inference.kv_cache import CacheShape, DecodePass, KVCache, PrefillPass, store_prompts, use_cached_attention
-from qlora.base_model import free_bytes
-from qlora.packing import shared_prefix_length
-from qlora.stream import Rows
+from inference.kv_cache import (
+    CacheShape,
+    DecodePass,
+    KVCache,
+    PrefillPass,
+    store_prompts,
+    use_cached_attention,
+)
+from qlora.base.model import free_bytes
+from qlora.packed.packing import shared_prefix_length
+from qlora.packed.stream import Rows
 
 _MAX_SLOTS = {"cpu": 32, "cuda": 128}
 _SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}  # share of free slots at which the rest move closer; a GPU then records its step anew

@@ -19,9 +19,9 @@ from transformers.generation import (
 
 from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
-from qlora.base_model import load_tokenizer
+from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
-from qlora.serving import describe_weights, load_merged, quicken
+from qlora.served import describe_weights, load_merged, quicken
 
 _log = logging.getLogger(__name__)
 _GENERATE_ROWS = {"cpu": 8, "cuda": 64}

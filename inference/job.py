@@ -17,9 +17,9 @@ from inference.pipeline import Pool, Work, generate_rows
 from inference.predictions import Journal, beside, work_folder, write_predictions
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
-from qlora.adapters import ADAPTER_FILES
 from qlora.config import InputError
 from qlora.files import write_json
+from qlora.lora.peft_folder import ADAPTER_FILES
 from qlora.provenance import package_versions
 
 

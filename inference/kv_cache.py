@@ -21,8 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from inference.beam_search import SearchState
-from qlora.attention import REFUSED_KEYWORDS, attend_rows, refuse_inexact
-from qlora.stream import Rows
+from qlora.packed.attention import REFUSED_KEYWORDS, attend_rows, refuse_inexact
+from qlora.packed.stream import Rows
 
 try:
     import inference.decode_kernel as _kernel

@@ -21,10 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.engine import ServedModel, load_engine
 from inference.rows import RowStore
-from qlora.adapters import ADAPTER_FILES
-from qlora.base_model import load_tokenizer
+from qlora.base.model import load_tokenizer
 from qlora.config import DecodingSettings, InputError
-from qlora.prompts import Prompt, encode_prompt
+from qlora.data.prompts import Prompt, encode_prompt
+from qlora.lora.peft_folder import ADAPTER_FILES
 
 _WINDOW_ROWS = 4096
 _FEWEST_ROWS, _MOST_ROWS = {"cpu": 8, "gpu": 128}, {"cpu": 64, "gpu": 512}  # of a batch

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from inference.rows import RowStore
 from qlora.config import InputError
-from qlora.data import Example
+from qlora.data.examples import Example
 from qlora.files import write_json
 
 _WRITE_ROWS = 1000

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora.config import InputError
-from qlora.data import Example, checked_example, json_kind
+from qlora.data.examples import Example, checked_example, json_kind
 
 _PIECE_BYTES = 1 << 20
 

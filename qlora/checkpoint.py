@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora.adapters import AdapterContent
+from qlora.lora.peft_folder import AdapterContent
 from qlora.training import Training
 
 ADAPTER, OPTIMIZER, POSITION, MANIFEST = "adapter", "optimizer.safetensors", "position.json", "manifest.json"

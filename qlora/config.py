@@ -6,7 +6,15 @@ Every settings class is frozen and forbids unknown keys: a misspelt key is an er
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 T = TypeVar("T")
 DEFAULT_BASE = "smollm2-135m-instruct"

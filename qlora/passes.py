@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora.bank import Adapter, AdapterBank
-from qlora.banked_linear import Route
-from qlora.grouped_lora import Dropout
-from qlora.packing import Group, lay_out, on_device
-from qlora.stream import Layout, PackedBatch, Stretches, bounds_of, prefix_places, stretch_lengths
+from qlora.lora.bank import Adapter, AdapterBank
+from qlora.lora.banked_linear import Route
+from qlora.lora.products import Dropout
+from qlora.packed.packing import Group, lay_out, on_device
+from qlora.packed.stream import Layout, PackedBatch, Stretches, bounds_of, prefix_places, stretch_lengths
 
 try:
-    from qlora import lora_kernels
+    from qlora.lora import kernels as lora_kernels
 except ImportError:  # Triton comes with torch's CUDA builds only
     lora_kernels = None  # type: ignore[assignment]
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.bank import Adapter, AdapterBank
-from qlora.packing import Group, lay_out, next_pass, on_device, split_by_budget
+from qlora.data.prompts import EncodedExample
+from qlora.lora.bank import Adapter, AdapterBank
+from qlora.packed.packing import Group, lay_out, next_pass, on_device, split_by_budget
+from qlora.packed.stream import Layout
 from qlora.passes import answer_nll, run_pass
-from qlora.prompts import EncodedExample
-from qlora.stream import Layout
 
 
 def example_perplexities(model: Any, examples: Sequence[EncodedExample], budget_tokens: int,
                          progress: Callable[[int, int], None] = lambda done, total: None) -> list[float]:
     """Perplexity of each example, in their order.
 
-    `model` has packed attention (see qlora.attention) and is put in eval mode. `budget_tokens` is what a training
+    `model` has packed attention (see qlora.packed.attention) and is put in eval mode. `budget_tokens` is what a training
     pass may hold; an evaluation keeps no activations and takes four times as much. `progress(done, total)` is called after each.
     """
     model.eval()

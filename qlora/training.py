@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.bank import AdapterBank, make_dropout
 from qlora.config import TrialSettings
-from qlora.packing import next_pass, split_by_budget
+from qlora.data.prompts import EncodedExample
+from qlora.lora.bank import AdapterBank, make_dropout
+from qlora.packed.packing import next_pass, split_by_budget
 from qlora.passes import run_pass
-from qlora.prompts import EncodedExample
 
 
 class DivergedError(RuntimeError):

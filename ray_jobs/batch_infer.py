@@ -10,20 +10,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qlora.config import MAX_LENGTH_TOKENS, InputError
-from ray_jobs.command import (
-    EXIT_ROWS_FAILED,
+from ray_jobs.cli import (
     CommandParser,
     add_base_options,
     add_decoding_options,
-    connect_ray,
     decoding_settings,
-    local_adapter,
     positive_int,
     prompt_name,
-    run,
     served_base,
     show_line,
 )
+from workflows.model_choice import local_adapter
+from workflows.session import EXIT_ROWS_FAILED, connect_ray, run
 
 
 def _arguments() -> argparse.Namespace:
@@ -49,8 +47,8 @@ def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
     decoding = decoding_settings(arguments)
-    from qlora.base_model import load_config, load_tokenizer
-    from qlora.prompts import load_prompt
+    from qlora.base.model import load_config, load_tokenizer
+    from qlora.data.prompts import load_prompt
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
     adapter, adapter_base, registered = local_adapter(arguments.model or arguments.adapter)
     base = served_base(arguments.base_model, adapter_base, arguments)
@@ -63,7 +61,7 @@ def main() -> None:
     from inference.engine import ServedModel
     from inference.job import Progress, model_facts, open_job, run_job
     from inference.pipeline import Work, plan_pool
-    from ray_jobs.job_report import closing_words, note_prediction
+    from workflows.batch_summary import closing_words, note_prediction
     work = Work(ServedModel(base, adapter), prompt, decoding, context_tokens - decoding.max_new_tokens)
     output = Path(arguments.output)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ray_jobs.command import CommandParser, add_base_options, local_adapter, prompt_name, run, served_base, show_progress
+from ray_jobs.cli import CommandParser, add_base_options, prompt_name, served_base, show_progress
+from workflows.model_choice import local_adapter
+from workflows.session import run
 
 
 def main() -> None:
@@ -21,21 +23,21 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
     arguments = parser.parse_args()
 
-    from qlora.data import examples_digest, load_examples
-    from qlora.prompts import encode_examples, load_prompt
+    from qlora.data.examples import examples_digest, load_examples
+    from qlora.data.prompts import encode_examples, load_prompt
     examples = load_examples(arguments.data, need_output=True)
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
     adapter, adapter_base, registered = local_adapter(arguments.adapter)
     settings = served_base(arguments.base_model, adapter_base, arguments)
-    from qlora.base_model import load_config, load_tokenizer
+    from qlora.base.model import load_config, load_tokenizer
     load_config(settings.name)
     encoded = encode_examples(load_tokenizer(settings.name), prompt, examples, arguments.data)
 
-    from qlora.attention import use_packed_attention
-    from qlora.base_model import default_token_budget
+    from qlora.base.model import default_token_budget
     from qlora.files import write_json
+    from qlora.packed.attention import use_packed_attention
     from qlora.perplexity import example_perplexities, mean_perplexity
-    from qlora.serving import load_served
+    from qlora.served import load_served
     model = load_served(settings, adapter)
     use_packed_attention(model)
     progress = partial(show_progress, time.monotonic(), unit="examples")

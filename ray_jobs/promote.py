@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ray_jobs.command import CommandParser, positive_int, run
+from ray_jobs.cli import CommandParser, positive_int
+from workflows.session import run
 
 _COLUMNS = {"version": "version", "aliases": "aliases", "public_perplexity": "public ppl", "zero_shot_public_perplexity": "zero-shot",
             "public_digest": "measured on", "base_model": "base", "sweep": "sweep", "trial_id": "trial"}

@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qlora.config import InputError
-from ray_jobs.command import PROJECT_ROOT, CommandParser, connect_ray, run
+from ray_jobs.cli import CommandParser
+from workflows.session import PROJECT_ROOT, connect_ray, run
 
 
 def main() -> None:
@@ -25,10 +26,10 @@ def main() -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError("--name", f"{name!r} may hold letters, digits, dots, dashes and underscores only")
 
-    from ray_jobs.study_settings import load_study
+    from workflows.study.settings import load_study
     study = load_study(arguments.study, arguments.set)
-    from ray_jobs.study_steps import StudySteps
-    from ray_jobs.study_tables import metrics_of, study_report
+    from workflows.study.page import metrics_of, study_report
+    from workflows.study.steps import StudySteps
     folder = PROJECT_ROOT / "results" / "studies" / name
     steps = StudySteps(study, folder, lambda line: print(line, flush=True))
     steps.claim()
@@ -36,8 +37,8 @@ def main() -> None:
     import ray
     steps.shares["GPU"] = float(ray.cluster_resources().get("GPU", 0) > 0)
     found = steps.run()
+    from reporting.study_page import write_study_report
     from tracking.runs import note_study
-    from tracking.study_report import write_study_report
     page = folder / "study.html"
     chosen = sorted(random.Random(study.seed).sample(range(len(steps.public)), study.num_predictions))
     write_study_report(page, study_report(name, steps, found, chosen))

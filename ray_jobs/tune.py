@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qlora.config import InputError
-from ray_jobs.command import PROJECT_ROOT, CommandParser, run
+from ray_jobs.cli import CommandParser
+from workflows.session import PROJECT_ROOT, run
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError("--name", f"{name!r} may hold letters, digits, dots, dashes and underscores only")
 
-    from ray_jobs.sweep_folder import SweepFolder
+    from workflows.sweep.folder import SweepFolder
     folder = PROJECT_ROOT / "results" / name
     sweep = (SweepFolder.reopened(folder) if arguments.resume else
              SweepFolder.planned(folder, arguments.space, arguments.set, arguments.continue_from))
@@ -39,15 +40,15 @@ def main() -> None:
         sweep.check()
         print(f"sweep       {name}", flush=True)
         if arguments.dry_run:
-            from ray_jobs.sweep_results import SweepResults
             from tuning.device import device_here
+            from workflows.sweep.registration import SweepResults
             results = SweepResults.of(sweep)
             print(results.plan(results.load_data(), device_here(sweep.space))[1])
             return
-        from ray_jobs.sweep_start import start
+        from workflows.sweep.start import start
         started = start(sweep.space)  # hosts load their libraries while this process loads its own
-        from ray_jobs.sweep_results import SweepResults
-        from ray_jobs.sweep_run import run_and_register
+        from workflows.sweep.registration import SweepResults
+        from workflows.sweep.run import run_and_register
         run_and_register(SweepResults.of(sweep), started, resume=bool(arguments.resume))
     print(sweep.closing_words())
 

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora.prompts import EncodedExample
+from qlora.data.prompts import EncodedExample
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -103,7 +103,7 @@ def write_rows(tmp_path: Path):
 def project(tmp_path_factory, tiny_base):
     """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("qlora", "tuning", "inference", "tracking", "ray_jobs", "prompts", "deploy"):
+    for name in ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs", "prompts", "deploy"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     words = "春夏秋冬東西南北山水風雲日月星辰"
     rows = [{"id": f"e{n}", "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}", "output": words[(n * 3) % 16]} for n in range(24)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlora.config import TrialSettings
-from qlora.prompts import EncodedExample
+from qlora.data.prompts import EncodedExample
 
 
 def padded_loss(model: Any, examples: Sequence[EncodedExample]) -> torch.Tensor:

@@ -10,11 +10,11 @@ from oracles import loop_perplexities, peft_adapter
 from peft import PeftModel
 from test_training import losses, tiny_bank, tiny_model, weights
 
-from qlora.adapters import load_adapter
-from qlora.bank import AdapterBank, make_dropout
 from qlora.config import InputError, TrialSettings
-from qlora.grouped_lora import Dropout, LayerPart, add_lora, lora_backward
-from qlora.packing import whole_group
+from qlora.lora.bank import AdapterBank, make_dropout
+from qlora.lora.peft_folder import load_adapter
+from qlora.lora.products import Dropout, LayerPart, add_lora, lora_backward
+from qlora.packed.packing import whole_group
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import DivergedError, Training, advance_together
 

@@ -17,8 +17,8 @@ from test_rows import ROWS, write
 
 import ray_jobs.batch_infer
 from inference.job import open_job
-from qlora.bank import load_bank
 from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.lora.bank import load_bank
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -59,9 +59,9 @@ def many(tmp_path_factory) -> Path:
 def expected(tiny_base, many) -> list[dict[str, str]]:
     """What a job must write, made here by one engine, without Ray. The row that fails is empty."""
     from inference.engine import ServedModel, load_engine
-    from qlora.base_model import load_tokenizer
+    from qlora.base.model import load_tokenizer
     from qlora.config import BaseModelSettings, DecodingSettings
-    from qlora.prompts import encode_prompt, load_prompt
+    from qlora.data.prompts import encode_prompt, load_prompt
     base = BaseModelSettings(name=str(tiny_base), quantization="none")
     engine = load_engine(ServedModel(base), DecodingSettings(max_new_tokens=24))
     tokenizer, prompt = load_tokenizer(base.name), load_prompt()

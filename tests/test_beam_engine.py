@@ -9,9 +9,9 @@ from peft.tuners.lora import LoraLayer
 
 from inference.beam_engine import BeamSearcher
 from inference.engine import generate_options, search_rules
-from qlora.base_model import load_base
+from qlora.base.model import load_base
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
-from qlora.serving import PackedLinear, load_served, quicken
+from qlora.served import PackedLinear, load_served, quicken
 
 FAMILIES = list(CONFIGS)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CONFIGS, tiny_model
 
-from qlora.fused import FusedRMSNorm, fuse_norms
+from qlora.base.fused import FusedRMSNorm, fuse_norms
 
 
 @pytest.mark.parametrize("family", CONFIGS)

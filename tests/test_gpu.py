@@ -10,18 +10,18 @@ from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
 
 from qlora import passes
-from qlora.attention import use_packed_attention
-from qlora.bank import AdapterBank
 from qlora.config import DecodingSettings
-from qlora.flash_attention import flash_attend, flash_attend_stream, supports
-from qlora.grouped_lora import Dropout, LayerPart
-from qlora.packing import pack, pack_groups, whole_group
+from qlora.lora.bank import AdapterBank
+from qlora.lora.products import Dropout, LayerPart
+from qlora.packed.attention import use_packed_attention
+from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
+from qlora.packed.packing import pack, pack_groups, whole_group
+from qlora.packed.stream import Rows
 from qlora.passes import answer_nll
 from qlora.perplexity import adapter_perplexities
-from qlora.stream import Rows
 from qlora.training import Training, advance_together
 
-lora_kernels = pytest.importorskip("qlora.lora_kernels", reason="Triton comes with torch's CUDA builds only")
+lora_kernels = pytest.importorskip("qlora.lora.kernels", reason="Triton comes with torch's CUDA builds only")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")

@@ -12,10 +12,10 @@ from conftest import random_examples
 from test_training import losses
 
 import tuning.host
-from qlora.adapters import ADAPTER_FILES
-from qlora.bank import load_bank
 from qlora.checkpoint import verify_checkpoint
 from qlora.config import BaseModelSettings
+from qlora.lora.bank import load_bank
+from qlora.lora.peft_folder import ADAPTER_FILES
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import Training
 from tuning.host import Host, SweepData

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.host import SweepData
-from tuning.hosts import begin_hosts, host_of_my_device, start_hosts
+from tuning.host_directory import begin_hosts, host_of_my_device, start_hosts
 from tuning.space import Space
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

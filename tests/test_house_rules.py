@@ -59,15 +59,15 @@ def loaded_by(code: str) -> str:
 
 
 def test_settings_import_nothing_heavy():
-    assert loaded_by("import qlora.config, ray_jobs.command").strip() == "[]"
+    assert loaded_by("import qlora.config, ray_jobs.cli").strip() == "[]"
 
 
 def test_a_sweep_starts_hosts_before_it_loads_anything_heavy_but_ray():
-    assert loaded_by("import ray_jobs.sweep_folder, ray_jobs.sweep_start").strip() == "['ray']"
+    assert loaded_by("import workflows.sweep.folder, workflows.sweep.start").strip() == "['ray']"
 
 
 def test_a_driver_of_sweeps_starts_without_peft():
-    assert "peft" not in loaded_by("import tuning.sweep, ray_jobs.sweep_run")
+    assert "peft" not in loaded_by("import tuning.sweep, workflows.sweep.run")
 
 
 @pytest.mark.parametrize("command", ["tune", "evaluate", "batch_infer", "promote", "study"])

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 import ray_jobs.batch_infer
 import ray_jobs.evaluate
 import ray_jobs.promote
-import ray_jobs.sweep_start
 import ray_jobs.tune
-from qlora import base_model
-from ray_jobs import command
+import workflows.sweep.start
+from qlora.base import model as base_model
+from workflows import session
 
 GOOD = [{"id": "a", "instruction": "翻譯：甲", "output": "乙"}, {"id": "b", "instruction": "翻譯：丙", "output": "丁"}]
 BAD_DATA = {
@@ -49,8 +49,8 @@ def nothing_heavy_happens(monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("this must not happen before the input is checked")
     monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", forbidden)
-    monkeypatch.setattr(command, "connect_ray", forbidden)
-    monkeypatch.setattr(ray_jobs.sweep_start, "connect_ray", forbidden)
+    monkeypatch.setattr(session, "connect_ray", forbidden)
+    monkeypatch.setattr(workflows.sweep.start, "connect_ray", forbidden)
     monkeypatch.setattr(ray_jobs.batch_infer, "connect_ray", forbidden)
 
 
@@ -59,7 +59,7 @@ def refused(module, capsys, monkeypatch, *arguments) -> str:
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
     with patch.dict(os.environ), pytest.raises(SystemExit) as end:  # a command makes its process's environment its own
-        command.run(module.main)
+        session.run(module.main)
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2, error
     assert error.startswith("error: ")

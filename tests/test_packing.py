@@ -6,11 +6,18 @@ from conftest import CONFIGS, random_examples, tiny_model
 from oracles import padded_loss, peft_adapter
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from qlora.attention import use_packed_attention
 from qlora.config import TrialSettings
-from qlora.packing import lay_out, pack, pack_groups, shared_prefix_length, split_by_budget, whole_group
+from qlora.data.prompts import EncodedExample
+from qlora.packed.attention import use_packed_attention
+from qlora.packed.packing import (
+    lay_out,
+    pack,
+    pack_groups,
+    shared_prefix_length,
+    split_by_budget,
+    whole_group,
+)
 from qlora.passes import answer_nll
-from qlora.prompts import EncodedExample
 
 
 def gradients(model) -> torch.Tensor:

@@ -3,8 +3,8 @@
 import pytest
 from conftest import byte_tokenizer
 
-from qlora.data import Example, examples_digest, load_examples
-from qlora.prompts import encode_examples, encode_prompt, load_prompt
+from qlora.data.examples import Example, examples_digest, load_examples
+from qlora.data.prompts import encode_examples, encode_prompt, load_prompt
 
 DEFAULT = "你是人工智慧助理，以下是用戶和人工智能助理之間的對話。你要對用戶的問題提供有用、安全、詳細和禮貌的回答。"
 
@@ -74,7 +74,7 @@ def test_the_sample_data_are_whole(name, count):
 
 @pytest.mark.slow
 def test_the_embedded_base_ends_answers_where_it_ends_its_own():
-    from qlora.base_model import load_config, load_tokenizer
+    from qlora.base.model import load_config, load_tokenizer
     from qlora.config import DEFAULT_BASE
     tokenizer, config = load_tokenizer(DEFAULT_BASE), load_config(DEFAULT_BASE)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config.bos_token_id, config.eos_token_id) == (1, 2)

@@ -14,7 +14,7 @@ from servers import mlflow_server
 from test_training import tiny_bank
 
 from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
-from qlora.prompts import PROMPT_FOLDER
+from qlora.data.prompts import PROMPT_FOLDER
 from ray_jobs.promote import table
 from tracking import registry, runs
 
@@ -56,8 +56,8 @@ def logged(store, tiny_base, run_name: str, seed: int = 0) -> tuple[str, str]:
 def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, tiny_base):
     """From the store alone: the script, the packages and the adapter that were kept there."""
     from inference.engine import ServedModel, load_engine
-    from qlora.base_model import load_tokenizer
-    from qlora.prompts import encode_prompt, load_prompt
+    from qlora.base.model import load_tokenizer
+    from qlora.data.prompts import encode_prompt, load_prompt
     _, uri = logged(store, tiny_base, "served")
     fetched = registry.fetch_adapter(uri)
     assert (fetched.folder / "adapter_config.json").exists()

@@ -7,7 +7,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from tracking.report import SweepReport, TrialReport, bootstrap_interval, compare, importance, verdict, write_report
+from reporting.sweep_page import (
+    SweepReport,
+    TrialReport,
+    bootstrap_interval,
+    compare,
+    importance,
+    verdict,
+    write_report,
+)
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -13,12 +13,12 @@ from test_inputs import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ray_jobs.study
-from qlora.bank import load_bank
 from qlora.config import BaseModelSettings, TrialSettings
-from qlora.data import load_examples
-from qlora.prompts import encode_examples, load_prompt
+from qlora.data.examples import load_examples
+from qlora.data.prompts import encode_examples, load_prompt
+from qlora.lora.bank import load_bank
 from qlora.training import Training
-from ray_jobs.study_settings import Study
+from workflows.study.settings import Study
 
 TRIAL = {"learning_rate": 0.01, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "batch_size": 4}
 

@@ -16,9 +16,9 @@ from oracles import loop_perplexities
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.base_reference import base_digest
-from qlora.data import load_examples
-from qlora.prompts import encode_examples, load_prompt
+from qlora.base.reference import base_digest
+from qlora.data.examples import load_examples
+from qlora.data.prompts import encode_examples, load_prompt
 
 pytestmark = pytest.mark.ray
 

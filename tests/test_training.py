@@ -11,12 +11,12 @@ from conftest import random_examples, tiny_model
 from oracles import loop_perplexities, padded_loss, peft_adapter
 from safetensors.torch import load_file
 
-from qlora.attention import use_packed_attention
-from qlora.bank import AdapterBank
-from qlora.base_model import load_base
-from qlora.base_reference import base_digest
+from qlora.base.model import load_base
+from qlora.base.reference import base_digest
 from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.lora.bank import AdapterBank
+from qlora.packed.attention import use_packed_attention
 from qlora.perplexity import adapter_perplexities, example_perplexities, mean_perplexity
 from qlora.training import DivergedError, Training, make_timetable
 

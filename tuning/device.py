@@ -30,7 +30,7 @@ def this_device(kind: str | None = None) -> Device:
     of copies of one (a tenth of a second)."""
     import torch
 
-    from qlora.base_model import compute_dtype, default_device, free_bytes
+    from qlora.base.model import compute_dtype, default_device, free_bytes
     device = torch.device(kind) if kind else default_device()
     dtype = compute_dtype(BaseModelSettings(), device)
     size = 8192 if device.type == "cuda" else 1024

@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from qlora.bank import load_bank
-from qlora.base_model import default_token_budget
+from qlora.base.model import default_token_budget
 from qlora.checkpoint import CheckpointContent, CheckpointError, load_checkpoint, verify_checkpoint
 from qlora.config import TrialSettings
+from qlora.data.prompts import EncodedExample
+from qlora.lora.bank import load_bank
 from qlora.perplexity import adapter_perplexities, mean_perplexity
-from qlora.prompts import EncodedExample
 from qlora.training import DivergedError, StepResult, Timetable, Training, advance_together
 from tuning.space import Space
 

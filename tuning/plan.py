@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora.bank import is_targeted, unknown_targets
-from qlora.base_model import CPU_PASS_TOKENS
+from qlora.base.model import CPU_PASS_TOKENS
 from qlora.config import InputError, TrialSettings
-from qlora.grouped_lora import MAX_GPU_RANK
-from qlora.packing import split_by_budget, whole_group
-from qlora.prompts import EncodedExample
+from qlora.data.prompts import EncodedExample
+from qlora.lora.bank import is_targeted, unknown_targets
+from qlora.lora.products import MAX_GPU_RANK
+from qlora.packed.packing import split_by_budget, whole_group
 from qlora.training import make_timetable
 from tuning.device import Device
 from tuning.progress import clock

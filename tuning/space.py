@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from qlora.config import BaseModelSettings, InputError, Number, Settings, TrialSettings, first_problem, validated
+from qlora.config import (
+    BaseModelSettings,
+    InputError,
+    Number,
+    Settings,
+    TrialSettings,
+    first_problem,
+    validated,
+)
 
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "uniform": ("lower", "upper"), "quniform": ("lower", "upper", "q"), "loguniform": ("lower", "upper"),

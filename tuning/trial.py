@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from tuning.hosts import host_of_my_device
+from tuning.host_directory import host_of_my_device
 
 
 def run_trial(config: dict[str, Any], hosts: Any) -> None:

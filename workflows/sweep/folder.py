@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.base_reference import resolve_base
+from qlora.base.reference import resolve_base
 from qlora.config import InputError
-from qlora.data import Example, examples_digest, load_examples
+from qlora.data.examples import Example, examples_digest, load_examples
+from qlora.data.prompts import load_prompt
 from qlora.files import write_json
-from qlora.prompts import load_prompt
 from tuning.space import Space, load_space
 
 
@@ -35,7 +35,7 @@ class SweepFolder:
         """A sweep that has not started. Raises InputError for a bad space, a name that is taken, an adapter that doesn't fit."""
         start = None
         if continue_from:
-            from ray_jobs.starting_point import starting_point
+            from workflows.sweep.starting_point import starting_point
             start = starting_point(continue_from)
         space = load_space(space_file, overrides, start.settings if start else None)
         if start and start.base != space.base_model.name:

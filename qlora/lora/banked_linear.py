@@ -1,5 +1,5 @@
 """Owns linear layers with the products of many adapters: the base's product over the whole stream, then each part's LoRA product over
-its own tokens (qlora.grouped_lora; on a GPU qlora.lora_kernels).
+its own tokens (qlora.lora.products; on a GPU qlora.lora.kernels).
 
 All layers of a model share a switch, which says on what route a pass goes. Refuses to know adapters' settings and files.
 """
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora import grouped_lora
-from qlora.grouped_lora import LayerPart
+from qlora.lora import products as grouped_lora
+from qlora.lora.products import LayerPart
 
 try:
-    from qlora import lora_kernels
+    from qlora.lora import kernels as lora_kernels
 except ImportError:  # Triton comes with torch's CUDA builds only
     lora_kernels = None  # type: ignore[assignment]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora.provenance import git_commit, package_versions
-from tracking.report import SweepReport, TrialReport
+from reporting.sweep_page import SweepReport, TrialReport
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED, Space
 

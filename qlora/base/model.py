@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from qlora.base_reference import BaseReference, resolve_base
+from qlora.base.reference import BaseReference, resolve_base
 from qlora.config import BaseModelSettings, InputError
 
 CPU_PASS_TOKENS = 1152

@@ -11,11 +11,14 @@ from typing import Any
 
 import ray
 
-from qlora.adapters import ADAPTER_FILES
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
-from qlora.prompts import EncodedExample
-from tuning.hosts import my_device
+from qlora.data.prompts import EncodedExample
+from qlora.lora.peft_folder import ADAPTER_FILES
+from qlora.perplexity import mean_perplexity
+from tracking.registry import fetch_adapter
+from tuning.host_directory import my_device
 
+_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype
 Files = dict[str, bytes]  # of a PEFT folder, by name; none for the bare base
 
 
@@ -35,7 +38,7 @@ class _WorkerProcess:
     def __init__(self) -> None:
         import torch
         torch.set_num_threads(my_device()[2])  # Ray has set those of its share
-        importlib.import_module("qlora.serving")  # most of what any work needs, before there is some
+        importlib.import_module("qlora.served")  # most of what any work needs, before there is some
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         import torch
@@ -57,8 +60,8 @@ def train_stage(base: BaseModelSettings, start: Files, examples: list[EncodedExa
                 settings: TrialSettings) -> tuple[Files, float, float]:
     """Train the last stage of a schedule from an adapter that has done those before: (the adapter, mean training loss of its last epoch,
     seconds)."""
-    from qlora.bank import load_bank
-    from qlora.base_model import default_token_budget
+    from qlora.base.model import default_token_budget
+    from qlora.lora.bank import load_bank
     from qlora.training import Training
     training = Training(load_bank(base), examples, settings)
     per_epoch, stages = training.timetable.steps_per_epoch, training.timetable.stages
@@ -77,15 +80,24 @@ def train_stage(base: BaseModelSettings, start: Files, examples: list[EncodedExa
 
 def measure_perplexities(base: BaseModelSettings, files: Files, examples: list[EncodedExample]) -> tuple[list[float], str]:
     """(perplexity of each example, the dtype of the weights) under a base and an adapter as they are served."""
-    from qlora.attention import use_packed_attention
-    from qlora.base_model import default_token_budget
+    from qlora.base.model import default_token_budget
+    from qlora.packed.attention import use_packed_attention
     from qlora.perplexity import example_perplexities
-    from qlora.serving import load_served
+    from qlora.served import load_served
     _wait_for_memory()
     with _folder(files) as folder:
         model: Any = load_served(base, str(folder) if files else None)
     use_packed_attention(model)
     return example_perplexities(model, examples, default_token_budget()), str(model.dtype).removeprefix("torch.")
+
+
+def prove(worker: Worker, model_uri: str, base: BaseModelSettings, public: Sequence[EncodedExample], expected: float) -> None:
+    """Raise RuntimeError unless the adapter at `model_uri` on `base` gives the expected public perplexity in the worker's process."""
+    values, dtype = worker.do(measure_perplexities, base, adapter_files(fetch_adapter(model_uri).folder), list(public))
+    found = mean_perplexity(values)
+    if abs(found / expected - 1) > _TOLERANCES[dtype]:
+        raise RuntimeError(f"{model_uri} gives public perplexity {found:.5g} when it is loaded back, not the reported {expected:.5g}; "
+                           "it is not registered")
 
 
 def generate_texts(base: BaseModelSettings, files: Files, prompts: Sequence[tuple[int, ...]], decoding: DecodingSettings) -> dict[str, Any]:

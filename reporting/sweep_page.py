@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from qlora.files import write_text
-from tracking.charts import Curve, importance_bars, learning_curves, parallel_coordinates
-from tracking.pages import facts, figure, number, page, table, text
+from reporting.charts import Curve, importance_bars, learning_curves, parallel_coordinates
+from reporting.html import facts, figure, number, page, table, text
 
 _DRAWS = 10_000
 _LOGARITHMIC = {"learning_rate", "lora_r", "lora_alpha"}

@@ -1,4 +1,4 @@
-"""Owns packing: examples -> groups that fit a budget -> one stream (qlora.stream), the prefix that their prompts share stored once.
+"""Owns packing: examples -> groups that fit a budget -> one stream (qlora.packed.stream), the prefix that their prompts share stored once.
 
 Refuses to know models.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qlora.prompts import EncodedExample
-from qlora.stream import Layout, PackedBatch, Part, Rows
+from qlora.data.prompts import EncodedExample
+from qlora.packed.stream import Layout, PackedBatch, Part, Rows
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters import load_adapter
-from qlora.base_model import free_bytes, load_base
+from qlora.base.fused import fuse_norms
+from qlora.base.model import free_bytes, load_base
 from qlora.config import BaseModelSettings
-from qlora.fused import fuse_norms
+from qlora.lora.peft_folder import load_adapter
 
 _log = logging.getLogger(__name__)
 

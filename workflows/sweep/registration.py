@@ -4,16 +4,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from qlora.adapters import ADAPTER_FILES
-from qlora.base_model import load_config, load_tokenizer
+from qlora.base.model import load_config, load_tokenizer
+from qlora.data.prompts import encode_examples, load_prompt, prompt_file
 from qlora.files import write_json, write_text
+from qlora.lora.peft_folder import ADAPTER_FILES
 from qlora.perplexity import mean_perplexity
-from qlora.prompts import encode_examples, load_prompt, prompt_file
-from ray_jobs.command import PROJECT_ROOT
-from ray_jobs.sweep_folder import SweepFolder
-from ray_jobs.sweep_report import model_card, provenance, sweep_report
+from reporting.sweep_page import verdict, write_report
 from tracking.registry import ModelFiles, log_model, register
-from tracking.report import verdict, write_report
 from tracking.runs import SweepTracker, start_sweep
 from tuning.device import Device
 from tuning.host import SweepData
@@ -21,6 +18,9 @@ from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.plan import Plan, describe_plan, make_plan, model_size
 from tuning.space import REPORTED
 from tuning.sweep import BestAdapter
+from workflows.session import PROJECT_ROOT
+from workflows.sweep.facts import model_card, provenance, sweep_report
+from workflows.sweep.folder import SweepFolder
 
 
 class SweepResults(SweepFolder):
@@ -66,7 +66,7 @@ class SweepResults(SweepFolder):
     def register(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, tracker: SweepTracker,
                  base_digest: str | None, prove: Callable[[str, float], None]) -> dict[str, Any]:
         """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass; returns the sweep's summary.
-        `base_digest`: see qlora.base_reference."""
+        `base_digest`: see qlora.base.reference."""
         assert best.record.best is not None
         perplexity, run_id, trial_id = best.record.best["public_perplexity"], tracker.run_id(best.record), best.record.trial_id
         digests = self.digests()

@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ray_jobs.command import connect_ray
-from tuning.hosts import ask_all_devices, start_hosts
+from tuning.host_directory import ask_all_devices, start_hosts
 from tuning.shares import check_resources, trial_shares
 from tuning.space import Space
+from workflows.session import connect_ray
 
 
 @dataclass(frozen=True)

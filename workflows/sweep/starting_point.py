@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters import check_adapter
 from qlora.config import InputError
-from ray_jobs.command import local_adapter
+from qlora.lora.peft_folder import check_adapter
+from workflows.model_choice import local_adapter
 
 _FIXED = ("r", "lora_alpha", "target_modules")
 

@@ -1,4 +1,4 @@
-"""Owns the LoRA products of many adapters over one stream as three Triton kernels: the mathematics of qlora.grouped_lora on a GPU.
+"""Owns the LoRA products of many adapters over one stream as three Triton kernels: the mathematics of qlora.lora.products on a GPU.
 
 A program works on a tile of tokens of one part, finds that part's weights through a table of addresses, and makes dropout
 masks itself, from a hash of (the token's key, the layer, the column): no loop over adapters, no stored mask.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora.grouped_lora import Dropout, LayerPart
+from qlora.lora.products import Dropout, LayerPart
 
 TILE_TOKENS = 64
 _PROGRAMS, _MOST_SPLITS = 1056, 4  # eight programs for each of an H100's processors; pieces that a sum over columns is cut into

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.files import write_text
-from tracking.charts import epoch_curves
-from tracking.pages import facts, figure, number, page, table, text
-from tracking.report import bootstrap_interval, compare
+from reporting.charts import epoch_curves
+from reporting.html import facts, figure, number, page, table, text
+from reporting.sweep_page import bootstrap_interval, compare
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora.provenance import git_commit, package_versions
-from ray_jobs.study_settings import Study, name_of
-from ray_jobs.study_steps import ADAPTER, FEW_SHOT, ZERO_SHOT, StudySteps
-from tracking.study_report import StudyReport
+from reporting.study_page import StudyReport
+from workflows.study.settings import Study, name_of
+from workflows.study.steps import ADAPTER, FEW_SHOT, ZERO_SHOT, StudySteps
 
 _TEXT = ("chrf", "bleu", "exact_match", "rows_per_second", "peak_memory_gib", "asks_another_question")
 

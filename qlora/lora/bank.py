@@ -1,6 +1,6 @@
 """Owns the AdapterBank: many trials' LoRA adapters on one frozen base, trained and evaluated in one pass over one stream.
 
-Every linear layer that an adapter targets becomes a BankedLinear (qlora.banked_linear). An adapter's weights are one flat float32
+Every linear layer that an adapter targets becomes a BankedLinear (qlora.lora.banked_linear). An adapter's weights are one flat float32
 vector, and so are its gradients: an optimizer step is a few launches, however many layers there are.
 
 PEFT's layout goes in and out, and a fresh adapter is the one that PEFT would draw. Refuses to know schedules and data.
@@ -18,19 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora.adapters import AdapterContent
-from qlora.attention import use_packed_attention
-from qlora.banked_linear import BankedLinear, Route, Switch
-from qlora.base_model import load_base
+from qlora.base.fused import fuse_for_training
+from qlora.base.model import load_base
 from qlora.config import BaseModelSettings, InputError, TrialSettings
-from qlora.fused import fuse_for_training
-from qlora.grouped_lora import MAX_GPU_RANK, Dropout, LayerPart
-from qlora.packing import Group
-from qlora.serving import dequantised_if_it_fits
-from qlora.stream import PackedBatch
+from qlora.lora.banked_linear import BankedLinear, Route, Switch
+from qlora.lora.peft_folder import AdapterContent
+from qlora.lora.products import MAX_GPU_RANK, Dropout, LayerPart
+from qlora.packed.attention import use_packed_attention
+from qlora.packed.packing import Group
+from qlora.packed.stream import PackedBatch
+from qlora.served import dequantised_if_it_fits
 
 try:
-    from qlora import lora_kernels
+    from qlora.lora import kernels as lora_kernels
 except ImportError:  # Triton comes with torch's CUDA builds only
     lora_kernels = None  # type: ignore[assignment]
 

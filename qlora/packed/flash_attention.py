@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.stream import Rows, Stretches
+from qlora.packed.stream import Rows, Stretches
 
 _MAX_HEAD_WIDTH = 256
 

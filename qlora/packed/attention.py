@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from qlora.flash_attention import flash_attend, flash_attend_stream, supports
-from qlora.stream import Bucket, PackedBatch, Rows
+from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
+from qlora.packed.stream import Bucket, PackedBatch, Rows
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.

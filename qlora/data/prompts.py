@@ -14,9 +14,9 @@ import yaml
 from pydantic import model_validator
 
 from qlora.config import MAX_LENGTH_TOKENS, InputError, Settings, validated
-from qlora.data import Example, load_examples
+from qlora.data.examples import Example, load_examples
 
-PROMPT_FOLDER = Path(__file__).resolve().parent.parent / "prompts"
+PROMPT_FOLDER = Path(__file__).resolve().parents[2] / "prompts"
 _PLACEHOLDER = re.compile(r"\{(instruction|output|number|shots)\}")
 
 

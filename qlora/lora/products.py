@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_GPU_RANK = 256  # what the kernels of qlora.lora_kernels hold in registers
+MAX_GPU_RANK = 256  # what the kernels of qlora.lora.kernels hold in registers
 
 
 @dataclass(frozen=True)

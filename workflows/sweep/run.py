@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import ray
 
-from qlora.base_reference import base_digest
-from ray_jobs.command import StoppedError
-from ray_jobs.device_work import Worker
-from ray_jobs.proof import prove
-from ray_jobs.sweep_results import SweepResults
-from ray_jobs.sweep_start import StartedHosts
-from tuning.hosts import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts, this_node
+from qlora.base.reference import base_digest
+from tuning.host_directory import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts, this_node
 from tuning.ledger import share_of_epochs_saved
 from tuning.plan import compare_with_run
 from tuning.progress import clock, ranking, where_time_went
 from tuning.shares import trial_shares
 from tuning.sweep import keep_best_adapter, run_sweep
+from workflows.session import StoppedError
+from workflows.sweep.registration import SweepResults
+from workflows.sweep.start import StartedHosts
+from workflows.worker import Worker, prove
 
 
 def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bool) -> None:

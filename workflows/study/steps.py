@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from inference.scores import Scores
-from qlora.base_model import load_config, load_tokenizer
+from qlora.base.model import load_config, load_tokenizer
 from qlora.config import DecodingSettings, InputError
-from qlora.data import examples_digest, load_examples
+from qlora.data.examples import examples_digest, load_examples
+from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
 from qlora.files import write_json
 from qlora.perplexity import mean_perplexity
-from qlora.prompts import EncodedExample, Prompt, encode_examples, load_prompt
-from ray_jobs.device_work import Files, Worker, adapter_files, generate_texts, measure_perplexities, train_stage
-from ray_jobs.study_settings import Study, name_of
+from workflows.study.settings import Study, name_of
+from workflows.worker import Files, Worker, adapter_files, generate_texts, measure_perplexities, train_stage
 
 ZERO_SHOT, FEW_SHOT, ADAPTER = "zero-shot", "few-shot", "adapter"
 
