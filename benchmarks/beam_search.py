@@ -29,13 +29,19 @@ from qlora.data.examples import load_examples
 from qlora.data.prompts import encode_prompts, load_prompt
 from qlora.served import quicken
 
-_FAMILIES = {"decode attention": ("_decode",), "prefill attention": ("fmha", "flash", "attention"),
-             "matrix products": ("gemm", "nvjet", "cutlass"), "top-k": ("TopK", "topk", "ort", "radix")}
+_FAMILIES = {
+    "decode attention": ("_decode",),
+    "prefill attention": ("fmha", "flash", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass"),
+    "top-k": ("TopK", "topk", "ort", "radix"),
+}
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_options(parser)
     parser.add_argument("--data", default="data/sample/private_test.json")
     parser.add_argument("--examples", type=int, default=16)
@@ -43,27 +49,34 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--forced", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--baseline-examples", type=int, help="as many for the baseline, whose rate hardly depends on it")
+    parser.add_argument(
+        "--baseline-examples", type=int, help="as many for the baseline, whose rate hardly depends on it"
+    )
     parser.add_argument("--max-slots", type=int)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments)
-    rows = load_examples(arguments.data, need_output=False)[:arguments.examples]
+    rows = load_examples(arguments.data, need_output=False)[: arguments.examples]
     prompts = encode_prompts(tokenizer, load_prompt(), rows, 4096, arguments.data)
     if arguments.shape:
         prompts = [fold(prompt) for prompt in prompts]
-    decoding = DecodingSettings(num_beams=arguments.num_beams, max_new_tokens=arguments.new_tokens,
-                                min_new_tokens=arguments.new_tokens if arguments.forced else None)
+    decoding = DecodingSettings(
+        num_beams=arguments.num_beams,
+        max_new_tokens=arguments.new_tokens,
+        min_new_tokens=arguments.new_tokens if arguments.forced else None,
+    )
     rates: dict[int, float] = {}
     generate_gib: dict[int, float | None] = {}
     texts: dict[int, str] = {}
-    some = prompts[:arguments.baseline_examples]
+    some = prompts[: arguments.baseline_examples]
     for batch in arguments.batches:
         engine = TransformersEngine(model, tokenizer, decoding, batch)
         try:
             if model.device.type == "cuda":
                 list(engine.generate(some[:batch]))
-            seconds = timed(lambda engine=engine: texts.update((index, text) for index, text, _ in engine.generate(some)))  # type: ignore[misc]
+            seconds = timed(
+                lambda engine=engine: texts.update((index, text) for index, text, _ in engine.generate(some))
+            )  # type: ignore[misc]
         except torch.cuda.OutOfMemoryError:
             print(f"generate, batch {batch}: out of memory", file=sys.stderr, flush=True)
             continue
@@ -75,21 +88,37 @@ def main() -> None:
     searcher = BeamSearcher(model, search_rules(model, decoding), max_slots=arguments.max_slots)
     found: dict[int, list[int]] = {}
     if model.device.type == "cuda":
-        print(f"first run: {timed(lambda: found.update(searcher.search(prompts))):.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"first run: {timed(lambda: found.update(searcher.search(prompts))):.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     seconds = timed(lambda: found.update(searcher.search(prompts)))
     if model.dtype == torch.float32:
-        ours = {index: str(tokenizer.decode(found[index], skip_special_tokens=True)).strip() for index in texts}
+        ours = {
+            index: str(tokenizer.decode(found[index], skip_special_tokens=True)).strip() for index in texts
+        }
         assert ours == texts, [(ours[index], texts[index]) for index in texts if ours[index] != texts[index]]
     best = max(rates.values())
-    extra: dict[str, Any] = {"num_new_tokens": sum(map(len, found.values())), "generate_examples_per_second": rates,
-                             "threads": torch.get_num_threads()}
+    extra: dict[str, Any] = {
+        "num_new_tokens": sum(map(len, found.values())),
+        "generate_examples_per_second": rates,
+        "threads": torch.get_num_threads(),
+    }
     if 1 in rates:
         extra["ratio_to_one_at_a_time"] = round(len(prompts) / seconds / rates[1], 2)
     if model.device.type == "cuda":
         extra["peak_memory_gib"] = {"ours": peak_memory_gib(), "generate": generate_gib}
     if arguments.profile:
         extra["profile_ms"] = profile(searcher, prompts)
-    print_report("beam_search", len(prompts) / seconds, best, "examples/s", {**vars(arguments), **extra}, higher_is_better=True)
+    print_report(
+        "beam_search",
+        len(prompts) / seconds,
+        best,
+        "examples/s",
+        {**vars(arguments), **extra},
+        higher_is_better=True,
+    )
 
 
 def peak_memory_gib() -> float | None:
@@ -105,6 +134,7 @@ def peak_memory_gib() -> float | None:
 def profile(searcher: BeamSearcher, prompts: list[tuple[int, ...]]) -> dict[str, float]:
     """Milliseconds of GPU work of a whole run by kernel family, and the wall time."""
     from torch.profiler import ProfilerActivity
+
     start = time.perf_counter()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
         dict(searcher.search(prompts))
@@ -112,10 +142,16 @@ def profile(searcher: BeamSearcher, prompts: list[tuple[int, ...]]) -> dict[str,
     spent = {"wall (with the profiler)": 1000 * (time.perf_counter() - start)}
     for event in recorded.key_averages():
         name = event.key
-        family = next((family for family, parts in _FAMILIES.items() if any(part in name for part in parts)), "elementwise and others")
+        family = next(
+            (family for family, parts in _FAMILIES.items() if any(part in name for part in parts)),
+            "elementwise and others",
+        )
         spent[family] = spent.get(family, 0.0) + event.self_device_time_total / 1000
     for event in sorted(recorded.key_averages(), key=lambda one: -one.self_device_time_total)[:14]:
-        print(f"{event.self_device_time_total / 1000:9.1f} ms {event.count:7d} {event.key[:100]}", file=sys.stderr)
+        print(
+            f"{event.self_device_time_total / 1000:9.1f} ms {event.count:7d} {event.key[:100]}",
+            file=sys.stderr,
+        )
     return {family: round(milliseconds, 1) for family, milliseconds in spent.items()}
 
 

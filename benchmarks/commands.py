@@ -36,7 +36,8 @@ class SweepRun:
 
     command: CommandRun
     records: list[TrialRecord] = field(default_factory=list)
-    host_seconds: dict[str, float] = field(default_factory=dict)  # by kind of work, of all devices together
+    # by kind of work, of all devices together
+    host_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def trial_seconds(self) -> float:
@@ -58,8 +59,13 @@ def run_command(arguments: list[str], environment: dict[str, str]) -> CommandRun
     """Run one of ray_jobs/'s commands. Raises CalledProcessError with the end of what it said on stderr."""
     started = time.time()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
-                                   stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
         run, watcher = CommandRun(), None
         watcher = threading.Thread(target=_watch, args=(process, run), daemon=True)
         watcher.start()
@@ -74,15 +80,19 @@ def run_command(arguments: list[str], environment: dict[str, str]) -> CommandRun
     return run
 
 
-def run_sweep_command(space: dict[str, Any], name: str, environment: dict[str, str] | None = None) -> SweepRun:
+def run_sweep_command(
+    space: dict[str, Any], name: str, environment: dict[str, str] | None = None
+) -> SweepRun:
     """Run a sweep with a tracking store of its own, and take its results away."""
     name = f"{name}-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "space.yaml"
         file.write_text(yaml.safe_dump(space), encoding="utf-8")
         try:
-            run = run_command(["ray_jobs/tune.py", "--space", str(file), "--name", name],
-                              {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **(environment or {})})
+            run = run_command(
+                ["ray_jobs/tune.py", "--space", str(file), "--name", name],
+                {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **(environment or {})},
+            )
             results = ROOT / "results" / name
             summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
             return SweepRun(run, list(Ledger(results / "trials").records.values()), summary["host_seconds"])
@@ -90,7 +100,9 @@ def run_sweep_command(space: dict[str, Any], name: str, environment: dict[str, s
             shutil.rmtree(ROOT / "results" / name, ignore_errors=True)
 
 
-def run_inference_command(arguments: list[str], environment: dict[str, str] | None = None) -> tuple[CommandRun, dict[str, Any]]:
+def run_inference_command(
+    arguments: list[str], environment: dict[str, str] | None = None
+) -> tuple[CommandRun, dict[str, Any]]:
     """Run batch inference; returns what it says of itself, too."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "outputs.json"

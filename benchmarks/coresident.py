@@ -41,18 +41,26 @@ _PEFT_WARM_UP = 3 if torch.cuda.is_available() else 1  # kernels are compiled in
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_options(parser)
     parser.add_argument("--data", default="data/sample/train.json")
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--lora-dropout", type=float, default=0.1)
-    parser.add_argument("--warm-up", type=int, default=40 if torch.cuda.is_available() else 1, help="steps before ours are timed: on a GPU "
-                        "passes are recorded as their sizes come up")
+    parser.add_argument(
+        "--warm-up",
+        type=int,
+        default=40 if torch.cuda.is_available() else 1,
+        help="steps before ours are timed: on a GPU passes are recorded as their sizes come up",
+    )
     parser.add_argument("--budget", type=int, default=default_token_budget(), help="tokens of a pass")
     arguments = parser.parse_args()
-    settings = TrialSettings(lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, schedule="constant")
+    settings = TrialSettings(
+        lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, schedule="constant"
+    )
     model, tokenizer = load_nf4(arguments)
     rows = load_examples(arguments.data, need_output=True)[:1024]
     examples = encode_examples(tokenizer, load_prompt(), rows, arguments.data)
@@ -67,10 +75,18 @@ def main() -> None:
     if model.device.type == "cuda":
         fuse_for_training(model)
     bank = AdapterBank(model, arguments.base_model)
-    found = {str(count): measure_bank(bank, examples, settings, count, arguments) for count in arguments.trials}
+    found = {
+        str(count): measure_bank(bank, examples, settings, count, arguments) for count in arguments.trials
+    }
     best = max(entry["tokens_per_second"] for entry in found.values())
-    print_report("coresident", best, baseline["tokens_per_second"], "effective tokens/s",
-                 {**vars(arguments), "trials_found": found, "peft": baseline}, higher_is_better=True)
+    print_report(
+        "coresident",
+        best,
+        baseline["tokens_per_second"],
+        "effective tokens/s",
+        {**vars(arguments), "trials_found": found, "peft": baseline},
+        higher_is_better=True,
+    )
 
 
 def load_nf4(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -79,26 +95,47 @@ def load_nf4(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return load_base(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
     model, tokenizer = load_model(arguments)
     head = model.get_output_embeddings()
-    for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]:
+    for name in [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]:
         linear = model.get_submodule(name)
-        quantised = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=model.dtype, quant_type="nf4",
-                               device="meta")
-        quantised.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        quantised = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=model.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        quantised.weight = Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
         model.set_submodule(name, quantised.to(model.device))
     return model, tokenizer
 
 
-def measure_peft(model: Any, examples: list[EncodedExample], settings: TrialSettings, steps: int) -> dict[str, float]:
+def measure_peft(
+    model: Any, examples: list[EncodedExample], settings: TrialSettings, steps: int
+) -> dict[str, float]:
     """Effective tokens/s and peak memory of plain PEFT on padded rows."""
-    config = LoraConfig(r=settings.lora_r, lora_alpha=int(settings.lora_alpha), lora_dropout=settings.lora_dropout,
-                        target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=int(settings.lora_alpha),
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=settings.learning_rate)
-    batches = [examples[start:start + 16] for start in range(0, len(examples) - 15, 16)]
+    optimizer = torch.optim.AdamW(
+        [p for p in adapted.parameters() if p.requires_grad], lr=settings.learning_rate
+    )
+    batches = [examples[start : start + 16] for start in range(0, len(examples) - 15, 16)]
     rows = 16 if torch.cuda.is_available() else 4  # on a CPU more do not fit a small machine
     while True:
         try:
-            calls = [lambda batch=batch, rows=rows: peft_step(adapted, batch, rows, optimizer) for batch in batches]
+            calls = [
+                lambda batch=batch, rows=rows: peft_step(adapted, batch, rows, optimizer) for batch in batches
+            ]
             found = _measured(calls, _PEFT_WARM_UP, steps)
             return {**found, "rows_a_pass": rows}
         except torch.cuda.OutOfMemoryError:
@@ -112,22 +149,35 @@ def measure_peft(model: Any, examples: list[EncodedExample], settings: TrialSett
 def peft_step(model: Any, batch: list[EncodedExample], rows: int, optimizer: torch.optim.Optimizer) -> int:
     """One optimizer step in passes of some rows; returns the batch's tokens."""
     for start in range(0, len(batch), rows):
-        padded_backward(model, batch[start:start + rows])
+        padded_backward(model, batch[start : start + rows])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return sum(example.num_tokens for example in batch)
 
 
-def measure_bank(bank: AdapterBank, examples: list[EncodedExample], settings: TrialSettings, count: int,
-                 arguments: argparse.Namespace) -> dict[str, float]:
+def measure_bank(
+    bank: AdapterBank,
+    examples: list[EncodedExample],
+    settings: TrialSettings,
+    count: int,
+    arguments: argparse.Namespace,
+) -> dict[str, float]:
     """Effective tokens/s of `count` trials together, and peak memory."""
-    trainings = [Training(bank, examples, settings.model_copy(update={"seed": seed, "epochs": 1000})) for seed in range(count)]
+    trainings = [
+        Training(bank, examples, settings.model_copy(update={"seed": seed, "epochs": 1000}))
+        for seed in range(count)
+    ]
 
     def step() -> int:
-        results = [result for result in advance_together(trainings, arguments.budget) if isinstance(result, StepResult)]
+        results = [
+            result
+            for result in advance_together(trainings, arguments.budget)
+            if isinstance(result, StepResult)
+        ]
         assert len(results) == count, "a trial diverged"
         return sum(result.num_tokens for result in results)
+
     try:
         found = _measured([step], arguments.warm_up, arguments.steps)
         return {**found, "recordings": bank.recorder.num_recordings if bank.recorder else 0}
@@ -149,9 +199,16 @@ def _measured(steps: list[Any], warm_up: int, count: int) -> dict[str, float]:
         tokens += steps[index % len(steps)]()
     synchronize()
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokens_per_second": round(tokens / seconds, 1), "seconds_a_step": round(seconds / count, 4),
-            "peak_gib": round(peak / 2**30, 1)}
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return {
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds_a_step": round(seconds / count, 4),
+        "peak_gib": round(peak / 2**30, 1),
+    }
 
 
 if __name__ == "__main__":

@@ -33,53 +33,95 @@ _RANKS, _RATES = [16, 64], [1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base-model", default=DEFAULT_BASE)
     parser.add_argument("--train", default="data/sample/train.json")
     parser.add_argument("--public", default="data/sample/public_test.json")
     parser.add_argument("--train-examples", type=int, default=256)
     parser.add_argument("--side-by-side", type=int, default=4, help="trials on a device")
     parser.add_argument("--peft-steps", type=int, default=3)
-    parser.add_argument("--unsloth", type=float, help="unsloth's tokens/s on this base and hardware, measured elsewhere")
+    parser.add_argument(
+        "--unsloth", type=float, help="unsloth's tokens/s on this base and hardware, measured elsewhere"
+    )
     arguments = parser.parse_args()
     num_tokens = sum(example.num_tokens for example in _examples(arguments))
     alone, together = (_peft_side_by_side(arguments, count) for count in (1, arguments.side_by_side))
     num_trials = len(_RANKS) * len(_RATES)
-    sweeps = {name: _sweep_seconds(arguments, scheduler) for name, scheduler in (
-        ("sweep", {"type": "fifo"}), ("sweep with ASHA", {"type": "asha", "grace_period": 12.5, "reduction_factor": 2}))}
-    found = {"one after another": num_trials * num_tokens / alone, "side by side": num_trials * num_tokens / together,
-             **({"unsloth, one after another": num_trials * num_tokens / arguments.unsloth} if arguments.unsloth else {}),
-             **{name: run["whole command"] for name, run in sweeps.items()}}
-    print_report("makespan", found["sweep"], found["one after another"], "seconds",
-                 {**vars(arguments), "trials": num_trials, "seconds": {name: round(seconds, 1) for name, seconds in found.items()},
-                  "sweeps": {name: {part: round(seconds, 1) for part, seconds in run.items()} for name, run in sweeps.items()},
-                  "peft_tokens_per_second": {"alone": alone, "side by side": together}}, higher_is_better=False)
+    sweeps = {
+        name: _sweep_seconds(arguments, scheduler)
+        for name, scheduler in (
+            ("sweep", {"type": "fifo"}),
+            ("sweep with ASHA", {"type": "asha", "grace_period": 12.5, "reduction_factor": 2}),
+        )
+    }
+    found = {
+        "one after another": num_trials * num_tokens / alone,
+        "side by side": num_trials * num_tokens / together,
+        **(
+            {"unsloth, one after another": num_trials * num_tokens / arguments.unsloth}
+            if arguments.unsloth
+            else {}
+        ),
+        **{name: run["whole command"] for name, run in sweeps.items()},
+    }
+    print_report(
+        "makespan",
+        found["sweep"],
+        found["one after another"],
+        "seconds",
+        {
+            **vars(arguments),
+            "trials": num_trials,
+            "seconds": {name: round(seconds, 1) for name, seconds in found.items()},
+            "sweeps": {
+                name: {part: round(seconds, 1) for part, seconds in run.items()}
+                for name, run in sweeps.items()
+            },
+            "peft_tokens_per_second": {"alone": alone, "side by side": together},
+        },
+        higher_is_better=False,
+    )
 
 
 def _examples(arguments: argparse.Namespace) -> list[Any]:
-    rows = load_examples(arguments.train, need_output=True)[:arguments.train_examples]
+    rows = load_examples(arguments.train, need_output=True)[: arguments.train_examples]
     return encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.train)
 
 
 def _peft_throughput(arguments: argparse.Namespace) -> float:
     """Effective tokens/s of PEFT's optimizer steps on a base of its own."""
     settings = TrialSettings(lora_r=max(_RANKS), schedule="constant")
-    return measure_peft(load_base(BaseModelSettings(name=arguments.base_model)), _examples(arguments), settings,
-                        arguments.peft_steps)["tokens_per_second"]
+    return measure_peft(
+        load_base(BaseModelSettings(name=arguments.base_model)),
+        _examples(arguments),
+        settings,
+        arguments.peft_steps,
+    )["tokens_per_second"]
 
 
 def _peft_side_by_side(arguments: argparse.Namespace, count: int) -> float:
     """The same, added up over so many Ray tasks that share the device, in processes of their own that leave nothing behind."""
     import ray
+
     on_gpu = torch.cuda.is_available()
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=max(count, os.cpu_count() or 1),
-             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}})
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=max(count, os.cpu_count() or 1),
+        runtime_env={
+            "env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        },
+    )
 
     def measure() -> float:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
         if on_gpu:  # else the first takes what others need; contexts have the rest
             torch.cuda.set_per_process_memory_fraction(0.9 / count)
         return _peft_throughput(arguments)
+
     try:
         task = ray.remote(num_cpus=1, num_gpus=1 / count if on_gpu else 0)(measure)
         found = sum(ray.get([task.remote() for _ in range(count)]))
@@ -92,13 +134,27 @@ def _peft_side_by_side(arguments: argparse.Namespace, count: int) -> float:
 def _sweep_seconds(arguments: argparse.Namespace, scheduler: dict[str, Any]) -> dict[str, float]:
     """Wall clock of the whole command, and of what it has of trials and what was before them."""
     resources = {"trials_per_gpu": arguments.side_by_side} if torch.cuda.is_available() else {}
-    space = {"base_model": {"name": arguments.base_model},
-             "data": {"train": arguments.train, "public": arguments.public, "train_examples": arguments.train_examples},
-             "search": {"lora_r": {"grid_search": _RANKS}, "learning_rate": {"grid_search": _RATES}}, "num_samples": 1,
-             "scheduler": scheduler, "resources_per_trial": {"cpu": min(1, (os.cpu_count() or 1) / arguments.side_by_side)}, **resources}
+    space = {
+        "base_model": {"name": arguments.base_model},
+        "data": {
+            "train": arguments.train,
+            "public": arguments.public,
+            "train_examples": arguments.train_examples,
+        },
+        "search": {"lora_r": {"grid_search": _RANKS}, "learning_rate": {"grid_search": _RATES}},
+        "num_samples": 1,
+        "scheduler": scheduler,
+        "resources_per_trial": {"cpu": min(1, (os.cpu_count() or 1) / arguments.side_by_side)},
+        **resources,
+    }
     run = run_sweep_command(space, f"makespan-{scheduler['type']}")
     assert len(run.records) == len(_RANKS) * len(_RATES)
-    found = {"whole command": run.command.seconds, "trials": run.trial_seconds, "start": run.start_up_seconds, **run.host_seconds}
+    found = {
+        "whole command": run.command.seconds,
+        "trials": run.trial_seconds,
+        "start": run.start_up_seconds,
+        **run.host_seconds,
+    }
     print(f"{scheduler['type']}: {found}", file=sys.stderr, flush=True)
     return found
 

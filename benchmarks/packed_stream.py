@@ -33,7 +33,9 @@ from qlora.training import Training
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base-model", default=DEFAULT_BASE)
     parser.add_argument("--data", default="data/sample/train.json")
     parser.add_argument("--steps", type=int, default=2)
@@ -42,7 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = load_examples(arguments.data, need_output=True)[:16]
     examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.data)
-    settings = TrialSettings(lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, learning_rate=1e-6, schedule="constant")
+    settings = TrialSettings(
+        lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, learning_rate=1e-6, schedule="constant"
+    )
     training = Training(load_bank(BaseModelSettings(name=arguments.base_model)), examples, settings)
     peft_model = make_peft_model(arguments.base_model, settings)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)
@@ -61,15 +65,32 @@ def main() -> None:
         for step in (padded, packed):
             seconds[step.__name__].append(timed(step))
     width = max(example.num_tokens for example in examples)
-    print_report("packed_stream", statistics.median(seconds["packed"]), statistics.median(seconds["padded"]), "seconds a step",
-                 {**vars(arguments), "threads": torch.get_num_threads(), "padded_tokens": width * len(examples),
-                  "packed_tokens": pack(examples).num_tokens, "losses": first, "seconds": seconds}, higher_is_better=False)
+    print_report(
+        "packed_stream",
+        statistics.median(seconds["packed"]),
+        statistics.median(seconds["padded"]),
+        "seconds a step",
+        {
+            **vars(arguments),
+            "threads": torch.get_num_threads(),
+            "padded_tokens": width * len(examples),
+            "packed_tokens": pack(examples).num_tokens,
+            "losses": first,
+            "seconds": seconds,
+        },
+        higher_is_better=False,
+    )
 
 
 def make_peft_model(base_model: str, settings: TrialSettings) -> Any:
     """The baseline: the same base and adapter as PEFT itself builds them."""
-    config = LoraConfig(r=settings.lora_r, lora_alpha=int(settings.lora_alpha), lora_dropout=settings.lora_dropout,
-                        target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=int(settings.lora_alpha),
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(load_base(BaseModelSettings(name=base_model)), config)
 
 
@@ -101,7 +122,7 @@ def padded_rows(examples: list[EncodedExample]) -> tuple[torch.Tensor, torch.Ten
     for row, example in enumerate(examples):
         n = example.num_tokens
         ids[row, :n], mask[row, :n] = torch.tensor(example.prompt + example.answer), 1
-        labels[row, len(example.prompt):n] = torch.tensor(example.answer)
+        labels[row, len(example.prompt) : n] = torch.tensor(example.answer)
     return ids, mask, labels
 
 

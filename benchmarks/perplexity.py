@@ -33,7 +33,9 @@ from qlora.served import load_served, quicken
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_options(parser)
     parser.add_argument("--data", default="data/sample/public_test.json")
     parser.add_argument("--examples", type=int, default=16)
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--shots-from", default="data/sample/train.json")
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
-    rows = load_examples(arguments.data, need_output=True)[:arguments.examples]
+    rows = load_examples(arguments.data, need_output=True)[: arguments.examples]
     if arguments.shape:
         plain, tokenizer = load_model(arguments)
         served = copy.deepcopy(plain)
@@ -50,8 +52,10 @@ def main() -> None:
         base = BaseModelSettings(name=arguments.base_model)
         plain, served, tokenizer = load_base(base), load_served(base), load_tokenizer(arguments.base_model)
     use_packed_attention(served)
-    prompts = {f"{shots}-shot": load_prompt("few-shot", shots, arguments.shots_from) if shots else load_prompt()
-               for shots in arguments.shots}
+    prompts = {
+        f"{shots}-shot": load_prompt("few-shot", shots, arguments.shots_from) if shots else load_prompt()
+        for shots in arguments.shots
+    }
     found = {}
     for name, prompt in prompts.items():
         examples = encode_examples(tokenizer, prompt, rows, arguments.data)
@@ -60,8 +64,14 @@ def main() -> None:
         found[name] = measure(plain, served, examples, arguments.repeats)
     seconds = {run: sum(prompt["seconds"][run] for prompt in found.values()) for run in ("loop", "packed")}
     num_values = len(rows) * len(found)
-    print_report("perplexity", num_values / seconds["packed"], num_values / seconds["loop"], "examples/s",
-                 {**vars(arguments), "threads": torch.get_num_threads(), "prompts": found}, higher_is_better=True)
+    print_report(
+        "perplexity",
+        num_values / seconds["packed"],
+        num_values / seconds["loop"],
+        "examples/s",
+        {**vars(arguments), "threads": torch.get_num_threads(), "prompts": found},
+        higher_is_better=True,
+    )
 
 
 def measure(plain: Any, served: Any, examples: list[EncodedExample], repeats: int) -> dict[str, Any]:
@@ -80,11 +90,20 @@ def measure(plain: Any, served: Any, examples: list[EncodedExample], repeats: in
         seconds["packed"].append(timed(packed))
     means = {name: mean_perplexity(found) for name, found in values.items()}
     if plain.dtype == torch.float32:
-        assert all(abs(a - b) <= 1e-4 * a for a, b in zip(values["loop"], values["packed"], strict=True)), values
+        assert all(abs(a - b) <= 1e-4 * a for a, b in zip(values["loop"], values["packed"], strict=True)), (
+            values
+        )
     assert abs(means["packed"] - means["loop"]) <= 1e-2 * means["loop"], means
     best = {name: min(times) for name, times in seconds.items()}
-    return {"seconds": best, "ratio": round(best["loop"] / best["packed"], 2), "mean_perplexity": means,
-            "tokens": {"loop": sum(example.num_tokens for example in examples), "packed": pack(examples).num_tokens}}
+    return {
+        "seconds": best,
+        "ratio": round(best["loop"] / best["packed"], 2),
+        "mean_perplexity": means,
+        "tokens": {
+            "loop": sum(example.num_tokens for example in examples),
+            "packed": pack(examples).num_tokens,
+        },
+    }
 
 
 @torch.no_grad()

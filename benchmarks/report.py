@@ -9,13 +9,32 @@ import torch
 from qlora.provenance import hardware, package_versions
 
 
-def print_report(benchmark: str, ours: float, baseline: float, unit: str, settings: dict[str, Any], *, higher_is_better: bool) -> None:
+def print_report(
+    benchmark: str,
+    ours: float,
+    baseline: float,
+    unit: str,
+    settings: dict[str, Any],
+    *,
+    higher_is_better: bool,
+) -> None:
     """Print the line. `ratio` says how many times faster ours is than the baseline."""
     ratio = ours / baseline if higher_is_better else baseline / ours
-    print(json.dumps({
-        "benchmark": benchmark, "ours": _rounded(ours), "baseline": _rounded(baseline), "unit": unit, "ratio": round(ratio, 2),
-        "settings": settings, "versions": package_versions(),
-        "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"), "date": datetime.date.today().isoformat()}))
+    print(
+        json.dumps(
+            {
+                "benchmark": benchmark,
+                "ours": _rounded(ours),
+                "baseline": _rounded(baseline),
+                "unit": unit,
+                "ratio": round(ratio, 2),
+                "settings": settings,
+                "versions": package_versions(),
+                "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
+                "date": datetime.date.today().isoformat(),
+            }
+        )
+    )
 
 
 def _rounded(value: float) -> float:

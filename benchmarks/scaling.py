@@ -38,16 +38,22 @@ _LEARNING_RATES = (1e-4, 3e-4)
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=("sweep", "infer"))
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs, the baseline first")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs, the baseline first"
+    )
     parser.add_argument("--base-model", default=DEFAULT_BASE)
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--shape", choices=SHAPES, help="size of a base to write to --base-model")
     parser.add_argument("--tokenizer", default=DEFAULT_BASE, help="of the base to write")
     parser.add_argument("--train", default="data/sample/train.json")
     parser.add_argument("--public", default="data/sample/public_test.json")
-    parser.add_argument("--train-examples", type=int, default=256, help="of the sweep; at most what the file has")
+    parser.add_argument(
+        "--train-examples", type=int, default=256, help="of the sweep; at most what the file has"
+    )
     parser.add_argument("--trials-per-device", type=int, default=4)
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--input", default="data/sample/private_test.json")
@@ -64,66 +70,118 @@ def main() -> None:
             found = measure(arguments, devices, environment, load)
         first = found["speed"] if first is None else first
         efficiency = found["speed"] / first * arguments.devices[0] / devices
-        print_report(f"scaling {arguments.job}", found.pop("speed"), first, unit,
-                     {**vars(arguments), "devices": devices, "efficiency": round(efficiency, 3), **found}, higher_is_better=True)
+        print_report(
+            f"scaling {arguments.job}",
+            found.pop("speed"),
+            first,
+            unit,
+            {**vars(arguments), "devices": devices, "efficiency": round(efficiency, 3), **found},
+            higher_is_better=True,
+        )
         sys.stdout.flush()
 
 
-def _sweep(arguments: argparse.Namespace, devices: int, environment: dict[str, str], load: Path) -> dict[str, Any]:
+def _sweep(
+    arguments: argparse.Namespace, devices: int, environment: dict[str, str], load: Path
+) -> dict[str, Any]:
     """The fixed sweep on some devices."""
     num_trials = arguments.trials_per_device * max(arguments.devices)
-    rows = load_examples(arguments.train, need_output=True)[:arguments.train_examples]
+    rows = load_examples(arguments.train, need_output=True)[: arguments.train_examples]
     examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.train)
     on_gpu = torch.cuda.is_available()
     cpus = 1.0 if on_gpu else _cores(max(arguments.devices)) / arguments.trials_per_device
-    run = run_sweep_command({
-        "base_model": {"name": arguments.base_model, "quantization": arguments.quantization},
-        "data": {"train": arguments.train, "public": arguments.public, "train_examples": len(rows)},
-        "trial": {"lora_r": arguments.lora_r, "lora_dropout": 0.1},
-        "search": {"learning_rate": {"choice": list(_LEARNING_RATES)}, "seed": {"grid_search": list(range(num_trials))}},
-        "num_samples": 1, "scheduler": {"type": "fifo"}, "resources_per_trial": {"cpu": cpus},
-        **({"trials_per_gpu": arguments.trials_per_device} if on_gpu else {})}, f"scaling-{devices}", environment)
-    assert len(run.records) == num_trials and all(record.status == "finished" for record in run.records), "a trial failed"
+    run = run_sweep_command(
+        {
+            "base_model": {"name": arguments.base_model, "quantization": arguments.quantization},
+            "data": {"train": arguments.train, "public": arguments.public, "train_examples": len(rows)},
+            "trial": {"lora_r": arguments.lora_r, "lora_dropout": 0.1},
+            "search": {
+                "learning_rate": {"choice": list(_LEARNING_RATES)},
+                "seed": {"grid_search": list(range(num_trials))},
+            },
+            "num_samples": 1,
+            "scheduler": {"type": "fifo"},
+            "resources_per_trial": {"cpu": cpus},
+            **({"trials_per_gpu": arguments.trials_per_device} if on_gpu else {}),
+        },
+        f"scaling-{devices}",
+        environment,
+    )
+    assert len(run.records) == num_trials and all(record.status == "finished" for record in run.records), (
+        "a trial failed"
+    )
     epochs = num_trials / run.trial_seconds
-    return {"speed": epochs * sum(example.num_tokens for example in examples), "examples_per_second": round(epochs * len(rows), 2),
-            "trials": num_trials, "trial_seconds": round(run.trial_seconds, 1), "start_up_seconds": round(run.start_up_seconds, 1),
-            "peak_memory_gib": round(max(record.peak_memory_gib for record in run.records), 1), **_driver(run.command),
-            "host_seconds": {work: round(seconds, 1) for work, seconds in run.host_seconds.items()},
-            "gpu_load": _mean_load(load, run.first_start, run.first_start + run.trial_seconds)}
+    return {
+        "speed": epochs * sum(example.num_tokens for example in examples),
+        "examples_per_second": round(epochs * len(rows), 2),
+        "trials": num_trials,
+        "trial_seconds": round(run.trial_seconds, 1),
+        "start_up_seconds": round(run.start_up_seconds, 1),
+        "peak_memory_gib": round(max(record.peak_memory_gib for record in run.records), 1),
+        **_driver(run.command),
+        "host_seconds": {work: round(seconds, 1) for work, seconds in run.host_seconds.items()},
+        "gpu_load": _mean_load(load, run.first_start, run.first_start + run.trial_seconds),
+    }
 
 
-def _inference(arguments: argparse.Namespace, devices: int, environment: dict[str, str], load: Path) -> dict[str, Any]:
+def _inference(
+    arguments: argparse.Namespace, devices: int, environment: dict[str, str], load: Path
+) -> dict[str, Any]:
     """Rows in proportion to devices."""
     data = load_examples(arguments.input, need_output=False)
-    rows = [{"id": str(n), "instruction": data[n % len(data)].instruction} for n in range(arguments.rows_per_device * devices)]
+    rows = [
+        {"id": str(n), "instruction": data[n % len(data)].instruction}
+        for n in range(arguments.rows_per_device * devices)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        options = {"base-model": arguments.base_model, "quantization": arguments.quantization, "input": file, "workers": devices,
-                   "num-beams": arguments.num_beams, "max-new-tokens": arguments.new_tokens, "min-new-tokens": arguments.new_tokens}
-        run, meta = run_inference_command([f"--{name}={value}" for name, value in options.items()], environment)
-    return {"speed": meta["rows_per_second_generating"], "rows": len(rows), "rows_per_second_in_all": meta["rows_per_second"],
-            "seconds_generating": meta["seconds_generating"],
-            "start_up_seconds": round(run.seconds - meta["seconds_generating"], 1), **_driver(run),
-            "gpu_load": _mean_load(load, run.ended_at - meta["seconds_generating"], run.ended_at)}
+        options = {
+            "base-model": arguments.base_model,
+            "quantization": arguments.quantization,
+            "input": file,
+            "workers": devices,
+            "num-beams": arguments.num_beams,
+            "max-new-tokens": arguments.new_tokens,
+            "min-new-tokens": arguments.new_tokens,
+        }
+        run, meta = run_inference_command(
+            [f"--{name}={value}" for name, value in options.items()], environment
+        )
+    return {
+        "speed": meta["rows_per_second_generating"],
+        "rows": len(rows),
+        "rows_per_second_in_all": meta["rows_per_second"],
+        "seconds_generating": meta["seconds_generating"],
+        "start_up_seconds": round(run.seconds - meta["seconds_generating"], 1),
+        **_driver(run),
+        "gpu_load": _mean_load(load, run.ended_at - meta["seconds_generating"], run.ended_at),
+    }
 
 
 def _driver(run: CommandRun) -> dict[str, float]:
-    return {"seconds": round(run.seconds, 1), "driver_cpu_seconds": round(run.cpu_seconds, 1),
-            "driver_memory_gib": round(run.memory_gib, 2)}
+    return {
+        "seconds": round(run.seconds, 1),
+        "driver_cpu_seconds": round(run.cpu_seconds, 1),
+        "driver_memory_gib": round(run.memory_gib, 2),
+    }
 
 
 @contextmanager
 def _only(devices: int, most: int) -> Iterator[dict[str, str]]:
     """The environment of a command that sees so many GPUs, or a Ray cluster of so many nodes of this machine."""
     if torch.cuda.is_available():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        seen = os.environ.get(
+            "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+        ).split(",")
         if devices > len(seen):
             sys.exit(f"error: --devices: {devices}, but this host has {len(seen)} GPUs")
         yield {"CUDA_VISIBLE_DEVICES": ",".join(seen[:devices])}
         return
     from ray.cluster_utils import Cluster
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # nodes' workers inherit it
+
+    # nodes' workers inherit it
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         for _ in range(devices):
@@ -143,7 +201,13 @@ def _gpu_load() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "load.csv"
         with file.open("w") as target:
-            command = ["nvidia-smi", "--query-gpu=timestamp,index,utilization.gpu", "--format=csv,noheader,nounits", "-l", "1"]
+            command = [
+                "nvidia-smi",
+                "--query-gpu=timestamp,index,utilization.gpu",
+                "--format=csv,noheader,nounits",
+                "-l",
+                "1",
+            ]
             process = subprocess.Popen(command, stdout=target) if torch.cuda.is_available() else None
             try:
                 yield file

@@ -31,12 +31,16 @@ class AdapterModel(PythonModel):
         self._model = load_merged(base, context.artifacts["adapter"])
         self._engines: dict[DecodingSettings, Engine] = {}
 
-    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> pandas.DataFrame:
+    def predict(
+        self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> pandas.DataFrame:
         """A column `instruction` -> a column `output`, row by row."""
         decoding = DecodingSettings(**(params or {}))
         if decoding not in self._engines:
             self._engines[decoding] = make_engine(self._model, self._tokenizer, decoding)
-        prompts = [encode_prompt(self._tokenizer, self._prompt.render(text)) for text in model_input["instruction"]]
+        prompts = [
+            encode_prompt(self._tokenizer, self._prompt.render(text)) for text in model_input["instruction"]
+        ]
         texts = {index: text for index, text, _ in self._engines[decoding].generate(prompts)}
         return pandas.DataFrame({"output": [texts[index] for index in range(len(prompts))]})
 

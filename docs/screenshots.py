@@ -51,18 +51,37 @@ _CHOOSE_AXES = """
 
 def main() -> None:
     """Serve, look, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", help="name of a finished sweep")
-    parser.add_argument("--study", help="name of a finished study, whose page is shown too, down to its predictions")
+    parser.add_argument(
+        "--study", help="name of a finished study, whose page is shown too, down to its predictions"
+    )
     parser.add_argument("--out", type=Path, default=_ROOT / "docs/images")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     from tracking.runs import tracking_uri
+
     port = _free_port()
     server = subprocess.Popen(
-        [Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", tracking_uri()], env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        [
+            Path(sys.executable).with_name("mlflow"),
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            tracking_uri(),
+        ],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         _wait_for(f"http://127.0.0.1:{port}/health")
         pages = _pages(f"http://127.0.0.1:{port}", arguments.sweep)
@@ -79,6 +98,7 @@ def _pages(root: str, sweep: str) -> dict[str, tuple[str, str, int]]:
     from mlflow import MlflowClient
 
     from tracking.runs import connect
+
     client: MlflowClient = connect()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     parent = client.search_runs(experiments, f"tags.sweep = '{sweep}' and tags.kind = 'sweep'")[0]
@@ -86,26 +106,37 @@ def _pages(root: str, sweep: str) -> dict[str, tuple[str, str, int]]:
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run}'")
     name, _, version = parent.data.tags["model_uri"].removeprefix("models:/").partition("/")
     runs = urllib.parse.quote(json.dumps([child.info.run_id for child in children]))
-    only, curve = urllib.parse.quote(json.dumps([experiment])), urllib.parse.quote(json.dumps("public_perplexity"))
+    only, curve = (
+        urllib.parse.quote(json.dumps([experiment])),
+        urllib.parse.quote(json.dumps("public_perplexity")),
+    )
     best = parent.data.tags["best_trial"]
     child = next(child for child in children if child.data.tags["trial_id"] == best)
     return {
         "sweep": (f"{root}/#/experiments/{experiment}/runs/{run}", "", 1300),
         "compare": (f"{root}/#/compare-runs?runs={runs}&experiments={only}", _CHOOSE_AXES, 900),
-        "curves": (f"{root}/#/metric?runs={runs}&experiments={only}&metric={curve}&plot_metric_keys={urllib.parse.quote('[')}{curve}"
-                   f"{urllib.parse.quote(']')}&x_axis=step", "", 800),
+        "curves": (
+            f"{root}/#/metric?runs={runs}&experiments={only}&metric={curve}&plot_metric_keys={urllib.parse.quote('[')}{curve}"
+            f"{urllib.parse.quote(']')}&x_axis=step",
+            "",
+            800,
+        ),
         "trial": (f"{root}/#/experiments/{experiment}/runs/{child.info.run_id}/model-metrics", "", 1200),
         "model": (f"{root}/#/models/{name}/versions/{version}", "", 1000),
-        "report": (Path(client.download_artifacts(run, "report.html")).as_uri(), "", 1900)}
+        "report": (Path(client.download_artifacts(run, "report.html")).as_uri(), "", 1900),
+    }
 
 
 def look(pages: dict[str, tuple[str, str, int]], out: Path) -> dict[str, str]:
     """Open pages one after another, save each as out/NAME.png; returns the text that each shows."""
     sandbox = " --no-sandbox" if os.geteuid() == 0 else ""
-    os.environ.update(QT_QPA_PLATFORM="offscreen", QTWEBENGINE_CHROMIUM_FLAGS=_FLAGS + sandbox, QT_LOGGING_RULES="*=false")
+    os.environ.update(
+        QT_QPA_PLATFORM="offscreen", QTWEBENGINE_CHROMIUM_FLAGS=_FLAGS + sandbox, QT_LOGGING_RULES="*=false"
+    )
     from PySide6.QtCore import QEventLoop, QTimer, QUrl
     from PySide6.QtWebEngineWidgets import QWebEngineView
     from PySide6.QtWidgets import QApplication
+
     application = QApplication.instance() or QApplication(["screenshots"])
     view = QWebEngineView()
 
@@ -120,6 +151,7 @@ def look(pages: dict[str, tuple[str, str, int]], out: Path) -> dict[str, str]:
         QTimer.singleShot(10_000, loop.quit)
         loop.exec()
         return found[0]
+
     texts = {}
     for name, (address, script, height) in pages.items():
         view.resize(1500, height)

@@ -27,7 +27,8 @@ from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
 
 _MAX_SLOTS = {"cpu": 32, "cuda": 128}
-_SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}  # share of free slots at which the rest move closer; a GPU then records its step anew
+# share of free slots at which the rest move closer; a GPU then records its step anew
+_SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}
 _PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -50,8 +51,13 @@ class Batch:
     def keep(self, slots: list[int]) -> "Batch":
         """Some slots alone."""
         chosen = torch.tensor(slots, device=self.state.done_E.device)
-        return Batch(self.cache.keep(chosen), self.state.keep(chosen), [self.examples[slot] for slot in slots],
-                     [self.steps[slot] for slot in slots], [self.generators[slot] for slot in slots])
+        return Batch(
+            self.cache.keep(chosen),
+            self.state.keep(chosen),
+            [self.examples[slot] for slot in slots],
+            [self.steps[slot] for slot in slots],
+            [self.generators[slot] for slot in slots],
+        )
 
 
 @dataclass
@@ -102,11 +108,17 @@ class BeamSearcher:
             free = batch.free
             if waiting and len(free) >= min(len(waiting), max(1, len(batch.examples) // 8)):
                 joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                self._join(batch, free[:len(joining)], joining, prompts)
+                self._join(batch, free[: len(joining)], joining, prompts)
             elif not waiting and self._shrinks(batch, len(free)):
-                batch = batch.keep([slot for slot, example in enumerate(batch.examples) if example is not None])
+                batch = batch.keep(
+                    [slot for slot, example in enumerate(batch.examples) if example is not None]
+                )
             self._step(batch)
-            for slot in [slot for slot, done in enumerate(batch.state.done_E.tolist()) if done and batch.examples[slot] is not None]:
+            for slot in [
+                slot
+                for slot, done in enumerate(batch.state.done_E.tolist())
+                if done and batch.examples[slot] is not None
+            ]:
                 example = batch.examples[slot]
                 assert example is not None
                 length = int(batch.state.best_lengths_EK[slot, 0])
@@ -117,11 +129,15 @@ class BeamSearcher:
         """Whether the slots at work should move closer: enough are free, and there is room for a copy."""
         num_slots, device = len(batch.examples), self.model.device
         enough = num_free >= num_slots * _SHRINK_AT[device.type]
-        return enough and batch.cache.num_bytes * (num_slots - num_free) // num_slots < 0.8 * free_bytes(device)
+        return enough and batch.cache.num_bytes * (num_slots - num_free) // num_slots < 0.8 * free_bytes(
+            device
+        )
 
     def _step(self, batch: Batch) -> None:
         """Feed every slot's next tokens and choose those after them. On a GPU the step is recorded once a batch, then replayed."""
-        num_steps = 1 + max(steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None)
+        num_steps = 1 + max(
+            steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None
+        )
         if batch.state.done_E.is_cuda and not self.rules.do_sample:
             if batch.graph is None:
                 batch.graph = self._record(batch)
@@ -158,15 +174,20 @@ class BeamSearcher:
         batch.state.start(places, torch.tensor([prompts[i][-1] for i in joining], device=device), self.rules)
         budget = _PREFILL_TOKENS[device.type]
         start = 0
-        while start < len(joining) and own_lengths[start] > 0:  # longest first: behind an empty one all are empty
+        # longest first: behind an empty one all are empty
+        while start < len(joining) and own_lengths[start] > 0:
             end = start + 1
-            while end < len(joining) and own_lengths[end] > 0 and sum(own_lengths[start:end + 1]) <= budget:
+            while end < len(joining) and own_lengths[end] > 0 and sum(own_lengths[start : end + 1]) <= budget:
                 end += 1
             rows = Rows(tuple(own_lengths[start:end]), p, device)
             tokens = [token for i in joining[start:end] for token in prompts[i][p:-1]]
             positions = [position for length in own_lengths[start:end] for position in range(p, p + length)]
-            self._forward(torch.tensor(tokens, device=device), torch.tensor(positions, device=device),
-                          PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places[start:end], rows)), logits=False)
+            self._forward(
+                torch.tensor(tokens, device=device),
+                torch.tensor(positions, device=device),
+                PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places[start:end], rows)),
+                logits=False,
+            )
             start = end
         for slot, i in zip(slots, joining, strict=True):
             batch.examples[slot], batch.steps[slot] = i, 0
@@ -176,18 +197,26 @@ class BeamSearcher:
 
     def _prefix_of(self, prompts: list[tuple[int, ...]]) -> Tensor:
         """Keys and values of what all prompts begin with, [2, layers, J, P, D]; kept for the next call with the same template."""
-        common = prompts[0][:shared_prefix_length(prompts)]
+        common = prompts[0][: shared_prefix_length(prompts)]
         kept = self._prefix_tokens
-        if self._prefix is None or common[:len(kept)] != kept or 4 * len(kept) < 3 * len(common):
+        if self._prefix is None or common[: len(kept)] != kept or 4 * len(kept) < 3 * len(common):
             device, shape = self.model.device, self._shape
-            empty = torch.zeros(2, shape.num_layers, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=device)
+            empty = torch.zeros(
+                2, shape.num_layers, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=device
+            )
             prefix = empty.new_zeros(2, shape.num_layers, shape.num_kv_heads, len(common), shape.head_dim)
             if common:
+
                 def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
                     prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
+
                 tokens = torch.tensor(common, device=device)
-                self._forward(tokens, torch.arange(len(common), device=device),
-                              PrefillPass(empty, Rows((len(common),), 0, device), store), logits=False)
+                self._forward(
+                    tokens,
+                    torch.arange(len(common), device=device),
+                    PrefillPass(empty, Rows((len(common),), 0, device), store),
+                    logits=False,
+                )
             self._prefix_tokens, self._prefix = common, prefix
         return self._prefix
 
@@ -195,12 +224,24 @@ class BeamSearcher:
         rules, device = self.rules, prefix.device
         max_own = -(-max(1, max_own) // 64) * 64
         num_slots = self._num_slots(num_examples, max_own)
-        if self._kept is None or self._kept.cache.prefix is not prefix or self._kept.cache.prompts.shape[2:5:2] != (num_slots, max_own):
+        if (
+            self._kept is None
+            or self._kept.cache.prefix is not prefix
+            or self._kept.cache.prompts.shape[2:5:2] != (num_slots, max_own)
+        ):
             self._kept = None  # its memory is free before the next one's is taken
-            cache = KVCache.empty(self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens)
-            self._kept = Batch(cache, SearchState.empty(num_slots, rules, device), [None] * num_slots, [0] * num_slots,
-                               [torch.Generator(device)] * num_slots)
-        self._kept.examples = [None] * num_slots  # a search that was broken off may have left some
+            cache = KVCache.empty(
+                self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens
+            )
+            self._kept = Batch(
+                cache,
+                SearchState.empty(num_slots, rules, device),
+                [None] * num_slots,
+                [0] * num_slots,
+                [torch.Generator(device)] * num_slots,
+            )
+        # a search that was broken off may have left some
+        self._kept.examples = [None] * num_slots
         return self._kept
 
     def _num_slots(self, num_examples: int, max_own: int) -> int:
@@ -208,7 +249,8 @@ class BeamSearcher:
         assert self.max_slots is not None
         vocabulary = self.model.config.get_text_config().vocab_size
         cached = self._shape.bytes_per_token * (max_own + self.rules.max_new_tokens * self.rules.num_beams)
-        logits = 16 * vocabulary * self.rules.num_beams  # the model's, in float32, without early EOS, and room to work
+        # the model's, in float32, without early EOS, and room to work
+        logits = 16 * vocabulary * self.rules.num_beams
         kept = self._kept.cache.num_bytes if self._kept is not None else 0
         fitting = max(1, int(0.8 * (free_bytes(self.model.device) + kept)) // (cached + logits))
         most = min(self.max_slots, fitting, num_examples)
@@ -217,5 +259,10 @@ class BeamSearcher:
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, logits: bool = True) -> Tensor:
         """Logits [T, V] of one pass; without `logits` of its last token only."""
-        return self.model(input_ids=tokens_T[None], position_ids=positions_T[None], cached=cached, use_cache=False,
-                          logits_to_keep=0 if logits else 1).logits[0]
+        return self.model(
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            cached=cached,
+            use_cache=False,
+            logits_to_keep=0 if logits else 1,
+        ).logits[0]

@@ -58,11 +58,18 @@ class SearchState:
         e, k, t = num_slots, rules.num_beams, rules.max_new_tokens
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         return cls(
-            next_EK=torch.zeros(e, k, **whole), steps_E=torch.zeros(e, **whole), tokens_EKT=torch.zeros(e, k, t, **whole),
-            scores_EK=torch.zeros(e, k, device=device), ancestry_EKT=torch.arange(k, device=device)[None, :, None].repeat(e, 1, t),
-            best_tokens_EKT=torch.zeros(e, k, t, **whole), best_scores_EK=torch.full((e, k), _NEVER, device=device),
-            best_lengths_EK=torch.zeros(e, k, **whole), finished_EK=torch.zeros(e, k, dtype=torch.bool, device=device),
-            improvable_E=torch.ones(e, dtype=torch.bool, device=device), done_E=torch.ones(e, dtype=torch.bool, device=device))
+            next_EK=torch.zeros(e, k, **whole),
+            steps_E=torch.zeros(e, **whole),
+            tokens_EKT=torch.zeros(e, k, t, **whole),
+            scores_EK=torch.zeros(e, k, device=device),
+            ancestry_EKT=torch.arange(k, device=device)[None, :, None].repeat(e, 1, t),
+            best_tokens_EKT=torch.zeros(e, k, t, **whole),
+            best_scores_EK=torch.full((e, k), _NEVER, device=device),
+            best_lengths_EK=torch.zeros(e, k, **whole),
+            finished_EK=torch.zeros(e, k, dtype=torch.bool, device=device),
+            improvable_E=torch.ones(e, dtype=torch.bool, device=device),
+            done_E=torch.ones(e, dtype=torch.bool, device=device),
+        )
 
     def start(self, slots: Tensor, last_prompt_tokens: Tensor, rules: SearchRules) -> None:
         """Put new examples into `slots` [n], given the last token of each one's prompt [n]."""
@@ -75,7 +82,9 @@ class SearchState:
 
     def keep(self, slots: Tensor) -> Self:
         """The state of some slots alone, in that order."""
-        return type(self)(**{field.name: getattr(self, field.name).index_select(0, slots) for field in fields(self)})
+        return type(self)(
+            **{field.name: getattr(self, field.name).index_select(0, slots) for field in fields(self)}
+        )
 
     def restore(self, other: Self) -> None:
         """Take over the values of a state of the same slots."""
@@ -89,7 +98,12 @@ class SearchState:
             old.copy_(torch.where(self.done_E.view(-1, *[1] * (old.dim() - 1)), old, value))
 
 
-def advance(state: SearchState, logits_EKV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None = None) -> None:
+def advance(
+    state: SearchState,
+    logits_EKV: Tensor,
+    rules: SearchRules,
+    generators: list[torch.Generator] | None = None,
+) -> None:
     """Choose the next tokens from the logits of `state.next_EK`, in place. `generators`: one a slot, for sampling."""
     logits_EKV = logits_EKV.float()
     if rules.num_beams == 1:
@@ -110,7 +124,9 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     log_probs_EC, choice_EC = log_probs_EX.topk(num_candidates)
     parents_EC = choice_EC // top_EKc.shape[-1]
     chosen_EC = ids_EKc.flatten(1).gather(1, choice_EC)
-    histories_ECT = _gather_rows(state.tokens_EKT, parents_EC).scatter(2, _places(state, num_candidates), chosen_EC[..., None])
+    histories_ECT = _gather_rows(state.tokens_EKT, parents_EC).scatter(
+        2, _places(state, num_candidates), chosen_EC[..., None]
+    )
 
     new_steps_E = state.steps_E + 1
     ends_EC = _is_eos(chosen_EC, rules) | (new_steps_E >= t)[:, None]
@@ -124,7 +140,10 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     length_E = (new_steps_E.double() ** rules.length_penalty).float()
     full_E = state.finished_EK.all(1) & (rules.early_stopping is True)
     joins_EC = ends_EC & (torch.arange(num_candidates, device=device) < k)
-    finals_EC = log_probs_EC / length_E[:, None] + (full_E.float() * _NEVER + (~state.improvable_E).float() * _NEVER)[:, None]
+    finals_EC = (
+        log_probs_EC / length_E[:, None]
+        + (full_E.float() * _NEVER + (~state.improvable_E).float() * _NEVER)[:, None]
+    )
     finals_EC = finals_EC + (~joins_EC).float() * _NEVER
     best_scores_EK, best_EK = torch.cat([state.best_scores_EK, finals_EC], 1).topk(k)
     finished_EK = torch.cat([state.finished_EK, joins_EC], 1).gather(1, best_EK)
@@ -140,14 +159,23 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     goes_on_E = improvable_E & ~(finished_EK.all(1) & (rules.early_stopping is True)) & ~ends_EC.all(1)
 
     state.update(
-        next_EK=chosen_EC.gather(1, order_EK), steps_E=new_steps_E, scores_EK=scores_EK,
-        tokens_EKT=_gather_rows(histories_ECT, order_EK), ancestry_EKT=_inherit(state, parents_EK),
-        best_tokens_EKT=best_tokens_EKT, best_scores_EK=best_scores_EK, best_lengths_EK=lengths_EX.gather(1, best_EK),
-        finished_EK=finished_EK, improvable_E=improvable_E)
+        next_EK=chosen_EC.gather(1, order_EK),
+        steps_E=new_steps_E,
+        scores_EK=scores_EK,
+        tokens_EKT=_gather_rows(histories_ECT, order_EK),
+        ancestry_EKT=_inherit(state, parents_EK),
+        best_tokens_EKT=best_tokens_EKT,
+        best_scores_EK=best_scores_EK,
+        best_lengths_EK=lengths_EX.gather(1, best_EK),
+        finished_EK=finished_EK,
+        improvable_E=improvable_E,
+    )
     state.done_E.logical_or_(~goes_on_E)
 
 
-def _advance_single(state: SearchState, logits_EV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None) -> None:
+def _advance_single(
+    state: SearchState, logits_EV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None
+) -> None:
     """Greedy, or sampling with each slot's own generator, so that a draw does not depend on the other slots."""
     if rules.do_sample:
         for warper in rules.warpers:
@@ -155,13 +183,23 @@ def _advance_single(state: SearchState, logits_EV: Tensor, rules: SearchRules, g
         assert generators is not None
         # Whatever a slot without an example holds, it must not spoil the draws of the others.
         probabilities_EV = torch.where(state.done_E[:, None], 0.0, logits_EV).softmax(-1)
-        chosen_E = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities_EV, generators, strict=True)])
+        chosen_E = torch.cat(
+            [
+                torch.multinomial(row, 1, generator=own)
+                for row, own in zip(probabilities_EV, generators, strict=True)
+            ]
+        )
     else:
         chosen_E = logits_EV.argmax(-1)
     new_steps_E = state.steps_E + 1
     tokens_EKT = state.tokens_EKT.scatter(2, _places(state, 1), chosen_E[:, None, None])
-    state.update(next_EK=chosen_E[:, None], steps_E=new_steps_E, tokens_EKT=tokens_EKT, best_tokens_EKT=tokens_EKT,
-                 best_lengths_EK=new_steps_E[:, None])
+    state.update(
+        next_EK=chosen_E[:, None],
+        steps_E=new_steps_E,
+        tokens_EKT=tokens_EKT,
+        best_tokens_EKT=tokens_EKT,
+        best_lengths_EK=new_steps_E[:, None],
+    )
     state.done_E.logical_or_(_is_eos(chosen_E, rules) | (state.steps_E >= rules.max_new_tokens))
 
 

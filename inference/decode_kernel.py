@@ -18,8 +18,20 @@ def supports(q_THD: Tensor) -> bool:
     return q_THD.is_cuda and q_THD.shape[-1] in (16, 32, 64, 128, 256)
 
 
-def decode_attention(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, prefix: Tensor, prompts: Tensor, fed: Tensor, own_E: Tensor,
-                     steps_E: Tensor, ancestry_EKT: Tensor, scale: float, sliding_window: int | None, softcap: float | None) -> Tensor:
+def decode_attention(
+    q_THD: Tensor,
+    k_TJD: Tensor,
+    v_TJD: Tensor,
+    prefix: Tensor,
+    prompts: Tensor,
+    fed: Tensor,
+    own_E: Tensor,
+    steps_E: Tensor,
+    ancestry_EKT: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """Attention [T, H, D] of one layer; the new keys and values are written to `fed` at each example's step first.
 
     prefix [2, J, P, D], prompts [2, E, J, L, D], fed [2, E, J, T, K, D]: one layer's views of the stores.
@@ -30,19 +42,66 @@ def decode_attention(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, prefix: Tensor
     out = torch.empty_like(q)
     rows = k * h // j
     _decode[(e, j)](
-        q, k_new, v_new, prefix, prompts, fed, own_E, steps_E, ancestry_EKT, out, scale, softcap or 0.0,
-        prefix.shape[2], prompts.shape[3], t, prefix.stride(0), prompts.stride(0), fed.stride(0),
-        J=j, K=k, G=h // j, D=d, M=max(16, triton.next_power_of_2(rows)), KP=triton.next_power_of_2(k),
-        WINDOW=sliding_window or 0, CAPPED=softcap is not None, C=_COLUMNS,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=_WARPS, num_stages=_STAGES)
+        q,
+        k_new,
+        v_new,
+        prefix,
+        prompts,
+        fed,
+        own_E,
+        steps_E,
+        ancestry_EKT,
+        out,
+        scale,
+        softcap or 0.0,
+        prefix.shape[2],
+        prompts.shape[3],
+        t,
+        prefix.stride(0),
+        prompts.stride(0),
+        fed.stride(0),
+        J=j,
+        K=k,
+        G=h // j,
+        D=d,
+        M=max(16, triton.next_power_of_2(rows)),
+        KP=triton.next_power_of_2(k),
+        WINDOW=sliding_window or 0,
+        CAPPED=softcap is not None,
+        C=_COLUMNS,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
     return out
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-            q, keys_ptr, values_ptr, row_beam, row_live, ancestry_ptr, num_columns, place, own, query_place, most, total, acc,
-            scale, softcap, steps_stride, IS_FED: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-            CAPPED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    q,
+    keys_ptr,
+    values_ptr,
+    row_beam,
+    row_live,
+    ancestry_ptr,
+    num_columns,
+    place,
+    own,
+    query_place,
+    most,
+    total,
+    acc,
+    scale,
+    softcap,
+    steps_stride,
+    IS_FED: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Take `num_columns` columns into the running softmax (most, total, acc). `place`: position of the first of them."""
     channel = tl.arange(0, D)
     for start in range(0, num_columns, C):
@@ -50,8 +109,11 @@ def _attend(  # type: ignore[no-untyped-def]
         live = column < num_columns
         if IS_FED:
             step = column // K
-            owner = tl.load(ancestry_ptr + row_beam[:, None] * steps_stride + step[None, :],
-                            mask=row_live[:, None] & live[None, :], other=-1)
+            owner = tl.load(
+                ancestry_ptr + row_beam[:, None] * steps_stride + step[None, :],
+                mask=row_live[:, None] & live[None, :],
+                other=-1,
+            )
             seen = owner == (column % K)[None, :]
         else:
             step = column
@@ -78,10 +140,35 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _decode(  # type: ignore[no-untyped-def]
-            q_ptr, k_new_ptr, v_new_ptr, prefix_ptr, prompts_ptr, fed_ptr, own_ptr, steps_ptr, ancestry_ptr, out_ptr, scale, softcap,
-            num_prefix, max_own, max_steps, prefix_kv, prompts_kv, fed_kv, J: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-            D: tl.constexpr, M: tl.constexpr, KP: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, C: tl.constexpr,
-            PRECISION: tl.constexpr):
+    q_ptr,
+    k_new_ptr,
+    v_new_ptr,
+    prefix_ptr,
+    prompts_ptr,
+    fed_ptr,
+    own_ptr,
+    steps_ptr,
+    ancestry_ptr,
+    out_ptr,
+    scale,
+    softcap,
+    num_prefix,
+    max_own,
+    max_steps,
+    prefix_kv,
+    prompts_kv,
+    fed_kv,
+    J: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    KP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     example, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     own, step = tl.load(own_ptr + example), tl.minimum(tl.load(steps_ptr + example), max_steps - 1)
     channel = tl.arange(0, D)
@@ -91,8 +178,16 @@ def _decode(  # type: ignore[no-untyped-def]
     fed_base = (example * J + head) * max_steps * K * D
     source = ((example * K + beam) * J + head)[:, None] * D + channel[None, :]
     target = fed_base + (step * K + beam)[:, None] * D + channel[None, :]
-    tl.store(fed_ptr + target, tl.load(k_new_ptr + source, mask=(beam < K)[:, None], other=0.0), mask=(beam < K)[:, None])
-    tl.store(fed_ptr + fed_kv + target, tl.load(v_new_ptr + source, mask=(beam < K)[:, None], other=0.0), mask=(beam < K)[:, None])
+    tl.store(
+        fed_ptr + target,
+        tl.load(k_new_ptr + source, mask=(beam < K)[:, None], other=0.0),
+        mask=(beam < K)[:, None],
+    )
+    tl.store(
+        fed_ptr + fed_kv + target,
+        tl.load(v_new_ptr + source, mask=(beam < K)[:, None], other=0.0),
+        mask=(beam < K)[:, None],
+    )
     tl.debug_barrier()
 
     row = tl.arange(0, M)
@@ -104,14 +199,81 @@ def _decode(  # type: ignore[no-untyped-def]
     acc = tl.zeros((M, D), tl.float32)
     query_place = num_prefix + own + step
     prefix_base, prompt_base = head * num_prefix * D, (example * J + head) * max_own * D
-    most, total, acc = _attend(q, prefix_ptr + prefix_base, prefix_ptr + prefix_kv + prefix_base, row_beam, row_live, ancestry_ptr,
-                               num_prefix, 0, own, query_place, most, total, acc, scale, softcap, max_steps,
-                               False, K, D, WINDOW, CAPPED, C, PRECISION)
-    most, total, acc = _attend(q, prompts_ptr + prompt_base, prompts_ptr + prompts_kv + prompt_base, row_beam, row_live, ancestry_ptr,
-                               own, num_prefix, own, query_place, most, total, acc, scale, softcap, max_steps,
-                               False, K, D, WINDOW, CAPPED, C, PRECISION)
-    most, total, acc = _attend(q, fed_ptr + fed_base, fed_ptr + fed_kv + fed_base, row_beam, row_live, ancestry_ptr,
-                               (step + 1) * K, num_prefix + own, own, query_place, most, total, acc, scale, softcap, max_steps,
-                               True, K, D, WINDOW, CAPPED, C, PRECISION)
-    tl.store(out_ptr + q_offset, (acc / tl.maximum(total, 1e-38)[:, None]).to(q.dtype), mask=row_live[:, None])
-
+    most, total, acc = _attend(
+        q,
+        prefix_ptr + prefix_base,
+        prefix_ptr + prefix_kv + prefix_base,
+        row_beam,
+        row_live,
+        ancestry_ptr,
+        num_prefix,
+        0,
+        own,
+        query_place,
+        most,
+        total,
+        acc,
+        scale,
+        softcap,
+        max_steps,
+        False,
+        K,
+        D,
+        WINDOW,
+        CAPPED,
+        C,
+        PRECISION,
+    )
+    most, total, acc = _attend(
+        q,
+        prompts_ptr + prompt_base,
+        prompts_ptr + prompts_kv + prompt_base,
+        row_beam,
+        row_live,
+        ancestry_ptr,
+        own,
+        num_prefix,
+        own,
+        query_place,
+        most,
+        total,
+        acc,
+        scale,
+        softcap,
+        max_steps,
+        False,
+        K,
+        D,
+        WINDOW,
+        CAPPED,
+        C,
+        PRECISION,
+    )
+    most, total, acc = _attend(
+        q,
+        fed_ptr + fed_base,
+        fed_ptr + fed_kv + fed_base,
+        row_beam,
+        row_live,
+        ancestry_ptr,
+        (step + 1) * K,
+        num_prefix + own,
+        own,
+        query_place,
+        most,
+        total,
+        acc,
+        scale,
+        softcap,
+        max_steps,
+        True,
+        K,
+        D,
+        WINDOW,
+        CAPPED,
+        C,
+        PRECISION,
+    )
+    tl.store(
+        out_ptr + q_offset, (acc / tl.maximum(total, 1e-38)[:, None]).to(q.dtype), mask=row_live[:, None]
+    )

@@ -75,26 +75,40 @@ class TransformersEngine:
         """See Engine. A batch runs until its longest output ends."""
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         for start in range(0, len(order), self.batch_rows):
-            indices = order[start:start + self.batch_rows]
-            for index, (text, num_tokens) in zip(indices, self._generate([prompts[index] for index in indices]), strict=True):
+            indices = order[start : start + self.batch_rows]
+            for index, (text, num_tokens) in zip(
+                indices, self._generate([prompts[index] for index in indices]), strict=True
+            ):
                 yield index, text, num_tokens
 
     @torch.inference_mode()
     def _generate(self, prompts: list[Sequence[int]]) -> list[tuple[str, int]]:
         width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
         ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt):] = torch.tensor(prompt)
-            mask[row, width - len(prompt):] = 1
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         if self.decoding.seed is not None:
             torch.manual_seed(self.decoding.seed)
         device, options = self.model.device, generate_options(self.decoding)
-        out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad,
-                                  tokenizer=self.tokenizer, **options)
+        out = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            pad_token_id=pad,
+            tokenizer=self.tokenizer,
+            **options,
+        )
         texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        return [(text.strip(), int((tokens != pad).sum())) for text, tokens in zip(texts, out[:, width:], strict=True)]
+        return [
+            (text.strip(), int((tokens != pad).sum()))
+            for text, tokens in zip(texts, out[:, width:], strict=True)
+        ]
 
 
 def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
@@ -121,7 +135,9 @@ def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engin
         _log.warning("using transformers.generate: %s", reason)
         if model.config._attn_implementation != own_attention:
             model.set_attn_implementation(own_attention)
-        return TransformersEngine(model, tokenizer, decoding, _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})")
+        return TransformersEngine(
+            model, tokenizer, decoding, _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})"
+        )
     weights = describe_weights(model)
     quicken(model)
     return BeamEngine(BeamSearcher(model, rules, decoding.seed), tokenizer, f"beam engine, {weights}")
@@ -145,12 +161,28 @@ def search_rules(model: Any, decoding: DecodingSettings) -> SearchRules:
     if mode not in ("greedy_search", "sample", "beam_search"):
         raise ValueError(f"{mode.replace('_', ' ')} is not one of its ways")
     processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
-    warpers = tuple(one for one in processors if isinstance(one, (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)))
-    others = [type(one).__name__ for one in processors if one not in warpers and not isinstance(one, MinNewTokensLengthLogitsProcessor)]
+    warpers = tuple(
+        one
+        for one in processors
+        if isinstance(one, (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper))
+    )
+    others = [
+        type(one).__name__
+        for one in processors
+        if one not in warpers and not isinstance(one, MinNewTokensLengthLogitsProcessor)
+    ]
     if others or config.stop_strings or config.max_time:
-        raise ValueError(f"the model's generation config asks for {', '.join(others) or 'stop strings or a time limit'}")
+        raise ValueError(
+            f"the model's generation config asks for {', '.join(others) or 'stop strings or a time limit'}"
+        )
     eos = config.eos_token_id if config.eos_token_id is not None else ()
     return SearchRules(
-        num_beams=config.num_beams, max_new_tokens=decoding.max_new_tokens, min_new_tokens=config.min_new_tokens or 0,
-        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos), length_penalty=config.length_penalty,
-        early_stopping=config.early_stopping, do_sample=config.do_sample, warpers=warpers)
+        num_beams=config.num_beams,
+        max_new_tokens=decoding.max_new_tokens,
+        min_new_tokens=config.min_new_tokens or 0,
+        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos),
+        length_penalty=config.length_penalty,
+        early_stopping=config.early_stopping,
+        do_sample=config.do_sample,
+        warpers=warpers,
+    )

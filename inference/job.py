@@ -45,9 +45,14 @@ class Progress:
     seconds: float
 
     def __str__(self) -> str:
-        rate, left = self.num_done / self.seconds, self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done)
-        return (f"{self.num_done}/{self.num_rows} rows, {rate:.2f} rows/s, {self.num_tokens / self.seconds:.0f} tokens/s, "
-                f"{left:.0f} s left")
+        rate, left = (
+            self.num_done / self.seconds,
+            self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done),
+        )
+        return (
+            f"{self.num_done}/{self.num_rows} rows, {rate:.2f} rows/s, {self.num_tokens / self.seconds:.0f} tokens/s, "
+            f"{left:.0f} s left"
+        )
 
 
 @contextmanager
@@ -64,7 +69,9 @@ def open_job(source: Path, output: Path) -> Iterator[RowStore]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(output, "is being written by another job; wait for it or name another file") from None
+            raise InputError(
+                output, "is being written by another job; wait for it or name another file"
+            ) from None
         try:
             yield store_rows(source, folder)
         except InputError:
@@ -73,15 +80,28 @@ def open_job(source: Path, output: Path) -> Iterator[RowStore]:
             raise
 
 
-def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], plan: Callable[[], Pool], *, resume: bool,
-            progress: Callable[[Progress], None] = lambda progress: None) -> JobResult:
+def run_job(
+    work: Work,
+    rows: RowStore,
+    output: Path,
+    facts: dict[str, Any],
+    plan: Callable[[], Pool],
+    *,
+    resume: bool,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> JobResult:
     """Generate what is missing and write the output, PATH.meta.json and, if rows failed, PATH.errors.json.
 
     `facts` name the model for PATH.meta.json and for `resume`, which refuses the rows of a job with other facts, prompt,
     settings or input. `plan` is called when there is work: it connects Ray.
     """
-    settings = {"model": facts, "prompt": _digest(repr(work.prompt)), "generation settings": work.decoding.model_dump(mode="json"),
-                "input": rows.digest, "longest prompt": work.max_prompt_tokens}
+    settings = {
+        "model": facts,
+        "prompt": _digest(repr(work.prompt)),
+        "generation settings": work.decoding.model_dump(mode="json"),
+        "input": rows.digest,
+        "longest prompt": work.max_prompt_tokens,
+    }
     folder = work_folder(output)
     journal = Journal(folder, settings, len(rows), resume=resume)
     missing, started, first_row, ready = journal.missing(), time.monotonic(), None, float("inf")
@@ -90,7 +110,10 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], pla
         pool = plan()
         workers = pool.num_workers
         for report in generate_rows(work, rows, missing, pool):
-            first_row, ready = first_row or time.monotonic() - started, min(ready, time.monotonic() - report.seconds)
+            first_row, ready = (
+                first_row or time.monotonic() - started,
+                min(ready, time.monotonic() - report.seconds),
+            )
             journal.append(report.results)
             num_tokens += report.num_tokens
             engines.add(report.engine)
@@ -98,16 +121,37 @@ def run_job(work: Work, rows: RowStore, output: Path, facts: dict[str, Any], pla
             progress(Progress(num_done, num_tokens, len(missing), max(1e-9, time.monotonic() - ready)))
     seconds, generating = time.monotonic() - started, max(0.0, time.monotonic() - ready)
     engine, scores = "; ".join(sorted(engines)) or None, Scores()
-    errors = write_predictions(output, rows, journal, lambda example, text: scores.add(text, example.output) if example.output else None)
+    errors = write_predictions(
+        output,
+        rows,
+        journal,
+        lambda example, text: scores.add(text, example.output) if example.output else None,
+    )
     summary = scores.summary() if scores.count else None
-    write_json(beside(output, "meta"), {
-        **facts, "prompt": work.prompt.name, "prompt_digest": settings["prompt"], "shots": len(work.prompt.shots),
-        "generation": work.decoding.model_dump(mode="json"), "input_digest": rows.digest,
-        "rows": len(rows), "rows_generated": len(missing), "rows_failed": len(errors), "workers": workers, "engine": engine,
-        "seconds": round(seconds, 3), "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3), "tokens": num_tokens,
-        "seconds_generating": round(generating, 3), "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
-        "seconds_to_first_row": None if first_row is None else round(first_row, 3), "scores": summary,
-        "versions": package_versions()})
+    write_json(
+        beside(output, "meta"),
+        {
+            **facts,
+            "prompt": work.prompt.name,
+            "prompt_digest": settings["prompt"],
+            "shots": len(work.prompt.shots),
+            "generation": work.decoding.model_dump(mode="json"),
+            "input_digest": rows.digest,
+            "rows": len(rows),
+            "rows_generated": len(missing),
+            "rows_failed": len(errors),
+            "workers": workers,
+            "engine": engine,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3),
+            "tokens": num_tokens,
+            "seconds_generating": round(generating, 3),
+            "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
+            "seconds_to_first_row": None if first_row is None else round(first_row, 3),
+            "scores": summary,
+            "versions": package_versions(),
+        },
+    )
     journal.close()
     shutil.rmtree(folder)
     return JobResult(len(rows), len(missing), len(errors), seconds, engine, summary)
@@ -118,10 +162,19 @@ def model_facts(work: Work, model: str | None, revision: str | None) -> dict[str
     times of change."""
     base, adapter = work.served.base, work.served.adapter
     files = sorted(Path(base.name).glob("*.safetensors")) if Path(base.name).is_dir() else []
-    return {"model_uri": model, "base": base.model_dump(mode="json"), "base_revision": revision,
-            "base_files": _digest(repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])) if files else None,
-            "adapter_digest": None if adapter is None else _files_digest(
-                [Path(adapter) / name for name in ADAPTER_FILES])}
+    return {
+        "model_uri": model,
+        "base": base.model_dump(mode="json"),
+        "base_revision": revision,
+        "base_files": _digest(
+            repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        )
+        if files
+        else None,
+        "adapter_digest": None
+        if adapter is None
+        else _files_digest([Path(adapter) / name for name in ADAPTER_FILES]),
+    }
 
 
 def _digest(text: str) -> str:

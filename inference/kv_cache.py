@@ -44,8 +44,12 @@ class CacheShape:
         """Read from the config."""
         config = model.config.get_text_config()
         heads = config.num_attention_heads
-        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads,
-                   getattr(config, "head_dim", None) or config.hidden_size // heads, model.dtype)
+        return cls(
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            model.dtype,
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -64,13 +68,18 @@ class KVCache:
     own_E: Tensor
 
     @classmethod
-    def empty(cls, shape: CacheShape, prefix: Tensor, num_slots: int, num_beams: int, max_own: int, max_steps: int) -> "KVCache":
+    def empty(
+        cls, shape: CacheShape, prefix: Tensor, num_slots: int, num_beams: int, max_own: int, max_steps: int
+    ) -> "KVCache":
         """Room for `num_slots` examples."""
         head = (2, shape.num_layers, num_slots, shape.num_kv_heads)
         options: dict[str, Any] = {"dtype": shape.dtype, "device": prefix.device}
-        return cls(prefix, torch.zeros(*head, max_own, shape.head_dim, **options),
-                   torch.zeros(*head, max_steps, num_beams, shape.head_dim, **options),
-                   torch.zeros(num_slots, dtype=torch.int64, device=prefix.device))
+        return cls(
+            prefix,
+            torch.zeros(*head, max_own, shape.head_dim, **options),
+            torch.zeros(*head, max_steps, num_beams, shape.head_dim, **options),
+            torch.zeros(num_slots, dtype=torch.int64, device=prefix.device),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -79,14 +88,27 @@ class KVCache:
 
     def keep(self, slots: Tensor) -> "KVCache":
         """Some slots alone, in that order."""
-        return KVCache(self.prefix, self.prompts.index_select(2, slots), self.fed.index_select(2, slots), self.own_E.index_select(0, slots))
+        return KVCache(
+            self.prefix,
+            self.prompts.index_select(2, slots),
+            self.fed.index_select(2, slots),
+            self.own_E.index_select(0, slots),
+        )
 
 
 class CachedPass(Protocol):
     """What a forward pass does with a layer's queries, keys and values."""
 
-    def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float, sliding_window: int | None,
-               softcap: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TJD: Tensor,
+        v_TJD: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """Attention [T, H, D]."""
 
 
@@ -98,8 +120,16 @@ class PrefillPass:
     rows: Rows
     store: Callable[[int, Tensor, Tensor], None]
 
-    def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float, sliding_window: int | None,
-               softcap: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TJD: Tensor,
+        v_TJD: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """See CachedPass."""
         self.store(layer, k_TJD, v_TJD)
         k_PJD, v_PJD = self.prefix[:, layer].transpose(1, 2)
@@ -110,12 +140,14 @@ def store_prompts(cache: KVCache, slots: Tensor, rows: Rows) -> Callable[[int, T
     """Keeps a packed pass's keys and values as the prompts of `slots`, in order."""
     lengths = torch.tensor(rows.lengths, device=slots.device)
     slots_T = slots.repeat_interleave(lengths, output_size=rows.num_tokens)
-    columns_T = torch.arange(rows.num_tokens, device=slots.device) - rows.bounds[:-1].long().repeat_interleave(
-        lengths, output_size=rows.num_tokens)
+    columns_T = torch.arange(rows.num_tokens, device=slots.device) - rows.bounds[
+        :-1
+    ].long().repeat_interleave(lengths, output_size=rows.num_tokens)
 
     def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):
             cache.prompts[index, layer].transpose(1, 2)[slots_T, columns_T] = tensor_TJD
+
     return store
 
 
@@ -131,13 +163,33 @@ class DecodePass:
     num_steps: int
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float, sliding_window: int | None,
-               softcap: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TJD: Tensor,
+        v_TJD: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """See CachedPass. Scores in the model's dtype, softmax in float32."""
         if _kernel is not None and _kernel.supports(q_THD):
             cache, state = self.cache, self.state
-            return _kernel.decode_attention(q_THD, k_TJD, v_TJD, cache.prefix[:, layer], cache.prompts[:, layer], cache.fed[:, layer],
-                                            cache.own_E, state.steps_E, state.ancestry_EKT, scale, sliding_window, softcap)
+            return _kernel.decode_attention(
+                q_THD,
+                k_TJD,
+                v_TJD,
+                cache.prefix[:, layer],
+                cache.prompts[:, layer],
+                cache.fed[:, layer],
+                cache.own_E,
+                state.steps_E,
+                state.ancestry_EKT,
+                scale,
+                sliding_window,
+                softcap,
+            )
         e, k = self.state.next_EK.shape
         j, d = k_TJD.shape[1:]
         g = q_THD.shape[1] // j
@@ -146,39 +198,60 @@ class DecodePass:
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):
             _write(self.cache.fed[index, layer], slots, steps_E, tensor_TJD.view(e, k, j, d))
         (k_JPD, v_JPD), (k_EJLD, v_EJLD) = self.cache.prefix[:, layer], self.cache.prompts[:, layer]
-        k_EJFD, v_EJFD = self.cache.fed[:, layer, :, :, :self.num_steps].flatten(3, 4)
+        k_EJFD, v_EJFD = self.cache.fed[:, layer, :, :, : self.num_steps].flatten(3, 4)
         q_EJQD = (q_THD * scale).view(e, k, j, g, d).permute(0, 2, 1, 3, 4).reshape(e, j, k * g, d)
         q_JXD = q_EJQD.transpose(0, 1).reshape(j, e * k * g, d)
         prefix_EJQP = (q_JXD @ k_JPD.transpose(1, 2)).view(j, e, k * g, -1).transpose(0, 1)
-        scores_EJQW = torch.cat([prefix_EJQP, q_EJQD @ k_EJLD.transpose(2, 3), q_EJQD @ k_EJFD.transpose(2, 3)], dim=-1)
+        scores_EJQW = torch.cat(
+            [prefix_EJQP, q_EJQD @ k_EJLD.transpose(2, 3), q_EJQD @ k_EJFD.transpose(2, 3)], dim=-1
+        )
         if softcap is not None:
             scores_EJQW = torch.tanh(scores_EJQW / softcap) * softcap
-        scores_EJKGW = scores_EJQW.view(e, j, k, g, -1).masked_fill(~self._mask(sliding_window)[:, None, :, None], -torch.inf)
+        scores_EJKGW = scores_EJQW.view(e, j, k, g, -1).masked_fill(
+            ~self._mask(sliding_window)[:, None, :, None], -torch.inf
+        )
         weights_EJQW = scores_EJKGW.softmax(-1, dtype=torch.float32).to(q_THD.dtype).view(e, j, k * g, -1)
         p, n = k_JPD.shape[1], k_EJLD.shape[2]
         w_JXP = weights_EJQW[..., :p].transpose(0, 1).reshape(j, e * k * g, p)
         out_EJQD = (w_JXP @ v_JPD).view(j, e, k * g, d).transpose(0, 1)
-        out_EJQD = out_EJQD + weights_EJQW[..., p:p + n] @ v_EJLD + weights_EJQW[..., p + n:] @ v_EJFD
+        out_EJQD = out_EJQD + weights_EJQW[..., p : p + n] @ v_EJLD + weights_EJQW[..., p + n :] @ v_EJFD
         return out_EJQD.view(e, j, k, g, d).permute(0, 2, 1, 3, 4).reshape(e * k, j * g, d)
 
     def positions(self) -> Tensor:
         """Position of every fed token, [E, K]."""
-        return (self.cache.prefix.shape[3] + self.cache.own_E + self.state.steps_E)[:, None].expand_as(self.state.next_EK)
+        return (self.cache.prefix.shape[3] + self.cache.own_E + self.state.steps_E)[:, None].expand_as(
+            self.state.next_EK
+        )
 
     def _mask(self, sliding_window: int | None) -> Tensor:
         """[E, K, W] bool: the prefix, the slot's prompt, and of what was fed the beam's ancestors and itself."""
         if sliding_window not in self._masks:
-            p, length, k = self.cache.prefix.shape[3], self.cache.prompts.shape[4], self.state.next_EK.shape[1]
+            p, length, k = (
+                self.cache.prefix.shape[3],
+                self.cache.prompts.shape[4],
+                self.state.next_EK.shape[1],
+            )
             own_E, steps_E, device = self.cache.own_E, self.state.steps_E, self.state.steps_E.device
-            column_L, column_T = torch.arange(length, device=device), torch.arange(self.num_steps, device=device)
-            is_ancestor_EKTK = self.state.ancestry_EKT[:, :, :self.num_steps, None] == torch.arange(k, device=device)
+            column_L, column_T = (
+                torch.arange(length, device=device),
+                torch.arange(self.num_steps, device=device),
+            )
+            is_ancestor_EKTK = self.state.ancestry_EKT[:, :, : self.num_steps, None] == torch.arange(
+                k, device=device
+            )
             seen_EKTK = is_ancestor_EKTK & (column_T <= steps_E[:, None])[:, None, :, None]
-            parts = [torch.ones(p, dtype=torch.bool, device=device).expand(len(own_E), k, p),
-                     (column_L < own_E[:, None])[:, None].expand(-1, k, -1), seen_EKTK.flatten(2)]
+            parts = [
+                torch.ones(p, dtype=torch.bool, device=device).expand(len(own_E), k, p),
+                (column_L < own_E[:, None])[:, None].expand(-1, k, -1),
+                seen_EKTK.flatten(2),
+            ]
             mask_EKW = torch.cat(parts, dim=-1)
             if sliding_window is not None:
-                places = [torch.arange(p, device=device).expand(len(own_E), p), p + column_L.expand(len(own_E), length),
-                          (p + own_E[:, None] + column_T).repeat_interleave(k, dim=1)]
+                places = [
+                    torch.arange(p, device=device).expand(len(own_E), p),
+                    p + column_L.expand(len(own_E), length),
+                    (p + own_E[:, None] + column_T).repeat_interleave(k, dim=1),
+                ]
                 distance_EW = (p + own_E + steps_E)[:, None] - torch.cat(places, dim=-1)
                 mask_EKW = mask_EKW & (distance_EW < sliding_window)[:, None]
             self._masks[sliding_window] = mask_EKW
@@ -194,12 +267,27 @@ def use_cached_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation("cached")
 
 
-def cached_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-                     cached: CachedPass | None = None, **others: Any) -> tuple[Tensor, None]:
+def cached_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cached: CachedPass | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, J, T, D] -> ([1, T, H, D], None)."""
-    if cached is None or attention_mask is not None or any(others.get(name) is not None for name in REFUSED_KEYWORDS):
-        raise ValueError(f"{type(module).__name__} can't be served from this cache; use transformers' generate")
+    if (
+        cached is None
+        or attention_mask is not None
+        or any(others.get(name) is not None for name in REFUSED_KEYWORDS)
+    ):
+        raise ValueError(
+            f"{type(module).__name__} can't be served from this cache; use transformers' generate"
+        )
     q_THD, k_TJD, v_TJD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return cached.attend(module.layer_idx, q_THD, k_TJD, v_TJD, scale, sliding_window, softcap)[None], None  # type: ignore[arg-type]

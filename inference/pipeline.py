@@ -28,7 +28,8 @@ from qlora.lora.peft_folder import ADAPTER_FILES
 
 _WINDOW_ROWS = 4096
 _FEWEST_ROWS, _MOST_ROWS = {"cpu": 8, "gpu": 128}, {"cpu": 64, "gpu": 512}  # of a batch
-_BATCHES = 4  # of a worker, so that a small job too shows where it stands and can go on from there
+# of a worker, so that a small job too shows where it stands and can go on from there
+_BATCHES = 4
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
 
@@ -76,14 +77,25 @@ class Tokenise:
         found = []
         for window in batch["numbers"]:
             numbers = [int(number) for number in window]
-            for number, instruction in zip(numbers, ray.get(self.reader.instructions.remote(numbers)), strict=True):
+            for number, instruction in zip(
+                numbers, ray.get(self.reader.instructions.remote(numbers)), strict=True
+            ):
                 prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
                 room = self.work.max_prompt_tokens
-                error = "" if len(prompt) <= room else (f"the prompt has {len(prompt)} tokens, but the model has room for {room} "
-                                                        "before the new ones; shorten it or lower --max-new-tokens")
+                error = (
+                    ""
+                    if len(prompt) <= room
+                    else (
+                        f"the prompt has {len(prompt)} tokens, but the model has room for {room} "
+                        "before the new ones; shorten it or lower --max-new-tokens"
+                    )
+                )
                 found.append((number, [] if error else list(prompt), error))
         found.sort(key=lambda row: (-len(row[1]), row[0]))
-        return {name: list(column) for name, column in zip(("index", "prompt", "error"), zip(*found, strict=True), strict=True)}
+        return {
+            name: list(column)
+            for name, column in zip(("index", "prompt", "error"), zip(*found, strict=True), strict=True)
+        }
 
 
 class EngineActor:
@@ -92,7 +104,8 @@ class EngineActor:
 
     def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, adapter_files: Any):
         if not on_gpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked for a GPU
+            # torch looks at it when it is first asked for a GPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
         self.refusal = ""
         try:
@@ -105,16 +118,28 @@ class EngineActor:
         """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`, `seconds`."""
         started, count = time.monotonic(), len(batch["index"])
         if self.refusal:
-            return {"index": batch["index"], "text": [""] * count, "error": [self.refusal] * count, "num_tokens": [0] * count,
-                    "engine": [""] * count, "seconds": [0.0] * count}
+            return {
+                "index": batch["index"],
+                "text": [""] * count,
+                "error": [self.refusal] * count,
+                "num_tokens": [0] * count,
+                "engine": [""] * count,
+                "seconds": [0.0] * count,
+            }
         errors = [str(error) for error in batch["error"]]
         rows = [row for row, error in enumerate(errors) if not error]
         outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
         texts, num_tokens = [""] * len(errors), [0] * len(errors)
         for row, (text, count, error) in zip(rows, outputs, strict=True):
             texts[row], num_tokens[row], errors[row] = text, count, error
-        return {"index": batch["index"], "text": texts, "error": errors, "num_tokens": num_tokens,
-                "engine": [self.engine.name] * len(errors), "seconds": [time.monotonic() - started] * len(errors)}
+        return {
+            "index": batch["index"],
+            "text": texts,
+            "error": errors,
+            "num_tokens": num_tokens,
+            "engine": [self.engine.name] * len(errors),
+            "seconds": [time.monotonic() - started] * len(errors),
+        }
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
         """(text, tokens, error) of each prompt. If the batch fails, its prompts are tried one by one, so that only what fails
@@ -130,7 +155,13 @@ class EngineActor:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises again what no later call can get over
             if len(prompts) == 1:
-                return [("", 0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}")]
+                return [
+                    (
+                        "",
+                        0,
+                        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
+                    )
+                ]
             found_alone = [self._generate([prompt])[0] for prompt in prompts]
             if all(failure for *_, failure in found_alone):
                 raise
@@ -178,7 +209,10 @@ def plan_pool(local: dict[str, float], num_workers: int | None = None, device: s
     num_gpus = int(resources.get("GPU", 0))
     on_gpu = device == "gpu" if device else num_gpus > 0 or resources.get("CPU", 0) < 1
     if local and on_gpu and not num_gpus:
-        raise InputError("--device", "gpu was asked for, but this machine has none; leave it out, or name a cluster in RAY_ADDRESS")
+        raise InputError(
+            "--device",
+            "gpu was asked for, but this machine has none; leave it out, or name a cluster in RAY_ADDRESS",
+        )
     return Pool(num_workers or max(1, num_gpus if on_gpu else len(_cpus_of_nodes())), on_gpu)
 
 
@@ -199,25 +233,42 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    reader = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
+    reader = (
+        ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
+    )
     window = min(_WINDOW_ROWS, -(-len(numbers) // pool.num_workers))
-    windows = [{"numbers": list(numbers[start:start + window])} for start in range(0, len(numbers), window)]
+    windows = [{"numbers": list(numbers[start : start + window])} for start in range(0, len(numbers), window)]
     device = "gpu" if pool.on_gpu else "cpu"
     batch_rows = min(_MOST_ROWS[device], max(_FEWEST_ROWS[device], -(-window // _BATCHES)))
     engines_per_node = -(-pool.num_workers // max(1, len(_cpus_of_nodes())))
     # Small CPU requests: on one core, all operators must fit side by side.
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
-        Tokenise, fn_constructor_args=(work, reader), batch_size=1, compute=ActorPoolStrategy(size=1), num_cpus=0.25)
+        Tokenise,
+        fn_constructor_args=(work, reader),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=0.25,
+    )
     # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
     dataset = dataset.repartition(target_num_rows_per_block=batch_rows)
     # Ray has no argument for this, and nodes of one CPU have no whole one left.
     dataset._logical_plan.dag.ray_remote_args["num_cpus"] = 0.25  # type: ignore[attr-defined]
     dataset = dataset.map_batches(
-        EngineActor, fn_constructor_args=(work, pool.on_gpu, engines_per_node, _adapter_files(work.served)), batch_size=batch_rows,
-        compute=ActorPoolStrategy(size=pool.num_workers), num_cpus=0.25, num_gpus=int(pool.on_gpu))
+        EngineActor,
+        fn_constructor_args=(work, pool.on_gpu, engines_per_node, _adapter_files(work.served)),
+        batch_size=batch_rows,
+        compute=ActorPoolStrategy(size=pool.num_workers),
+        num_cpus=0.25,
+        num_gpus=int(pool.on_gpu),
+    )
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         if not batch["engine"][0]:
             raise InputError(*str(batch["error"][0]).split(": ", 1))
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
-        results = [(index, None if error else text, error or None) for index, text, error in zip(*columns, strict=True)]
-        yield Report(results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["seconds"].max()))
+        results = [
+            (index, None if error else text, error or None)
+            for index, text, error in zip(*columns, strict=True)
+        ]
+        yield Report(
+            results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["seconds"].max())
+        )

@@ -84,10 +84,17 @@ class Journal:
                 old = json.loads(first)
             except ValueError:
                 old = {}
-            changed = [key for key in {**old, **settings} if old.get(key) != json.loads(json.dumps(settings)).get(key)]
+            changed = [
+                key
+                for key in {**old, **settings}
+                if old.get(key) != json.loads(json.dumps(settings)).get(key)
+            ]
             if changed:
-                raise InputError(self.path.parent, f"holds rows of a job with another {', '.join(changed)}; "
-                                 "run without --resume to start afresh")
+                raise InputError(
+                    self.path.parent,
+                    f"holds rows of a job with another {', '.join(changed)}; "
+                    "run without --resume to start afresh",
+                )
             end = file.tell()
             for line in iter(file.readline, b""):
                 if not line.endswith(b"\n"):
@@ -99,8 +106,12 @@ class Journal:
             return end
 
 
-def write_predictions(path: Path, rows: RowStore, journal: Journal,
-                      each: Callable[[Example, str], None] = lambda example, text: None) -> list[dict[str, Any]]:
+def write_predictions(
+    path: Path,
+    rows: RowStore,
+    journal: Journal,
+    each: Callable[[Example, str], None] = lambda example, text: None,
+) -> list[dict[str, Any]]:
     """Write [{"id", "output"}] in input order, replacing the file in one move; `each` sees every row that has a text.
 
     A row that failed has an empty output; returned are those rows' {"row", "id", "error"}, also written to PATH.errors.json.
@@ -113,7 +124,9 @@ def write_predictions(path: Path, rows: RowStore, journal: Journal,
                 each(example, text or "")
             else:
                 errors.append({"row": number, "id": example.id, "error": error})
-            item = json.dumps({"id": example.id, "output": text or ""}, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            item = json.dumps({"id": example.id, "output": text or ""}, ensure_ascii=False, indent=1).replace(
+                "\n", "\n "
+            )
             file.write(("[\n " if number == 0 else ",\n ") + item)
         file.write("\n]\n")
         file.flush()

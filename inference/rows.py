@@ -51,9 +51,14 @@ def store_rows(path: Path, folder: Path) -> RowStore:
             where = f"{path}:row {number}"
             example = checked_example(where, row, False)
             if example.id in row_of_id:
-                raise InputError(where, f"id {example.id!r} was used in row {row_of_id[example.id]}; ids must be unique")
+                raise InputError(
+                    where, f"id {example.id!r} was used in row {row_of_id[example.id]}; ids must be unique"
+                )
             row_of_id[example.id] = number
-            line = json.dumps([example.id, example.instruction, example.output], ensure_ascii=False).encode() + b"\n"
+            line = (
+                json.dumps([example.id, example.instruction, example.output], ensure_ascii=False).encode()
+                + b"\n"
+            )
             offsets.append(file.tell())
             digest.update(line)
             file.write(line)
@@ -66,7 +71,9 @@ def store_rows(path: Path, folder: Path) -> RowStore:
 def _parsed_rows(path: Path) -> Iterator[Any]:
     try:
         with open(path, "rb") as file:
-            yield from (_lines(path, file) if path.suffix in (".jsonl", ".ndjson") else _list_items(path, file))
+            yield from (
+                _lines(path, file) if path.suffix in (".jsonl", ".ndjson") else _list_items(path, file)
+            )
     except FileNotFoundError:
         raise InputError(path, "no such file; check the path") from None
     except UnicodeDecodeError as error:
@@ -84,7 +91,9 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
             try:
                 yield json.loads(text)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path}:line {number}", f"is not valid JSON: {error.msg} at column {error.colno}") from None
+                raise InputError(
+                    f"{path}:line {number}", f"is not valid JSON: {error.msg} at column {error.colno}"
+                ) from None
 
 
 def _list_items(path: Path, file: BinaryIO) -> Iterator[Any]:
@@ -113,6 +122,7 @@ class _Text:
 
     def __init__(self, path: Path, file: BinaryIO):
         import codecs
+
         self._path, self._file = path, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._decoder = json.JSONDecoder()
@@ -148,7 +158,9 @@ class _Text:
                 if not self._more():
                     line = self._line + self._text.count("\n", self._at, error.pos)
                     column = error.pos - self._text.rfind("\n", 0, error.pos)
-                    raise InputError(f"{self._path}:line {line}", f"is not valid JSON: {error.msg} at column {column}") from None
+                    raise InputError(
+                        f"{self._path}:line {line}", f"is not valid JSON: {error.msg} at column {column}"
+                    ) from None
 
     def whole_value(self) -> Any:
         """What the file holds in place of a list."""
@@ -163,7 +175,8 @@ class _Text:
     def _more(self) -> bool:
         if self._ended:
             return False
-        piece = self._file.read(max(_PIECE_BYTES, len(self._text) - self._at))  # doubling keeps one long row linear
-        self._text, self._at = self._text[self._at:] + self._decode.decode(piece, final=not piece), 0
+        # doubling keeps one long row linear
+        piece = self._file.read(max(_PIECE_BYTES, len(self._text) - self._at))
+        self._text, self._at = self._text[self._at :] + self._decode.decode(piece, final=not piece), 0
         self._ended = not piece
         return not self._ended

@@ -20,9 +20,14 @@ class Scores:
         self._exact += output == reference.strip()
         for name, metric in self._metrics.items():
             statistics = metric._extract_corpus_statistics([output], [[reference]])[0]
-            self._sums[name] = [a + b for a, b in zip(self._sums.get(name, [0] * len(statistics)), statistics, strict=True)]
+            self._sums[name] = [
+                a + b for a, b in zip(self._sums.get(name, [0] * len(statistics)), statistics, strict=True)
+            ]
 
     def summary(self) -> dict[str, float]:
         """Corpus chrF and BLEU (0 to 100) and the share of exact matches; needs at least one row."""
-        scores = {name: round(metric._compute_score_from_stats(self._sums[name]).score, 2) for name, metric in self._metrics.items()}
+        scores = {
+            name: round(metric._compute_score_from_stats(self._sums[name]).score, 2)
+            for name, metric in self._metrics.items()
+        }
         return {**scores, "exact_match": round(self._exact / self.count, 4), "count": self.count}

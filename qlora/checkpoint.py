@@ -35,7 +35,11 @@ class CheckpointContent:
     def of(cls, training: Training) -> "CheckpointContent":
         """All that `load_checkpoint` needs to go on exactly."""
         tensors, position = training.state()
-        return cls(training.bank.content(training.adapter), {name: tensor.cpu() for name, tensor in tensors.items()}, position)
+        return cls(
+            training.bank.content(training.adapter),
+            {name: tensor.cpu() for name, tensor in tensors.items()},
+            position,
+        )
 
     def write(self, folder: Path) -> None:
         """Write the checkpoint. Raises OSError."""
@@ -60,7 +64,9 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     Raises CheckpointError for a folder that is not whole, ValueError for another run's checkpoint.
     """
     verify_checkpoint(folder)
-    training.load_state(load_file(folder / OPTIMIZER), json.loads((folder / POSITION).read_text(encoding="utf-8")))
+    training.load_state(
+        load_file(folder / OPTIMIZER), json.loads((folder / POSITION).read_text(encoding="utf-8"))
+    )
     training.bank.load(training.adapter, folder / ADAPTER)
 
 

@@ -42,7 +42,9 @@ class Settings(BaseModel):
 def parse_stages(epochs: int | str) -> tuple[int, ...]:
     """Epochs of each stage: 2 -> (2,), "1+1+3" -> (1, 1, 3). Raises ValueError for anything else."""
     parts = str(epochs).split("+")
-    if isinstance(epochs, bool) or not all(part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts):
+    if isinstance(epochs, bool) or not all(
+        part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts
+    ):
         raise ValueError(f"epochs must be a positive integer or stages such as '1+1+3', not {epochs!r}")
     return tuple(int(part) for part in parts)
 
@@ -113,11 +115,15 @@ class DecodingSettings(Settings):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        given = [name for name in ("top_p", "top_k", "temperature", "seed") if getattr(self, name) is not None]
+        given = [
+            name for name in ("top_p", "top_k", "temperature", "seed") if getattr(self, name) is not None
+        ]
         if given and not self.do_sample:
             raise ValueError(f"{', '.join(given)} needs do_sample")
         if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}"
+            )
         return self
 
 

@@ -34,23 +34,42 @@ except ImportError:  # Triton comes with torch's CUDA builds only
     lora_kernels = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
-_LOGIT_ROWS = 64  # without gradients, so many rows of logits at a time become probabilities: float32 copies stay in cache
-_LAUNCH_BOUND = 2e11  # tokens times parameters of a linear layer: above that, a host launches faster than a GPU works
+# without gradients, so many rows of logits at a time become probabilities: float32 copies stay in cache
+_LOGIT_ROWS = 64
+# tokens times parameters of a linear layer: above that, a host launches faster than a GPU works
+_LAUNCH_BOUND = 2e11
 _MOST_RECORDINGS = 64
 
 
 def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
     """Negative log-likelihood in nats of every answer token: [A], float32. Logits exist at scored positions only."""
-    logits_AV = model(input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], packed=batch, use_cache=False,
-                      logits_to_keep=batch.predictors_A).logits.squeeze(0)  # the gradient of [0] is a copy
+    logits_AV = model(
+        input_ids=batch.input_ids_T[None],
+        position_ids=batch.position_ids_T[None],
+        packed=batch,
+        use_cache=False,
+        # the gradient of [0] is a copy
+        logits_to_keep=batch.predictors_A,
+    ).logits.squeeze(0)
     if torch.is_grad_enabled():
         return F.cross_entropy(logits_AV.float(), batch.targets_A, reduction="none")
     parts = zip(logits_AV.split(_LOGIT_ROWS), batch.targets_A.split(_LOGIT_ROWS), strict=True)
-    return torch.cat([logits.float().logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0].float() for logits, targets in parts])
+    return torch.cat(
+        [
+            logits.float().logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0].float()
+            for logits, targets in parts
+        ]
+    )
 
 
-def run_pass(bank: AdapterBank, groups: Sequence[Group], adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None],
-             weights: Sequence[float] | None = None, largest: int = 0) -> tuple[Layout, Tensor]:
+def run_pass(
+    bank: AdapterBank,
+    groups: Sequence[Group],
+    adapters: Sequence[Adapter | None],
+    dropouts: Sequence[Dropout | None],
+    weights: Sequence[float] | None = None,
+    largest: int = 0,
+) -> tuple[Layout, Tensor]:
     """One pass over groups, each under its adapter (None: the bare base): (the stream, NLL of its answer tokens [A]).
 
     With weights, one a group, the gradient of the weighted sum of NLLs is added to the adapters' gradients. `largest`: tokens of the
@@ -130,10 +149,21 @@ class PassSize:
         has_window = getattr(bank.model.config.get_text_config(), "sliding_window", None) is not None
         # Lengths of stretches are limits of a kernel's grid, where what is empty costs nearly nothing.
         row, prefix = _power_of_2(max(int(rows.max()), tail, 1024)), _power_of_2(max(int(prefixes.max()), 64))
-        return cls(tokens, _up_to(len(layout.targets_A), tokens // 4), _up_to(len(rows) + 1, 32), _power_of_2(len(in_parts)), prefix_tokens,
-                   row, _power_of_2(max(int(in_parts.max()), tail, 4096)), prefix,
-                   _up_to(layout.longest, 256) if has_window else row + prefix, lora_kernels.padded_rank(rank), len(bank.layers),
-                   any(dropout is not None for dropout in work.dropouts), work.weights is not None)
+        return cls(
+            tokens,
+            _up_to(len(layout.targets_A), tokens // 4),
+            _up_to(len(rows) + 1, 32),
+            _power_of_2(len(in_parts)),
+            prefix_tokens,
+            row,
+            _power_of_2(max(int(in_parts.max()), tail, 4096)),
+            prefix,
+            _up_to(layout.longest, 256) if has_window else row + prefix,
+            lora_kernels.padded_rank(rank),
+            len(bank.layers),
+            any(dropout is not None for dropout in work.dropouts),
+            work.weights is not None,
+        )
 
 
 class Recorder:
@@ -146,7 +176,8 @@ class Recorder:
         self._recordings: dict[PassSize, _Recording] = {}
         self._compiled: set[tuple[int, ...]] = set()
         self._refused: set[PassSize] = set()
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is reused on one stream only
+        # memory is reused on one stream only
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
         self._is_off, self._is_at_large_steps = False, False
         self.seconds = {"compiling": 0.0, "recording": 0.0}
@@ -167,14 +198,18 @@ class Recorder:
     def _is_large(self, largest: int, is_training: bool) -> bool:
         if not is_training:  # holds little memory either way
             return largest > self._most_tokens
-        was, self._is_at_large_steps = self._is_at_large_steps, largest > self._most_tokens / (2 if self._is_at_large_steps else 1)
+        was, self._is_at_large_steps = (
+            self._is_at_large_steps,
+            largest > self._most_tokens / (2 if self._is_at_large_steps else 1),
+        )
         if self._is_at_large_steps and not was:
             self._give_back()
         return self._is_at_large_steps
 
     def _recorded(self, size: PassSize, work: "Pass") -> "_Recording | None":
         if len(self._recordings) == _MOST_RECORDINGS:
-            del self._recordings[next(iter(self._recordings))]  # the one that was not played for longest
+            # the one that was not played for longest
+            del self._recordings[next(iter(self._recordings))]
         try:
             recording = _Recording(self._bank, size)
             recording.fill(work)
@@ -185,9 +220,11 @@ class Recorder:
             with self._counted("recording"):
                 recording.record(self._pool, self._stream)
             return recording
-        except (ValueError, torch.cuda.OutOfMemoryError) as error:  # FlashAttention doesn't compute this; or there is no room for it
+        # FlashAttention doesn't compute this; or there is no room for it
+        except (ValueError, torch.cuda.OutOfMemoryError) as error:
             reason, is_final = str(error).partition("\n")[0], False
-        except Exception as error:  # a model that waits for the GPU: the allocator may be left in the middle of a recording
+        # a model that waits for the GPU: the allocator may be left in the middle of a recording
+        except Exception as error:
             reason, is_final = str(error).partition("\n")[0], True
         _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, reason)
         if is_final:
@@ -229,19 +266,48 @@ class _Recording:
         self._bank, self._size = bank, size
         tokens, parts = size.tokens, size.parts + 1  # one more, which is always empty
         self._fields = {
-            "ids": (np.int64, tokens), "positions": (np.int64, tokens), "predictors": (np.int64, size.answers),
-            "targets": (np.int64, size.answers), "places": (np.int64, size.prefix_tokens), "tiles": (np.int64, 3 * size.num_tiles),
-            "bounds": (np.int64, 2 * parts), "limits": (np.int64, parts), "keys": (np.int64, tokens), "rows": (np.int32, size.rows + 1),
-            "parts": (np.int32, parts + 1), "prefixes": (np.int32, parts + 1), "factors": (np.float32, parts),
-            "weights": (np.float32, size.answers), "alone": (np.bool_, tokens)}
+            "ids": (np.int64, tokens),
+            "positions": (np.int64, tokens),
+            "predictors": (np.int64, size.answers),
+            "targets": (np.int64, size.answers),
+            "places": (np.int64, size.prefix_tokens),
+            "tiles": (np.int64, 3 * size.num_tiles),
+            "bounds": (np.int64, 2 * parts),
+            "limits": (np.int64, parts),
+            "keys": (np.int64, tokens),
+            "rows": (np.int32, size.rows + 1),
+            "parts": (np.int32, parts + 1),
+            "prefixes": (np.int32, parts + 1),
+            "factors": (np.float32, parts),
+            "weights": (np.float32, size.answers),
+            "alone": (np.bool_, tokens),
+        }
         self._block = torch.zeros(len(self._host_block()), dtype=torch.uint8, device=bank.device)
-        at = SimpleNamespace(**{name: self._block[start:end].view(getattr(torch, np.dtype(kind).name)) for name, kind, start, end
-                                in self._places()})
-        stretches = Stretches(at.rows, at.parts, at.prefixes, size.longest_row, size.longest_part, size.longest_prefix, at.places, at.alone)
-        self._batch = PackedBatch(at.ids, at.positions, at.predictors, at.targets, (), size.longest, stretches)
-        self._layers = lora_kernels.make_layer_tables([[None] * parts] * bank.num_layers, bank.device, size.rank)
-        self._pass_tables = lora_kernels.PassTables(size.num_tiles, size.parts, at.tiles, at.bounds, at.keys, at.limits, at.factors,
-                                                    size.has_dropout)
+        at = SimpleNamespace(
+            **{
+                name: self._block[start:end].view(getattr(torch, np.dtype(kind).name))
+                for name, kind, start, end in self._places()
+            }
+        )
+        stretches = Stretches(
+            at.rows,
+            at.parts,
+            at.prefixes,
+            size.longest_row,
+            size.longest_part,
+            size.longest_prefix,
+            at.places,
+            at.alone,
+        )
+        self._batch = PackedBatch(
+            at.ids, at.positions, at.predictors, at.targets, (), size.longest, stretches
+        )
+        self._layers = lora_kernels.make_layer_tables(
+            [[None] * parts] * bank.num_layers, bank.device, size.rank
+        )
+        self._pass_tables = lora_kernels.PassTables(
+            size.num_tiles, size.parts, at.tiles, at.bounds, at.keys, at.limits, at.factors, size.has_dropout
+        )
         self._weights_A = at.weights
         self._graph = torch.cuda.CUDAGraph()
         self._nll_A = at.weights
@@ -273,40 +339,65 @@ class _Recording:
     def play(self, work: "Pass") -> Tensor:
         """Run a pass; returns its NLL [A]."""
         self.fill(work)
-        self._layers.copy_(self._bank.tables_of([*work.adapters, *[None] * (self._size.parts + 1 - len(work.adapters))]))
+        self._layers.copy_(
+            self._bank.tables_of([*work.adapters, *[None] * (self._size.parts + 1 - len(work.adapters))])
+        )
         self._graph.replay()
-        return self._nll_A[:len(work.layout.targets_A)].clone()
+        return self._nll_A[: len(work.layout.targets_A)].clone()
 
     def fill(self, work: "Pass") -> None:
         """Put a pass into the buffers."""
         layout, host = work.layout, self._host_block()
-        at = SimpleNamespace(**{name: host[start:end].view(kind) for name, kind, start, end in self._places()})
+        at = SimpleNamespace(
+            **{name: host[start:end].view(kind) for name, kind, start, end in self._places()}
+        )
         t, tail, a = layout.num_tokens, self._size.tokens - layout.num_tokens, len(layout.targets_A)
         at.ids[:t], at.positions[:t], at.positions[t:] = layout.ids_T, layout.positions_T, np.arange(tail)
-        at.predictors[:a], at.predictors[a:] = layout.predictors_A, np.arange(self._size.answers - a)  # one place for all would be slow
+        # one place for all would be slow
+        at.predictors[:a], at.predictors[a:] = layout.predictors_A, np.arange(self._size.answers - a)
         at.targets[:a] = layout.targets_A
         if work.weights is not None:
             at.weights[:a] = work.answer_weights()
         rows, in_parts, prefixes = (bounds_of(one) for one in stretch_lengths(layout.parts))
-        for buffer, bounds, end in ((at.rows, rows, self._size.tokens), (at.parts, in_parts, self._size.tokens),
-                                    (at.prefixes, prefixes, self._size.prefix_tokens)):
-            buffer[:len(bounds)], buffer[len(bounds):], buffer[-1] = bounds, bounds[-1], end
-        at.rows[len(rows):] = self._size.tokens
+        for buffer, bounds, end in (
+            (at.rows, rows, self._size.tokens),
+            (at.parts, in_parts, self._size.tokens),
+            (at.prefixes, prefixes, self._size.prefix_tokens),
+        ):
+            buffer[: len(bounds)], buffer[len(bounds) :], buffer[-1] = bounds, bounds[-1], end
+        at.rows[len(rows) :] = self._size.tokens
         places, alone = prefix_places(layout.parts)
-        at.places[:len(places)], at.places[len(places):] = places, t + np.arange(len(at.places) - len(places))
+        at.places[: len(places)], at.places[len(places) :] = (
+            places,
+            t + np.arange(len(at.places) - len(places)),
+        )
         at.alone[:t], at.alone[t:] = alone, True
         spans = [(part.start, part.end) for part in layout.parts]
         tiles, bounds, limits, keys, factors = lora_kernels.pass_arrays(spans, work.dropouts)
         tail_starts = np.arange(t, self._size.tokens, lora_kernels.TILE_TOKENS)
-        tail_tiles = np.stack([np.full_like(tail_starts, self._size.parts), tail_starts, np.full_like(tail_starts, self._size.tokens)], 1)
+        tail_tiles = np.stack(
+            [
+                np.full_like(tail_starts, self._size.parts),
+                tail_starts,
+                np.full_like(tail_starts, self._size.tokens),
+            ],
+            1,
+        )
         tiles = np.concatenate([tiles, tail_tiles.flatten()])
         at.tiles.reshape(-1, 3)[:, 0] = self._size.parts
-        for buffer, values in ((at.tiles, tiles), (at.bounds, bounds), (at.limits, limits), (at.keys, keys), (at.factors, factors)):
-            buffer[:len(values)] = values
+        for buffer, values in (
+            (at.tiles, tiles),
+            (at.bounds, bounds),
+            (at.limits, limits),
+            (at.keys, keys),
+            (at.factors, factors),
+        ):
+            buffer[: len(values)] = values
         self._block.copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
 
     def _work(self) -> Tensor:
-        anchor = torch.zeros((), device=self._bank.device, requires_grad=self._size.is_training)  # belongs to the stream it is made on
+        # belongs to the stream it is made on
+        anchor = torch.zeros((), device=self._bank.device, requires_grad=self._size.is_training)
         route = Route(anchor, lambda layer: [], self._pass_tables, self._layers.layers)
         with self._bank.switch.on_route(route), torch.autograd.set_multithreading_enabled(False):
             if not self._size.is_training:

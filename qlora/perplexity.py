@@ -18,8 +18,12 @@ from qlora.packed.stream import Layout
 from qlora.passes import answer_nll, run_pass
 
 
-def example_perplexities(model: Any, examples: Sequence[EncodedExample], budget_tokens: int,
-                         progress: Callable[[int, int], None] = lambda done, total: None) -> list[float]:
+def example_perplexities(
+    model: Any,
+    examples: Sequence[EncodedExample],
+    budget_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[float]:
     """Perplexity of each example, in their order.
 
     `model` has packed attention (see qlora.packed.attention) and is put in eval mode. `budget_tokens` is what a training
@@ -31,21 +35,28 @@ def example_perplexities(model: Any, examples: Sequence[EncodedExample], budget_
     def score(groups: Sequence[Group], owners: Sequence[int]) -> tuple[Layout, Tensor]:
         layout = lay_out(groups, device)
         return layout, answer_nll(model, on_device(layout, device))
+
     return score_together([examples], budget_tokens, score, progress)[0]
 
 
-def adapter_perplexities(bank: AdapterBank, requests: Sequence[tuple[Adapter | None, Sequence[EncodedExample]]],
-                         budget_tokens: int) -> list[list[float]]:
+def adapter_perplexities(
+    bank: AdapterBank, requests: Sequence[tuple[Adapter | None, Sequence[EncodedExample]]], budget_tokens: int
+) -> list[list[float]]:
     """Perplexity of each example under each request's adapter (None: the bare base), all requests in passes that they share."""
+
     def score(groups: Sequence[Group], owners: Sequence[int]) -> tuple[Layout, Tensor]:
         return run_pass(bank, groups, [requests[owner][0] for owner in owners], [None] * len(owners))
+
     return score_together([examples for _, examples in requests], budget_tokens, score)
 
 
 @torch.no_grad()
-def score_together(requests: Sequence[Sequence[EncodedExample]], budget_tokens: int,
-                   score: Callable[[Sequence[Group], Sequence[int]], tuple[Layout, Tensor]],
-                   progress: Callable[[int, int], None] = lambda done, total: None) -> list[list[float]]:
+def score_together(
+    requests: Sequence[Sequence[EncodedExample]],
+    budget_tokens: int,
+    score: Callable[[Sequence[Group], Sequence[int]], tuple[Layout, Tensor]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[float]]:
     """Perplexities of several requests' examples. `score` runs one pass over groups, each with the request that it belongs to."""
     values = [[0.0] * len(examples) for examples in requests]
     queues = [deque(split_by_budget(examples, 4 * budget_tokens)) for examples in requests]

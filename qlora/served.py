@@ -45,7 +45,12 @@ def dequantised_if_it_fits(model: Any) -> Any:
         return model
     needed, free = _dequantised_bytes(model), free_bytes(model.device)
     fits = 2 * needed < free
-    _log.info("%s: dequantised weights need %.1f GiB of %.1f free", "dequantised" if fits else "kept in NF4", needed / 2**30, free / 2**30)
+    _log.info(
+        "%s: dequantised weights need %.1f GiB of %.1f free",
+        "dequantised" if fits else "kept in NF4",
+        needed / 2**30,
+        free / 2**30,
+    )
     return model.dequantize().requires_grad_(False).eval() if fits else model
 
 
@@ -60,7 +65,11 @@ def quicken(model: nn.Module) -> None:
     if next(model.parameters()).is_cuda:
         fuse_norms(model)
     elif torch.backends.mkldnn.is_available():
-        names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module.weight.dtype == torch.float32]
+        names = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32
+        ]
         for name in names:  # one by one, so that no more than one weight stands twice
             model.set_submodule(name, PackedLinear(model.get_submodule(name)))
 
@@ -84,10 +93,16 @@ class PackedLinear(nn.Module):
 
 def _is_nf4(model: Any) -> bool:
     from bitsandbytes.nn import Linear4bit
+
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
 def _dequantised_bytes(model: Any) -> int:
     from bitsandbytes.nn import Linear4bit
-    sizes = [module.in_features * module.out_features for module in model.modules() if isinstance(module, Linear4bit)]
+
+    sizes = [
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, Linear4bit)
+    ]
     return sum(sizes) * model.dtype.itemsize

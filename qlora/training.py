@@ -76,7 +76,13 @@ class Training:
     """One adapter in training on a bank's base, in passes of its own or shared with other trials (`advance_together`). `weights`: see
     AdapterBank.attach."""
 
-    def __init__(self, bank: AdapterBank, examples: Sequence[EncodedExample], settings: TrialSettings, weights: Tensor | None = None):
+    def __init__(
+        self,
+        bank: AdapterBank,
+        examples: Sequence[EncodedExample],
+        settings: TrialSettings,
+        weights: Tensor | None = None,
+    ):
         self.bank, self.examples, self.settings = bank, examples, settings
         self.timetable = make_timetable(len(examples), settings)
         self.adapter = bank.attach(settings, weights)
@@ -102,7 +108,7 @@ class Training:
         generator = torch.Generator().manual_seed(_mix(self.settings.seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         start = position * self.settings.batch_size
-        return [self.examples[index] for index in order[start:start + self.settings.batch_size]]
+        return [self.examples[index] for index in order[start : start + self.settings.batch_size]]
 
     def start_step(self) -> list[EncodedExample]:
         """The next batch, with gradients at zero and a new stage's optimizer if one begins."""
@@ -115,7 +121,9 @@ class Training:
     def finish_step(self, loss: float, grad_norm: float, num_tokens: int) -> StepResult:
         """Clip, step and count, with the gradients of the whole batch in place. Raises DivergedError."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(f"diverged at step {self.step}: loss {loss}, gradient norm {grad_norm}; try a lower learning rate")
+            raise DivergedError(
+                f"diverged at step {self.step}: loss {loss}, gradient norm {grad_norm}; try a lower learning rate"
+            )
         learning_rate = self.schedule.get_last_lr()[0]
         if grad_norm + 1e-6 > self.settings.max_grad_norm:
             self.adapter.gradients.mul_(self.settings.max_grad_norm / (grad_norm + 1e-6))
@@ -127,46 +135,69 @@ class Training:
 
     def begin_at(self, step: int) -> None:
         """Take a step that begins a stage for the next one: the stage's optimizer and schedule are fresh, the adapter is as it is."""
-        assert self.timetable.stage_of(step)[1] == step, "a stage begins with a fresh optimizer; elsewhere a checkpoint is needed"
+        assert self.timetable.stage_of(step)[1] == step, (
+            "a stage begins with a fresh optimizer; elsewhere a checkpoint is needed"
+        )
         self.step = step
         self._start_stage()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(optimizer tensors, position) of a run between two steps. At the end there are no tensors: no step is left for them."""
         return {} if self.finished else dict(self.optimizer.state[self._parameter]), {
-            "step": self.step, "settings": self.settings.model_dump(mode="json"), "num_examples": len(self.examples),
-            "schedule": self.schedule.state_dict()}
+            "step": self.step,
+            "settings": self.settings.model_dump(mode="json"),
+            "num_examples": len(self.examples),
+            "schedule": self.schedule.state_dict(),
+        }
 
     def load_state(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Go on from `state()`; the adapter's weights are loaded elsewhere. Raises ValueError for another run's state."""
-        if position["settings"] != self.settings.model_dump(mode="json") or position["num_examples"] != len(self.examples):
+        if position["settings"] != self.settings.model_dump(mode="json") or position["num_examples"] != len(
+            self.examples
+        ):
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
         if tensors:
-            self.optimizer.state[self._parameter] = {key: value.to(self._counts_on(key)) for key, value in tensors.items()}
+            self.optimizer.state[self._parameter] = {
+                key: value.to(self._counts_on(key)) for key, value in tensors.items()
+            }
         self.schedule.load_state_dict(position["schedule"])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+        for group, learning_rate in zip(
+            self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
+        ):
             group["lr"] = learning_rate
 
     def _counts_on(self, key: str) -> torch.device:
         return torch.device("cpu") if key == "step" and not self._fused else self.bank.device
 
     def _start_stage(self) -> None:
-        from transformers import get_scheduler  # takes seconds to load, which a driver need not wait for
+        # takes seconds to load, which a driver need not wait for
+        from transformers import get_scheduler
+
         stage, _ = self.timetable.stage_of(min(self.step, self.timetable.total_steps - 1))
         steps = self.timetable.stages[stage] * self.timetable.steps_per_epoch
         self._fused = self.bank.device.type == "cuda"
         self._parameter = torch.nn.Parameter(self.adapter.weights)
         self._parameter.grad = self.adapter.gradients
-        self.optimizer = torch.optim.AdamW([self._parameter], lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay,
-                                           fused=self._fused)
+        self.optimizer = torch.optim.AdamW(
+            [self._parameter],
+            lr=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            fused=self._fused,
+        )
         # The state that the first step would make, made now: a step must not run out of memory half done.
         self.optimizer.state[self._parameter] = {
-            "step": torch.zeros((), device=self._counts_on("step")), "exp_avg": torch.zeros_like(self.adapter.weights),
-            "exp_avg_sq": torch.zeros_like(self.adapter.weights)}
-        self.schedule = get_scheduler(self.settings.schedule, self.optimizer,
-                                      num_warmup_steps=round(self.settings.warmup_fraction * steps), num_training_steps=steps)
+            "step": torch.zeros((), device=self._counts_on("step")),
+            "exp_avg": torch.zeros_like(self.adapter.weights),
+            "exp_avg_sq": torch.zeros_like(self.adapter.weights),
+        }
+        self.schedule = get_scheduler(
+            self.settings.schedule,
+            self.optimizer,
+            num_warmup_steps=round(self.settings.warmup_fraction * steps),
+            num_training_steps=steps,
+        )
 
 
 def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[StepResult | DivergedError]:
@@ -184,17 +215,26 @@ def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[
     while any(queues):
         owners, groups = next_pass(queues, budget_tokens)
         there = [trainings[owner] for owner in owners]
-        dropouts = [make_dropout(training.adapter, group, training.step) for training, group in zip(there, groups, strict=True)]
+        dropouts = [
+            make_dropout(training.adapter, group, training.step)
+            for training, group in zip(there, groups, strict=True)
+        ]
         weights = [1 / num_answers[owner] for owner in owners]
-        layout, nll_A = run_pass(bank, groups, [training.adapter for training in there], dropouts, weights, largest)
+        layout, nll_A = run_pass(
+            bank, groups, [training.adapter for training in there], dropouts, weights, largest
+        )
         for owner, weight, part_A in zip(owners, weights, nll_A.split(layout.num_answers), strict=True):
             losses[owner] = losses[owner] + weight * part_A.sum()
     norms = [training.adapter.gradients.norm() for training in trainings]
     found = torch.stack([*losses, *norms]).tolist()  # one wait for the GPU
     results: list[StepResult | DivergedError] = []
-    for training, batch_examples, loss, norm in zip(trainings, batches, found, found[len(trainings):], strict=False):
+    for training, batch_examples, loss, norm in zip(
+        trainings, batches, found, found[len(trainings) :], strict=False
+    ):
         try:
-            results.append(training.finish_step(loss, norm, sum(example.num_tokens for example in batch_examples)))
+            results.append(
+                training.finish_step(loss, norm, sum(example.num_tokens for example in batch_examples))
+            )
         except DivergedError as error:
             results.append(error)
     return results

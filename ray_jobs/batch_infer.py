@@ -1,6 +1,6 @@
 """Generate an output for every row of a JSON file with a registered adapter or any base, on Ray Data.
 
-    python ray_jobs/batch_infer.py --model models:/quickstart@champion --input data/sample/private_test.json --output results/outputs.json
+python ray_jobs/batch_infer.py --model models:/quickstart@champion --input data/sample/private_test.json --output results/outputs.json
 """
 
 import argparse
@@ -27,13 +27,30 @@ from workflows.session import EXIT_ROWS_FAILED, connect_ray, run
 def _arguments() -> argparse.Namespace:
     parser = CommandParser(__doc__)
     add_base_options(parser)
-    parser.add_argument("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION, in place of --base-model and --adapter")
-    parser.add_argument("--input", metavar="FILE", required=True, help="JSON list, or JSONL, of rows with id and instruction")
-    parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON list of id and output")
+    parser.add_argument(
+        "--model",
+        metavar="URI",
+        help="models:/NAME@ALIAS or models:/NAME/VERSION, in place of --base-model and --adapter",
+    )
+    parser.add_argument(
+        "--input", metavar="FILE", required=True, help="JSON list, or JSONL, of rows with id and instruction"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", required=True, help="where to write the JSON list of id and output"
+    )
     add_decoding_options(parser)
-    parser.add_argument("--workers", type=positive_int, metavar="N", help="engines in the pool (default: one a GPU, or one a node)")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="what engines run on (default: GPUs if the cluster has any)")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run of the same command finished")
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="engines in the pool (default: one a GPU, or one a node)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), help="what engines run on (default: GPUs if the cluster has any)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that a stopped run of the same command finished"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress (it is shown on terminals only)")
     arguments = parser.parse_args()
     if arguments.model and (arguments.base_model or arguments.adapter):
@@ -49,6 +66,7 @@ def main() -> None:
     decoding = decoding_settings(arguments)
     from qlora.base.model import load_config, load_tokenizer
     from qlora.data.prompts import load_prompt
+
     prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
     adapter, adapter_base, registered = local_adapter(arguments.model or arguments.adapter)
     base = served_base(arguments.base_model, adapter_base, arguments)
@@ -56,12 +74,16 @@ def main() -> None:
     load_tokenizer(base.name)
     context_tokens = getattr(config.get_text_config(), "max_position_embeddings", MAX_LENGTH_TOKENS)
     if decoding.max_new_tokens >= context_tokens:
-        raise InputError("options:max_new_tokens", f"{decoding.max_new_tokens} leaves no room for a prompt within {context_tokens}")
+        raise InputError(
+            "options:max_new_tokens",
+            f"{decoding.max_new_tokens} leaves no room for a prompt within {context_tokens}",
+        )
 
     from inference.engine import ServedModel
     from inference.job import Progress, model_facts, open_job, run_job
     from inference.pipeline import Work, plan_pool
     from workflows.batch_summary import closing_words, note_prediction
+
     work = Work(ServedModel(base, adapter), prompt, decoding, context_tokens - decoding.max_new_tokens)
     output = Path(arguments.output)
 
@@ -70,11 +92,20 @@ def main() -> None:
             show_line(str(progress), progress.num_done == progress.num_rows)
 
     with open_job(Path(arguments.input), output) as rows:
-        facts = model_facts(work, registered.model_uri if registered else None, getattr(config, "_commit_hash", None))
+        facts = model_facts(
+            work, registered.model_uri if registered else None, getattr(config, "_commit_hash", None)
+        )
         if not arguments.quiet:
             show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
-        result = run_job(work, rows, output, facts, lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
-                         resume=arguments.resume, progress=show)
+        result = run_job(
+            work,
+            rows,
+            output,
+            facts,
+            lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
+            resume=arguments.resume,
+            progress=show,
+        )
     if registered:
         note_prediction(registered, result, decoding, arguments.input, output, prompt.name)
     print(closing_words(result, output))

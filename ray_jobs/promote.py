@@ -1,8 +1,8 @@
 """The versions of a registered model: compare them, promote one to champion, or go back to the champion before.
 
-    python ray_jobs/promote.py quickstart
-    python ray_jobs/promote.py quickstart --version 3
-    python ray_jobs/promote.py quickstart --roll-back
+python ray_jobs/promote.py quickstart
+python ray_jobs/promote.py quickstart --version 3
+python ray_jobs/promote.py quickstart --roll-back
 """
 
 import sys
@@ -13,8 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ray_jobs.cli import CommandParser, positive_int
 from workflows.session import run
 
-_COLUMNS = {"version": "version", "aliases": "aliases", "public_perplexity": "public ppl", "zero_shot_public_perplexity": "zero-shot",
-            "public_digest": "measured on", "base_model": "base", "sweep": "sweep", "trial_id": "trial"}
+_COLUMNS = {
+    "version": "version",
+    "aliases": "aliases",
+    "public_perplexity": "public ppl",
+    "zero_shot_public_perplexity": "zero-shot",
+    "public_digest": "measured on",
+    "base_model": "base",
+    "sweep": "sweep",
+    "trial_id": "trial",
+}
 
 
 def main() -> None:
@@ -22,12 +30,24 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("name", metavar="NAME", help="a registered model")
     wish = parser.add_mutually_exclusive_group()
-    wish.add_argument("--version", type=positive_int, metavar="N", help="make it champion if it is better on the same public examples")
-    wish.add_argument("--roll-back", action="store_true", help="give the alias back to the champion before the present one")
+    wish.add_argument(
+        "--version",
+        type=positive_int,
+        metavar="N",
+        help="make it champion if it is better on the same public examples",
+    )
+    wish.add_argument(
+        "--roll-back", action="store_true", help="give the alias back to the champion before the present one"
+    )
     arguments = parser.parse_args()
     from tracking.registry import promote, roll_back, versions
+
     if arguments.version or arguments.roll_back:
-        found = promote(arguments.name, str(arguments.version)) if arguments.version else roll_back(arguments.name)
+        found = (
+            promote(arguments.name, str(arguments.version))
+            if arguments.version
+            else roll_back(arguments.name)
+        )
         print(f"{found.model_uri} is {'champion' if found.is_champion else 'not champion'}: {found.reason}\n")
     print(table(versions(arguments.name)))
 
@@ -37,7 +57,9 @@ def table(versions: list[dict[str, str]]) -> str:
     rows = [list(_COLUMNS.values())]
     rows += [[_cell(key, version.get(key, "-")) for key in _COLUMNS] for version in versions]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _cell(key: str, value: str) -> str:

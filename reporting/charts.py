@@ -15,10 +15,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 _INK = "#0a0b0c"  # stands for the page's colour until the picture is written
-_BEST, _OTHER, _STOPPED, _BASE = "#d55e00", "#0072b2", "#7f8c8d", "#009e73"  # Okabe and Ito's, told apart by colour-blind people
-_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "font.family": "sans-serif", "font.size": 10, "text.color": _INK,
-          "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-          "axes.spines.right": False, "legend.frameon": False}
+# Okabe and Ito's, told apart by colour-blind people
+_BEST, _OTHER, _STOPPED, _BASE = "#d55e00", "#0072b2", "#7f8c8d", "#009e73"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sweep",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
 
 
 @dataclass(frozen=True)
@@ -36,15 +48,32 @@ def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bo
     """All trials, from the base on if that is where they start; the best one in front, a cross where ASHA stopped one."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 4.2)
-        axes.axhline(zero_shot, color=_BASE, linestyle="--", linewidth=1.2, label=f"zero-shot {zero_shot:.4g}")
+        axes.axhline(
+            zero_shot, color=_BASE, linestyle="--", linewidth=1.2, label=f"zero-shot {zero_shot:.4g}"
+        )
         for curve in sorted(curves, key=lambda curve: curve.is_best):
             colour = _BEST if curve.is_best else _STOPPED if curve.was_stopped else _OTHER
             label = f"best, {curve.name}" if curve.is_best else None
             first = ([0.0], [zero_shot]) if start_at_base else ([], [])
-            axes.plot([*first[0], *curve.percents], [*first[1], *curve.perplexities], color=colour, linewidth=2.4 if curve.is_best else 1.2,
-                      marker="o", markersize=3, alpha=1.0 if curve.is_best else 0.75, label=label)
+            axes.plot(
+                [*first[0], *curve.percents],
+                [*first[1], *curve.perplexities],
+                color=colour,
+                linewidth=2.4 if curve.is_best else 1.2,
+                marker="o",
+                markersize=3,
+                alpha=1.0 if curve.is_best else 0.75,
+                label=label,
+            )
             if curve.was_stopped and curve.percents:
-                axes.plot(curve.percents[-1:], curve.perplexities[-1:], marker="x", markersize=8, color=_STOPPED, markeredgewidth=2)
+                axes.plot(
+                    curve.percents[-1:],
+                    curve.perplexities[-1:],
+                    marker="x",
+                    markersize=8,
+                    color=_STOPPED,
+                    markeredgewidth=2,
+                )
         axes.plot([], [], color=_OTHER, marker="o", markersize=3, label="ran to its end")
         axes.plot([], [], color=_STOPPED, marker="x", markersize=8, markeredgewidth=2, label="stopped early")
         _logarithmic(axes)
@@ -57,16 +86,29 @@ def epoch_curves(curves: Mapping[str, Sequence[tuple[float, float]]], quantity: 
     """A quantity over epochs, one line a lineage."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 3.2)
-        for (name, points), colour in zip(curves.items(), (_BEST, _OTHER, _BASE, _STOPPED) * len(curves), strict=False):
-            axes.plot([epoch for epoch, _ in points], [value for _, value in points], color=colour, marker="o", markersize=4, label=name)
+        for (name, points), colour in zip(
+            curves.items(), (_BEST, _OTHER, _BASE, _STOPPED) * len(curves), strict=False
+        ):
+            axes.plot(
+                [epoch for epoch, _ in points],
+                [value for _, value in points],
+                color=colour,
+                marker="o",
+                markersize=4,
+                label=name,
+            )
         axes.set(xlabel="epochs", ylabel=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=4, fontsize=9)
         return _svg(figure)
 
 
-def parallel_coordinates(columns: Mapping[str, Sequence[float]], labels: Mapping[str, Mapping[float, str]],
-                         perplexities: Sequence[float], best: int) -> str:
+def parallel_coordinates(
+    columns: Mapping[str, Sequence[float]],
+    labels: Mapping[str, Mapping[float, str]],
+    perplexities: Sequence[float],
+    best: int,
+) -> str:
     """One line a trial through an axis for each parameter (its place there from 0 to 1, `labels` says what stands where) to its
     best public perplexity, on a logarithmic axis. `best`: the trial drawn in front."""
     with mpl.rc_context(_STYLE):
@@ -75,15 +117,24 @@ def parallel_coordinates(columns: Mapping[str, Sequence[float]], labels: Mapping
         low, high = min(logs), max(logs)
         heights = [(value - low) / (high - low or 1.0) for value in logs]
         places = [*columns.values(), heights]
-        for trial in sorted(range(len(perplexities)), key=lambda trial: (trial == best, -perplexities[trial])):
+        for trial in sorted(
+            range(len(perplexities)), key=lambda trial: (trial == best, -perplexities[trial])
+        ):
             colour = _BEST if trial == best else mpl.colormaps["viridis"](0.1 + 0.7 * (1 - heights[trial]))
-            axes.plot(range(len(places)), [column[trial] for column in places], color=colour, linewidth=2.6 if trial == best else 1.1,
-                      alpha=1.0 if trial == best else 0.7)
+            axes.plot(
+                range(len(places)),
+                [column[trial] for column in places],
+                color=colour,
+                linewidth=2.6 if trial == best else 1.1,
+                alpha=1.0 if trial == best else 0.7,
+            )
         ends = {0.0: f"{min(perplexities):.4g}", 1.0: f"{max(perplexities):.4g}"}
         for x, marks in enumerate([*(labels[name] for name in columns), ends]):
             axes.axvline(x, color=_INK, linewidth=0.8)
             for place, text in marks.items():
-                axes.annotate(text, (x, place), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+                axes.annotate(
+                    text, (x, place), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center"
+                )
         axes.set_xticks(range(len(places)), [*columns, "public\nperplexity"])
         axes.set_yticks([])
         axes.set(ylim=(-0.06, 1.06), xlim=(-0.1, len(places) - 0.6))
@@ -122,4 +173,4 @@ def _svg(figure: Figure) -> str:
     metadata: dict[str, Any] = {"Date": None, "Creator": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     text = buffer.getvalue()
-    return text[text.index("<svg"):].replace(_INK, "currentColor")
+    return text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -24,12 +24,20 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
 
 def page(title: str, sections: Sequence[str]) -> str:
     """A whole document."""
-    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
-            f"<style>{_STYLE}</style>")
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(sections) + "\n</body></html>\n"
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
+        f"<style>{_STYLE}</style>"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None, kind: str = "") -> str:
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None, kind: str = ""
+) -> str:
     """Rows under their heads, one of them marked as the best. `kind`: a class of the style sheet."""
     lines = ["<tr>" + "".join(f"<th>{text(head)}</th>" for head in heads) + "</tr>"]
     for number, row in enumerate(rows):
@@ -46,7 +54,11 @@ def figure(picture: str, caption: str) -> str:
 
 def facts(found: Mapping[str, Any]) -> str:
     """Names and what they are."""
-    return "<dl>" + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in found.items()) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in found.items())
+        + "</dl>"
+    )
 
 
 def number(value: float | None) -> str:

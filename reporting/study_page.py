@@ -33,13 +33,28 @@ class StudyReport:
 def write_study_report(path: Path, study: StudyReport) -> None:
     """Write the page."""
     sections = [
-        f"<h1>Study {text(study.name)}</h1>", f"<p>Base: {text(study.base)}. {text(_verdict(study))}</p>",
-        "<h2>Stages</h2>", _stages(study),
-        "<h2>Learning curves</h2>", figure(epoch_curves(_curves(study, "perplexity", "mean"), "public perplexity"),
-                                           "Public perplexity over epochs; every + begins a stage with a fresh optimizer and schedule."),
-        figure(epoch_curves(_curves(study, "text", "chrf"), "chrF"), "chrF of texts generated greedily, over epochs."),
-        "<h2>Prompts</h2>", _prompts(study), "<h2>Beams and sampling</h2>", _decodings(study),
-        "<h2>Predictions side by side</h2>", _predictions(study), "<h2>Facts</h2>", facts(study.facts)]
+        f"<h1>Study {text(study.name)}</h1>",
+        f"<p>Base: {text(study.base)}. {text(_verdict(study))}</p>",
+        "<h2>Stages</h2>",
+        _stages(study),
+        "<h2>Learning curves</h2>",
+        figure(
+            epoch_curves(_curves(study, "perplexity", "mean"), "public perplexity"),
+            "Public perplexity over epochs; every + begins a stage with a fresh optimizer and schedule.",
+        ),
+        figure(
+            epoch_curves(_curves(study, "text", "chrf"), "chrF"),
+            "chrF of texts generated greedily, over epochs.",
+        ),
+        "<h2>Prompts</h2>",
+        _prompts(study),
+        "<h2>Beams and sampling</h2>",
+        _decodings(study),
+        "<h2>Predictions side by side</h2>",
+        _predictions(study),
+        "<h2>Facts</h2>",
+        facts(study.facts),
+    ]
     write_text(path, page(f"Study {study.name}", sections))
 
 
@@ -48,8 +63,10 @@ def _verdict(study: StudyReport) -> str:
     ours, zero = (study.found[f"perplexity {name}"]["values"] for name in (best, "zero-shot"))
     _, low, high = compare(ours, zero)
     told = "" if low <= 0 <= high else ", and the difference is not one of the examples drawn"
-    return (f"Best after stages {best}: public perplexity {study.found[f'perplexity {best}']['mean']:.4g}, zero-shot "
-            f"{study.found['perplexity zero-shot']['mean']:.4g}{told}.")
+    return (
+        f"Best after stages {best}: public perplexity {study.found[f'perplexity {best}']['mean']:.4g}, zero-shot "
+        f"{study.found['perplexity zero-shot']['mean']:.4g}{told}."
+    )
 
 
 def _stages(study: StudyReport) -> str:
@@ -57,11 +74,29 @@ def _stages(study: StudyReport) -> str:
     rows = []
     for node in study.nodes:
         measured, written = study.found[f"perplexity {node}"], study.found[f"text {node}"]
-        rows.append([node, sum(map(int, node.split("+"))), number(measured["mean"]), _interval(measured["values"]),
-                     number(study.found[f"train {node}"]["training_loss"]), number(written["chrf"]), number(written["bleu"]),
-                     *([number(study.reported_stages.get(node))] if theirs else [])])
+        rows.append(
+            [
+                node,
+                sum(map(int, node.split("+"))),
+                number(measured["mean"]),
+                _interval(measured["values"]),
+                number(study.found[f"train {node}"]["training_loss"]),
+                number(written["chrf"]),
+                number(written["bleu"]),
+                *([number(study.reported_stages.get(node))] if theirs else []),
+            ]
+        )
     best = list(study.nodes).index(study.found["best"])
-    heads = ["stages", "epochs", "public perplexity", "95 % interval", "training loss", "chrF", "BLEU", *theirs]
+    heads = [
+        "stages",
+        "epochs",
+        "public perplexity",
+        "95 % interval",
+        "training loss",
+        "chrF",
+        "BLEU",
+        *theirs,
+    ]
     return table(heads, rows, best, kind="numbers") + note
 
 
@@ -71,7 +106,8 @@ def _beside(study: StudyReport, reported: Mapping[str, float]) -> tuple[list[str
         return [], ""
     same = study.base.partition("@")[0].rpartition("/")[2] == study.reported_base
     return [f"reported ({study.reported_base})"], "" if same else (
-        f'<p class="note">The reported figures are those of another base, {text(study.reported_base)}.</p>')
+        f'<p class="note">The reported figures are those of another base, {text(study.reported_base)}.</p>'
+    )
 
 
 def _prompts(study: StudyReport) -> str:
@@ -79,10 +115,28 @@ def _prompts(study: StudyReport) -> str:
     rows = []
     for key, label in study.kinds.items():
         measured, written = study.found[f"perplexity {key}"], study.found[f"text {key}"]
-        rows.append([label, number(measured["mean"]), _interval(measured["values"]), number(written["chrf"]), number(written["bleu"]),
-                     number(written["exact_match"]), f"{written['asks_another_question']} of {written['count']}",
-                     *([number(study.reported_kinds.get(key))] if theirs else [])])
-    heads = ["prompt", "public perplexity", "95 % interval", "chrF", "BLEU", "exact", "go on to another question", *theirs]
+        rows.append(
+            [
+                label,
+                number(measured["mean"]),
+                _interval(measured["values"]),
+                number(written["chrf"]),
+                number(written["bleu"]),
+                number(written["exact_match"]),
+                f"{written['asks_another_question']} of {written['count']}",
+                *([number(study.reported_kinds.get(key))] if theirs else []),
+            ]
+        )
+    heads = [
+        "prompt",
+        "public perplexity",
+        "95 % interval",
+        "chrF",
+        "BLEU",
+        "exact",
+        "go on to another question",
+        *theirs,
+    ]
     return table(heads, rows, kind="numbers") + note
 
 
@@ -90,15 +144,28 @@ def _decodings(study: StudyReport) -> str:
     rows = []
     for name in study.decodings:
         written = study.found[f"text {name}"]
-        rows.append([name, number(written["chrf"]), number(written["bleu"]), number(written["exact_match"]),
-                     number(written["rows_per_second"]), number(written["num_tokens"] / written["count"]),
-                     number(written["peak_memory_gib"] or None)])
-    return table(["decoding", "chrF", "BLEU", "exact", "rows/s", "new tokens a row", "peak GiB"], rows, kind="numbers")
+        rows.append(
+            [
+                name,
+                number(written["chrf"]),
+                number(written["bleu"]),
+                number(written["exact_match"]),
+                number(written["rows_per_second"]),
+                number(written["num_tokens"] / written["count"]),
+                number(written["peak_memory_gib"] or None),
+            ]
+        )
+    return table(
+        ["decoding", "chrF", "BLEU", "exact", "rows/s", "new tokens a row", "peak GiB"], rows, kind="numbers"
+    )
 
 
 def _predictions(study: StudyReport) -> str:
     kinds = list(study.kinds.values())
-    rows = [[instruction, reference, *(texts[kind] for kind in kinds)] for instruction, reference, texts in study.examples]
+    rows = [
+        [instruction, reference, *(texts[kind] for kind in kinds)]
+        for instruction, reference, texts in study.examples
+    ]
     return table(["instruction", "reference", *kinds], rows, kind="texts")
 
 
@@ -107,7 +174,10 @@ def _curves(study: StudyReport, step: str, value: str) -> dict[str, list[tuple[f
     for lineage in study.lineages:
         stages = lineage.split("+")
         names = ["+".join(stages[:end]) for end in range(1, len(stages) + 1)]
-        curves[lineage] = [(float(sum(map(int, name.split("+")))), float(study.found[f"{step} {name}"][value])) for name in names]
+        curves[lineage] = [
+            (float(sum(map(int, name.split("+")))), float(study.found[f"{step} {name}"][value]))
+            for name in names
+        ]
     return curves
 
 

@@ -83,10 +83,13 @@ def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
         return {}
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
+
     inputs = np.array([_places(seen, name)[0] for name in names]).T
     targets = np.log([trial.curve[0][1] for trial in seen])
     forest = RandomForestRegressor(300, random_state=0).fit(inputs, targets)
-    found = permutation_importance(forest, inputs, targets, n_repeats=20, random_state=0).importances_mean.clip(0)
+    found = permutation_importance(
+        forest, inputs, targets, n_repeats=20, random_state=0
+    ).importances_mean.clip(0)
     total = found.sum()
     return {name: float(share / total) if total else 0.0 for name, share in zip(names, found, strict=True)}
 
@@ -96,14 +99,18 @@ def verdict(trials: Sequence[TrialReport], zero_shot: float) -> str:
     order = _ranked(trials)
     best = order[0]
     low, high = bootstrap_interval(best.perplexities)
-    words = (f"Trial {best.name} is best: public perplexity {best.best:.4g} (95 % interval over examples {low:.4g} to {high:.4g}), "
-             f"zero-shot {zero_shot:.4g}.")
+    words = (
+        f"Trial {best.name} is best: public perplexity {best.best:.4g} (95 % interval over examples {low:.4g} to {high:.4g}), "
+        f"zero-shot {zero_shot:.4g}."
+    )
     if len(order) < 2 or not order[1].curve:
         return words
     second = order[1]
     difference, low, high = compare(best.perplexities, second.perplexities)
-    found = (f"its runner-up {second.name} ({second.best:.4g}): the difference is {difference:.3g}, 95 % interval {low:.3g} to {high:.3g} "
-             f"on {len(best.perplexities)} examples.")
+    found = (
+        f"its runner-up {second.name} ({second.best:.4g}): the difference is {difference:.3g}, 95 % interval {low:.3g} to {high:.3g} "
+        f"on {len(best.perplexities)} examples."
+    )
     if low <= 0 <= high:
         return f"{words} It can't be told from {found}"
     return f"{words} It is better than {found}"
@@ -120,43 +127,92 @@ def _page(sweep: SweepReport) -> str:
     names = _searched(seen)
     places = {name: _places(seen, name) for name in names}
     stopped = sum(trial.status == "stopped" for trial in sweep.trials)
-    curves = [Curve(trial.name, [percent for percent, _ in trial.curve], [value for _, value in trial.curve], trial.status == "stopped",
-                    trial is order[0]) for trial in seen]
+    curves = [
+        Curve(
+            trial.name,
+            [percent for percent, _ in trial.curve],
+            [value for _, value in trial.curve],
+            trial.status == "stopped",
+            trial is order[0],
+        )
+        for trial in seen
+    ]
     shares = importance(sweep.trials)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
         f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot))}</p>',
         f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them and saved "
         f"{sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
-        "<h2>Ranking</h2>", _table(order, names),
+        "<h2>Ranking</h2>",
+        _table(order, names),
         "<h2>Learning curves</h2>",
-        figure(learning_curves(curves, sweep.zero_shot, sweep.starts_at_base),
-                "Public perplexity of each trial; a cross is where early stopping ended one."),
+        figure(
+            learning_curves(curves, sweep.zero_shot, sweep.starts_at_base),
+            "Public perplexity of each trial; a cross is where early stopping ended one.",
+        ),
         "<h2>Settings and results</h2>",
-        figure(parallel_coordinates({_label(name): column for name, (column, _) in places.items()},
-                                     {_label(name): marks for name, (_, marks) in places.items()}, [trial.best for trial in seen], 0),
-                "One line a trial, from its settings to its best public perplexity; the best trial in front."),
+        figure(
+            parallel_coordinates(
+                {_label(name): column for name, (column, _) in places.items()},
+                {_label(name): marks for name, (_, marks) in places.items()},
+                [trial.best for trial in seen],
+                0,
+            ),
+            "One line a trial, from its settings to its best public perplexity; the best trial in front.",
+        ),
         "<h2>What mattered</h2>",
-        figure(importance_bars({_label(name): share for name, share in shares.items()}),
-                f"Share of each setting in explaining the first perplexity that the {len(seen)} trials reported (random forest, "
-                "permutation importance). With so few trials this is a hint, not a proof.") if shares else
-        f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>',
-        "<h2>Facts</h2>", facts(sweep.facts)]
+        figure(
+            importance_bars({_label(name): share for name, share in shares.items()}),
+            f"Share of each setting in explaining the first perplexity that the {len(seen)} trials reported (random forest, "
+            "permutation importance). With so few trials this is a hint, not a proof.",
+        )
+        if shares
+        else f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>',
+        "<h2>Facts</h2>",
+        facts(sweep.facts),
+    ]
     return page(f"Sweep {sweep.name}", sections)
 
 
 def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
     has_gpu = any(trial.peak_memory_gib for trial in order)
-    heads = ["trial", "status", *map(_label, names), "done", "perplexity", "95 % interval", "train. loss", "tokens/s",
-             *(["peak GiB"] if has_gpu else []), "time"]
+    heads = [
+        "trial",
+        "status",
+        *map(_label, names),
+        "done",
+        "perplexity",
+        "95 % interval",
+        "train. loss",
+        "tokens/s",
+        *(["peak GiB"] if has_gpu else []),
+        "time",
+    ]
     rows = []
     for trial in order:
-        interval = "{:.4g} - {:.4g}".format(*bootstrap_interval(trial.perplexities)) if trial.perplexities else "-"
+        interval = (
+            "{:.4g} - {:.4g}".format(*bootstrap_interval(trial.perplexities)) if trial.perplexities else "-"
+        )
         percent = trial.curve[-1][0] if trial.curve else 0.0
-        rows.append([trial.name, trial.status, *(_value(trial.settings[name]) for name in names), f"{percent:.0f}%", number(trial.best),
-                     interval, number(trial.training_loss), "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
-                     *([f"{trial.peak_memory_gib:.1f}"] if has_gpu else []), _clock(trial.seconds)])
-    failed = "".join(f'<p class="note">{text(trial.name)} failed: {text(trial.reason)}</p>' for trial in order if trial.status == "failed")
+        rows.append(
+            [
+                trial.name,
+                trial.status,
+                *(_value(trial.settings[name]) for name in names),
+                f"{percent:.0f}%",
+                number(trial.best),
+                interval,
+                number(trial.training_loss),
+                "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
+                *([f"{trial.peak_memory_gib:.1f}"] if has_gpu else []),
+                _clock(trial.seconds),
+            ]
+        )
+    failed = "".join(
+        f'<p class="note">{text(trial.name)} failed: {text(trial.reason)}</p>'
+        for trial in order
+        if trial.status == "failed"
+    )
     return table(heads, rows, best=0) + failed
 
 
@@ -166,29 +222,41 @@ def _ranked(trials: Sequence[TrialReport]) -> list[TrialReport]:
 
 def _searched(trials: Sequence[TrialReport]) -> list[str]:
     """Settings that differ between trials."""
-    return [name for name in (trials[0].settings if trials else ()) if len({str(trial.settings[name]) for trial in trials}) > 1]
+    return [
+        name
+        for name in (trials[0].settings if trials else ())
+        if len({str(trial.settings[name]) for trial in trials}) > 1
+    ]
 
 
 def _places(trials: Sequence[TrialReport], name: str) -> tuple[list[float], dict[float, str]]:
     """(each trial's place on an axis from 0 to 1, what stands at which place): numbers by size, anything else by name."""
     values = [trial.settings[name] for trial in trials]
     if all(isinstance(value, int | float) for value in values):
-        scaled = [math.log(value) if name in _LOGARITHMIC and min(values) > 0 else float(value) for value in values]
+        scaled = [
+            math.log(value) if name in _LOGARITHMIC and min(values) > 0 else float(value) for value in values
+        ]
     else:
         order = sorted({str(value) for value in values})
         scaled = [float(order.index(str(value))) for value in values]
     low, high = min(scaled), max(scaled)
     places = [(value - low) / (high - low or 1.0) for value in scaled]
     marks = dict(sorted(zip(places, map(_value, values), strict=True)))
-    return places, marks if len(marks) <= 6 else {place: text for place, text in marks.items() if place in (0.0, 1.0)}
+    return places, marks if len(marks) <= 6 else {
+        place: text for place, text in marks.items() if place in (0.0, 1.0)
+    }
 
 
 def _means(values: np.ndarray, draws: int) -> np.ndarray:
     """Means of so many draws of as many examples, in pieces that fit into memory; the draws depend on the number of examples alone."""
     generator, size = np.random.default_rng(0), max(1, len(values))
     piece = max(1, 2_000_000 // size)
-    return np.concatenate([values[generator.integers(0, size, (min(piece, draws - done), size))].mean(axis=1)
-                           for done in range(0, draws, piece)])
+    return np.concatenate(
+        [
+            values[generator.integers(0, size, (min(piece, draws - done), size))].mean(axis=1)
+            for done in range(0, draws, piece)
+        ]
+    )
 
 
 def _label(name: str) -> str:

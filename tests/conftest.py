@@ -29,15 +29,31 @@ from transformers import (
 from qlora.data.prompts import EncodedExample
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SIZE),
     "qwen2": Qwen2Config(**SIZE),
     "qwen3": Qwen3Config(**SIZE, head_dim=16),
     "mistral": MistralConfig(**SIZE, sliding_window=16),
-    "gemma2": Gemma2Config(**SIZE, head_dim=16, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=5.0,
-                           query_pre_attn_scalar=16),
+    "gemma2": Gemma2Config(
+        **SIZE,
+        head_dim=16,
+        sliding_window=16,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=5.0,
+        query_pre_attn_scalar=16,
+    ),
 }
 
 
@@ -45,7 +61,9 @@ def tiny_model(family: str) -> PreTrainedModel:
     """A two-layer float32 decoder with weights large enough that attention matters, in transformers' own attention."""
     attention = "eager" if family == "gemma2" else "sdpa"  # soft-capping exists in eager only
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation=attention, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[family]), attn_implementation=attention, dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -56,14 +74,20 @@ def tiny_model(family: str) -> PreTrainedModel:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every UTF-8 byte is a token; BOS 1, EOS 2, PAD 0."""
     specials = ["<pad>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
-def random_examples(count: int, seed: int = 0, shared: int = 20, vocabulary: int = 300) -> list[EncodedExample]:
+def random_examples(
+    count: int, seed: int = 0, shared: int = 20, vocabulary: int = 300
+) -> list[EncodedExample]:
     """Examples of unequal lengths whose prompts share their first `shared` tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -92,10 +116,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def write_rows(tmp_path: Path):
     """Write rows as a JSON data file and return its path."""
+
     def write(rows: object, name: str = "rows.json") -> Path:
         path = tmp_path / name
         path.write_text(json.dumps(rows), encoding="utf-8")
         return path
+
     return write
 
 
@@ -103,26 +129,54 @@ def write_rows(tmp_path: Path):
 def project(tmp_path_factory, tiny_base):
     """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs", "prompts", "deploy"):
+    for name in (
+        "qlora",
+        "tuning",
+        "inference",
+        "tracking",
+        "reporting",
+        "workflows",
+        "ray_jobs",
+        "prompts",
+        "deploy",
+    ):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     words = "春夏秋冬東西南北山水風雲日月星辰"
-    rows = [{"id": f"e{n}", "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}", "output": words[(n * 3) % 16]} for n in range(24)]
+    rows = [
+        {
+            "id": f"e{n}",
+            "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}",
+            "output": words[(n * 3) % 16],
+        }
+        for n in range(24)
+    ]
     (folder / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
     (folder / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
-    space = {"base_model": {"name": str(tiny_base), "quantization": "none"},
-             "data": {"train": "train.json", "public": "public.json"},
-             "trial": {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0},
-             "search": {"learning_rate": {"choice": [1e-5, 1e-3, 1e-2, 3e-2]}, "epochs": {"choice": [2, "1+1"]}},
-             "num_samples": 5, "registered_model": "tiny",
-             "scheduler": {"type": "asha", "grace_period": 25, "reduction_factor": 2}, "resources_per_trial": {"cpu": 1}}
+    space = {
+        "base_model": {"name": str(tiny_base), "quantization": "none"},
+        "data": {"train": "train.json", "public": "public.json"},
+        "trial": {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0},
+        "search": {"learning_rate": {"choice": [1e-5, 1e-3, 1e-2, 3e-2]}, "epochs": {"choice": [2, "1+1"]}},
+        "num_samples": 5,
+        "registered_model": "tiny",
+        "scheduler": {"type": "asha", "grace_period": 25, "reduction_factor": 2},
+        "resources_per_trial": {"cpu": 1},
+    }
     (folder / "space.yaml").write_text(yaml.safe_dump(space), encoding="utf-8")
     return folder
 
 
 def command(project: Path, script: str, *arguments: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": ""}
-    return subprocess.Popen([sys.executable, f"ray_jobs/{script}.py", *arguments], cwd=project, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return subprocess.Popen(
+        [sys.executable, f"ray_jobs/{script}.py", *arguments],
+        cwd=project,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def finished(process: subprocess.Popen) -> str:

@@ -23,16 +23,40 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     bucket.start()
     host, port = bucket.get_host_and_port()
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", aws_access_key_id="key",
-                 aws_secret_access_key="secret").create_bucket(Bucket="models")
+    boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    ).create_bucket(Bucket="models")
     uri = f"http://127.0.0.1:{free_port()}"
     with open(folder / "server.log", "w") as log:
         server = subprocess.Popen(
-            [Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2], "--workers", "1",
-             "--backend-store-uri", database.get_uri().replace("postgresql://", "postgresql+psycopg2://"), "--artifacts-destination",
-             "s3://models"],
-            env={**os.environ, **keys, "MLFLOW_S3_ENDPOINT_URL": f"http://{host}:{port}", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            [
+                Path(sys.executable).with_name("mlflow"),
+                "server",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                uri.rpartition(":")[2],
+                "--workers",
+                "1",
+                "--backend-store-uri",
+                database.get_uri().replace("postgresql://", "postgresql+psycopg2://"),
+                "--artifacts-destination",
+                "s3://models",
+            ],
+            env={
+                **os.environ,
+                **keys,
+                "MLFLOW_S3_ENDPOINT_URL": f"http://{host}:{port}",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     try:
         wait_for(uri, server, folder)
         yield uri

@@ -19,11 +19,25 @@ from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import DivergedError, Training, advance_together
 
 TRIALS = [
-    TrialSettings(learning_rate=0.01, lora_r=4, lora_alpha=8, lora_dropout=0.1, batch_size=4, epochs=2, seed=1),
-    TrialSettings(learning_rate=0.02, lora_r=8, lora_alpha=16, lora_dropout=0.0, batch_size=4, epochs="1+1", seed=2),
-    TrialSettings(learning_rate=0.005, lora_r=2, lora_alpha=32, lora_dropout=0.3, batch_size=4, epochs=1, seed=3),
-    TrialSettings(learning_rate=0.01, lora_r=16, lora_alpha=16, lora_dropout=0.05, batch_size=5, epochs="1+2", seed=4,
-                  target_modules=("q_proj", "v_proj")),
+    TrialSettings(
+        learning_rate=0.01, lora_r=4, lora_alpha=8, lora_dropout=0.1, batch_size=4, epochs=2, seed=1
+    ),
+    TrialSettings(
+        learning_rate=0.02, lora_r=8, lora_alpha=16, lora_dropout=0.0, batch_size=4, epochs="1+1", seed=2
+    ),
+    TrialSettings(
+        learning_rate=0.005, lora_r=2, lora_alpha=32, lora_dropout=0.3, batch_size=4, epochs=1, seed=3
+    ),
+    TrialSettings(
+        learning_rate=0.01,
+        lora_r=16,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        batch_size=5,
+        epochs="1+2",
+        seed=4,
+        target_modules=("q_proj", "v_proj"),
+    ),
 ]
 
 
@@ -35,8 +49,11 @@ def trial(bank: AdapterBank, number: int) -> Training:
 def test_a_fresh_adapter_is_the_one_that_peft_draws(targets):
     settings = TrialSettings(lora_r=4, seed=7, target_modules=targets)
     found = tiny_bank().attach(settings).matrices()
-    expected = {name.replace(".default", ""): p for name, p in peft_adapter(tiny_model("llama"), settings).named_parameters()
-                if "lora_" in name}
+    expected = {
+        name.replace(".default", ""): p
+        for name, p in peft_adapter(tiny_model("llama"), settings).named_parameters()
+        if "lora_" in name
+    }
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -66,7 +83,9 @@ def test_trials_together_equal_trials_alone(budget):
         assert (weights(runs[number]) - weights(run)).norm() < 1e-4 * weights(run).norm()
     together = adapter_perplexities(bank, [(runs[number].adapter, public) for number in range(4)], budget)
     for number, run in enumerate(alone):
-        assert together[number] == pytest.approx(adapter_perplexities(run.bank, [(run.adapter, public)], 100_000)[0], rel=1e-4)
+        assert together[number] == pytest.approx(
+            adapter_perplexities(run.bank, [(run.adapter, public)], 100_000)[0], rel=1e-4
+        )
 
 
 def test_a_saved_adapter_is_the_same_model_in_plain_peft(tmp_path):
@@ -98,7 +117,9 @@ def test_an_unknown_target_is_named(unknown):
 def test_layers_of_one_name_can_be_told_apart(tmp_path):
     """An adapter of some of the layers that are called alike is saved under their whole names."""
     bank, public = tiny_bank(), random_examples(3, seed=9)
-    settings = TrialSettings(lora_r=4, batch_size=4, learning_rate=0.01, target_modules=("layers.1.self_attn.q_proj", "up_proj"))
+    settings = TrialSettings(
+        lora_r=4, batch_size=4, learning_rate=0.01, target_modules=("layers.1.self_attn.q_proj", "up_proj")
+    )
     run = Training(bank, random_examples(8), settings)
     losses(run, 2)
     bank.save(run.adapter, tmp_path)
@@ -114,11 +135,19 @@ def test_products_and_gradients_are_those_of_autograd():
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     x, y, dy = randn(12, 6).requires_grad_(), randn(12, 5), randn(12, 5)
     parts, expected, leaves = [], y.clone(), []
-    for start, end, rank, dropout in ((0, 5, 3, Dropout(0.4, 1, 0, (0, 1), (2, 3))), (8, 12, 2, Dropout(0.2, 2, 0, (0, 4), (0, 4)))):
+    for start, end, rank, dropout in (
+        (0, 5, 3, Dropout(0.4, 1, 0, (0, 1), (2, 3))),
+        (8, 12, 2, Dropout(0.2, 2, 0, (0, 4), (0, 4))),
+    ):
         a, b = randn(rank, 6).requires_grad_(), randn(5, rank).requires_grad_()
-        parts.append(LayerPart(start, end, a.detach(), b.detach(), torch.zeros_like(a), torch.zeros_like(b), 0.7, dropout))
+        parts.append(
+            LayerPart(
+                start, end, a.detach(), b.detach(), torch.zeros_like(a), torch.zeros_like(b), 0.7, dropout
+            )
+        )
         mask = dropout.kept(9, 6).double() / (1 - dropout.p)
         assert 0 < (mask == 0).sum() < mask.numel()
         expected = expected.index_add(0, torch.arange(start, end), 0.7 * (x[start:end] * mask) @ a.T @ b.T)
@@ -139,19 +168,34 @@ def test_dropout_masks():
     adapter = tiny_bank().attach(settings)
     whole, step = whole_group(examples), 3
     kept = make_dropout(adapter, whole, step).kept(layer=2, width=2000).float()
-    assert kept.mean().item() == pytest.approx(0.9, abs=0.003)  # 5 standard deviations of 300,000 draws
+    # 5 standard deviations of 300,000 draws
+    assert kept.mean().item() == pytest.approx(0.9, abs=0.003)
     correlation = np.corrcoef(kept[:, :-1].flatten(), kept[:, 1:].flatten())[0, 1]
     assert abs(correlation) < 0.01
-    last = Dropout(0.1, 5, step, (0, 6), (whole.prefix_length, examples[5].num_tokens - whole.prefix_length)).kept(2, 2000).float()
-    assert torch.equal(last[:whole.prefix_length], kept[:whole.prefix_length])
-    assert torch.equal(last[whole.prefix_length:], kept[-(examples[5].num_tokens - whole.prefix_length):])
-    for other in (make_dropout(adapter, whole, step + 1).kept(2, 2000), make_dropout(adapter, whole, step).kept(3, 2000)):
-        assert (other.float() == kept).float().mean().item() == pytest.approx(0.82, abs=0.01)  # 0.9**2 + 0.1**2
+    last = (
+        Dropout(0.1, 5, step, (0, 6), (whole.prefix_length, examples[5].num_tokens - whole.prefix_length))
+        .kept(2, 2000)
+        .float()
+    )
+    assert torch.equal(last[: whole.prefix_length], kept[: whole.prefix_length])
+    assert torch.equal(last[whole.prefix_length :], kept[-(examples[5].num_tokens - whole.prefix_length) :])
+    for other in (
+        make_dropout(adapter, whole, step + 1).kept(2, 2000),
+        make_dropout(adapter, whole, step).kept(3, 2000),
+    ):
+        # 0.9**2 + 0.1**2
+        assert (other.float() == kept).float().mean().item() == pytest.approx(0.82, abs=0.01)
     assert make_dropout(tiny_bank().attach(TrialSettings(lora_dropout=0.0)), whole, 0) is None
 
 
-@pytest.mark.parametrize(("change", "problem"), [({"r": 8}, "size mismatch"), ({"target_modules": ["nosuch"]}, "nosuch"),
-                                                 ({"target_modules": ["q_proj"]}, "matrices are on one side only")])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"r": 8}, "size mismatch"),
+        ({"target_modules": ["nosuch"]}, "nosuch"),
+        ({"target_modules": ["q_proj"]}, "matrices are on one side only"),
+    ],
+)
 def test_an_adapter_of_another_shape_is_refused(change, problem, tmp_path):
     bank = tiny_bank()
     bank.save(bank.attach(TrialSettings(lora_r=4)), tmp_path)

@@ -24,14 +24,30 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def options_of(tiny_base: Path, source: Path, output: Path) -> list[str]:
-    return ["--base-model", str(tiny_base), "--quantization", "none", "--input", str(source), "--output", str(output),
-            "--max-new-tokens", "24"]
+    return [
+        "--base-model",
+        str(tiny_base),
+        "--quantization",
+        "none",
+        "--input",
+        str(source),
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "24",
+    ]
 
 
 def infer(tiny_base: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
     arguments = [*options_of(tiny_base, source, output), *options]
-    return subprocess.Popen([sys.executable, str(PROJECT / "ray_jobs/batch_infer.py"), *arguments], cwd=output.parent, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / "ray_jobs/batch_infer.py"), *arguments],
+        cwd=output.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -62,6 +78,7 @@ def expected(tiny_base, many) -> list[dict[str, str]]:
     from qlora.base.model import load_tokenizer
     from qlora.config import BaseModelSettings, DecodingSettings
     from qlora.data.prompts import encode_prompt, load_prompt
+
     base = BaseModelSettings(name=str(tiny_base), quantization="none")
     engine = load_engine(ServedModel(base), DecodingSettings(max_new_tokens=24))
     tokenizer, prompt = load_tokenizer(base.name), load_prompt()
@@ -81,15 +98,22 @@ def wait_for_rows(folder: Path, count: int) -> None:
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Processes of the pool's engines among a command's descendants."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    listing = subprocess.run(
+        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]
     parents = {int(pid): int(parent) for pid, parent, *_ in map(str.split, listing)}
 
     def descends(pid: int) -> bool:
         return pid == process.pid or (pid in parents and descends(parents[pid]))
-    return [int(line.split()[0]) for line in listing if "EngineActor" in line and descends(int(line.split()[0]))]
+
+    return [
+        int(line.split()[0]) for line in listing if "EngineActor" in line and descends(int(line.split()[0]))
+    ]
 
 
-def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, many, tmp_path, capsys, monkeypatch):
+def test_killed_workers_and_drivers_lose_no_finished_row(
+    expected, tiny_base, many, tmp_path, capsys, monkeypatch
+):
     """Every row comes out once, in order, as if nothing had happened; the row that fails is told apart."""
     output = tmp_path / "out.json"
     first = infer(tiny_base, many, output)
@@ -103,7 +127,15 @@ def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, ma
     first.communicate(timeout=60)
     assert not output.exists()
 
-    changed = refused(ray_jobs.batch_infer, capsys, monkeypatch, *options_of(tiny_base, many, output), "--num-beams", "2", "--resume")
+    changed = refused(
+        ray_jobs.batch_infer,
+        capsys,
+        monkeypatch,
+        *options_of(tiny_base, many, output),
+        "--num-beams",
+        "2",
+        "--resume",
+    )
     assert "another generation settings" in changed
     out = finish(infer(tiny_base, many, output, "--resume"), code=4)
     assert "1 FAILED" in out.splitlines()[-1]
@@ -112,15 +144,25 @@ def test_killed_workers_and_drivers_lose_no_finished_row(expected, tiny_base, ma
     assert output.read_text(encoding="utf-8") == json.dumps(expected, ensure_ascii=False, indent=1) + "\n"
     assert [row["id"] for row in expected if not row["output"]] == ["r7"]
     meta = json.loads(output.with_name("out.json.meta.json").read_text())
-    assert (meta["rows"], meta["rows_generated"], meta["rows_failed"], meta["scores"]["count"]) == (400, generated, 1, 399)
-    assert [error["id"] for error in json.loads(output.with_name("out.json.errors.json").read_text())] == ["r7"]
+    assert (meta["rows"], meta["rows_generated"], meta["rows_failed"], meta["scores"]["count"]) == (
+        400,
+        generated,
+        1,
+        399,
+    )
+    assert [error["id"] for error in json.loads(output.with_name("out.json.errors.json").read_text())] == [
+        "r7"
+    ]
     assert not output.with_name(".out.json.work").exists()
 
 
 def test_two_jobs_on_one_output_are_refused(tmp_path):
     source = write(tmp_path / "in.json", ROWS)
-    with open_job(source, tmp_path / "out.json"), pytest.raises(InputError, match="being written by another job"), \
-            open_job(source, tmp_path / "out.json"):
+    with (
+        open_job(source, tmp_path / "out.json"),
+        pytest.raises(InputError, match="being written by another job"),
+        open_job(source, tmp_path / "out.json"),
+    ):
         pass
 
 
@@ -165,7 +207,10 @@ def test_a_family_that_the_search_lacks_is_served_by_generate(tmp_path, caplog):
 
     from inference.engine import BeamEngine, TransformersEngine, make_engine
     from qlora.config import DecodingSettings
-    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).eval()
     engine = make_engine(mamba, byte_tokenizer(), DecodingSettings(num_beams=1, max_new_tokens=4))
     assert isinstance(engine, TransformersEngine)
     assert caplog.text.count("using transformers.generate") == 1
@@ -180,16 +225,23 @@ def test_a_family_that_fails_at_its_first_forward_is_served_by_generate(caplog):
 
     from inference.engine import TransformersEngine, make_engine
     from qlora.config import DecodingSettings
+
     torch.manual_seed(0)
-    config = GptOssConfig(**SIZE, head_dim=16, num_local_experts=2, num_experts_per_tok=1, attn_implementation="eager")
+    config = GptOssConfig(
+        **SIZE, head_dim=16, num_local_experts=2, num_experts_per_tok=1, attn_implementation="eager"
+    )
     model = GptOssForCausalLM(config).eval()
     ids = torch.tensor([[1, 5, 6]])
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=4, pad_token_id=0)[0, 3:]
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=4, pad_token_id=0
+    )[0, 3:]
     engine = make_engine(model, byte_tokenizer(), DecodingSettings(max_new_tokens=4))
     assert isinstance(engine, TransformersEngine)
     assert "GptOssAttention" in engine.name
     assert caplog.text.count("using transformers.generate") == 1
-    assert [text for _, text, _ in engine.generate([(1, 5, 6)])] == [byte_tokenizer().decode(expected, skip_special_tokens=True).strip()]
+    assert [text for _, text, _ in engine.generate([(1, 5, 6)])] == [
+        byte_tokenizer().decode(expected, skip_special_tokens=True).strip()
+    ]
 
 
 @pytest.mark.parametrize("engine_name", ["BeamEngine", "TransformersEngine"])
@@ -199,6 +251,7 @@ def test_outputs_end_where_answers_end_in_training(engine_name):
 
     from inference.engine import make_engine
     from qlora.config import DecodingSettings
+
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 6.0
@@ -218,6 +271,7 @@ def test_a_pool_has_one_engine_an_accelerator():
     from ray.cluster_utils import Cluster
 
     from inference.pipeline import Pool, plan_pool
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         ray.init(address=cluster.address, log_to_driver=False)

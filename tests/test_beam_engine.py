@@ -37,10 +37,12 @@ def generated(model, prompt: tuple[int, ...], decoding: DecodingSettings) -> lis
     ids = torch.tensor([prompt], device=model.device)
     eos = model.generation_config.eos_token_id
     with torch.inference_mode():
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **generate_options(decoding))
-    tokens = out[0, len(prompt):].tolist()
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **generate_options(decoding)
+        )
+    tokens = out[0, len(prompt) :].tolist()
     ends = [i for i, token in enumerate(tokens) if token in ([eos] if isinstance(eos, int) else eos)]
-    return tokens[:ends[0] + 1] if ends else tokens
+    return tokens[: ends[0] + 1] if ends else tokens
 
 
 def searched(model, texts, decoding: DecodingSettings, **options) -> list[list[int]]:
@@ -50,16 +52,25 @@ def searched(model, texts, decoding: DecodingSettings, **options) -> list[list[i
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("settings", [
-    {"num_beams": 1}, {"num_beams": 3}, {"num_beams": 5, "length_penalty": 0.3}, {"num_beams": 3, "length_penalty": -0.5},
-    {"num_beams": 3, "early_stopping": True}, {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.6},
-    {"num_beams": 3, "min_new_tokens": 6},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 5, "length_penalty": 0.3},
+        {"num_beams": 3, "length_penalty": -0.5},
+        {"num_beams": 3, "early_stopping": True},
+        {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.6},
+        {"num_beams": 3, "min_new_tokens": 6},
+    ],
+)
 def test_tokens_equal_those_of_generate(family, settings):
     model, decoding = model_that_ends(family), DecodingSettings(max_new_tokens=20, **settings)
     texts = prompts()
     expected = [generated(model, text, decoding) for text in texts]
-    assert len({len(tokens) for tokens in expected}) > 1, "all outputs end together, so the test would prove little"
+    assert len({len(tokens) for tokens in expected}) > 1, (
+        "all outputs end together, so the test would prove little"
+    )
     assert searched(model, texts, decoding, max_slots=3) == expected
 
 
@@ -73,7 +84,9 @@ def test_several_eos_tokens(family):
 def test_a_seeded_sample_is_the_one_that_generate_draws(sampling):
     model = model_that_ends("llama")
     decoding = DecodingSettings(num_beams=1, do_sample=True, seed=11, max_new_tokens=12, **sampling)
-    assert searched(model, prompts(), decoding, max_slots=2) == [generated(model, text, decoding) for text in prompts()]
+    assert searched(model, prompts(), decoding, max_slots=2) == [
+        generated(model, text, decoding) for text in prompts()
+    ]
 
 
 def test_prompts_that_share_nothing_or_everything_or_stand_alone():
@@ -88,7 +101,11 @@ def test_a_searcher_serves_one_call_after_another():
     searcher = BeamSearcher(model, search_rules(model, decoding))
     calls = [prompts(5), prompts(3), [(9, 8, 7), (9, 8)], prompts(4, shared=30)]
     found = [[dict(searcher.search(texts))[i] for i in range(len(texts))] for texts in calls]
-    assert found == [[generated(tiny, text, decoding) for text in texts] for texts in calls for tiny in [model_that_ends("llama")]]
+    assert found == [
+        [generated(tiny, text, decoding) for text in texts]
+        for texts in calls
+        for tiny in [model_that_ends("llama")]
+    ]
 
 
 def test_out_of_memory_halves_the_slots_and_loses_nothing(monkeypatch):
@@ -100,6 +117,7 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(monkeypatch):
         if len(batch.examples) > 2:
             raise torch.cuda.OutOfMemoryError
         whole_step(batch)
+
     monkeypatch.setattr(searcher, "_step", step)
     found = dict(searcher.search(prompts(9)))
     assert searcher.max_slots == 2

@@ -153,12 +153,16 @@ def test_workers_get_the_image_of_the_head(tmp_path: Path, monkeypatch: pytest.M
     bootstrap = tmp_path / "ray_bootstrap_config.yaml"
     bootstrap.write_text(json.dumps(accept(config)))  # Ray writes it as one line of JSON.
     (command,) = [
-        command for command in config["head_start_ray_commands"] if bootstrap.name in command and "AMI" in command
+        command
+        for command in config["head_start_ray_commands"]
+        if bootstrap.name in command and "AMI" in command
     ]
     for _ in range(2):
         subprocess.run(["bash", "-c", command], check=True, timeout=30)
     rewritten = yaml.safe_load(bootstrap.read_text())
-    assert {node["node_config"]["ImageId"] for node in rewritten["available_node_types"].values()} == {"ami-0123"}
+    assert {node["node_config"]["ImageId"] for node in rewritten["available_node_types"].values()} == {
+        "ami-0123"
+    }
     assert rewritten["head_start_ray_commands"] == config["head_start_ray_commands"]
     curl.write_text("#!/bin/sh\nexit 22\n")
     assert subprocess.run(["bash", "-c", command], check=False, timeout=30).returncode != 0

@@ -32,11 +32,18 @@ def plain_attention(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale):
     outs, start, p = [], 0, rows.prefix_length
     groups = q_SHD.shape[1] // k_SKD.shape[1]
     for length in rows.lengths:
-        q = q_SHD[start:start + length].double().transpose(0, 1)
-        k, v = (torch.cat([prefix, own[start:start + length]]).double().transpose(0, 1).repeat_interleave(groups, 0)
-                for prefix, own in ((k_PKD, k_SKD), (v_PKD, v_SKD)))
+        q = q_SHD[start : start + length].double().transpose(0, 1)
+        k, v = (
+            torch.cat([prefix, own[start : start + length]])
+            .double()
+            .transpose(0, 1)
+            .repeat_interleave(groups, 0)
+            for prefix, own in ((k_PKD, k_SKD), (v_PKD, v_SKD))
+        )
         hidden = torch.ones(length, p + length, dtype=torch.bool, device=q.device).triu(p + 1)
-        outs.append(((q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+        outs.append(
+            ((q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+        )
         start += length
     return torch.cat(outs)
 
@@ -51,7 +58,7 @@ def test_flash_attention_behind_a_stored_prefix_equals_plain_attention(kv_heads,
     shapes = [(rows.num_tokens, 8), *[(rows.num_tokens, kv_heads)] * 2, *[(prefix, kv_heads)] * 2]
     tensors = [torch.randn(*shape, width, generator=generator, device=CUDA).bfloat16() for shape in shapes]
     assert supports(tensors[0], 167, None, None)
-    found, expected = flash_attend(*tensors, rows, width ** -0.5), plain_attention(*tensors, rows, width ** -0.5)
+    found, expected = flash_attend(*tensors, rows, width**-0.5), plain_attention(*tensors, rows, width**-0.5)
     assert (found.double() - expected).norm() < 1e-2 * expected.norm()
 
 
@@ -64,14 +71,18 @@ def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, nu
         groups[1] = replace(groups[1], prefix_length=0)  # a group may share nothing
     batch = pack_groups(groups, CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
-    tensors = [torch.randn(batch.num_tokens, heads, 64, generator=generator, device=CUDA).bfloat16().requires_grad_()
-               for heads in (8, kv_heads, kv_heads)]
+    tensors = [
+        torch.randn(batch.num_tokens, heads, 64, generator=generator, device=CUDA).bfloat16().requires_grad_()
+        for heads in (8, kv_heads, kv_heads)
+    ]
     outs = []
     for part in batch.parts:
         prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)
         q, k, v = tensors
-        outs += [plain_attention(q[prefix], k[prefix], v[prefix], k[:0], v[:0], part.prefix, 0.125),
-                 plain_attention(q[suffix], k[suffix], v[suffix], k[prefix], v[prefix], part.suffixes, 0.125)]
+        outs += [
+            plain_attention(q[prefix], k[prefix], v[prefix], k[:0], v[:0], part.prefix, 0.125),
+            plain_attention(q[suffix], k[suffix], v[suffix], k[prefix], v[prefix], part.suffixes, 0.125),
+        ]
     expected = torch.cat(outs)
     found = flash_attend_stream(*tensors, batch.stretches, 0.125)
     grad = torch.randn(found.shape, generator=generator, device=CUDA)
@@ -91,33 +102,62 @@ def test_kernels_equal_plain_pytorch(dtype):
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, device=CUDA).to(dtype)
-    parts = [None if r == 0 else LayerPart(*bound, randn(r, width_in), randn(width_out, r), torch.zeros(r, width_in, device=CUDA),
-                                           torch.zeros(width_out, r, device=CUDA), 0.5 + r / 50, None)
-             for r, bound in zip(ranks, bounds, strict=True)]
+
+    parts = [
+        None
+        if r == 0
+        else LayerPart(
+            *bound,
+            randn(r, width_in),
+            randn(width_out, r),
+            torch.zeros(r, width_in, device=CUDA),
+            torch.zeros(width_out, r, device=CUDA),
+            0.5 + r / 50,
+            None,
+        )
+        for r, bound in zip(ranks, bounds, strict=True)
+    ]
     dropouts = [Dropout(0.3, 7, 2, (0, 1), (20, 30)), None, None, Dropout(0.1, 8, 2, (0, 5), (100, 50))]
     x, dy = randn(300, width_in), randn(300, width_out)
     for dropped in (False, True):
         tables = lora_kernels.pass_tables_on(CUDA, bounds, dropouts if dropped else [None] * 4)
-        layer, = lora_kernels.make_layer_tables([parts], CUDA).layers
+        (layer,) = lora_kernels.make_layer_tables([parts], CUDA).layers
         mask = dropped_inputs(bounds, dropouts if dropped else [None] * 4, x)
-        y, dx = torch.zeros(300, width_out, dtype=dtype, device=CUDA), torch.zeros(300, width_in, dtype=dtype, device=CUDA)
+        y, dx = (
+            torch.zeros(300, width_out, dtype=dtype, device=CUDA),
+            torch.zeros(300, width_in, dtype=dtype, device=CUDA),
+        )
         low = lora_kernels.add_lora(x, y, tables, layer, 5)
         lora_kernels.lora_backward(x, dy, dx, low, tables, layer, 5)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         for part in filter(None, parts):
             here = slice(part.start, part.end)
-            xd, a, b, grad = (x[here].double() * mask[here], part.a.double(), part.b.double(), dy[here].double())
-            expected = {"y": part.scale * xd @ a.T @ b.T, "dx": part.scale * (grad @ b @ a) * mask[here],
-                        "a": part.scale * (grad @ b).T @ xd, "b": part.scale * grad.T @ (xd @ a.T)}
+            xd, a, b, grad = (
+                x[here].double() * mask[here],
+                part.a.double(),
+                part.b.double(),
+                dy[here].double(),
+            )
+            expected = {
+                "y": part.scale * xd @ a.T @ b.T,
+                "dx": part.scale * (grad @ b @ a) * mask[here],
+                "a": part.scale * (grad @ b).T @ xd,
+                "b": part.scale * grad.T @ (xd @ a.T),
+            }
             for name, found in {"y": y[here], "dx": dx[here], "a": part.a_grad, "b": part.b_grad}.items():
-                assert (found.double() - expected[name]).norm() <= tolerance * expected[name].norm(), (name, dropped)
+                assert (found.double() - expected[name]).norm() <= tolerance * expected[name].norm(), (
+                    name,
+                    dropped,
+                )
             part.a_grad.zero_()
             part.b_grad.zero_()
         assert not y[51:150].any()
         new_y, new_dx = torch.full_like(y, torch.nan), torch.full_like(dx, torch.nan)
         low = lora_kernels.add_lora(x, new_y, tables, layer, 5, is_new=True)
         lora_kernels.lora_backward(x, dy, new_dx, low, tables, layer, 5, is_new=True)
-        assert torch.equal(new_y, y) and torch.equal(new_dx, dx), "what is put into new memory is what is added to zeros"
+        assert torch.equal(new_y, y) and torch.equal(new_dx, dx), (
+            "what is put into new memory is what is added to zeros"
+        )
         for part in filter(None, parts):
             part.a_grad.zero_()
             part.b_grad.zero_()
@@ -132,18 +172,31 @@ def dropped_inputs(bounds, dropouts, x):
     width = x.shape[1]
     rank = 128
     eye = torch.eye(rank, width, device=CUDA)
-    parts = [LayerPart(*bound, eye, torch.zeros(8, rank, device=CUDA), torch.zeros_like(eye), torch.zeros(8, rank, device=CUDA), 1.0, None)
-             for bound in bounds]
-    layer, = lora_kernels.make_layer_tables([parts], CUDA).layers
+    parts = [
+        LayerPart(
+            *bound,
+            eye,
+            torch.zeros(8, rank, device=CUDA),
+            torch.zeros_like(eye),
+            torch.zeros(8, rank, device=CUDA),
+            1.0,
+            None,
+        )
+        for bound in bounds
+    ]
+    (layer,) = lora_kernels.make_layer_tables([parts], CUDA).layers
     ones = torch.ones(x.shape, device=CUDA)
     tables = lora_kernels.pass_tables_on(CUDA, bounds, dropouts)
-    return lora_kernels.add_lora(ones, torch.zeros(x.shape[0], 8, device=CUDA), tables, layer, 5)[:, :width].double()
+    return lora_kernels.add_lora(ones, torch.zeros(x.shape[0], 8, device=CUDA), tables, layer, 5)[
+        :, :width
+    ].double()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_trials_together_equal_trials_alone_on_a_gpu(family):
     """In float32, where nothing hides behind rounding; in training that moves, with dropout."""
     from test_bank import TRIALS
+
     examples = [random_examples(10, seed=number, shared=10 + number) for number in range(4)]
     alone = [Training(gpu_bank(family), examples[n], TRIALS[n]) for n in range(4)]
     expected = [[run.advance(10_000).loss for _ in range(2)] for run in alone]
@@ -160,6 +213,7 @@ def test_recorded_passes_equal_launched_ones():
     """Losses, gradients and perplexities of trials that come and go, in bfloat16, where FlashAttention is: up to rounding, since a
     recording's kernels add up in another order. The first trial leaves layers alone that later ones target."""
     from test_bank import TRIALS
+
     public = random_examples(6, seed=9)
     numbers, gradients = {}, {}
     for is_recorded in (False, True):
@@ -168,14 +222,25 @@ def test_recorded_passes_equal_launched_ones():
         if not is_recorded:
             bank.recorder.stop()
         trainings, numbers[is_recorded], gradients[is_recorded] = {}, [], []
-        for there, budget in (((3,), 9999), ((3,), 9999), (range(4), 9999), (range(2), 9999), (range(4), 150), (range(1, 4), 9999)):
+        for there, budget in (
+            ((3,), 9999),
+            ((3,), 9999),
+            (range(4), 9999),
+            (range(2), 9999),
+            (range(4), 150),
+            (range(1, 4), 9999),
+        ):
             for number in there:
                 if number not in trainings:
-                    trainings[number] = Training(bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number])
+                    trainings[number] = Training(
+                        bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number]
+                    )
             for result in advance_together([trainings[number] for number in there], budget):
                 numbers[is_recorded] += [result.loss, result.grad_norm]
             gradients[is_recorded] += [trainings[number].adapter.gradients.clone() for number in there]
-        for values in adapter_perplexities(bank, [(trainings[number].adapter, public) for number in (0, 3)], 10_000):
+        for values in adapter_perplexities(
+            bank, [(trainings[number].adapter, public) for number in (0, 3)], 10_000
+        ):
             numbers[is_recorded] += values
         assert bool(bank.recorder.num_recordings) == is_recorded
     assert numbers[True] == pytest.approx(numbers[False], rel=0.03)
@@ -186,9 +251,13 @@ def test_recorded_passes_equal_launched_ones():
 def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch):
     """A step's small remainder is not recorded beside its large passes; a trial that stays behind is recorded again."""
     from test_bank import TRIALS
+
     bank = gpu_bank("llama", torch.bfloat16)
     monkeypatch.setattr(passes, "_LAUNCH_BOUND", 400 * bank.mean_parameters)
-    trainings = [Training(bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number]) for number in range(4)]
+    trainings = [
+        Training(bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number])
+        for number in range(4)
+    ]
     sizes = []
     for there in (1, 4, 4, 1):
         advance_together(trainings[:there], 1000)
@@ -199,6 +268,7 @@ def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch)
 def test_a_pass_that_cannot_be_recorded_is_launched():
     """Float32 has no FlashAttention: that size is refused, and results are those of a bank without a recorder."""
     from test_bank import TRIALS
+
     losses = []
     for is_recorded in (False, True):
         bank = gpu_bank("llama")
@@ -221,20 +291,34 @@ def gpu_bank(family, dtype=torch.float32):
 def test_packed_training_is_as_exact_as_padded_rows(family):
     """In bfloat16 the packed stream is no further from float32 than padded rows are, up to the noise of rounding."""
     examples = random_examples(6, shared=24)
-    exact, padded, base = with_lora(tiny_model(family)), with_lora(tiny_model(family)).to(CUDA), tiny_model(family)
+    exact, padded, base = (
+        with_lora(tiny_model(family)),
+        with_lora(tiny_model(family)).to(CUDA),
+        tiny_model(family),
+    )
     use_packed_attention(base)
     packed = with_lora(base).to(CUDA)
     padded_loss(exact, examples).backward()
     with torch.autocast("cuda", torch.bfloat16):
         padded_loss(padded, examples).backward()
         answer_nll(packed, pack(examples, CUDA)).mean().backward()
-    errors = {name: (gradients(model).cpu() - gradients(exact)).norm() for name, model in {"padded": padded, "packed": packed}.items()}
+    errors = {
+        name: (gradients(model).cpu() - gradients(exact)).norm()
+        for name, model in {"padded": padded, "packed": packed}.items()
+    }
     assert errors["packed"] < 1.5 * errors["padded"], errors
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("settings", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 5, "length_penalty": 0.3},
-                                      {"num_beams": 3, "early_stopping": True, "min_new_tokens": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 5, "length_penalty": 0.3},
+        {"num_beams": 3, "early_stopping": True, "min_new_tokens": 4},
+    ],
+)
 def test_tokens_equal_those_of_generate(family, settings):
     model, decoding = model_that_ends(family).to(CUDA), DecodingSettings(max_new_tokens=20, **settings)
     expected = [generated(model, text, decoding) for text in prompts()]

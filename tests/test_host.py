@@ -21,8 +21,11 @@ from qlora.training import Training
 from tuning.host import Host, SweepData
 from tuning.space import Space
 
-CONFIGS = [{"learning_rate": 0.01, "lora_r": 4}, {"learning_rate": 0.003, "lora_r": 8},
-           {"learning_rate": 0.02, "lora_r": 2, "epochs": "1+1"}]
+CONFIGS = [
+    {"learning_rate": 0.01, "lora_r": 4},
+    {"learning_rate": 0.003, "lora_r": 8},
+    {"learning_rate": 0.02, "lora_r": 2, "epochs": "1+1"},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +38,23 @@ def threads():
 
 @pytest.fixture(scope="module")
 def data(tiny_base) -> SweepData:
-    space = Space.model_validate({"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "t", "public": "p"},
-                                  "trial": {"batch_size": 4, "lora_dropout": 0.1}, "search": {"learning_rate": {"choice": [0.01]}},
-                                  "scheduler": {"type": "asha", "grace_period": 50}})
-    return SweepData(space, random_examples(12, vocabulary=250), random_examples(5, seed=3, vocabulary=250), 10_000)
+    space = Space.model_validate(
+        {
+            "base_model": {"name": str(tiny_base), "quantization": "none"},
+            "data": {"train": "t", "public": "p"},
+            "trial": {"batch_size": 4, "lora_dropout": 0.1},
+            "search": {"learning_rate": {"choice": [0.01]}},
+            "scheduler": {"type": "asha", "grace_period": 50},
+        }
+    )
+    return SweepData(
+        space, random_examples(12, vocabulary=250), random_examples(5, seed=3, vocabulary=250), 10_000
+    )
 
 
-def run(host: Host, name: str, config: dict, folder: Path, checkpoints: tuple[str, ...] = ()) -> list[dict[str, float]]:
+def run(
+    host: Host, name: str, config: dict, folder: Path, checkpoints: tuple[str, ...] = ()
+) -> list[dict[str, float]]:
     """A trial as tuning.trial has it, without Ray."""
     found = []
     for step in host.attach(name, f"holder of {name}", config, checkpoints):
@@ -57,7 +70,9 @@ def alone(data: SweepData, config: dict) -> tuple[list[float], float]:
     settings = data.space.trial_settings(config)
     training = Training(load_bank(data.space.base_model), data.train, settings)
     found = losses(training, training.timetable.total_steps)
-    return found, mean_perplexity(adapter_perplexities(training.bank, [(training.adapter, data.public)], 10_000)[0])
+    return found, mean_perplexity(
+        adapter_perplexities(training.bank, [(training.adapter, data.public)], 10_000)[0]
+    )
 
 
 def test_trials_of_a_host_are_what_they_are_alone(data, tmp_path):
@@ -69,7 +84,8 @@ def test_trials_of_a_host_are_what_they_are_alone(data, tmp_path):
         assert points[-1]["public_perplexity"] == pytest.approx(perplexity, rel=1e-4)
         assert points[-1]["step"] == len(expected)
     assert host.zero_shot() == pytest.approx(
-        adapter_perplexities(load_bank(data.space.base_model), [(None, data.public)], 10_000)[0], rel=1e-5)
+        adapter_perplexities(load_bank(data.space.base_model), [(None, data.public)], 10_000)[0], rel=1e-5
+    )
 
 
 def test_a_host_knows_where_its_time_went(data, tmp_path):
@@ -93,7 +109,9 @@ def test_trials_go_on_from_an_adapter(data, tmp_path):
     before = run(Host(data, 1), "first", CONFIGS[0], tmp_path)[-1]
     folder = tmp_path / f"first-{before['step']}" / "adapter"
     start = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
-    after = run(Host(replace(data, start=start), 1), "second", {"learning_rate": 1e-12, "lora_r": 4}, tmp_path)[0]
+    after = run(
+        Host(replace(data, start=start), 1), "second", {"learning_rate": 1e-12, "lora_r": 4}, tmp_path
+    )[0]
     assert after["public_perplexity"] == pytest.approx(before["public_perplexity"], rel=1e-5)
 
 
@@ -105,6 +123,7 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, mon
         if budget_tokens > 400:
             raise torch.cuda.OutOfMemoryError("no room")
         return whole_step(trainings, budget_tokens)
+
     monkeypatch.setattr(tuning.host, "advance_together", short_of_memory)
     points = run(Host(data, 1), "t", CONFIGS[0], tmp_path)
     assert tried[:6] == [10_000, 5000, 2500, 1250, 625, 312]
@@ -119,6 +138,7 @@ def test_a_trial_that_fits_nowhere_ends_alone(data, tmp_path, monkeypatch):
         if any(training.settings.lora_r == 8 for training in trainings):
             raise torch.cuda.OutOfMemoryError("no room")
         return whole_step(trainings, budget_tokens)
+
     monkeypatch.setattr(tuning.host, "advance_together", short_of_memory)
     host = Host(data, 1)
     with ThreadPoolExecutor(2) as pool:
@@ -135,10 +155,14 @@ def test_a_full_disk_is_one_trials_failure(data, tmp_path, monkeypatch):
         if "first" in str(folder):
             raise OSError("no space left on device")
         whole_write(content, folder)
+
     monkeypatch.setattr(tuning.host.CheckpointContent, "write", full)
     host = Host(data, 1)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.submit(run, host, "first", CONFIGS[0], tmp_path), pool.submit(run, host, "second", CONFIGS[0], tmp_path)
+        first, second = (
+            pool.submit(run, host, "first", CONFIGS[0], tmp_path),
+            pool.submit(run, host, "second", CONFIGS[0], tmp_path),
+        )
         with pytest.raises(OSError, match="no space"):
             first.result()
         assert second.result()[-1]["schedule_percent"] == 100
@@ -178,6 +202,7 @@ def test_a_seat_is_given_up_when_its_holder_takes_another(data, tmp_path):
             host.advance("old", 10**9, str(tmp_path))
         except RuntimeError as error:
             reply.append(error)
+
     waiting = threading.Thread(target=advance)
     waiting.start()
     host.attach("new", "same holder", CONFIGS[1], ())

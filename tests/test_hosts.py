@@ -34,16 +34,29 @@ def host_process(hosts) -> int:
 
 
 def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
-    space = Space.model_validate({"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "t", "public": "p"},
-                                  "search": {"lora_r": {"choice": [4]}}})
+    space = Space.model_validate(
+        {
+            "base_model": {"name": str(tiny_base), "quantization": "none"},
+            "data": {"train": "t", "public": "p"},
+            "search": {"lora_r": {"choice": [4]}},
+        }
+    )
     examples = random_examples(4, vocabulary=250)
     hosts = start_hosts()
     begin_hosts(hosts, SweepData(space, examples, examples))
 
     def processes() -> list[int]:
         """Of the hosts found by two holders on each node, asking at once."""
-        return ray.get([host_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(hosts)
-                        for node in nodes for _ in range(2)])
+        return ray.get(
+            [
+                host_process.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+                ).remote(hosts)
+                for node in nodes
+                for _ in range(2)
+            ]
+        )
+
     first = processes()
     assert first[0] == first[1] != first[2] == first[3]
     os.kill(first[0], signal.SIGKILL)

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
-    "qlora": set(), "tuning": {"qlora"}, "inference": {"qlora"}, "tracking": {"qlora"},
+    "qlora": set(),
+    "tuning": {"qlora"},
+    "inference": {"qlora"},
+    "tracking": {"qlora"},
     "ray_jobs": {"qlora", "tuning", "inference", "tracking"},
 }
 OWNER = {"ray.tune": "tuning", "ray.data": "inference", "mlflow": "tracking"}
@@ -44,8 +47,13 @@ def test_imports_run_one_way(room):
 
 @pytest.mark.parametrize(("package", "owner"), OWNER.items())
 def test_a_library_has_one_room(package, owner):
-    users = {room for room in MAY_IMPORT for path in files_of(room)
-             for name in imports_of(path) if name == package or name.startswith(package + ".")}
+    users = {
+        room
+        for room in MAY_IMPORT
+        for path in files_of(room)
+        for name in imports_of(path)
+        if name == package or name.startswith(package + ".")
+    }
     assert users == {owner}
 
 
@@ -55,7 +63,9 @@ def test_the_core_knows_no_ray():
 
 def loaded_by(code: str) -> str:
     report = f"import sys; {code}\nprint([name for name in {HEAVY!r} if name in sys.modules])"
-    return subprocess.run([sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_settings_import_nothing_heavy():

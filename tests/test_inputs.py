@@ -18,7 +18,10 @@ import workflows.sweep.start
 from qlora.base import model as base_model
 from workflows import session
 
-GOOD = [{"id": "a", "instruction": "翻譯：甲", "output": "乙"}, {"id": "b", "instruction": "翻譯：丙", "output": "丁"}]
+GOOD = [
+    {"id": "a", "instruction": "翻譯：甲", "output": "乙"},
+    {"id": "b", "instruction": "翻譯：丙", "output": "丁"},
+]
 BAD_DATA = {
     "not a list": ({"id": "a"}, "must be a JSON list"),
     "no rows": ([], "holds no rows"),
@@ -27,13 +30,19 @@ BAD_DATA = {
     "a number as id": ([{"id": 1, "instruction": "x", "output": "y"}], "row 0: id must be text"),
     "the same id twice": ([GOOD[0], GOOD[0]], "row 1: id 'a' was used in row 0"),
     "an empty instruction": ([{"id": "a", "instruction": " ", "output": "y"}], "row 0: instruction is empty"),
-    "null as instruction": ([{"id": "a", "instruction": None, "output": "y"}], "row 0: instruction must be text, not null"),
+    "null as instruction": (
+        [{"id": "a", "instruction": None, "output": "y"}],
+        "row 0: instruction must be text, not null",
+    ),
     "half a surrogate pair": ([{"id": "a", "instruction": "\ud800", "output": "y"}], "surrogate"),
 }
 BAD_ANSWERS = {
     "no output": ([{"id": "a", "instruction": "x"}], "row 0: has no 'output'"),
     "an empty output": ([{"id": "a", "instruction": "x", "output": ""}], "row 0: output is empty"),
-    "a list as output": ([{"id": "a", "instruction": "x", "output": ["y"]}], "row 0: output must be text, not a list"),
+    "a list as output": (
+        [{"id": "a", "instruction": "x", "output": ["y"]}],
+        "row 0: output must be text, not a list",
+    ),
 }
 BAD_FILES = {
     "missing": (None, "no such file"),
@@ -46,8 +55,10 @@ BAD_FILES = {
 @pytest.fixture(autouse=True)
 def nothing_heavy_happens(monkeypatch):
     """Loading weights or starting Ray during validation fails the test."""
+
     def forbidden(*_, **__):
         raise AssertionError("this must not happen before the input is checked")
+
     monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", forbidden)
     monkeypatch.setattr(session, "connect_ray", forbidden)
     monkeypatch.setattr(workflows.sweep.start, "connect_ray", forbidden)
@@ -58,7 +69,8 @@ def refused(module, capsys, monkeypatch, *arguments) -> str:
     """Run a command that must refuse its input; returns the one error line."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
-    with patch.dict(os.environ), pytest.raises(SystemExit) as end:  # a command makes its process's environment its own
+    # a command makes its process's environment its own
+    with patch.dict(os.environ), pytest.raises(SystemExit) as end:
         session.run(module.main)
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2, error
@@ -72,6 +84,7 @@ def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
     def run(data, *more):
         options = ("--base-model", tiny_base, "--data", data, "--output", tmp_path / "o.json")
         return refused(ray_jobs.evaluate, capsys, monkeypatch, *options, *more)
+
     return run
 
 
@@ -79,21 +92,38 @@ def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
 def infer(capsys, monkeypatch, tiny_base, tmp_path):
     def run(data, *more, base=True):
         base_options = ("--base-model", tiny_base) if base else ()
-        return refused(ray_jobs.batch_infer, capsys, monkeypatch, *base_options, "--input", data, "--output", tmp_path / "o.json", *more)
+        return refused(
+            ray_jobs.batch_infer,
+            capsys,
+            monkeypatch,
+            *base_options,
+            "--input",
+            data,
+            "--output",
+            tmp_path / "o.json",
+            *more,
+        )
+
     return run
 
 
 @pytest.fixture
 def tune(capsys, monkeypatch, tiny_base, write_rows, tmp_path):
     """Run tune.py on a good space changed by `change`, a function of the YAML mapping."""
+
     def run(change=lambda space: None, *more):
         data = str(write_rows(GOOD, "good.json"))
-        space = {"base_model": {"name": str(tiny_base)}, "data": {"train": data, "public": data},
-                 "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}}, "num_samples": 2}
+        space = {
+            "base_model": {"name": str(tiny_base)},
+            "data": {"train": data, "public": data},
+            "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}},
+            "num_samples": 2,
+        }
         change(space)
         path = tmp_path / "space.yaml"
         path.write_text(yaml.safe_dump(space), encoding="utf-8")
         return refused(ray_jobs.tune, capsys, monkeypatch, "--space", path, "--name", "never-started", *more)
+
     return run
 
 
@@ -130,34 +160,76 @@ def test_bad_files_are_refused(case, evaluate, infer, tmp_path):
 
 SPACES = {
     "an unknown key": (lambda s: s.update(serach={}), "serach: unknown key"),
-    "an unknown setting": (lambda s: s["search"].update(learning_rat={"choice": [1]}), "search.learning_rat is no trial setting"),
-    "an unknown sampler": (lambda s: s["search"].update(lora_r={"choose": [1]}), "search.lora_r.choose is no sampler"),
+    "an unknown setting": (
+        lambda s: s["search"].update(learning_rat={"choice": [1]}),
+        "search.learning_rat is no trial setting",
+    ),
+    "an unknown sampler": (
+        lambda s: s["search"].update(lora_r={"choose": [1]}),
+        "search.lora_r.choose is no sampler",
+    ),
     "a sampler without a list": (lambda s: s["search"].update(lora_r={"choice": 4}), "takes a list"),
-    "two samplers": (lambda s: s["search"].update(lora_r={"choice": [4], "randint": [1, 2]}), "must hold one sampler"),
-    "bounds the wrong way round": (lambda s: s["search"].update(learning_rate={"uniform": [0.1, 0.01]}), "must be below upper"),
-    "a log scale from zero": (lambda s: s["search"].update(learning_rate={"loguniform": [0, 0.01]}), "lower must be above 0"),
-    "text as a bound": (lambda s: s["search"].update(learning_rate={"uniform": ["a", "b"]}), "takes the numbers [lower, upper]"),
-    "a bound too many": (lambda s: s["search"].update(learning_rate={"uniform": [0.1, 0.2, 0.3]}), "takes the numbers"),
+    "two samplers": (
+        lambda s: s["search"].update(lora_r={"choice": [4], "randint": [1, 2]}),
+        "must hold one sampler",
+    ),
+    "bounds the wrong way round": (
+        lambda s: s["search"].update(learning_rate={"uniform": [0.1, 0.01]}),
+        "must be below upper",
+    ),
+    "a log scale from zero": (
+        lambda s: s["search"].update(learning_rate={"loguniform": [0, 0.01]}),
+        "lower must be above 0",
+    ),
+    "text as a bound": (
+        lambda s: s["search"].update(learning_rate={"uniform": ["a", "b"]}),
+        "takes the numbers [lower, upper]",
+    ),
+    "a bound too many": (
+        lambda s: s["search"].update(learning_rate={"uniform": [0.1, 0.2, 0.3]}),
+        "takes the numbers",
+    ),
     "a fraction as rank": (lambda s: s["search"].update(lora_r={"choice": [1.5]}), "search.lora_r"),
     "half ranks": (lambda s: s["search"].update(lora_r={"randint": [1, 2.5]}), "whole numbers"),
-    "certain dropout": (lambda s: s["search"].update(lora_dropout={"uniform": [0.0, 1.0]}), "search.lora_dropout"),
+    "certain dropout": (
+        lambda s: s["search"].update(lora_dropout={"uniform": [0.0, 1.0]}),
+        "search.lora_dropout",
+    ),
     "no epochs": (lambda s: s["search"].update(epochs={"choice": [0]}), "positive integer or stages"),
     "odd stages": (lambda s: s["search"].update(epochs={"choice": ["1+x"]}), "positive integer or stages"),
     "nothing to search": (lambda s: s.update(search={}), "search is empty"),
     "fixed and searched": (lambda s: s.update(trial={"learning_rate": 0.1}), "under both trial and search"),
     "an unknown fixed setting": (lambda s: s.update(trial={"bach_size": 4}), "trial.bach_size"),
-    "an infinite rate": (lambda s: s["search"].update(learning_rate={"choice": [float("inf")]}), "search.learning_rate"),
-    "grace above max_t": (lambda s: s.update(scheduler={"type": "asha", "max_t": 50, "grace_period": 60}), "grace_period 60 must be below"),
-    "more than 100 percent": (lambda s: s.update(scheduler={"type": "asha", "max_t": 200}), "can't be above 100"),
-    "no reduction": (lambda s: s.update(scheduler={"type": "asha", "reduction_factor": 1}), "reduction_factor"),
+    "an infinite rate": (
+        lambda s: s["search"].update(learning_rate={"choice": [float("inf")]}),
+        "search.learning_rate",
+    ),
+    "grace above max_t": (
+        lambda s: s.update(scheduler={"type": "asha", "max_t": 50, "grace_period": 60}),
+        "grace_period 60 must be below",
+    ),
+    "more than 100 percent": (
+        lambda s: s.update(scheduler={"type": "asha", "max_t": 200}),
+        "can't be above 100",
+    ),
+    "no reduction": (
+        lambda s: s.update(scheduler={"type": "asha", "reduction_factor": 1}),
+        "reduction_factor",
+    ),
     "an unknown scheduler": (lambda s: s.update(scheduler={"type": "pbt"}), "scheduler"),
     "no samples": (lambda s: s.update(num_samples=0), "num_samples"),
     "no data": (lambda s: s.pop("data"), "data"),
     "an unknown prompt": (lambda s: s.update(prompt="nosuch"), "no prompt named 'nosuch'"),
     "a prompt that needs shots": (lambda s: s.update(prompt="few-shot"), "needs shots"),
     "an unknown base": (lambda s: s.update(base_model={"name": "nosuch"}), "nosuch: is no base model"),
-    "an unknown quantization": (lambda s: s.update(base_model={"name": "x", "quantization": "int3"}), "base_model.quantization"),
-    "a grid for optuna": (lambda s: s.update(searcher={"type": "optuna"}, search={"lora_r": {"grid_search": [4]}}), "grid_search"),
+    "an unknown quantization": (
+        lambda s: s.update(base_model={"name": "x", "quantization": "int3"}),
+        "base_model.quantization",
+    ),
+    "a grid for optuna": (
+        lambda s: s.update(searcher={"type": "optuna"}, search={"lora_r": {"grid_search": [4]}}),
+        "grid_search",
+    ),
     "a model name with a slash": (lambda s: s.update(registered_model="a/b"), "registered_model"),
 }
 
@@ -176,6 +248,7 @@ def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
 
     def alone(*arguments):
         return refused(ray_jobs.tune, capsys, monkeypatch, *arguments)
+
     assert "--space FILE" in alone()
     assert "no such file" in alone("--space", tmp_path / "nosuch.yaml", "--name", "x")
     assert "there is no sweep 'nosuch'" in alone("--resume", "nosuch")
@@ -189,14 +262,19 @@ def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
 
 def test_tune_continues_from_fitting_adapters_only(tune, tmp_path):
     def with_adapter(**config):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}), encoding="utf-8")
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", **config}), encoding="utf-8"
+        )
         save_file({}, tmp_path / "adapter_model.safetensors")
         return tune(lambda s: None, "--continue-from", str(tmp_path))
+
     whole = {"base_model_name_or_path": "another", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     assert "belongs to the base another" in with_adapter(**whole)
     assert "names no base_model" in with_adapter(r=4)
     assert "use_rslora, which trials don't have" in with_adapter(**whole, use_rslora=True)
-    assert "says no lora_alpha" in with_adapter(base_model_name_or_path="another", r=4, target_modules=["q_proj"])
+    assert "says no lora_alpha" in with_adapter(
+        base_model_name_or_path="another", r=4, target_modules=["q_proj"]
+    )
     assert "has no adapter_config.json" in tune(lambda s: None, "--continue-from", str(tmp_path / "nosuch"))
     assert "give it alone" in tune(lambda s: None, "--continue-from", str(tmp_path), "--resume", "x")
 
@@ -206,6 +284,7 @@ def test_promote_refuses_what_it_does_not_know(capsys, monkeypatch, tmp_path):
 
     def asked(*arguments):
         return refused(ray_jobs.promote, capsys, monkeypatch, *arguments)
+
     assert "is no registered model" in asked("nobody")
     assert "is no registered model" in asked("nobody", "--version", "1")
     assert "is no registered model" in asked("nobody", "--roll-back")
@@ -217,7 +296,10 @@ def test_bad_bases_and_adapters_are_refused(capsys, monkeypatch, write_rows, tmp
     data = write_rows(GOOD)
 
     def with_base(*options):
-        return refused(ray_jobs.evaluate, capsys, monkeypatch, "--data", data, "--output", tmp_path / "o.json", *options)
+        return refused(
+            ray_jobs.evaluate, capsys, monkeypatch, "--data", data, "--output", tmp_path / "o.json", *options
+        )
+
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in with_base("--base-model", tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
@@ -246,10 +328,23 @@ def test_remote_code_is_refused(capsys, monkeypatch, write_rows, tmp_path):
     tiny_model("llama").save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    config |= {"model_type": "nosuch", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    config |= {
+        "model_type": "nosuch",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "evil.py").write_text("raise SystemExit('ran remote code')", encoding="utf-8")
-    error = refused(ray_jobs.evaluate, capsys, monkeypatch, "--base-model", folder, "--data", write_rows(GOOD), "--output", tmp_path / "o")
+    error = refused(
+        ray_jobs.evaluate,
+        capsys,
+        monkeypatch,
+        "--base-model",
+        folder,
+        "--data",
+        write_rows(GOOD),
+        "--output",
+        tmp_path / "o",
+    )
     assert "can't be loaded" in error
 
 

@@ -60,13 +60,18 @@ def test_the_prefix_stands_once_in_the_stream():
 
 def test_parts_of_a_stream_do_not_see_each_other():
     """Several trials' groups in one stream score as each does alone."""
-    groups = [whole_group(random_examples(count, seed, shared)) for count, seed, shared in ((3, 0, 20), (1, 1, 5), (4, 2, 1))]
+    groups = [
+        whole_group(random_examples(count, seed, shared))
+        for count, seed, shared in ((3, 0, 20), (1, 1, 5), (4, 2, 1))
+    ]
     for family in CONFIGS:
         model = tiny_model(family)
         use_packed_attention(model)
         together = pack_groups(groups)
         alone = torch.cat([answer_nll(model, pack_groups([group])) for group in groups])
-        assert lay_out(groups).num_answers == tuple(sum(len(e.answer) for e in group.examples) for group in groups)
+        assert lay_out(groups).num_answers == tuple(
+            sum(len(e.answer) for e in group.examples) for group in groups
+        )
         torch.testing.assert_close(answer_nll(model, together), alone, rtol=1e-5, atol=1e-5)
 
 

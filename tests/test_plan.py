@@ -19,8 +19,15 @@ TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
 
 
 def space(**changes) -> Space:
-    return Space.model_validate({"data": {"train": "t", "public": "p"}, "trial": {"batch_size": 4},
-                                 "search": {"lora_r": {"choice": [4, 16]}}, "num_samples": 8, **changes})
+    return Space.model_validate(
+        {
+            "data": {"train": "t", "public": "p"},
+            "trial": {"batch_size": 4},
+            "search": {"lora_r": {"choice": [4, 16]}},
+            "num_samples": 8,
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -28,9 +35,13 @@ def test_a_models_parameters_are_counted(family):
     model, size = tiny_model(family), model_size(CONFIGS[family])
     assert size.linear + size.other == sum(p.numel() for p in model.parameters())
     adapter = tiny_bank(family).attach(TrialSettings(lora_r=4))
-    assert size.adapter_parameters(TrialSettings(lora_r=4)) == sum(m.numel() for m in adapter.matrices().values())
+    assert size.adapter_parameters(TrialSettings(lora_r=4)) == sum(
+        m.numel() for m in adapter.matrices().values()
+    )
     targets = TrialSettings(lora_r=4, target_modules=("q_proj",))
-    assert size.adapter_parameters(targets) == sum(m.numel() for m in tiny_bank(family).attach(targets).matrices().values())
+    assert size.adapter_parameters(targets) == sum(
+        m.numel() for m in tiny_bank(family).attach(targets).matrices().values()
+    )
 
 
 def test_more_memory_means_more_trials_up_to_a_limit():
@@ -46,23 +57,39 @@ def test_more_memory_means_more_trials_up_to_a_limit():
 
 
 def test_what_cannot_fit_is_one_clear_line():
-    with pytest.raises(InputError, match=r"base_model: a trial needs .* GiB on a device .* are free; choose a smaller base"):
+    with pytest.raises(
+        InputError, match=r"base_model: a trial needs .* GiB on a device .* are free; choose a smaller base"
+    ):
         make_plan(space(), TRAIN, PUBLIC, model_size(CONFIGS["llama"]), Device("cpu", 1 << 20, 1e10))
 
 
 def test_trials_and_settings_that_the_device_lacks_room_for_are_named():
-    size, device = model_size(CONFIGS["llama"]), Device("cuda", (2 << 30) + (2 << 20), 1e14, has_bfloat16=True)
+    size, device = (
+        model_size(CONFIGS["llama"]),
+        Device("cuda", (2 << 30) + (2 << 20), 1e14, has_bfloat16=True),
+    )
     with pytest.raises(InputError, match="trials_per_gpu: 64 trials need"):
         make_plan(space(trials_per_gpu=64, num_samples=64), TRAIN, PUBLIC, size, device)
     with pytest.raises(InputError, match="target_modules: no linear layer is called query"):
         make_plan(space(trial={"target_modules": ["query"]}), TRAIN, PUBLIC, size, device)
     with pytest.raises(InputError, match="lora_r: 512 is more than"):
-        make_plan(space(search={"lora_r": {"choice": [512]}}), TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14))
+        make_plan(
+            space(search={"lora_r": {"choice": [512]}}), TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14)
+        )
 
 
 def test_no_gpu_idles_while_another_is_crowded():
-    chosen, size, device = space(trials_per_gpu="auto"), model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
-    assert [make_plan(chosen, TRAIN, PUBLIC, size, device, count).trials for count in (1, 2, 3, 16)] == [8, 4, 3, 1]
+    chosen, size, device = (
+        space(trials_per_gpu="auto"),
+        model_size(CONFIGS["llama"]),
+        Device("cuda", 80 << 30, 1e14),
+    )
+    assert [make_plan(chosen, TRAIN, PUBLIC, size, device, count).trials for count in (1, 2, 3, 16)] == [
+        8,
+        4,
+        3,
+        1,
+    ]
 
 
 def test_trials_ask_for_their_share_of_a_gpu():
@@ -99,8 +126,12 @@ def test_this_device_is_looked_at():
 def test_survivors_of_a_rung_are_those_of_asha():
     """Trials in random order, told one after another as Ray Tune tells its ASHA, a thousand times."""
     from ray.tune.schedulers.async_hyperband import _Bracket
+
     generator, passed = random.Random(0), 0
     for _ in range(1000):
         bracket = _Bracket(1, 100, 4, 0, stop_last_trials=True)
-        passed += sum(bracket.on_result(SimpleNamespace(trial_id=str(n)), 1, generator.random()) != TrialScheduler.STOP for n in range(16))
+        passed += sum(
+            bracket.on_result(SimpleNamespace(trial_id=str(n)), 1, generator.random()) != TrialScheduler.STOP
+            for n in range(16)
+        )
     assert planning._let_through(16, 4) == pytest.approx(passed / 1000, rel=0.05)

@@ -6,12 +6,17 @@ from conftest import byte_tokenizer
 from qlora.data.examples import Example, examples_digest, load_examples
 from qlora.data.prompts import encode_examples, encode_prompt, load_prompt
 
-DEFAULT = "你是人工智慧助理，以下是用戶和人工智能助理之間的對話。你要對用戶的問題提供有用、安全、詳細和禮貌的回答。"
+DEFAULT = (
+    "你是人工智慧助理，以下是用戶和人工智能助理之間的對話。你要對用戶的問題提供有用、安全、詳細和禮貌的回答。"
+)
 
 
 @pytest.fixture
 def shots(write_rows):
-    return write_rows([{"id": str(n), "instruction": f"問{n}{{shots}}", "output": f"答{n}"} for n in range(1, 5)], "train.json")
+    return write_rows(
+        [{"id": str(n), "instruction": f"問{n}{{shots}}", "output": f"答{n}"} for n in range(1, 5)],
+        "train.json",
+    )
 
 
 def test_the_default_prompt_is_the_reports():
@@ -24,8 +29,10 @@ def test_zero_shot_is_the_default():
 
 def test_few_shot_shows_the_last_examples_numbered(shots):
     text = load_prompt("few-shot", 2, shots).render("問題")
-    assert text == (f"{DEFAULT}以下是範例:\n1. USER: 問3{{shots}} ASSISTANT: 答3\n2. USER: 問4{{shots}} ASSISTANT: 答4\n"
-                    "請作答:\nUSER: 問題 ASSISTANT:")
+    assert text == (
+        f"{DEFAULT}以下是範例:\n1. USER: 問3{{shots}} ASSISTANT: 答3\n2. USER: 問4{{shots}} ASSISTANT: 答4\n"
+        "請作答:\nUSER: 問題 ASSISTANT:"
+    )
 
 
 def test_a_new_template_is_just_a_file(tmp_path):
@@ -37,7 +44,10 @@ def test_a_new_template_is_just_a_file(tmp_path):
 def test_encoding_is_bos_prompt_answer_eos():
     tokenizer = byte_tokenizer()
     [encoded] = encode_examples(tokenizer, load_prompt(), [Example("a", "甲", "乙丙")], "file")
-    assert encoded.prompt == (1, *tokenizer(load_prompt().render("甲"), add_special_tokens=False)["input_ids"])
+    assert encoded.prompt == (
+        1,
+        *tokenizer(load_prompt().render("甲"), add_special_tokens=False)["input_ids"],
+    )
     assert encoded.answer == (*tokenizer("乙丙", add_special_tokens=False)["input_ids"], 2)
     assert tokenizer.decode(encoded.answer, skip_special_tokens=True) == "乙丙"
 
@@ -51,7 +61,9 @@ def test_no_bos_when_the_tokenizer_has_none():
 def test_the_cut_falls_on_the_answer():
     tokenizer = byte_tokenizer()
     whole = encode_examples(tokenizer, load_prompt(), [Example("a", "甲", "乙" * 50)], "file")[0]
-    cut = encode_examples(tokenizer, load_prompt(), [Example("a", "甲", "乙" * 50)], "file", len(whole.prompt) + 7)[0]
+    cut = encode_examples(
+        tokenizer, load_prompt(), [Example("a", "甲", "乙" * 50)], "file", len(whole.prompt) + 7
+    )[0]
     assert cut.prompt == whole.prompt
     assert cut.answer == whole.answer[:7]
 
@@ -76,6 +88,11 @@ def test_the_sample_data_are_whole(name, count):
 def test_the_embedded_base_ends_answers_where_it_ends_its_own():
     from qlora.base.model import load_config, load_tokenizer
     from qlora.config import DEFAULT_BASE
+
     tokenizer, config = load_tokenizer(DEFAULT_BASE), load_config(DEFAULT_BASE)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert (
+        (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        == (config.bos_token_id, config.eos_token_id)
+        == (1, 2)
+    )
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")

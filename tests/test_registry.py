@@ -28,7 +28,11 @@ def store(request, tmp_path_factory):
     store."""
     folder = tmp_path_factory.mktemp("store")
     with contextlib.ExitStack() as stack:
-        uri = f"sqlite:///{folder}/mlflow.db" if request.param == "sqlite" else stack.enter_context(mlflow_server(folder))
+        uri = (
+            f"sqlite:///{folder}/mlflow.db"
+            if request.param == "sqlite"
+            else stack.enter_context(mlflow_server(folder))
+        )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.setattr(runs, "PROJECT_ROOT", folder)
@@ -46,8 +50,12 @@ def logged(store, tiny_base, run_name: str, seed: int = 0) -> tuple[str, str]:
     adapter.weights.normal_(std=0.2)
     bank.base_name = str(tiny_base)
     bank.save(adapter, store / run_name)
-    files = registry.ModelFiles(store / run_name, PROMPT_FOLDER / "default.yaml", ROOT / "deploy" / "served_model.py", CODE)
-    uri = registry.log_model(run, files, {"base_model": str(tiny_base), "quantization": "none"}, "翻譯：春", {"public_digest": "d"})
+    files = registry.ModelFiles(
+        store / run_name, PROMPT_FOLDER / "default.yaml", ROOT / "deploy" / "served_model.py", CODE
+    )
+    uri = registry.log_model(
+        run, files, {"base_model": str(tiny_base), "quantization": "none"}, "翻譯：春", {"public_digest": "d"}
+    )
     assert registry.log_model(run, files, {}, "", {}) == uri
     return run, uri
 
@@ -58,6 +66,7 @@ def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, tiny_b
     from inference.engine import ServedModel, load_engine
     from qlora.base.model import load_tokenizer
     from qlora.data.prompts import encode_prompt, load_prompt
+
     _, uri = logged(store, tiny_base, "served")
     fetched = registry.fetch_adapter(uri)
     assert (fetched.folder / "adapter_config.json").exists()
@@ -67,10 +76,18 @@ import json, mlflow
 model = mlflow.pyfunc.load_model({uri!r})
 found = model.predict([{{"instruction": text}} for text in {asked!r}], params={{"num_beams": 2, "max_new_tokens": 5}})
 print(json.dumps(found["output"].tolist()))"""
-    out = subprocess.run([sys.executable, "-c", program], cwd=store, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=store,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
     assert out.returncode == 0, out.stderr
-    engine = load_engine(ServedModel(BaseModelSettings(name=str(tiny_base), quantization="none"), str(fetched.folder)),
-                         DecodingSettings(num_beams=2, max_new_tokens=5))
+    engine = load_engine(
+        ServedModel(BaseModelSettings(name=str(tiny_base), quantization="none"), str(fetched.folder)),
+        DecodingSettings(num_beams=2, max_new_tokens=5),
+    )
     prompts = [encode_prompt(load_tokenizer(str(tiny_base)), load_prompt().render(text)) for text in asked]
     expected = {index: text for index, text, _ in engine.generate(prompts)}
     assert json.loads(out.stdout.splitlines()[-1]) == [expected[0], expected[1]]
@@ -84,10 +101,18 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base
     def register(number, perplexity, digest="d"):
         run, uri = logged(store, tiny_base, f"run{number}", seed=number)
         return registry.register("course", uri, run, perplexity, digest, {"sweep": "s"})
-    first, worse, better, other = register(1, 5.0), register(2, 6.0), register(3, 4.0), register(4, 1.0, digest="another")
+
+    first, worse, better, other = (
+        register(1, 5.0),
+        register(2, 6.0),
+        register(3, 4.0),
+        register(4, 1.0, digest="another"),
+    )
     assert [one.is_champion for one in (first, worse, better, other)] == [True, False, True, False]
     assert "measured on other public examples" in other.reason
-    assert registry.fetch_adapter("models:/course@champion").model_uri == better.model_uri == "models:/course/3"
+    assert (
+        registry.fetch_adapter("models:/course@champion").model_uri == better.model_uri == "models:/course/3"
+    )
     assert registry.fetch_adapter("models:/course@challenger").model_uri == "models:/course/4"
     assert not registry.promote("course", "2").is_champion
     assert registry.roll_back("course").model_uri == "models:/course/1"
@@ -99,9 +124,18 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base
     lines = table(listed).splitlines()
     assert lines[0].split()[:4] == ["version", "aliases", "public", "ppl"]
     assert lines[2].split()[:4] == ["3", "champion", "4", "-"]
-    assert [(entry["version"], entry["aliases"]) for entry in listed] == [("4", "challenger"), ("3", "champion"), ("2", ""), ("1", "")]
-    for wrong in (lambda: registry.promote("course", "9"), lambda: registry.promote("nobody", "1"), lambda: registry.versions("nobody"),
-                  lambda: registry.roll_back("nobody")):
+    assert [(entry["version"], entry["aliases"]) for entry in listed] == [
+        ("4", "challenger"),
+        ("3", "champion"),
+        ("2", ""),
+        ("1", ""),
+    ]
+    for wrong in (
+        lambda: registry.promote("course", "9"),
+        lambda: registry.promote("nobody", "1"),
+        lambda: registry.versions("nobody"),
+        lambda: registry.roll_back("nobody"),
+    ):
         with pytest.raises(InputError, match="models:/"):
             wrong()
 
@@ -118,17 +152,30 @@ def test_a_champion_that_was_made_by_hand_can_be_gone_back_to(store, tiny_base):
 def test_uses_are_linked_to_the_version_that_made_them(store, tiny_base):
     run, uri = logged(store, tiny_base, "used", seed=7)
     registered = registry.register("linked", uri, run, 5.0, "d", {})
-    registry.note_use(registry.fetch_adapter(registered.model_uri), "evaluation", {"data": "public.json"}, {"mean_perplexity": 5.1})
+    registry.note_use(
+        registry.fetch_adapter(registered.model_uri),
+        "evaluation",
+        {"data": "public.json"},
+        {"mean_perplexity": 5.1},
+    )
     client = runs.connect()
     found = client.search_runs([runs.ensure_experiment(client, "linked")], "tags.kind = 'evaluation'")
-    assert [(one.info.status, one.data.tags["model_uri"], one.data.metrics["mean_perplexity"]) for one in found] == [
-        ("FINISHED", "models:/linked/1", 5.1)]
-    assert [one.model_id for one in client.get_run(found[0].info.run_id).inputs.model_inputs] == [uri.removeprefix("models:/")]
+    assert [
+        (one.info.status, one.data.tags["model_uri"], one.data.metrics["mean_perplexity"]) for one in found
+    ] == [("FINISHED", "models:/linked/1", 5.1)]
+    assert [one.model_id for one in client.get_run(found[0].info.run_id).inputs.model_inputs] == [
+        uri.removeprefix("models:/")
+    ]
 
 
 def test_a_sweeps_runs_and_files(store, tmp_path):
     (tmp_path / "report.html").write_text("<p>report</p>")
-    tracker = runs.start_sweep("night", "team", {"seed": 0}, {"train": ("train.json", "d" * 64, 3), "public": ("public.json", "e" * 64, 2)})
+    tracker = runs.start_sweep(
+        "night",
+        "team",
+        {"seed": 0},
+        {"train": ("train.json", "d" * 64, 3), "public": ("public.json", "e" * 64, 2)},
+    )
     tracker.note({"hardware": "two cores"}, [tmp_path / "report.html"])
     with tracker.system_metrics():
         time.sleep(0.5)

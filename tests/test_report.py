@@ -21,13 +21,29 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 def trial(name: str, perplexities, status="finished", first=20.0, **settings) -> TrialReport:
-    curve = [(25.0, first), (100.0, float(np.mean(perplexities)))] if status == "finished" else [(25.0, float(np.mean(perplexities)))]
-    return TrialReport(name, {"learning_rate": 1e-3, "lora_r": 8, "epochs": "1+1", **settings}, status, "", curve, list(perplexities), 1.5,
-                       100.0, 0.0, 60.0)
+    curve = (
+        [(25.0, first), (100.0, float(np.mean(perplexities)))]
+        if status == "finished"
+        else [(25.0, float(np.mean(perplexities)))]
+    )
+    return TrialReport(
+        name,
+        {"learning_rate": 1e-3, "lora_r": 8, "epochs": "1+1", **settings},
+        status,
+        "",
+        curve,
+        list(perplexities),
+        1.5,
+        100.0,
+        0.0,
+        60.0,
+    )
 
 
 def sweep(trials, name="one") -> SweepReport:
-    return SweepReport(name, 50.0, trials, 0.4, 125.0, "models:/one/1: the first version of this model.", {"seed": 0})
+    return SweepReport(
+        name, 50.0, trials, 0.4, 125.0, "models:/one/1: the first version of this model.", {"seed": 0}
+    )
 
 
 def test_an_interval_is_that_of_the_theory():
@@ -48,18 +64,30 @@ def test_trials_are_compared_on_the_same_examples():
     assert bootstrap_interval(hard)[1] - bootstrap_interval(hard)[0] > 2
 
 
-@pytest.mark.parametrize(("gap", "words"), [(1.0, "It is better than its runner-up"), (0.0, "It can't be told from its runner-up")])
+@pytest.mark.parametrize(
+    ("gap", "words"), [(1.0, "It is better than its runner-up"), (0.0, "It can't be told from its runner-up")]
+)
 def test_the_verdict_says_whether_the_best_can_be_told_from_the_runner_up(gap, words):
     generator = np.random.default_rng(3)
     values = generator.lognormal(2, 0.5, 50)
     noise = generator.normal(0, 0.3, 50)
-    assert words in verdict([trial("a", values), trial("b", values + gap + noise - noise.mean() + 1e-6)], 50.0)
+    assert words in verdict(
+        [trial("a", values), trial("b", values + gap + noise - noise.mean() + 1e-6)], 50.0
+    )
 
 
 def test_the_setting_that_matters_is_found():
     generator = np.random.default_rng(4)
-    trials = [trial(f"t{n}", [10.0], learning_rate=rate, lora_r=int(generator.choice([4, 8, 16])), first=10 + 5 * abs(np.log10(rate) + 3))
-              for n, rate in enumerate(10 ** generator.uniform(-5, -2, 24))]
+    trials = [
+        trial(
+            f"t{n}",
+            [10.0],
+            learning_rate=rate,
+            lora_r=int(generator.choice([4, 8, 16])),
+            first=10 + 5 * abs(np.log10(rate) + 3),
+        )
+        for n, rate in enumerate(10 ** generator.uniform(-5, -2, 24))
+    ]
     shares = importance(trials)
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["learning_rate"] > 0.8
@@ -82,8 +110,13 @@ class Balanced(HTMLParser):
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
-    trials = [trial("good", [9.0, 11.0], lora_r=16), trial("stopped", [30.0, 34.0], status="stopped"),
-              TrialReport("dead", trial("", [1.0]).settings, "failed", "<b>out & out</b>", [], (), None, None, 0.0, None)]
+    trials = [
+        trial("good", [9.0, 11.0], lora_r=16),
+        trial("stopped", [30.0, 34.0], status="stopped"),
+        TrialReport(
+            "dead", trial("", [1.0]).settings, "failed", "<b>out & out</b>", [], (), None, None, 0.0, None
+        ),
+    ]
     write_report(tmp_path / "report.html", sweep(trials, "<script>alert(1)</script>"))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     parser = Balanced()
@@ -91,7 +124,11 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert not parser.open
     assert "<script" not in page
     assert "&lt;b&gt;out &amp; out&lt;/b&gt;" in page
-    outside = [link for link in re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page) if not link.startswith("#")]
+    outside = [
+        link
+        for link in re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page)
+        if not link.startswith("#")
+    ]
     assert not outside
     assert "prefers-color-scheme" in page or "color-scheme: light dark" in page
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
@@ -104,4 +141,6 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 
 def test_a_sweep_without_an_evaluated_runner_up_has_a_report(tmp_path):
     write_report(tmp_path / "report.html", sweep([trial("only", [9.0, 11.0])]))
-    assert "Trial only is best: public perplexity 10" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Trial only is best: public perplexity 10" in (tmp_path / "report.html").read_text(
+        encoding="utf-8"
+    )

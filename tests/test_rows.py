@@ -11,11 +11,17 @@ from inference.rows import store_rows
 from inference.scores import Scores
 from qlora.config import InputError
 
-ROWS = [{"id": f"r{n}", "instruction": f"翻譯：{'甲乙丙' * n}「\"\\{{}}」\n", "output": "天地" * n} for n in range(1, 40)]
+ROWS = [
+    {"id": f"r{n}", "instruction": f'翻譯：{"甲乙丙" * n}「"\\{{}}」\n', "output": "天地" * n}
+    for n in range(1, 40)
+]
 
 
 def write(path: Path, rows: list, *, lines: bool = False, indent: int | None = None) -> Path:
-    items = [json.dumps(row, ensure_ascii=n % 2 == 0, indent=None if lines else indent) for n, row in enumerate(rows)]
+    items = [
+        json.dumps(row, ensure_ascii=n % 2 == 0, indent=None if lines else indent)
+        for n, row in enumerate(rows)
+    ]
     path.write_text("\n".join(items) if lines else "[" + ",\n".join(items) + "]\n", encoding="utf-8")
     return path
 
@@ -28,21 +34,26 @@ def test_rows_are_read_whatever_the_pieces(piece, form, tmp_path, monkeypatch):
     path = write(tmp_path / name, ROWS, lines=lines, indent=2 if form == "indented" else None)
     rows = store_rows(path, tmp_path / "work")
     assert len(rows) == len(ROWS)
-    assert [(r.id, r.instruction, r.output) for r in rows.read(0, len(ROWS))] == [tuple(row.values()) for row in ROWS]
+    assert [(r.id, r.instruction, r.output) for r in rows.read(0, len(ROWS))] == [
+        tuple(row.values()) for row in ROWS
+    ]
     assert rows.read(5, 6)[0].id == "r6"
 
 
-@pytest.mark.parametrize(("content", "problem"), [
-    ('[{"id": "a", "instruction": "x"}', "line 1: is not valid JSON"),
-    ('[{"id": "a", "instruction": "x"}\n {"id": "b"}]', "line 2: is not valid JSON"),
-    ('[{"id": "a", "instruction": "x"},\n\n {"id: "b"}]', "line 3: is not valid JSON"),
-    ('[{"id": "a", "instruction": "x"}] 1', "Extra data"),
-    ('[{"id": "a", "instruction": "x"},]', "is not valid JSON"),
-    ('{"id": "a"}', "must be a JSON list of rows, not an object"),
-    ("12", "must be a JSON list of rows, not a number"),
-    ("[]", "holds no rows"),
-    ("[" * 200_000, "nested too deeply"),
-])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('[{"id": "a", "instruction": "x"}', "line 1: is not valid JSON"),
+        ('[{"id": "a", "instruction": "x"}\n {"id": "b"}]', "line 2: is not valid JSON"),
+        ('[{"id": "a", "instruction": "x"},\n\n {"id: "b"}]', "line 3: is not valid JSON"),
+        ('[{"id": "a", "instruction": "x"}] 1', "Extra data"),
+        ('[{"id": "a", "instruction": "x"},]', "is not valid JSON"),
+        ('{"id": "a"}', "must be a JSON list of rows, not an object"),
+        ("12", "must be a JSON list of rows, not a number"),
+        ("[]", "holds no rows"),
+        ("[" * 200_000, "nested too deeply"),
+    ],
+)
 def test_what_is_no_list_of_rows_is_refused(content, problem, tmp_path):
     path = tmp_path / "in.json"
     path.write_text(content)
@@ -83,10 +94,19 @@ def test_failed_rows_are_kept_apart(tmp_path):
     journal = Journal(tmp_path / "work", {}, 3, resume=False)
     journal.append([(2, "c", None), (1, None, "too long"), (0, "a", None)])
     seen: list[str] = []
-    errors = write_predictions(tmp_path / "out.json", rows, journal, lambda example, text: seen.append(example.id + text))
-    assert errors == json.loads((tmp_path / "out.json.errors.json").read_text()) == [{"row": 1, "id": "r2", "error": "too long"}]
+    errors = write_predictions(
+        tmp_path / "out.json", rows, journal, lambda example, text: seen.append(example.id + text)
+    )
+    assert (
+        errors
+        == json.loads((tmp_path / "out.json.errors.json").read_text())
+        == [{"row": 1, "id": "r2", "error": "too long"}]
+    )
     assert json.loads((tmp_path / "out.json").read_text()) == [
-        {"id": "r1", "output": "a"}, {"id": "r2", "output": ""}, {"id": "r3", "output": "c"}]
+        {"id": "r1", "output": "a"},
+        {"id": "r2", "output": ""},
+        {"id": "r3", "output": "c"},
+    ]
     assert seen == ["r1a", "r3c"]
 
 

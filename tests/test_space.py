@@ -22,7 +22,10 @@ def test_the_shipped_spaces_are_sound():
     assert spaces["quickstart"].num_trials >= 8
     assert 16 <= spaces["wide"].num_trials <= 64
     report = spaces["report"]
-    assert report.base_model.name == "yentinglin/Taiwan-LLM-7B-v2.0-chat@5073b2bbc1aa5519acdc865e99832857ef47f7c9"
+    assert (
+        report.base_model.name
+        == "yentinglin/Taiwan-LLM-7B-v2.0-chat@5073b2bbc1aa5519acdc865e99832857ef47f7c9"
+    )
     assert report.data.train_examples == 3000
     assert {1, "1+1", "1+1+3"} <= set(report.search["epochs"]["choice"])
 
@@ -32,16 +35,33 @@ def test_samplers_are_ray_tunes_own():
 
 
 def test_overrides_reach_any_depth():
-    space = load_space("search_spaces/quickstart.yaml", ["num_samples=3", "scheduler.grace_period=10", "search.lora_r={choice: [2, 4]}"])
-    assert (space.num_samples, space.scheduler.grace_period, space.search["lora_r"]) == (3, 10, {"choice": [2, 4]})
+    space = load_space(
+        "search_spaces/quickstart.yaml",
+        ["num_samples=3", "scheduler.grace_period=10", "search.lora_r={choice: [2, 4]}"],
+    )
+    assert (space.num_samples, space.scheduler.grace_period, space.search["lora_r"]) == (
+        3,
+        10,
+        {"choice": [2, 4]},
+    )
 
 
 def test_yaml_numbers_without_a_dot_are_numbers():
-    assert load_space("search_spaces/quickstart.yaml", ["trial.weight_decay=1e-2"]).trial_settings({}).weight_decay == 0.01
+    assert (
+        load_space("search_spaces/quickstart.yaml", ["trial.weight_decay=1e-2"])
+        .trial_settings({})
+        .weight_decay
+        == 0.01
+    )
 
 
 def test_a_grid_multiplies_samples():
-    assert load_space("search_spaces/quickstart.yaml", ["num_samples=2", "search.lora_r={grid_search: [2, 4, 8]}"]).num_trials == 6
+    assert (
+        load_space(
+            "search_spaces/quickstart.yaml", ["num_samples=2", "search.lora_r={grid_search: [2, 4, 8]}"]
+        ).num_trials
+        == 6
+    )
 
 
 def test_trials_are_evaluated_at_rungs_and_ends_of_epochs():
@@ -50,7 +70,13 @@ def test_trials_are_evaluated_at_rungs_and_ends_of_epochs():
     assert evaluation_steps(Timetable(4, (1,)), asha, 1) == {1, 2, 4}
     assert evaluation_steps(Timetable(4, (1, 1)), asha, 1) == {2, 4, 8}
     assert evaluation_steps(Timetable(10, (1,)), asha, 2) == {3, 5, 10}
-    assert evaluation_steps(Timetable(4, (2,)), Asha(time_attr="step", max_t=7, grace_period=3), 1) == {3, 4, 6, 7, 8}
+    assert evaluation_steps(Timetable(4, (2,)), Asha(time_attr="step", max_t=7, grace_period=3), 1) == {
+        3,
+        4,
+        6,
+        7,
+        8,
+    }
     assert evaluation_steps(Timetable(4, (2,)), NoEarlyStopping(type="fifo"), 1) == {4, 8}
 
 
@@ -66,8 +92,10 @@ def test_an_evaluation_at_a_rung_counts_for_that_rung(total):
 
 
 def record(trial_id, *perplexities, epochs=4, status="finished"):
-    curve = [{"step": n, "epoch": float(n), "schedule_percent": 100 * n / epochs, "public_perplexity": value}
-             for n, value in enumerate(perplexities, start=1)]
+    curve = [
+        {"step": n, "epoch": float(n), "schedule_percent": 100 * n / epochs, "public_perplexity": value}
+        for n, value in enumerate(perplexities, start=1)
+    ]
     return TrialRecord(trial_id, {"epochs": epochs}, status, tuple(curve))
 
 
@@ -75,18 +103,40 @@ def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
     ledger = Ledger(tmp_path)
     for name, value in {"a": 10.0, "b": 20.0, "c": 30.0}.items():
         ledger.put(record(name, value, status="running"))
-    asha = RestoredASHA(tmp_path, time_attr="schedule_percent", max_t=100, grace_period=25, reduction_factor=2, metric="public_perplexity",
-                        mode="min")
+    asha = RestoredASHA(
+        tmp_path,
+        time_attr="schedule_percent",
+        max_t=100,
+        grace_period=25,
+        reduction_factor=2,
+        metric="public_perplexity",
+        mode="min",
+    )
     for name in ("a", "b", "c", "new"):
         asha.on_trial_add(None, SimpleNamespace(trial_id=name))
 
     def decide(name, value):
-        return asha.on_trial_result(None, SimpleNamespace(trial_id=name), {"schedule_percent": 25.0, "public_perplexity": value})
+        return asha.on_trial_result(
+            None, SimpleNamespace(trial_id=name), {"schedule_percent": 25.0, "public_perplexity": value}
+        )
+
     assert decide("new", 25.0) == "STOP"
-    fresh = RestoredASHA(tmp_path / "none", time_attr="schedule_percent", max_t=100, grace_period=25, reduction_factor=2,
-                         metric="public_perplexity", mode="min")
+    fresh = RestoredASHA(
+        tmp_path / "none",
+        time_attr="schedule_percent",
+        max_t=100,
+        grace_period=25,
+        reduction_factor=2,
+        metric="public_perplexity",
+        mode="min",
+    )
     fresh.on_trial_add(None, SimpleNamespace(trial_id="new"))
-    assert fresh.on_trial_result(None, SimpleNamespace(trial_id="new"), {"schedule_percent": 25.0, "public_perplexity": 25.0}) == "CONTINUE"
+    assert (
+        fresh.on_trial_result(
+            None, SimpleNamespace(trial_id="new"), {"schedule_percent": 25.0, "public_perplexity": 25.0}
+        )
+        == "CONTINUE"
+    )
 
 
 def test_the_ledger_survives_reopening_and_repeated_points(tmp_path):
@@ -104,10 +154,18 @@ def test_the_ledger_survives_reopening_and_repeated_points(tmp_path):
 
 
 def test_the_best_point_ranks_a_trial_not_its_last():
-    overfitted, steady, dead = record("o", 9.0, 4.0, 8.0), record("s", 9.0, 7.0, 5.0), TrialRecord("d", {"epochs": 1}, "failed")
+    overfitted, steady, dead = (
+        record("o", 9.0, 4.0, 8.0),
+        record("s", 9.0, 7.0, 5.0),
+        TrialRecord("d", {"epochs": 1}, "failed"),
+    )
     assert [r.trial_id for r in ranked([dead, steady, overfitted])] == ["o", "s", "d"]
 
 
 def test_epochs_saved_count_what_stopping_spared():
-    records = [record("a", 1.0, 1.0, 1.0, 1.0), record("b", 1.0, status="stopped"), record("c", 1.0, status="failed")]
+    records = [
+        record("a", 1.0, 1.0, 1.0, 1.0),
+        record("b", 1.0, status="stopped"),
+        record("c", 1.0, status="failed"),
+    ]
     assert share_of_epochs_saved(records) == pytest.approx(3 / 12)

@@ -25,9 +25,18 @@ TRIAL = {"learning_rate": 0.01, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.
 
 @pytest.fixture(scope="module")
 def study(project, tiny_base):
-    settings = {"base_model": {"name": str(tiny_base), "quantization": "none"}, "data": {"train": "train.json", "public": "public.json"},
-                "trial": TRIAL, "stages": ["1+2", "1+1"], "shots": 2, "beams": [1, 2], "sampling": {"top_k": 5}, "max_new_tokens": 4,
-                "num_predictions": 3, "reported": {"base": "another base", "stages": {"1": 5.06}, "prompts": {"adapter": 4.95}}}
+    settings = {
+        "base_model": {"name": str(tiny_base), "quantization": "none"},
+        "data": {"train": "train.json", "public": "public.json"},
+        "trial": TRIAL,
+        "stages": ["1+2", "1+1"],
+        "shots": 2,
+        "beams": [1, 2],
+        "sampling": {"top_k": 5},
+        "max_new_tokens": 4,
+        "num_predictions": 3,
+        "reported": {"base": "another base", "stages": {"1": 5.06}, "prompts": {"adapter": 4.95}},
+    }
     (project / "study.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     out = finished(command(project, "study", "--study", "study.yaml", "--name", "small"))
     return project / "results/studies/small", out
@@ -47,13 +56,20 @@ def encoded(project, tiny_base, name: str):
 @pytest.mark.parametrize("stages", ["1", "1+2", "1+1"])
 def test_a_point_of_a_lineage_is_what_one_run_of_its_stages_gives(study, project, tiny_base, stages):
     """Trained in one go, and measured by PEFT and a loop."""
-    training = Training(load_bank(BaseModelSettings(name=str(tiny_base), quantization="none")), encoded(project, tiny_base, "train"),
-                        TrialSettings.model_validate({**TRIAL, "epochs": stages, "seed": 0}))
+    training = Training(
+        load_bank(BaseModelSettings(name=str(tiny_base), quantization="none")),
+        encoded(project, tiny_base, "train"),
+        TrialSettings.model_validate({**TRIAL, "epochs": stages, "seed": 0}),
+    )
     while not training.finished:
         training.advance(10_000)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), study[0] / "adapters" / stages)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), study[0] / "adapters" / stages
+    )
     training.bank.save(training.adapter, study[0] / "whole" / stages)
-    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), study[0] / "whole" / stages)
+    whole = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), study[0] / "whole" / stages
+    )
     public = encoded(project, tiny_base, "public")
     found = step(study, f"perplexity-{stages}")["values"]
     assert found == pytest.approx(loop_perplexities(model.eval(), public), rel=1e-4)
@@ -84,7 +100,9 @@ def test_a_second_run_does_nothing_twice_and_never_mixes(study, project):
     out = finished(command(project, "study", "--study", "study.yaml", "--name", "small"))
     assert [line.split("  ")[0] for line in out.splitlines() if " s  " in line] == ["text sampling"]
     after = {path: path.stat().st_mtime_ns for path in (study[0] / "steps").iterdir()}
-    assert {path for path in files if files[path] != after[path]} == {study[0] / "steps" / "text-sampling.json"}
+    assert {path for path in files if files[path] != after[path]} == {
+        study[0] / "steps" / "text-sampling.json"
+    }
     process = command(project, "study", "--study", "study.yaml", "--name", "small", "--set", "shots=1")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -96,14 +114,29 @@ def test_what_lineages_share_comes_once_and_parents_first():
     assert study.nodes() == [(1,), (1, 1), (1, 1, 3), (1, 1, 1)]
 
 
-@pytest.mark.parametrize(("change", "problem"), [
-    ({"trial": {"epochs": 2}}, "epochs come from stages"), ({"trial": {"lora_r": 0}}, "lora_r"), ({"stages": []}, "at least one lineage"),
-    ({"stages": ["1+x"]}, "epochs must be"), ({"beams": [0]}, "each at least 1"), ({"shots": 0}, "shots"), ({"colour": 1}, "colour"),
-    ({"data": {"train": "nosuch.json", "public": "nosuch.json"}}, "no such file"), ({"num_predictions": 99}, "fewer than num_predictions"),
-])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"trial": {"epochs": 2}}, "epochs come from stages"),
+        ({"trial": {"lora_r": 0}}, "lora_r"),
+        ({"stages": []}, "at least one lineage"),
+        ({"stages": ["1+x"]}, "epochs must be"),
+        ({"beams": [0]}, "each at least 1"),
+        ({"shots": 0}, "shots"),
+        ({"colour": 1}, "colour"),
+        ({"data": {"train": "nosuch.json", "public": "nosuch.json"}}, "no such file"),
+        ({"num_predictions": 99}, "fewer than num_predictions"),
+    ],
+)
 def test_bad_studies_are_refused(change, problem, tiny_base, write_rows, tmp_path, capsys, monkeypatch):
     rows = str(write_rows([{"id": str(n), "instruction": "甲", "output": "乙"} for n in range(4)]))
-    settings = {"base_model": {"name": str(tiny_base)}, "data": {"train": rows, "public": rows}, "num_predictions": 2, "shots": 2, **change}
+    settings = {
+        "base_model": {"name": str(tiny_base)},
+        "data": {"train": rows, "public": rows},
+        "num_predictions": 2,
+        "shots": 2,
+        **change,
+    }
     path = Path(tmp_path / "study.yaml")
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     monkeypatch.setattr(ray_jobs.study, "PROJECT_ROOT", tmp_path)

@@ -24,13 +24,18 @@ pytestmark = pytest.mark.ray
 
 
 def ledger(project: Path, name: str) -> dict[str, dict]:
-    records = [json.loads(path.read_text()) for path in sorted((project / "results" / name / "trials").glob("*.json"))]
+    records = [
+        json.loads(path.read_text())
+        for path in sorted((project / "results" / name / "trials").glob("*.json"))
+    ]
     return {record["trial_id"]: record for record in records}
 
 
 def wait_for_a_report(process: subprocess.Popen, project: Path, name: str) -> None:
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not any(record["curve"] for record in ledger(project, name).values()):
+    while time.monotonic() < deadline and not any(
+        record["curve"] for record in ledger(project, name).values()
+    ):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.2)
 
@@ -71,7 +76,10 @@ def test_the_summary_keeps_its_contract(project, sweep):
     assert summary["best"]["public_perplexity"] == lowest < summary["zero_shot"]
     assert any(trial["status"] == "stopped" for trial in summary["trials"])
     assert "saved" in out
-    assert f"hosts       training {summary['host_seconds']['training'] / sum(summary['host_seconds'].values()):.0%}" in out
+    assert (
+        f"hosts       training {summary['host_seconds']['training'] / sum(summary['host_seconds'].values()):.0%}"
+        in out
+    )
     assert (project / summary["best"]["checkpoint"] / "adapter_config.json").exists()
 
 
@@ -84,7 +92,9 @@ def test_disk_holds_two_checkpoints_a_trial_at_most(project, sweep):
 def test_the_adapter_gives_its_perplexity_in_plain_peft(project, sweep, tiny_base):
     """No packing, no code of ours but the prompt: transformers, PEFT and a loop."""
     best = sweep[2]["best"]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), project / best["checkpoint"])
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), project / best["checkpoint"]
+    )
     examples = load_examples(project / "public.json", need_output=True)
     encoded = encode_examples(AutoTokenizer.from_pretrained(tiny_base), load_prompt(), examples, "public")
     values = loop_perplexities(model.eval(), encoded)
@@ -95,36 +105,56 @@ def test_runs_end_in_a_terminal_status_and_are_not_doubled(project, sweep):
     with sqlite3.connect(project / "mlruns/mlflow.db") as store:
         runs = store.execute("select status, run_uuid from runs").fetchall()
         children = store.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
-        points = store.execute("select run_uuid, step, count(*) from metrics where key = 'public_perplexity' group by 1, 2").fetchall()
+        points = store.execute(
+            "select run_uuid, step, count(*) from metrics where key = 'public_perplexity' group by 1, 2"
+        ).fetchall()
         inputs = store.execute("select value from input_tags where name = 'mlflow.data.context'").fetchall()
     assert len(runs) == 6
     assert children == 5
     assert {status for status, _ in runs} == {"FINISHED"}
     assert all(count == 1 for *_, count in points)
-    assert {value for value, in inputs} == {"train", "public"}
+    assert {value for (value,) in inputs} == {"train", "public"}
 
 
 def test_runs_tell_where_they_come_from_and_how_they_ended(project, tiny_base, sweep):
     best = sweep[2]["best"]
     with sqlite3.connect(project / "mlruns/mlflow.db") as store:
-        parent, folder = store.execute("select run_uuid, artifact_uri from runs where name = 'one'").fetchone()
+        parent, folder = store.execute(
+            "select run_uuid, artifact_uri from runs where name = 'one'"
+        ).fetchone()
         tags = dict(store.execute("select key, value from tags where run_uuid = ?", (parent,)).fetchall())
-        system = store.execute("select count(*) from metrics where run_uuid = ? and key like 'system/%'", (parent,)).fetchone()[0]
+        system = store.execute(
+            "select count(*) from metrics where run_uuid = ? and key like 'system/%'", (parent,)
+        ).fetchone()[0]
         reasons = store.execute("select value from tags where key = 'reason'").fetchall()
-        checkpoints = dict(store.execute("select run_uuid, value from tags where key = 'checkpoint'").fetchall())
-        epochs = store.execute("select step, value from metrics where key = 'epoch_public_perplexity' and run_uuid = ? order by step",
-                               (best["mlflow_run_id"],)).fetchall()
-        version = dict(store.execute("select key, value from model_version_tags where name = 'tiny' and version = 1").fetchall())
+        checkpoints = dict(
+            store.execute("select run_uuid, value from tags where key = 'checkpoint'").fetchall()
+        )
+        epochs = store.execute(
+            "select step, value from metrics where key = 'epoch_public_perplexity' and run_uuid = ? order by step",
+            (best["mlflow_run_id"],),
+        ).fetchall()
+        version = dict(
+            store.execute(
+                "select key, value from model_version_tags where name = 'tiny' and version = 1"
+            ).fetchall()
+        )
     assert (version["base_model"], version["base_digest"]) == (str(tiny_base), base_digest(str(tiny_base)))
     assert {"hardware", "public_digest", "train_digest", "version.torch", "version.ray"} <= tags.keys()
     assert (tags["best_trial"], tags["model_uri"]) == (best["trial_id"], best["model_uri"])
     assert f"Trial {best['trial_id']} is best" in tags["mlflow.note.content"]
     assert system > 0
-    assert {reason for reason, in reasons} == {f"ASHA, at {percent} % of its schedule" for percent in _stops(project)}
+    assert {reason for (reason,) in reasons} == {
+        f"ASHA, at {percent} % of its schedule" for percent in _stops(project)
+    }
     assert len(checkpoints) == 5
     assert all(Path(path, "adapter").is_dir() for path in checkpoints.values())
-    curve = {point["epoch"]: point["public_perplexity"] for trial in sweep[2]["trials"] if trial["trial_id"] == best["trial_id"]
-             for point in trial["curve"]}
+    curve = {
+        point["epoch"]: point["public_perplexity"]
+        for trial in sweep[2]["trials"]
+        if trial["trial_id"] == best["trial_id"]
+        for point in trial["curve"]
+    }
     assert epochs == [(int(epoch), value) for epoch, value in curve.items() if epoch == int(epoch)]
     artifacts = Path(folder.removeprefix("file://"))
     assert {path.name for path in artifacts.iterdir()} >= {"report.html", "summary.json", "sweep.json"}
@@ -134,19 +164,49 @@ def test_runs_tell_where_they_come_from_and_how_they_ended(project, tiny_base, s
 
 
 def _stops(project):
-    return {f"{record['curve'][-1]['schedule_percent']:.3g}" for record in ledger(project, "one").values() if record["status"] == "stopped"}
+    return {
+        f"{record['curve'][-1]['schedule_percent']:.3g}"
+        for record in ledger(project, "one").values()
+        if record["status"] == "stopped"
+    }
 
 
 def test_the_champion_serves_evaluation_and_inference(project, sweep):
     best = sweep[2]["best"]
     assert best["model_uri"] == "models:/tiny/1"
-    finished(command(project, "evaluate", "--adapter", "models:/tiny@champion", "--data", "public.json", "--quantization", "none",
-                     "--output", "out/evaluation.json"))
+    finished(
+        command(
+            project,
+            "evaluate",
+            "--adapter",
+            "models:/tiny@champion",
+            "--data",
+            "public.json",
+            "--quantization",
+            "none",
+            "--output",
+            "out/evaluation.json",
+        )
+    )
     evaluation = json.loads((project / "out/evaluation.json").read_text())
     assert evaluation["mean_perplexity"] == pytest.approx(best["public_perplexity"], rel=1e-5)
     assert evaluation["count"] == len(evaluation["perplexities"]) == 8
-    out = finished(command(project, "batch_infer", "--model", "models:/tiny@champion", "--input", "public.json", "--quantization", "none",
-                           "--max-new-tokens", "6", "--output", "out/outputs.json"))
+    out = finished(
+        command(
+            project,
+            "batch_infer",
+            "--model",
+            "models:/tiny@champion",
+            "--input",
+            "public.json",
+            "--quantization",
+            "none",
+            "--max-new-tokens",
+            "6",
+            "--output",
+            "out/outputs.json",
+        )
+    )
     assert "8 rows (8 generated now" in out
     assert "chrf" in out
     meta = json.loads((project / "out/outputs.json.meta.json").read_text())
@@ -156,10 +216,15 @@ def test_the_champion_serves_evaluation_and_inference(project, sweep):
     assert [row["id"] for row in outputs] == [f"e{n}" for n in range(16, 24)]
     assert all(row.keys() == {"id", "output"} for row in outputs)
     with sqlite3.connect(project / "mlruns/mlflow.db") as store:
-        uses = store.execute("select kind.value, uri.value, status from tags kind join tags uri using (run_uuid) join runs "
-                             "using (run_uuid) where kind.key = 'kind' and uri.key = 'model_uri' and kind.value != 'sweep' "
-                             "order by 1").fetchall()
-    assert uses == [("evaluation", "models:/tiny/1", "FINISHED"), ("prediction", "models:/tiny/1", "FINISHED")]
+        uses = store.execute(
+            "select kind.value, uri.value, status from tags kind join tags uri using (run_uuid) join runs "
+            "using (run_uuid) where kind.key = 'kind' and uri.key = 'model_uri' and kind.value != 'sweep' "
+            "order by 1"
+        ).fetchall()
+    assert uses == [
+        ("evaluation", "models:/tiny/1", "FINISHED"),
+        ("prediction", "models:/tiny/1", "FINISHED"),
+    ]
 
 
 def test_a_finished_sweep_is_not_run_again(project, sweep):
@@ -177,8 +242,13 @@ def test_people_see_a_finished_sweep_in_the_ui(project, sweep, tmp_path):
     """MLflow's own pages in a real browser: what people compare and choose by is there."""
     pytest.importorskip("PySide6.QtWebEngineWidgets", reason="pip install '.[browser]'")
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlruns/mlflow.db"}
-    out = subprocess.run([sys.executable, ROOT / "docs/screenshots.py", "one", "--out", tmp_path], env=environment, capture_output=True,
-                         text=True, timeout=300)
+    out = subprocess.run(
+        [sys.executable, ROOT / "docs/screenshots.py", "one", "--out", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     texts, summary = json.loads(out.stdout.splitlines()[-1]), sweep[2]
     assert {path.stem for path in tmp_path.glob("*.png")} == set(texts)
@@ -198,10 +268,26 @@ def test_people_see_a_finished_sweep_in_the_ui(project, sweep, tmp_path):
 @pytest.mark.slow
 def test_a_killed_host_costs_its_trials_only_time(project, sweep):
     """The trials of a dead host come back from their checkpoints on a new one, and score what they would have scored."""
-    process = command(project, "tune", "--space", "space.yaml", "--name", "two", "--set", "registered_model=other", start_new_session=True)
+    process = command(
+        project,
+        "tune",
+        "--space",
+        "space.yaml",
+        "--name",
+        "two",
+        "--set",
+        "registered_model=other",
+        start_new_session=True,
+    )
     wait_for_a_report(process, project, "two")
-    listing = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    hosts = [int(line.split()[0]) for line in listing if "ray::HostActor" in line and int(line.split()[1]) == process.pid]
+    listing = subprocess.run(
+        ["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]
+    hosts = [
+        int(line.split()[0])
+        for line in listing
+        if "ray::HostActor" in line and int(line.split()[1]) == process.pid
+    ]
     assert len(hosts) == 1, listing
     os.kill(hosts[0], signal.SIGKILL)
     finished(process)
@@ -210,7 +296,12 @@ def test_a_killed_host_costs_its_trials_only_time(project, sweep):
     assert {trial["status"] for trial in summary["trials"]} <= {"finished", "stopped"}
 
     def scores(trials):
-        return {(json.dumps(trial["config"]), point["step"]): point["public_perplexity"] for trial in trials for point in trial["curve"]}
+        return {
+            (json.dumps(trial["config"]), point["step"]): point["public_perplexity"]
+            for trial in trials
+            for point in trial["curve"]
+        }
+
     first, second = scores(sweep[2]["trials"]), scores(summary["trials"])
     common = first.keys() & second.keys()
     assert len(common) >= 5

@@ -50,7 +50,9 @@ def test_a_timetable_counts_short_batches_and_stages():
 
 def test_an_epoch_sees_every_example_once_and_epochs_differ_in_order():
     run = training()
-    first, second = ([e.id for step in steps for e in run.batch_at(step)] for steps in (range(3), range(3, 6)))
+    first, second = (
+        [e.id for step in steps for e in run.batch_at(step)] for steps in (range(3), range(3, 6))
+    )
     assert sorted(first) == sorted(second) == sorted(e.id for e in run.examples)
     assert first != second
 
@@ -176,7 +178,11 @@ def test_training_after_evaluation_keeps_its_gradients(tiny_base, monkeypatch):
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model = load_base(BaseModelSettings(name=str(tiny_base)), torch.device("cpu"))
     use_packed_attention(model)
-    packed_weights = {name: module.weight.data_ptr() for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    packed_weights = {
+        name: module.weight.data_ptr()
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }
     assert len(packed_weights) == 14
     run = Training(AdapterBank(model, "tiny"), random_examples(4, vocabulary=250), SETTINGS)
     adapter_perplexities(run.bank, [(run.adapter, run.examples)], 10_000)

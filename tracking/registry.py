@@ -33,8 +33,11 @@ from tracking.runs import connect, ensure_experiment, tracking_uri
 CHAMPION, CHALLENGER = "champion", "challenger"
 _URI = re.compile(r"models:/(?:(m-[0-9a-f]+)|([^/@:]+)(?:@([^/@:]+)|/(\d+)))")
 _HISTORY, _MODEL_ID = "champions", "logged_model"
-_SIGNATURE = ModelSignature(inputs=Schema([ColSpec("string", "instruction")]), outputs=Schema([ColSpec("string", "output")]),
-                            params=ParamSchema([ParamSpec("num_beams", "long", 3), ParamSpec("max_new_tokens", "long", 128)]))
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "instruction")]),
+    outputs=Schema([ColSpec("string", "output")]),
+    params=ParamSchema([ParamSpec("num_beams", "long", 3), ParamSpec("max_new_tokens", "long", 128)]),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class RegisteredAdapter:
     model_id: str | None
 
 
-def log_model(run_id: str, files: ModelFiles, settings: Mapping[str, str], example: str, metadata: Mapping[str, Any]) -> str:
+def log_model(
+    run_id: str, files: ModelFiles, settings: Mapping[str, str], example: str, metadata: Mapping[str, Any]
+) -> str:
     """Log an adapter as an MLflow model of a run; returns its URI. `settings`: base_model and quantization, which the script needs.
     The same run's model is logged once.
     """
@@ -79,15 +84,30 @@ def log_model(run_id: str, files: ModelFiles, settings: Mapping[str, str], examp
     requirements = [f"{name}=={version.partition('+')[0]}" for name, version in package_versions().items()]
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     run = client.get_run(run_id)
-    logged = client.create_logged_model(run.info.experiment_id, name="adapter", source_run_id=run_id, params=run.data.params)
-    described = Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id, model_id=logged.model_id, run_id=run_id,
-                      metadata=dict(metadata))
-    with tempfile.TemporaryDirectory() as folder:  # saved, not logged by MLflow, which would load the base here to try the example
+    logged = client.create_logged_model(
+        run.info.experiment_id, name="adapter", source_run_id=run_id, params=run.data.params
+    )
+    described = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+        run_id=run_id,
+        metadata=dict(metadata),
+    )
+    # saved, not logged by MLflow, which would load the base here to try the example
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         mlflow.pyfunc.save_model(
-            path, mlflow_model=described, python_model=str(files.script), model_config=dict(settings), signature=_SIGNATURE,
-            artifacts={"adapter": str(files.adapter), "prompt": str(files.prompt)}, code_paths=[str(one) for one in files.code],
-            input_example=pandas.DataFrame({"instruction": [example]}), pip_requirements=requirements)
+            path,
+            mlflow_model=described,
+            python_model=str(files.script),
+            model_config=dict(settings),
+            signature=_SIGNATURE,
+            artifacts={"adapter": str(files.adapter), "prompt": str(files.prompt)},
+            code_paths=[str(one) for one in files.code],
+            input_example=pandas.DataFrame({"instruction": [example]}),
+            pip_requirements=requirements,
+        )
         client.log_model_artifacts(logged.model_id, str(path))
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
@@ -95,8 +115,14 @@ def log_model(run_id: str, files: ModelFiles, settings: Mapping[str, str], examp
     return f"models:/{logged.model_id}"
 
 
-def register(name: str, model_uri: str, run_id: str, public_perplexity: float, public_digest: str,
-             facts: Mapping[str, str]) -> Registration:
+def register(
+    name: str,
+    model_uri: str,
+    run_id: str,
+    public_perplexity: float,
+    public_digest: str,
+    facts: Mapping[str, str],
+) -> Registration:
     """Make a logged model the newest version of a registered one, and champion if it beats the present one.
 
     Champions are compared on the same public examples only, told by `public_digest`. Registering the same run's adapter
@@ -104,7 +130,9 @@ def register(name: str, model_uri: str, run_id: str, public_perplexity: float, p
     """
     client = connect()
     tags = {"public_perplexity": repr(public_perplexity), "public_digest": public_digest, **facts}
-    version = _version_of_run(client, name, run_id, tags) or _create_version(client, name, model_uri, run_id, tags)
+    version = _version_of_run(client, name, run_id, tags) or _create_version(
+        client, name, model_uri, run_id, tags
+    )
     client.set_registered_model_alias(name, CHALLENGER, version.version)
     return _crowned_if_better(client, name, version)
 
@@ -132,9 +160,19 @@ def versions(name: str) -> list[dict[str, str]]:
     """All versions, newest first: their number, aliases and tags. Raises InputError for an unknown model."""
     client = connect()
     aliases = _registered(client, name).aliases
-    found = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: -int(version.version))
-    return [{"version": str(version.version), **version.tags,
-             "aliases": ", ".join(alias for alias, number in aliases.items() if str(number) == str(version.version))} for version in found]
+    found = sorted(
+        client.search_model_versions(f"name = '{name}'"), key=lambda version: -int(version.version)
+    )
+    return [
+        {
+            "version": str(version.version),
+            **version.tags,
+            "aliases": ", ".join(
+                alias for alias, number in aliases.items() if str(number) == str(version.version)
+            ),
+        }
+        for version in found
+    ]
 
 
 def fetch_adapter(uri: str) -> RegisteredAdapter:
@@ -147,22 +185,41 @@ def fetch_adapter(uri: str) -> RegisteredAdapter:
     try:
         if model_id:
             return RegisteredAdapter(_peft_folder(uri), uri, {}, model_id)
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        version = (
+            client.get_model_version_by_alias(name, alias)
+            if alias
+            else client.get_model_version(name, number)
+        )
         found = _peft_folder(_source(version))
     except MlflowException as error:
-        raise InputError(uri, f"can't be had from {_without_password(tracking_uri())}: {error.message}; "
-                         "register one with ray_jobs/tune.py or set MLFLOW_TRACKING_URI") from error
+        raise InputError(
+            uri,
+            f"can't be had from {_without_password(tracking_uri())}: {error.message}; "
+            "register one with ray_jobs/tune.py or set MLFLOW_TRACKING_URI",
+        ) from error
     logged = _URI.fullmatch(_source(version))  # a database keeps no model_id
     return RegisteredAdapter(found, f"models:/{name}/{version.version}", version.tags, logged and logged[1])
 
 
-def note_use(model: RegisteredAdapter, kind: str, facts: Mapping[str, Any], metrics: Mapping[str, float],
-             files: Sequence[Path] = ()) -> None:
+def note_use(
+    model: RegisteredAdapter,
+    kind: str,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    files: Sequence[Path] = (),
+) -> None:
     """A finished run of kind `evaluation` or `prediction`, linked to the version that made it, in the model's experiment."""
     client = connect()
     name = model.model_uri.removeprefix("models:/").partition("/")[0]
-    run = client.create_run(ensure_experiment(client, name), run_name=f"{kind} by {model.model_uri.removeprefix('models:/')}",
-                            tags={"kind": kind, "model_uri": model.model_uri, **{key: str(value)[:5000] for key, value in facts.items()}})
+    run = client.create_run(
+        ensure_experiment(client, name),
+        run_name=f"{kind} by {model.model_uri.removeprefix('models:/')}",
+        tags={
+            "kind": kind,
+            "model_uri": model.model_uri,
+            **{key: str(value)[:5000] for key, value in facts.items()},
+        },
+    )
     if model.model_id:
         client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
     for key, value in metrics.items():
@@ -177,25 +234,40 @@ def is_model_uri(text: str) -> bool:
     return text.startswith("models:")
 
 
-def _create_version(client: MlflowClient, name: str, model_uri: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion:
+def _create_version(
+    client: MlflowClient, name: str, model_uri: str, run_id: str, tags: Mapping[str, str]
+) -> ModelVersion:
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
         client.create_registered_model(name)
     model_id = model_uri.removeprefix("models:/")
     version = client.create_model_version(name, model_uri, run_id, tags=dict(tags), model_id=model_id)
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": version.version}])})
+    client.set_logged_model_tags(
+        model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": version.version}])}
+    )
     return version
 
 
-def _version_of_run(client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion | None:
+def _version_of_run(
+    client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]
+) -> ModelVersion | None:
     found = client.search_model_versions(f"name = '{name}'")
-    return next((v for v in found if v.run_id == run_id and v.tags.get("public_perplexity") == tags["public_perplexity"]), None)
+    return next(
+        (
+            v
+            for v in found
+            if v.run_id == run_id and v.tags.get("public_perplexity") == tags["public_perplexity"]
+        ),
+        None,
+    )
 
 
 def _registered(client: MlflowClient, name: str) -> Any:
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        raise InputError(f"models:/{name}", "is no registered model; register one with ray_jobs/tune.py") from error
+        raise InputError(
+            f"models:/{name}", "is no registered model; register one with ray_jobs/tune.py"
+        ) from error
 
 
 def _version(client: MlflowClient, name: str, number: str) -> ModelVersion:
@@ -231,8 +303,10 @@ def _judge(champion: ModelVersion | None, version: ModelVersion) -> tuple[bool, 
     if champion.version == version.version:
         return True, "it is the champion already"
     if champion.tags.get("public_digest") != version.tags.get("public_digest"):
-        return False, (f"champion version {champion.version} was measured on other public examples; "
-                       "measure both on one file with ray_jobs/evaluate.py")
+        return False, (
+            f"champion version {champion.version} was measured on other public examples; "
+            "measure both on one file with ray_jobs/evaluate.py"
+        )
     ours, theirs = float(version.tags["public_perplexity"]), float(champion.tags["public_perplexity"])
     return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {champion.version}"
 

@@ -60,7 +60,9 @@ def ensure_experiment(client: MlflowClient, name: str) -> str:
     if found is not None:
         return found.experiment_id
     local = tracking_uri().startswith("sqlite:")
-    return client.create_experiment(name, artifact_location=(PROJECT_ROOT / "mlruns" / "artifacts").as_uri() if local else None)
+    return client.create_experiment(
+        name, artifact_location=(PROJECT_ROOT / "mlruns" / "artifacts").as_uri() if local else None
+    )
 
 
 @dataclass
@@ -88,7 +90,10 @@ class SweepTracker:
                 values["best_public_perplexity"] = record.best["public_perplexity"]
             now_ms = time.time_ns() // 1_000_000
             metrics = [Metric(key, value, now_ms, int(newest["step"])) for key, value in values.items()]
-            metrics += [Metric(key, value, now_ms, round(newest["epoch"])) for key, value in _at_epochs_end(record.curve).items()]
+            metrics += [
+                Metric(key, value, now_ms, round(newest["epoch"]))
+                for key, value in _at_epochs_end(record.curve).items()
+            ]
             client.log_batch(run_id, metrics=metrics)
         client.set_tag(run_id, _STATUS, record.status)
         if record.reason:
@@ -105,14 +110,21 @@ class SweepTracker:
             found = _find_run(client, self.experiment_id, {_SWEEP: self.sweep, _TRIAL: record.trial_id})
             if found is None:
                 tags = {_SWEEP: self.sweep, _TRIAL: record.trial_id, _PARENT: self.parent_run_id}
-                found = client.create_run(self.experiment_id, run_name=f"{self.sweep}-{record.trial_id}", tags=tags)
+                found = client.create_run(
+                    self.experiment_id, run_name=f"{self.sweep}-{record.trial_id}", tags=tags
+                )
                 _log_params(client, found.info.run_id, record.config)
             self.run_ids[record.trial_id] = found.info.run_id
             history = client.get_metric_history(found.info.run_id, "public_perplexity")
             self.logged_steps[record.trial_id] = max((metric.step for metric in history), default=-1)
         return self.run_ids[record.trial_id]
 
-    def note(self, facts: Mapping[str, Any], files: Sequence[Path] = (), trial_tags: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    def note(
+        self,
+        facts: Mapping[str, Any],
+        files: Sequence[Path] = (),
+        trial_tags: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         """Tags and files of the sweep, and tags of trials by their ids."""
         client = connect()
         tags = [RunTag(key, str(value)[:5000]) for key, value in facts.items() if value is not None]
@@ -143,7 +155,9 @@ class SweepTracker:
         client.set_terminated(self.parent_run_id, status)
 
 
-def start_sweep(sweep: str, experiment: str, parameters: Mapping[str, Any], data: Mapping[str, tuple[str, str, int]]) -> SweepTracker:
+def start_sweep(
+    sweep: str, experiment: str, parameters: Mapping[str, Any], data: Mapping[str, tuple[str, str, int]]
+) -> SweepTracker:
     """A tracker with its parent run: the one that this sweep already has, else a new one.
 
     `data` maps a context (train, public) to (path, digest, number of examples).
@@ -159,13 +173,16 @@ def start_sweep(sweep: str, experiment: str, parameters: Mapping[str, Any], data
     return SweepTracker(experiment_id, sweep, parent.info.run_id)
 
 
-def note_study(experiment: str, study: str, runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]], page: Path) -> str:
+def note_study(
+    experiment: str, study: str, runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]], page: Path
+) -> str:
     """A parent run of a study with its page, and a finished child a result: (parameters, metrics) by name; found again if it is there
     already. Returns the parent's id."""
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
     parent = _find_run(client, experiment_id, {"study": study, "kind": "study"}) or client.create_run(
-        experiment_id, run_name=study, tags={"study": study, "kind": "study"})
+        experiment_id, run_name=study, tags={"study": study, "kind": "study"}
+    )
     for name, (parameters, metrics) in runs.items():
         tags = {"study": study, "result": name, _PARENT: parent.info.run_id}
         if _find_run(client, experiment_id, {"study": study, "result": name}) is None:
@@ -185,8 +202,14 @@ def _at_epochs_end(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     if abs(newest["epoch"] - round(newest["epoch"])) > 1e-9:
         return {}
     before = [0.0, *(point["step"] for point in curve)]
-    lengths = [(point, point["step"] - start) for start, point in zip(before, curve, strict=False) if point["epoch"] > newest["epoch"] - 1]
-    loss = sum(point["training_loss"] * steps for point, steps in lengths) / sum(steps for _, steps in lengths)
+    lengths = [
+        (point, point["step"] - start)
+        for start, point in zip(before, curve, strict=False)
+        if point["epoch"] > newest["epoch"] - 1
+    ]
+    loss = sum(point["training_loss"] * steps for point, steps in lengths) / sum(
+        steps for _, steps in lengths
+    )
     return {"epoch_public_perplexity": newest["public_perplexity"], "epoch_training_loss": loss}
 
 
@@ -197,12 +220,19 @@ def _find_run(client: MlflowClient, experiment_id: str, tags: Mapping[str, str])
 
 
 def _log_params(client: MlflowClient, run_id: str, parameters: Mapping[str, Any]) -> None:
-    client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in parameters.items()],
-                     tags=[RunTag("source", "ray_jobs/tune.py")])
+    client.log_batch(
+        run_id,
+        params=[Param(key, str(value)[:6000]) for key, value in parameters.items()],
+        tags=[RunTag("source", "ray_jobs/tune.py")],
+    )
 
 
 def _dataset(context: str, path: str, digest: str, num_examples: int) -> DatasetInput:
-    dataset = Dataset(name=Path(path).name, digest=digest[:32], source_type="local", source=json.dumps({"uri": str(path)}),
-                      profile=json.dumps({"num_examples": num_examples}))
+    dataset = Dataset(
+        name=Path(path).name,
+        digest=digest[:32],
+        source_type="local",
+        source=json.dumps({"uri": str(path)}),
+        profile=json.dumps({"num_examples": num_examples}),
+    )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-

@@ -31,18 +31,26 @@ def this_device(kind: str | None = None) -> Device:
     import torch
 
     from qlora.base.model import compute_dtype, default_device, free_bytes
+
     device = torch.device(kind) if kind else default_device()
     dtype = compute_dtype(BaseModelSettings(), device)
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     product, copy = _shortest_seconds(lambda: a @ a), _shortest_seconds(lambda: a.clone())
-    return Device(device.type, free_bytes(device), 2 * size**3 / product, dtype == torch.bfloat16, hardware(device.type),
-                  2 * a.nbytes / copy)
+    return Device(
+        device.type,
+        free_bytes(device),
+        2 * size**3 / product,
+        dtype == torch.bfloat16,
+        hardware(device.type),
+        2 * a.nbytes / copy,
+    )
 
 
 def device_here(space: Space) -> Device | None:
     """The device of this machine that trials of this space would have; None if it has no GPU and the space wants one."""
     import torch
+
     if not space.wants_gpu:
         return this_device("cpu")
     return this_device("cuda") if torch.cuda.is_available() else None
@@ -53,4 +61,5 @@ def _shortest_seconds(work: Callable[[], Any]) -> float:
         started = time.perf_counter()
         work()[0, 0].item()
         return time.perf_counter() - started
+
     return min(measured() for _ in range(4))

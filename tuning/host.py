@@ -86,16 +86,22 @@ class Host:
 
     def zero_shot(self) -> list[float]:
         """Perplexity of each public example under the base without an adapter."""
+
         def score() -> list[float]:
             while True:
                 try:
-                    return adapter_perplexities(self._bank, [(None, self._data.public)], self._budget_tokens)[0]
+                    return adapter_perplexities(self._bank, [(None, self._data.public)], self._budget_tokens)[
+                        0
+                    ]
                 except torch.cuda.OutOfMemoryError:
                     if not self._shrink():
                         raise
+
         return self._ask(score)
 
-    def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]) -> list[int]:
+    def attach(
+        self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]
+    ) -> list[int]:
         """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any; returns the steps at which
         it is yet to be evaluated. A holder has one seat: what it held before is given up."""
         settings = self._data.space.trial_settings(config)
@@ -108,10 +114,12 @@ class Host:
 
         Raises DivergedError; KeyError for a trial without a seat.
         """
+
         def start() -> "Future[dict[str, Any]]":
             seat = self._seats[trial_id]
             seat.goal, seat.folder, seat.reply, seat.seen, seat.seconds = step, folder, Future(), [], 0.0
             return seat.reply
+
         return self._ask(start).result()
 
     def detach(self, trial_id: str) -> None:
@@ -137,14 +145,18 @@ class Host:
     def _turn(self) -> None:
         """Wait for work, then do one round of it. A method of its own: what it holds of trials goes when it ends."""
         with self._changed, self._counted("waiting" if self._seats else None):
-            self._changed.wait_for(lambda: self._calls or any(seat.goal is not None for seat in self._seats.values()))
+            self._changed.wait_for(
+                lambda: self._calls or any(seat.goal is not None for seat in self._seats.values())
+            )
             calls, self._calls = self._calls, deque()
         with self._counted("waiting" if self._seats else None):
             for call, reply in calls:
                 _settle(reply, call)
         asked = [seat for seat in self._seats.values() if seat.goal is not None]
-        for work, step, seats in (("evaluating", self._evaluate, [seat for seat in asked if seat.at_goal]),
-                                  ("training", self._train, [seat for seat in asked if not seat.at_goal])):
+        for work, step, seats in (
+            ("evaluating", self._evaluate, [seat for seat in asked if seat.at_goal]),
+            ("training", self._train, [seat for seat in asked if not seat.at_goal]),
+        ):
             if seats:
                 with self._counted(work):
                     self._with_room(step, seats)
@@ -177,7 +189,8 @@ class Host:
             for seat in seats:
                 while seat.goal is not None and not self._done_alone(step, seat):
                     pass
-        except Exception as error:  # whatever it is, it belongs to the callers, and this thread must go on
+        # whatever it is, it belongs to the callers, and this thread must go on
+        except Exception as error:
             _end_if_the_gpu_is_out_of_order()
             self._fail(seats, error)
 
@@ -215,7 +228,9 @@ class Host:
                 seat.seen.append(result)
 
     def _evaluate(self, seats: list[Seat]) -> None:
-        found = adapter_perplexities(self._bank, [(seat.training.adapter, self._data.public) for seat in seats], self._budget_tokens)
+        found = adapter_perplexities(
+            self._bank, [(seat.training.adapter, self._data.public) for seat in seats], self._budget_tokens
+        )
         for seat, values in zip(seats, found, strict=True):
             metrics = {**_metrics(seat, mean_perplexity(values)), "perplexities": values}
             content, seat.goal = CheckpointContent.of(seat.training), None
@@ -225,10 +240,20 @@ class Host:
         for seat in seats:
             if seat.goal is not None:
                 seat.goal = None
-                seat.reply.set_exception(error.with_traceback(None))  # a traceback would keep activations
+                # a traceback would keep activations
+                seat.reply.set_exception(error.with_traceback(None))
 
-    def _attach(self, trial_id: str, holder: str, settings: TrialSettings, weights: torch.Tensor, checkpoints: Sequence[str]) -> list[int]:
-        for other in [name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id]:
+    def _attach(
+        self,
+        trial_id: str,
+        holder: str,
+        settings: TrialSettings,
+        weights: torch.Tensor,
+        checkpoints: Sequence[str],
+    ) -> list[int]:
+        for other in [
+            name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id
+        ]:
             self._leave(other)
         training = Training(self._bank, self._data.train, settings, weights)
         self._start_from_adapter(training)
@@ -241,7 +266,9 @@ class Host:
             load_checkpoint(Path(folder), training)
             break
         self._seats[trial_id] = Seat(holder, training)
-        stops = evaluation_steps(training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch)
+        stops = evaluation_steps(
+            training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch
+        )
         return sorted(step for step in stops if step > training.step)
 
     def _start_from_adapter(self, training: Training) -> None:
@@ -263,10 +290,15 @@ class Host:
 def evaluation_steps(timetable: Timetable, scheduler: Any, evaluations_per_epoch: int) -> set[int]:
     """Steps after which a trial is evaluated: the scheduler's rungs, and equal parts of every epoch up to its end."""
     epochs = sum(timetable.stages)
-    parts = {math.ceil(part * timetable.steps_per_epoch / evaluations_per_epoch) for part in range(1, evaluations_per_epoch + 1)}
+    parts = {
+        math.ceil(part * timetable.steps_per_epoch / evaluations_per_epoch)
+        for part in range(1, evaluations_per_epoch + 1)
+    }
     steps = {epoch * timetable.steps_per_epoch + part for epoch in range(epochs) for part in parts}
     if scheduler.type == "asha":
-        scale = Fraction(timetable.total_steps, 100 if scheduler.time_attr == "schedule_percent" else timetable.total_steps)
+        scale = Fraction(
+            timetable.total_steps, 100 if scheduler.time_attr == "schedule_percent" else timetable.total_steps
+        )
         steps |= {math.ceil(Fraction(rung) * scale) for rung in (*scheduler.rungs, scheduler.max_t)}
     return {step for step in steps if 1 <= step <= timetable.total_steps}
 

@@ -28,7 +28,8 @@ class HostActor:
     GPU's number or "cpu"."""
 
     def __init__(self, device: str, num_threads: int, data: "SweepData | None" = None):
-        os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device  # Ray's books give it none
+        # Ray's books give it none
+        os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
         self._num_threads, self._begun = num_threads, threading.Event()
         self._error: Exception | None = None
         if data is not None:
@@ -39,6 +40,7 @@ class HostActor:
     def device(self) -> Device:
         """What there is to plan for, before `begin`."""
         import torch
+
         torch.set_num_threads(self._num_threads)
         return this_device()
 
@@ -46,8 +48,10 @@ class HostActor:
         """Load the base; what is asked of the host waits for it."""
         try:
             from tuning.host import Host
+
             self._host = Host(data, self._num_threads)
-        except Exception as error:  # raised to whoever calls: an actor that fails to start would only say that it died
+        # raised to whoever calls: an actor that fails to start would only say that it died
+        except Exception as error:
             self._error = error
         self._begun.set()
 
@@ -99,9 +103,15 @@ class HostDirectory:
             self._places[trial_id] = node, device
         found = self._hosts.get((node, device))
         if found is None or _is_dead(found):
-            found = ray.remote(HostActor).options(
-                num_cpus=0, max_concurrency=_MOST_TRIALS,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(device, num_threads, *self._data)
+            found = (
+                ray.remote(HostActor)
+                .options(
+                    num_cpus=0,
+                    max_concurrency=_MOST_TRIALS,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                )
+                .remote(device, num_threads, *self._data)
+            )
             self._hosts[node, device] = found
         return found
 
@@ -151,8 +161,10 @@ def stop_hosts(hosts: Any) -> None:
 def ask_all_devices(hosts: Any, shares: dict[str, float], question: str) -> list[Any]:
     """References to what the host of each GPU there is answers, all asked at once since any would wait for the first; or, if trials need
     none, that of one node's CPUs. `question`: a method of HostActor. `shares`: what a trial asks Ray for."""
+
     def ask(hosts: Any) -> Any:
         return ray.get(getattr(host_of_my_device(hosts), question).remote())
+
     count, share = (num_gpus(), max(1, shares["GPU"])) if shares["GPU"] else (1, 0)
     task = ray.remote(num_cpus=shares["CPU"], num_gpus=share)(ask)
     return [task.remote(hosts) for _ in range(count)]

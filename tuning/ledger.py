@@ -69,27 +69,41 @@ class Ledger:
         self.records: dict[str, TrialRecord] = {}
         for path in sorted(folder.glob("*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
-            self.records[content["trial_id"]] = TrialRecord(**{**content, "curve": tuple(content["curve"]),
-                                                                        "best_perplexities": tuple(content.get("best_perplexities", ()))})
+            self.records[content["trial_id"]] = TrialRecord(
+                **{
+                    **content,
+                    "curve": tuple(content["curve"]),
+                    "best_perplexities": tuple(content.get("best_perplexities", ())),
+                }
+            )
 
     def put(self, record: TrialRecord) -> None:
         """Store a record, in memory and on disk."""
-        order = list(self.records).index(record.trial_id) if record.trial_id in self.records else len(self.records)
+        order = (
+            list(self.records).index(record.trial_id)
+            if record.trial_id in self.records
+            else len(self.records)
+        )
         self.records[record.trial_id] = record
         write_json(self.folder / f"{order:04d}-{record.trial_id}.json", asdict(record))
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
     """Records by the best perplexity that each reached; those without any come last."""
-    return sorted(records, key=lambda record: record.best["public_perplexity"] if record.best else float("inf"))
+    return sorted(
+        records, key=lambda record: record.best["public_perplexity"] if record.best else float("inf")
+    )
 
 
 def share_of_epochs_saved(records: list[TrialRecord]) -> float:
     """Share of the full-length epochs of all trials that early stopping did not run. A failed trial counts as it ran."""
     planned = sum(_full_epochs(record) for record in records)
     run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)
-    lost = sum(_full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
-               for record in records if record.status == "failed")
+    lost = sum(
+        _full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
+        for record in records
+        if record.status == "failed"
+    )
     return (planned - run - lost) / planned if planned else 0.0
 
 

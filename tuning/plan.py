@@ -27,9 +27,11 @@ from tuning.device import Device
 from tuning.progress import clock
 from tuning.space import CHOICES, Asha, Space
 
-_ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
+# a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
+_ADAPTER_BYTES = 16
 _NF4_BYTES = 0.516  # a parameter: half a byte, and doubly quantised scales for blocks of 64
-_SLACK = 1.15  # of activations: what kernels need while they work, and what an allocator can't use
+# of activations: what kernels need while they work, and what an allocator can't use
+_SLACK = 1.15
 _GPU_PASS_TOKENS = 24576  # of a pass: more of them make no kernel faster
 _MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
 _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
@@ -38,7 +40,8 @@ _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of
 # Of a GPU, from steps of one and eight trials of the shapes of 135 million, 1.1 and 7 billion parameters on an H100:
 _MOVED_NUMBERS = 16  # by a training pass, for each number that a linear layer takes or gives
 _STEP_SECONDS, _TRIAL_SECONDS = 0.015, 0.0025  # of the host: a step, and each trial in it
-_RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
+# sizes of pass that come up in a sweep; recording one, a layer
+_RECORDINGS, _RECORDING_SECONDS = 30, 0.012
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ class ModelSize:
     def adapter_parameters(self, settings: TrialSettings) -> int:
         """Parameters of a trial's adapter."""
         wanted = settings.target_modules
-        return sum(settings.lora_r * (rows + columns) for name, rows, columns in self.widths
-                   if is_targeted(name, wanted))
+        return sum(
+            settings.lora_r * (rows + columns)
+            for name, rows, columns in self.widths
+            if is_targeted(name, wanted)
+        )
 
 
 @dataclass(frozen=True)
@@ -93,20 +99,40 @@ def model_size(config: Any) -> ModelSize:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head, text = model.get_output_embeddings(), config.get_text_config()
-    linear = [(name, module.out_features, module.in_features) for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and module is not head]
+    linear = [
+        (name, module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
     size = sum(rows * columns for _, rows, columns in linear)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     # Both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product.
-    kept = 4 * text.hidden_size + 2 * (heads + kv_heads) * head_dim + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
-    return ModelSize(size, sum(p.numel() for p in model.parameters()) - size, tuple(linear), text.vocab_size, text.hidden_size,
-                     text.num_hidden_layers, text.num_hidden_layers * kept)
+    kept = (
+        4 * text.hidden_size
+        + 2 * (heads + kv_heads) * head_dim
+        + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
+    )
+    return ModelSize(
+        size,
+        sum(p.numel() for p in model.parameters()) - size,
+        tuple(linear),
+        text.vocab_size,
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_hidden_layers * kept,
+    )
 
 
-def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device,
-              num_devices: int = 1) -> Plan:
+def make_plan(
+    space: Space,
+    train: Sequence[EncodedExample],
+    public: Sequence[EncodedExample],
+    size: ModelSize,
+    device: Device,
+    num_devices: int = 1,
+) -> Plan:
     """The plan of a sweep on one or several such devices.
 
     Raises InputError, naming what to change, for target modules that the base lacks, and if the trials don't fit.
@@ -125,38 +151,67 @@ def make_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[En
     base = size.other * width + (int(size.linear * _NF4_BYTES) if keeps_nf4 else dense)
     of_parameter = _ADAPTER_BYTES + (width if width < 4 else 0)
     adapter = of_parameter * max(size.adapter_parameters(settings) for settings in _extremes(space))
-    middling = of_parameter * statistics.fmean(size.adapter_parameters(settings) for settings in _extremes(space, statistics.fmean))
+    middling = of_parameter * statistics.fmean(
+        size.adapter_parameters(settings) for settings in _extremes(space, statistics.fmean)
+    )
     answers = sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
     # Of scored tokens, logits in the model's dtype and their gradient, and float32 logits and theirs.
     token = _SLACK * (size.kept_numbers * width + answers * size.vocabulary * (2 * width + 8))
     step = _step_tokens(space, train)
     least = base + adapter + int(min(step, _longest(train)) * token)
     if least > free:
-        raise InputError("base_model", f"a trial needs {_gib(least)} on a device (base {_gib(base)}, adapter and optimizer "
-                         f"{_gib(adapter)}), but {_gib(free)} are free; choose a smaller base or lora_r, or a larger device")
+        raise InputError(
+            "base_model",
+            f"a trial needs {_gib(least)} on a device (base {_gib(base)}, adapter and optimizer "
+            f"{_gib(adapter)}), but {_gib(free)} are free; choose a smaller base or lora_r, or a larger device",
+        )
     trials = _side_by_side(space)
     needed = least + ((trials or 1) - 1) * adapter
     if trials is not None and needed > free:
-        raise InputError("trials_per_gpu", f"{trials} trials need {_gib(needed)} on a device, but {_gib(free)} are free; lower it, "
-                         "or set it to auto")
+        raise InputError(
+            "trials_per_gpu",
+            f"{trials} trials need {_gib(needed)} on a device, but {_gib(free)} are free; lower it, "
+            "or set it to auto",
+        )
     if trials is None:
-        most = min(_MOST_TRIALS, -(-space.num_trials // num_devices))  # no device idles while another is crowded
-        trials = next(count for count in range(most, 0, -1)
-                      if count == 1 or base + count * adapter + int(min(count, 2) * step * token) <= 0.9 * free)
+        # no device idles while another is crowded
+        most = min(_MOST_TRIALS, -(-space.num_trials // num_devices))
+        trials = next(
+            count
+            for count in range(most, 0, -1)
+            if count == 1 or base + count * adapter + int(min(count, 2) * step * token) <= 0.9 * free
+        )
     room = int((0.9 * free - base - trials * adapter) / token)
     largest = math.ceil(trials * step + 3 * _deviation(train) * math.sqrt(trials * _batch_size(space)))
-    budget = space.budget_tokens or max(min(room, largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train))
+    budget = space.budget_tokens or max(
+        min(room, largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS), _longest(train)
+    )
     seconds, unstopped = _expected_seconds(space, train, public, size, device, trials, num_devices)
     kept = 2 * space.num_trials * adapter * 12 // _ADAPTER_BYTES
-    return Plan(base, adapter, int(middling), int(min(budget, largest) * token), budget, trials, kept, num_devices, seconds, unstopped)
+    return Plan(
+        base,
+        adapter,
+        int(middling),
+        int(min(budget, largest) * token),
+        budget,
+        trials,
+        kept,
+        num_devices,
+        seconds,
+        unstopped,
+    )
 
 
-def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None) -> str:
+def describe_plan(
+    space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None
+) -> str:
     """A few lines: base, data, trials, schedule lengths and rungs, memory, disk and time; without a plan, what does not need one."""
     prefix = whole_group([*train, *public]).prefix_length
     tokens = sum(example.num_tokens for example in train)
     fixed = space.trial_settings({})
-    searched = ", ".join(f"{key} {name}{value}" for key, sampler in space.search.items() for name, value in sampler.items())
+    searched = ", ".join(
+        f"{key} {name}{value}" for key, sampler in space.search.items() for name, value in sampler.items()
+    )
     lines = [
         f"base        {space.base_model.name} ({space.base_model.quantization}, {space.base_model.dtype})",
         f"train       {len(train)} examples of {space.data.train}, {tokens / len(train):.0f} tokens on average",
@@ -168,7 +223,9 @@ def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequenc
     if isinstance(space.scheduler, Asha):
         unit = "% of a trial's schedule" if space.scheduler.time_attr == "schedule_percent" else " steps"
         rungs = ", ".join(f"{rung:g}" for rung in space.scheduler.rungs)
-        lines.append(f"ASHA        compares at {rungs}{unit}, keeps 1 of {space.scheduler.reduction_factor:g}")
+        lines.append(
+            f"ASHA        compares at {rungs}{unit}, keeps 1 of {space.scheduler.reduction_factor:g}"
+        )
     if plan is not None:
         lines += [
             f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} tokens",
@@ -178,7 +235,9 @@ def describe_plan(space: Space, train: Sequence[EncodedExample], public: Sequenc
         ]
         unstopped = _minutes(plan.seconds_without_stopping)
         devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
-        lines.append(f"time        about {_minutes(plan.seconds)} on {devices}, {unstopped} if nothing is stopped")
+        lines.append(
+            f"time        about {_minutes(plan.seconds)} on {devices}, {unstopped} if nothing is stopped"
+        )
     else:
         lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
@@ -195,7 +254,11 @@ def _side_by_side(space: Space) -> int | None:
     if space.trials_per_gpu == "auto":
         return None
     gpu = 1 / space.trials_per_gpu if space.trials_per_gpu else space.resources_per_trial.gpu
-    trials = int(1 / gpu + 1e-3) if gpu else max(1, int((os.cpu_count() or 1) / max(space.resources_per_trial.cpu, 1e-3)))
+    trials = (
+        int(1 / gpu + 1e-3)
+        if gpu
+        else max(1, int((os.cpu_count() or 1) / max(space.resources_per_trial.cpu, 1e-3)))
+    )
     return max(1, min(trials, space.num_trials, space.max_concurrent_trials or trials))
 
 
@@ -204,13 +267,20 @@ def _extremes(space: Space, of_ranks: Callable[[list[Any]], float] = max) -> lis
     ranks = _values(space, "lora_r") or [space.trial_settings({}).lora_r]
     targets = _values(space, "target_modules")
     highest = {"lora_r": int(of_ranks(ranks))}
-    return [space.trial_settings({**highest, **({"target_modules": value} if targets else {})}) for value in targets or [None]]
+    return [
+        space.trial_settings({**highest, **({"target_modules": value} if targets else {})})
+        for value in targets or [None]
+    ]
 
 
 def _values(space: Space, key: str) -> list[Any]:
     """The choices, or both ends, of a searched setting; none if it is not searched."""
     sampler = space.search.get(key, {})
-    return [value for name, arguments in sampler.items() for value in (arguments if name in CHOICES else arguments[:2])]
+    return [
+        value
+        for name, arguments in sampler.items()
+        for value in (arguments if name in CHOICES else arguments[:2])
+    ]
 
 
 def _step_tokens(space: Space, train: Sequence[EncodedExample]) -> int:
@@ -234,16 +304,29 @@ def _longest(train: Sequence[EncodedExample]) -> int:
     return max(example.num_tokens for example in train)
 
 
-def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize,
-                      device: Device, side_by_side: int, num_devices: int) -> tuple[float, float]:
+def _expected_seconds(
+    space: Space,
+    train: Sequence[EncodedExample],
+    public: Sequence[EncodedExample],
+    size: ModelSize,
+    device: Device,
+    side_by_side: int,
+    num_devices: int,
+) -> tuple[float, float]:
     """(with early stopping, without), with as many trials on each device."""
     fixed = space.trial_settings({})
-    epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in _values(space, "epochs")] or [sum(fixed.stages)]
+    epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in _values(space, "epochs")] or [
+        sum(fixed.stages)
+    ]
     mean_epochs = sum(epochs) / len(epochs)
     steps = make_timetable(len(train), fixed).steps_per_epoch
     answers = sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
     step = _token_seconds(size, device, answers) * _step_tokens(space, train)
-    evaluation = _token_seconds(size, device, answers) / 2 * sum(group.num_tokens for group in split_by_budget(public, 32768))
+    evaluation = (
+        _token_seconds(size, device, answers)
+        / 2
+        * sum(group.num_tokens for group in split_by_budget(public, 32768))
+    )
     start = float(_START_SECONDS)
     if device.kind == "cuda":
         step += _STEP_SECONDS / side_by_side + _TRIAL_SECONDS
@@ -251,7 +334,9 @@ def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Seq
     points: list[float] = [100.0]
     if isinstance(space.scheduler, Asha):
         unit = 1.0 if space.scheduler.time_attr == "schedule_percent" else 100 / (steps * mean_epochs)
-        points = [unit * rung for rung in (*space.scheduler.rungs, space.scheduler.max_t) if unit * rung < 100] + [100.0]
+        points = [
+            unit * rung for rung in (*space.scheduler.rungs, space.scheduler.max_t) if unit * rung < 100
+        ] + [100.0]
 
     def seconds(trials: list[float]) -> float:
         """`trials`: that train up to each point."""
@@ -259,6 +344,7 @@ def _expected_seconds(space: Space, train: Sequence[EncodedExample], public: Seq
         whole = sum(count * stretch / 100 for count, stretch in zip(trials, stretches, strict=True))
         work = whole * mean_epochs * steps * step + (sum(trials) + whole * (mean_epochs - 1)) * evaluation
         return start + work / min(num_devices, space.num_trials)
+
     everyone = [float(space.num_trials)] * len(points)
     survivors = list(everyone)
     if isinstance(space.scheduler, Asha):
@@ -280,7 +366,10 @@ def _token_seconds(size: ModelSize, device: Device, answers: float) -> float:
     if device.kind == "cpu":
         return arithmetic / _CPU_ARITHMETIC
     width = 2 if device.has_bfloat16 else 4
-    return arithmetic + _MOVED_NUMBERS * width * sum(rows + columns for _, rows, columns in size.widths) / device.bandwidth
+    return (
+        arithmetic
+        + _MOVED_NUMBERS * width * sum(rows + columns for _, rows, columns in size.widths) / device.bandwidth
+    )
 
 
 def _gib(count: float) -> str:

@@ -10,13 +10,41 @@ _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■"
 
 def table(records: list[TrialRecord], zero_shot: float, limit: int = 24) -> str:
     """Trials by best perplexity: configuration, progress, best and last perplexity, status."""
-    rows = [("", "trial", "lr", "r", "alpha", "dropout", "epochs", "done", "best ppl", "last ppl", "vs zero-shot", "status")]
+    rows = [
+        (
+            "",
+            "trial",
+            "lr",
+            "r",
+            "alpha",
+            "dropout",
+            "epochs",
+            "done",
+            "best ppl",
+            "last ppl",
+            "vs zero-shot",
+            "status",
+        )
+    ]
     for record in ranked(records)[:limit]:
         settings = TrialSettings.model_validate(record.config)
         best, last = record.best, record.curve[-1] if record.curve else None
-        rows.append((_MARKS[record.status], record.trial_id, f"{settings.learning_rate:.2e}", str(settings.lora_r),
-                     f"{settings.lora_alpha:g}", f"{settings.lora_dropout:.3g}", str(settings.epochs), f"{record.percent:.0f}%",
-                     _number(best), _number(last), f"{best['public_perplexity'] / zero_shot - 1:+.1%}" if best else "-", record.status))
+        rows.append(
+            (
+                _MARKS[record.status],
+                record.trial_id,
+                f"{settings.learning_rate:.2e}",
+                str(settings.lora_r),
+                f"{settings.lora_alpha:g}",
+                f"{settings.lora_dropout:.3g}",
+                str(settings.epochs),
+                f"{record.percent:.0f}%",
+                _number(best),
+                _number(last),
+                f"{best['public_perplexity'] / zero_shot - 1:+.1%}" if best else "-",
+                record.status,
+            )
+        )
     text = _aligned(rows)
     return text if len(records) <= limit else f"{text}\n  and {len(records) - limit} more"
 
@@ -26,12 +54,19 @@ def headline(records: list[TrialRecord], num_trials: int, elapsed_seconds: float
     counts = {status: sum(record.status == status for record in records) for status in _MARKS}
     ended = counts["finished"] + counts["stopped"] + counts["failed"]
     best = next((record for record in ranked(records) if record.best), None)
-    parts = [f"{ended}/{num_trials} trials ended", f"{counts['running']} running", f"{counts['stopped']} stopped early"]
+    parts = [
+        f"{ended}/{num_trials} trials ended",
+        f"{counts['running']} running",
+        f"{counts['stopped']} stopped early",
+    ]
     if counts["failed"]:
         parts.append(f"{counts['failed']} failed")
     if best is not None and best.best is not None:
         parts.append(f"best {best.best['public_perplexity']:.4g} ({best.trial_id})")
-    parts += [f"elapsed {clock(elapsed_seconds)}", f"at most {_remaining(records, num_trials, elapsed_seconds)} left"]
+    parts += [
+        f"elapsed {clock(elapsed_seconds)}",
+        f"at most {_remaining(records, num_trials, elapsed_seconds)} left",
+    ]
     return ", ".join(parts)
 
 
@@ -39,15 +74,19 @@ def ranking(records: list[TrialRecord], zero_shot: float) -> str:
     """The closing table with what early stopping saved."""
     saved = share_of_epochs_saved(records)
     stopped = sum(record.status == "stopped" for record in records)
-    return (f"{table(records, zero_shot, limit=len(records))}\n"
-            f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials and saved "
-            f"{saved:.0%} of the full-length epochs")
+    return (
+        f"{table(records, zero_shot, limit=len(records))}\n"
+        f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials and saved "
+        f"{saved:.0%} of the full-length epochs"
+    )
 
 
 def where_time_went(seconds: Mapping[str, float]) -> str:
     """One line: the share of each kind of work in what hosts did; empty if they did nothing."""
     whole = sum(seconds.values())
-    shares = ", ".join(f"{work} {part / whole:.0%}" for work, part in seconds.items() if round(100 * part / max(whole, 1e-9)))
+    shares = ", ".join(
+        f"{work} {part / whole:.0%}" for work, part in seconds.items() if round(100 * part / max(whole, 1e-9))
+    )
     return f"hosts       {shares} of {clock(whole)}" if shares else ""
 
 
@@ -72,4 +111,6 @@ def _number(point: dict[str, float] | None) -> str:
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

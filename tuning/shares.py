@@ -22,6 +22,9 @@ def check_resources(shares: dict[str, float], available: dict[str, float]) -> No
         return
     for name, wanted in shares.items():
         if wanted > available.get(name, 0):
-            raise InputError("resources_per_trial", f"a trial asks for {wanted:g} {name}, but Ray has {available.get(name, 0):g}; "
-                             f"lower it with --set resources_per_trial.{name.lower()}=N"
-                             + (" --set trials_per_gpu=null" if name == "GPU" else ""))
+            raise InputError(
+                "resources_per_trial",
+                f"a trial asks for {wanted:g} {name}, but Ray has {available.get(name, 0):g}; "
+                f"lower it with --set resources_per_trial.{name.lower()}=N"
+                + (" --set trials_per_gpu=null" if name == "GPU" else ""),
+            )

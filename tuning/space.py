@@ -23,9 +23,16 @@ from qlora.config import (
 )
 
 SAMPLERS: dict[str, tuple[str, ...]] = {
-    "uniform": ("lower", "upper"), "quniform": ("lower", "upper", "q"), "loguniform": ("lower", "upper"),
-    "qloguniform": ("lower", "upper", "q"), "randn": ("mean", "sd"), "qrandn": ("mean", "sd", "q"), "randint": ("lower", "upper"),
-    "qrandint": ("lower", "upper", "q"), "lograndint": ("lower", "upper"), "qlograndint": ("lower", "upper", "q"),
+    "uniform": ("lower", "upper"),
+    "quniform": ("lower", "upper", "q"),
+    "loguniform": ("lower", "upper"),
+    "qloguniform": ("lower", "upper", "q"),
+    "randn": ("mean", "sd"),
+    "qrandn": ("mean", "sd", "q"),
+    "randint": ("lower", "upper"),
+    "qrandint": ("lower", "upper", "q"),
+    "lograndint": ("lower", "upper"),
+    "qlograndint": ("lower", "upper", "q"),
 }
 CHOICES = ("choice", "grid_search")
 REPORTED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs")
@@ -70,14 +77,20 @@ class Asha(Settings):
         if self.time_attr == "schedule_percent" and self.max_t > 100:
             raise ValueError(f"max_t is {self.max_t:g} percent of the schedule; it can't be above 100")
         if self.grace_period >= self.max_t:
-            raise ValueError(f"grace_period {self.grace_period:g} must be below max_t {self.max_t:g}, or nothing is ever compared")
+            raise ValueError(
+                f"grace_period {self.grace_period:g} must be below max_t {self.max_t:g}, or nothing is ever compared"
+            )
         return self
 
     @property
     def rungs(self) -> list[float]:
         """The points below max_t where trials are compared, in units of time_attr."""
         powers = itertools.count()
-        return list(itertools.takewhile(lambda rung: rung < self.max_t, (self.grace_period * self.reduction_factor**k for k in powers)))
+        return list(
+            itertools.takewhile(
+                lambda rung: rung < self.max_t, (self.grace_period * self.reduction_factor**k for k in powers)
+            )
+        )
 
 
 class NoEarlyStopping(Settings):
@@ -133,9 +146,15 @@ class Space(Settings):
             raise ValueError(f"{', '.join(both)} stands under both trial and search; keep one")
         for key in self.trial:
             _check_setting(key, self.trial[key], f"trial.{key}")
-        refused = {name for sampler in self.search.values() for name in sampler} & {"grid_search", "randn", "qrandn"}
+        refused = {name for sampler in self.search.values() for name in sampler} & {
+            "grid_search",
+            "randn",
+            "qrandn",
+        }
         if self.searcher.type == "optuna" and refused:
-            raise ValueError(f"searcher optuna takes no {', '.join(sorted(refused))}; use another sampler, or the random searcher")
+            raise ValueError(
+                f"searcher optuna takes no {', '.join(sorted(refused))}; use another sampler, or the random searcher"
+            )
         return self
 
     def trial_settings(self, config: dict[str, Any]) -> TrialSettings:
@@ -182,9 +201,12 @@ def read_settings(path: str | Path, overrides: list[str], model: str) -> dict[st
 def tune_space(space: Space) -> dict[str, Any]:
     """The search part as Ray Tune's param_space."""
     from ray import tune
+
     samplers = {key: _sampler_parts(sampler) for key, sampler in space.search.items()}
-    return {key: getattr(tune, name)(arguments) if name in CHOICES else getattr(tune, name)(*arguments)
-            for key, (name, arguments) in samplers.items()}
+    return {
+        key: getattr(tune, name)(arguments) if name in CHOICES else getattr(tune, name)(*arguments)
+        for key, (name, arguments) in samplers.items()
+    }
 
 
 def _check_sampler(key: str, sampler: dict[str, Any]) -> None:
@@ -249,7 +271,9 @@ def _read_yaml(path: Path, model: str) -> dict[str, Any]:
         raise InputError(path, f"no such file; see {model}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise InputError(f"{path}:line {line}", f"is not valid YAML: {error.problem or error.context}") from None
+        raise InputError(
+            f"{path}:line {line}", f"is not valid YAML: {error.problem or error.context}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(path, f"can't be read: {error}") from None
     if not isinstance(content, dict):

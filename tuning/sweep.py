@@ -22,8 +22,16 @@ from tuning.progress import headline, table
 from tuning.space import Asha, Space, tune_space
 from tuning.trial import run_trial
 
-_POINT = ("step", "epoch", "schedule_percent", "public_perplexity", "training_loss", "learning_rate", "tokens_per_second",
-          "peak_memory_gib")
+_POINT = (
+    "step",
+    "epoch",
+    "schedule_percent",
+    "public_perplexity",
+    "training_loss",
+    "learning_rate",
+    "tokens_per_second",
+    "peak_memory_gib",
+)
 _SECONDS_BETWEEN_TABLES = 20.0
 
 
@@ -45,31 +53,47 @@ class SweepCallback(tune.Callback):
     started_at: float = 0.0
     printed_at: float = 0.0
 
-    def setup(self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any) -> None:
+    def setup(
+        self,
+        stop: Any = None,
+        num_samples: int | None = None,
+        total_num_samples: int | None = None,
+        **info: Any,
+    ) -> None:
         self.ledger = Ledger(self.folder / "trials")
         self.started_at = self.printed_at = time.time()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if trials and set(self.ledger.records) - {trial.trial_id for trial in trials}:
-            raise InputError(self.folder / "ray", "its state is damaged and lost trials that had run; "
-                             "start a new sweep under another --name")
+            raise InputError(
+                self.folder / "ray",
+                "its state is damaged and lost trials that had run; start a new sweep under another --name",
+            )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self.ledger.records.get(trial.trial_id)
-        record = known or TrialRecord(trial.trial_id, _full_config(self.space, trial.config), started_at=time.time())
+        record = known or TrialRecord(
+            trial.trial_id, _full_config(self.space, trial.config), started_at=time.time()
+        )
         self._put(replace(record, status="running", ended_at=None))
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if "public_perplexity" in result:
             point = {key: float(result[key]) for key in _POINT}
             self._put(self.ledger.records[trial.trial_id].with_point(point, result["perplexities"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.ledger.records[trial.trial_id]
-        self._put(replace(record, status="finished" if record.percent >= 100 else "stopped", ended_at=time.time()))
+        self._put(
+            replace(record, status="finished" if record.percent >= 100 else "stopped", ended_at=time.time())
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self.ledger.records.get(trial.trial_id) or TrialRecord(trial.trial_id, _full_config(self.space, trial.config))
+        record = self.ledger.records.get(trial.trial_id) or TrialRecord(
+            trial.trial_id, _full_config(self.space, trial.config)
+        )
         self._put(replace(record, status="failed", error=_last_line(trial.get_error()), ended_at=time.time()))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -86,7 +110,10 @@ class SweepCallback(tune.Callback):
     def _print(self) -> None:
         self.printed_at = time.time()
         records = list(self.ledger.records.values())
-        print(f"\n{table(records, self.zero_shot)}\n{headline(records, self.space.num_trials, time.time() - self.started_at)}", flush=True)
+        print(
+            f"\n{table(records, self.zero_shot)}\n{headline(records, self.space.num_trials, time.time() - self.started_at)}",
+            flush=True,
+        )
 
 
 class RestoredASHA(ASHAScheduler):
@@ -102,11 +129,21 @@ class RestoredASHA(ASHAScheduler):
         record = Ledger(self._ledger_folder).records.get(trial.trial_id)
         for point in record.curve if record else ():
             if point[self._time_attr] < self._max_t:
-                self._trial_info[trial.trial_id].on_result(trial, point[self._time_attr], -point["public_perplexity"])
+                self._trial_info[trial.trial_id].on_result(
+                    trial, point[self._time_attr], -point["public_perplexity"]
+                )
 
 
-def run_sweep(space: Space, hosts: Any, shares: dict[str, float], folder: Path, zero_shot: float, observer: SweepObserver, *,
-              resume: bool) -> list[TrialRecord]:
+def run_sweep(
+    space: Space,
+    hosts: Any,
+    shares: dict[str, float],
+    folder: Path,
+    zero_shot: float,
+    observer: SweepObserver,
+    *,
+    resume: bool,
+) -> list[TrialRecord]:
     """Run or continue the sweep whose results live in `folder`; returns its records, whatever became of each trial. `shares`: what a
     trial asks Ray for.
 
@@ -118,7 +155,9 @@ def run_sweep(space: Space, hosts: Any, shares: dict[str, float], folder: Path, 
     if resume and tune.Tuner.can_restore(experiment):
         tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True, restart_errored=False)
     else:
-        tuner = _new_tuner(space, folder, experiment, trainable, SweepCallback(folder, space, zero_shot, observer))
+        tuner = _new_tuner(
+            space, folder, experiment, trainable, SweepCallback(folder, space, zero_shot, observer)
+        )
     tuner.fit()
     return list(Ledger(folder / "trials").records.values())
 
@@ -138,13 +177,20 @@ def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
     Raises InputError if no trial has reported a perplexity.
     """
     experiment = storage_path(space, folder) + "/ray"
-    best = next((record for record in ranked(list(Ledger(folder / "trials").records.values())) if record.best), None)
+    best = next(
+        (record for record in ranked(list(Ledger(folder / "trials").records.values())) if record.best), None
+    )
     if best is None:
-        raise InputError(folder, "no trial reached an evaluation; see the errors above and trials/ in this folder")
+        raise InputError(
+            folder, "no trial reached an evaluation; see the errors above and trials/ in this folder"
+        )
     grid = tune.ExperimentAnalysis(experiment, default_metric="public_perplexity", default_mode="min")
     seen = [trial for trial in grid.trials if trial.checkpoint is not None]
-    found = {trial.trial_id: checkpoint for trial in seen
-             if (checkpoint := grid.get_best_checkpoint(trial, metric="public_perplexity", mode="min")) is not None}
+    found = {
+        trial.trial_id: checkpoint
+        for trial in seen
+        if (checkpoint := grid.get_best_checkpoint(trial, metric="public_perplexity", mode="min")) is not None
+    }
     target = folder / "best"
     with found[best.trial_id].as_directory() as source:
         shutil.rmtree(target, ignore_errors=True)
@@ -157,32 +203,53 @@ def storage_path(space: Space, folder: Path) -> str:
     return f"{space.storage.rstrip('/')}/{folder.name}" if space.storage else str(folder.resolve())
 
 
-def _new_tuner(space: Space, folder: Path, experiment: str, trainable: Callable[..., Any], callback: SweepCallback) -> tune.Tuner:
+def _new_tuner(
+    space: Space, folder: Path, experiment: str, trainable: Callable[..., Any], callback: SweepCallback
+) -> tune.Tuner:
     storage, _, name = experiment.rpartition("/")
     return tune.Tuner(
-        trainable, param_space=tune_space(space),
-        tune_config=tune.TuneConfig(metric="public_perplexity", mode="min", num_samples=space.num_samples, search_alg=_searcher(space),
-                                    scheduler=_scheduler(space, folder), reuse_actors=True,
-                                    max_concurrent_trials=space.max_concurrent_trials),
+        trainable,
+        param_space=tune_space(space),
+        tune_config=tune.TuneConfig(
+            metric="public_perplexity",
+            mode="min",
+            num_samples=space.num_samples,
+            search_alg=_searcher(space),
+            scheduler=_scheduler(space, folder),
+            reuse_actors=True,
+            max_concurrent_trials=space.max_concurrent_trials,
+        ),
         run_config=tune.RunConfig(
-            name=name, storage_path=storage, callbacks=[callback], verbose=0,
+            name=name,
+            storage_path=storage,
+            callbacks=[callback],
+            verbose=0,
             failure_config=tune.FailureConfig(max_failures=space.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="public_perplexity",
-                                                    checkpoint_score_order="min")))
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="public_perplexity", checkpoint_score_order="min"
+            ),
+        ),
+    )
 
 
 def _scheduler(space: Space, folder: Path) -> TrialScheduler:
     settings = space.scheduler
     if not isinstance(settings, Asha):
         return FIFOScheduler()
-    return RestoredASHA(folder / "trials", time_attr=settings.time_attr, max_t=settings.max_t, grace_period=settings.grace_period,
-                        reduction_factor=settings.reduction_factor)
+    return RestoredASHA(
+        folder / "trials",
+        time_attr=settings.time_attr,
+        max_t=settings.max_t,
+        grace_period=settings.grace_period,
+        reduction_factor=settings.reduction_factor,
+    )
 
 
 def _searcher(space: Space) -> Searcher | SearchAlgorithm:
     if space.searcher.type == "random":
         return BasicVariantGenerator(random_state=space.seed)
     from ray.tune.search.optuna import OptunaSearch
+
     return OptunaSearch(seed=space.seed)
 
 

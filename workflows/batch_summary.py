@@ -14,12 +14,25 @@ def closing_words(result: JobResult, output: Path) -> str:
         lines.append(", ".join(f"{name} {value}" for name, value in result.scores.items()))
     failed = f", {result.num_failed} FAILED (see {output}.errors.json)" if result.num_failed else ""
     rate = result.num_generated / max(result.seconds, 1e-9)
-    return "\n".join([*lines, f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s){failed} -> {output}"])
+    return "\n".join(
+        [
+            *lines,
+            f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s){failed} -> {output}",
+        ]
+    )
 
 
-def note_prediction(model: Any, result: JobResult, decoding: DecodingSettings, source: str, output: Path, prompt: str) -> None:
+def note_prediction(
+    model: Any, result: JobResult, decoding: DecodingSettings, source: str, output: Path, prompt: str
+) -> None:
     """A run in the experiment of a tracking.registry.RegisteredAdapter, with the job's meta file."""
     from tracking.registry import note_use
+
     scores = {key: value for key, value in (result.scores or {}).items() if isinstance(value, int | float)}
-    note_use(model, "prediction", {"input": source, "output": output, "prompt": prompt, **decoding.model_dump(exclude_none=True)},
-             {"rows": result.num_rows, "rows_failed": result.num_failed, **scores}, [output.with_name(f"{output.name}.meta.json")])
+    note_use(
+        model,
+        "prediction",
+        {"input": source, "output": output, "prompt": prompt, **decoding.model_dump(exclude_none=True)},
+        {"rows": result.num_rows, "rows_failed": result.num_failed, **scores},
+        [output.with_name(f"{output.name}.meta.json")],
+    )

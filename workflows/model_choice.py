@@ -11,6 +11,7 @@ def local_adapter(adapter: str | None) -> tuple[str | None, str | None, Any]:
         return None, None, None
     from qlora.lora.peft_folder import adapter_base
     from tracking.registry import fetch_adapter, is_model_uri
+
     if is_model_uri(adapter):
         registered = fetch_adapter(adapter)
         return str(registered.folder), adapter_base(registered.folder), registered

@@ -47,11 +47,15 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except (InputError, StoppedError) as error:
         cause: Any = error
-        while getattr(cause, "cause", None) is not None:  # Ray wraps it once a process that it passed
+        # Ray wraps it once a process that it passed
+        while getattr(cause, "cause", None) is not None:
             cause = cause.cause
         _exit(EXIT_BAD_INPUT if isinstance(cause, InputError) else EXIT_STOPPED, cause)
     except KeyboardInterrupt:
-        _exit(EXIT_STOPPED, "stopped by the keyboard; run the same command again, with --resume where it has that option")
+        _exit(
+            EXIT_STOPPED,
+            "stopped by the keyboard; run the same command again, with --resume where it has that option",
+        )
     sys.exit(0)
 
 

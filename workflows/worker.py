@@ -37,11 +37,14 @@ class Worker:
 class _WorkerProcess:
     def __init__(self) -> None:
         import torch
+
         torch.set_num_threads(my_device()[2])  # Ray has set those of its share
-        importlib.import_module("qlora.served")  # most of what any work needs, before there is some
+        # most of what any work needs, before there is some
+        importlib.import_module("qlora.served")
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         import torch
+
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -56,13 +59,15 @@ def adapter_files(folder: Path) -> Files:
     return {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
 
 
-def train_stage(base: BaseModelSettings, start: Files, examples: list[EncodedExample],
-                settings: TrialSettings) -> tuple[Files, float, float]:
+def train_stage(
+    base: BaseModelSettings, start: Files, examples: list[EncodedExample], settings: TrialSettings
+) -> tuple[Files, float, float]:
     """Train the last stage of a schedule from an adapter that has done those before: (the adapter, mean training loss of its last epoch,
     seconds)."""
     from qlora.base.model import default_token_budget
     from qlora.lora.bank import load_bank
     from qlora.training import Training
+
     training = Training(load_bank(base), examples, settings)
     per_epoch, stages = training.timetable.steps_per_epoch, training.timetable.stages
     if start:
@@ -78,33 +83,47 @@ def train_stage(base: BaseModelSettings, start: Files, examples: list[EncodedExa
         return adapter_files(Path(folder)), sum(losses[-per_epoch:]) / per_epoch, seconds
 
 
-def measure_perplexities(base: BaseModelSettings, files: Files, examples: list[EncodedExample]) -> tuple[list[float], str]:
+def measure_perplexities(
+    base: BaseModelSettings, files: Files, examples: list[EncodedExample]
+) -> tuple[list[float], str]:
     """(perplexity of each example, the dtype of the weights) under a base and an adapter as they are served."""
     from qlora.base.model import default_token_budget
     from qlora.packed.attention import use_packed_attention
     from qlora.perplexity import example_perplexities
     from qlora.served import load_served
+
     _wait_for_memory()
     with _folder(files) as folder:
         model: Any = load_served(base, str(folder) if files else None)
     use_packed_attention(model)
-    return example_perplexities(model, examples, default_token_budget()), str(model.dtype).removeprefix("torch.")
+    return example_perplexities(model, examples, default_token_budget()), str(model.dtype).removeprefix(
+        "torch."
+    )
 
 
-def prove(worker: Worker, model_uri: str, base: BaseModelSettings, public: Sequence[EncodedExample], expected: float) -> None:
+def prove(
+    worker: Worker, model_uri: str, base: BaseModelSettings, public: Sequence[EncodedExample], expected: float
+) -> None:
     """Raise RuntimeError unless the adapter at `model_uri` on `base` gives the expected public perplexity in the worker's process."""
-    values, dtype = worker.do(measure_perplexities, base, adapter_files(fetch_adapter(model_uri).folder), list(public))
+    values, dtype = worker.do(
+        measure_perplexities, base, adapter_files(fetch_adapter(model_uri).folder), list(public)
+    )
     found = mean_perplexity(values)
     if abs(found / expected - 1) > _TOLERANCES[dtype]:
-        raise RuntimeError(f"{model_uri} gives public perplexity {found:.5g} when it is loaded back, not the reported {expected:.5g}; "
-                           "it is not registered")
+        raise RuntimeError(
+            f"{model_uri} gives public perplexity {found:.5g} when it is loaded back, not the reported {expected:.5g}; "
+            "it is not registered"
+        )
 
 
-def generate_texts(base: BaseModelSettings, files: Files, prompts: Sequence[tuple[int, ...]], decoding: DecodingSettings) -> dict[str, Any]:
+def generate_texts(
+    base: BaseModelSettings, files: Files, prompts: Sequence[tuple[int, ...]], decoding: DecodingSettings
+) -> dict[str, Any]:
     """Texts in the prompts' order, new tokens, seconds of generating alone, the GPU's peak memory (0 on a CPU), the engine's name."""
     import torch
 
     from inference.engine import ServedModel, load_engine
+
     with _folder(files) as folder:
         engine = load_engine(ServedModel(base, str(folder) if files else None), decoding)
     started, texts, num_tokens = time.monotonic(), [""] * len(prompts), 0
@@ -112,7 +131,13 @@ def generate_texts(base: BaseModelSettings, files: Files, prompts: Sequence[tupl
         texts[index] = text
         num_tokens += count
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"texts": texts, "num_tokens": num_tokens, "seconds": time.monotonic() - started, "peak_memory_gib": peak, "engine": engine.name}
+    return {
+        "texts": texts,
+        "num_tokens": num_tokens,
+        "seconds": time.monotonic() - started,
+        "peak_memory_gib": peak,
+        "engine": engine.name,
+    }
 
 
 @contextmanager
@@ -126,6 +151,7 @@ def _folder(files: Files) -> Iterator[Path]:
 def _wait_for_memory() -> None:
     """Until a sweep's hosts, which have just ended, have given all of the GPU's memory back."""
     import torch
+
     free = -1
     while torch.cuda.is_available() and (now := torch.cuda.mem_get_info()[0]) > free:
         free = now

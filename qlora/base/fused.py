@@ -40,31 +40,56 @@ def fuse_for_training(model: Any) -> None:
         _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    _apply_liger_kernel_to_instance(model, rope=_turns_whole_heads(model.config), swiglu=True, geglu=True, rms_norm=False,
-                                    layer_norm=False, cross_entropy=False, fused_linear_cross_entropy=False)
+
+    _apply_liger_kernel_to_instance(
+        model,
+        rope=_turns_whole_heads(model.config),
+        swiglu=True,
+        geglu=True,
+        rms_norm=False,
+        layer_norm=False,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )
 
 
 def _turns_whole_heads(config: Any) -> bool:
     """Whether the rotary embedding turns all of a head: Liger's does not know another."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
-    return (getattr(text, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0) == 1.0
+    return (
+        getattr(text, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
+    ) == 1.0
 
 
 def fuse_norms(model: nn.Module) -> int:
     """Replace a model's RMSNorm modules where that changes nothing beyond rounding; returns how many were."""
-    fused = {name: replacement for name, module in model.named_modules() if (replacement := _replacement(module)) is not None}
+    fused = {
+        name: replacement
+        for name, module in model.named_modules()
+        if (replacement := _replacement(module)) is not None
+    }
     for name, replacement in fused.items():
         model.set_submodule(name, replacement)
     return len(fused)
 
 
 def _replacement(module: nn.Module) -> FusedRMSNorm | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None:
+    weight, eps = (
+        getattr(module, "weight", None),
+        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+    )
+    if (
+        not type(module).__name__.endswith("RMSNorm")
+        or not isinstance(weight, nn.Parameter)
+        or weight.dim() != 1
+        or eps is None
+    ):
         return None
     fused = FusedRMSNorm(weight, eps)
     with torch.no_grad():
         x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-        same = torch.allclose(fused(x).float(), module(x).float(), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6)
+        same = torch.allclose(
+            fused(x).float(), module(x).float(), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6
+        )
     return fused if same else None

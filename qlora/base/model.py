@@ -32,13 +32,22 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take on a device: unallocated on a GPU; on a CPU what is available without swapping,
     within the limit of a container (cgroup v2)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    available = next(
+        line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+    )
     free = int(available.split()[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        files = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()).get("inactive_file", "0")
-        free = min(free, int(most) - int(used.read_text()) + int(files))  # cached files give way
+        files = dict(
+            line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        ).get("inactive_file", "0")
+        # cached files give way
+        free = min(free, int(most) - int(used.read_text()) + int(files))
     return max(0, free)
 
 
@@ -52,7 +61,10 @@ def load_tokenizer(name: str) -> Any:
     reference = resolve_base(name)
     tokenizer = _from_pretrained(AutoTokenizer, name, reference)
     if tokenizer.eos_token_id is None:
-        raise InputError(name, "its tokenizer has no EOS token, so answers would not end; add eos_token to tokenizer_config.json")
+        raise InputError(
+            name,
+            "its tokenizer has no EOS token, so answers would not end; add eos_token to tokenizer_config.json",
+        )
     return tokenizer
 
 
@@ -60,10 +72,25 @@ def load_base(settings: BaseModelSettings, device: torch.device | None = None) -
     """The frozen model in eval mode on `device`. Raises InputError if it can't be had."""
     reference, device = resolve_base(settings.name), device or default_device()
     dtype = compute_dtype(settings, device)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                      bnb_4bit_compute_dtype=dtype) if settings.quantization == "nf4" else None
-    model = _from_pretrained(AutoModelForCausalLM, settings.name, reference, dtype=dtype, device_map={"": device},
-                             use_safetensors=True, quantization_config=quantization)
+    quantization = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if settings.quantization == "nf4"
+        else None
+    )
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        settings.name,
+        reference,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        quantization_config=quantization,
+    )
     keep_gradients_on_cpu(model)
     return model.requires_grad_(False).eval()
 
@@ -75,6 +102,7 @@ def keep_gradients_on_cpu(model: torch.nn.Module) -> None:
     only. Training that evaluates in between would go on with wrong gradients.
     """
     from bitsandbytes.nn import Linear4bit
+
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -87,10 +115,17 @@ def base_revision(model: PreTrainedModel) -> str | None:
 
 def _from_pretrained(auto_class: Any, name: str, reference: BaseReference, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(reference.location, revision=reference.revision, trust_remote_code=False,
-                                          local_files_only=reference.kind != "hub", **options)
+        return auto_class.from_pretrained(
+            reference.location,
+            revision=reference.revision,
+            trust_remote_code=False,
+            local_files_only=reference.kind != "hub",
+            **options,
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(name, f"can't be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}") from error
+        raise InputError(
+            name, f"can't be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        ) from error
 
 
 def load_config(name: str) -> Any:
@@ -100,5 +135,8 @@ def load_config(name: str) -> Any:
     """
     config = _from_pretrained(AutoConfig, name, resolve_base(name))
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise InputError(name, f"{config.model_type} is no causal language model; choose a decoder such as Llama, Qwen or Mistral")
+        raise InputError(
+            name,
+            f"{config.model_type} is no causal language model; choose a decoder such as Llama, Qwen or Mistral",
+        )
     return config

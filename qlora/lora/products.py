@@ -35,8 +35,14 @@ class Dropout:
     def kept(self, layer: int, width: int) -> Tensor:
         """Which inputs of a layer are kept: [tokens, width] bool, on the CPU. 2**-16 of p is lost to rounding."""
         limit = round(self.p * 2**16)
-        masks = [np.random.Generator(np.random.SFC64((self.seed, self.step, layer, name))).integers(
-            0, 2**16, (length, width), dtype=np.uint16) >= limit for name, length in zip(self.names, self.lengths, strict=True) if length]
+        masks = [
+            np.random.Generator(np.random.SFC64((self.seed, self.step, layer, name))).integers(
+                0, 2**16, (length, width), dtype=np.uint16
+            )
+            >= limit
+            for name, length in zip(self.names, self.lengths, strict=True)
+            if length
+        ]
         return torch.from_numpy(np.concatenate(masks))
 
     def token_keys(self) -> np.ndarray:
@@ -62,26 +68,33 @@ class LayerPart:
     dropout: Dropout | None
 
 
-def add_lora(x_TI: Tensor, y_TO: Tensor, parts: Sequence[LayerPart], layer: int) -> list[tuple[Tensor, Tensor | None]]:
+def add_lora(
+    x_TI: Tensor, y_TO: Tensor, parts: Sequence[LayerPart], layer: int
+) -> list[tuple[Tensor, Tensor | None]]:
     """Add every part's LoRA product to y in place; returns low and the dropout factors of each part, for `lora_backward`."""
     kept = []
     for part in parts:
-        x = x_TI[part.start:part.end]
+        x = x_TI[part.start : part.end]
         factors = None
         if part.dropout is not None:
             factors = part.dropout.kept(layer, x.shape[1])
             x = _dropped(x, factors, part.dropout.p)
         low = (x @ part.a.t()).mul_(part.scale)
-        y_TO[part.start:part.end].addmm_(low, part.b.t())
+        y_TO[part.start : part.end].addmm_(low, part.b.t())
         kept.append((low, factors))
     return kept
 
 
-def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, parts: Sequence[LayerPart],
-                  kept: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+def lora_backward(
+    x_TI: Tensor,
+    dy_TO: Tensor,
+    dx_TI: Tensor | None,
+    parts: Sequence[LayerPart],
+    kept: Sequence[tuple[Tensor, Tensor | None]],
+) -> None:
     """Add to the gradients of every part's A and B, and of x if it is given, in place."""
     for part, (low, factors) in zip(parts, kept, strict=True):
-        x, dy = x_TI[part.start:part.end], dy_TO[part.start:part.end]
+        x, dy = x_TI[part.start : part.end], dy_TO[part.start : part.end]
         part.b_grad.addmm_(dy.t().to(part.b_grad.dtype), low.to(part.b_grad.dtype))
         dlow = (dy @ part.b).mul_(part.scale)
         x = x if factors is None or part.dropout is None else _dropped(x, factors, part.dropout.p)
@@ -89,9 +102,9 @@ def lora_backward(x_TI: Tensor, dy_TO: Tensor, dx_TI: Tensor | None, parts: Sequ
         if dx_TI is None:
             continue
         if factors is None or part.dropout is None:
-            dx_TI[part.start:part.end].addmm_(dlow, part.a)
+            dx_TI[part.start : part.end].addmm_(dlow, part.a)
         else:
-            dx_TI[part.start:part.end] += _dropped(dlow @ part.a, factors, part.dropout.p)
+            dx_TI[part.start : part.end] += _dropped(dlow @ part.a, factors, part.dropout.p)
 
 
 def _dropped(x: Tensor, kept: Tensor, p: float) -> Tensor:

@@ -41,30 +41,50 @@ def refuse_inexact(model: PreTrainedModel) -> None:
     config, family = model.config.get_text_config(), model.config.model_type
     other_layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
-        raise ValueError(f"{family} models don't use transformers' AttentionInterface; choose a decoder that does, such as Llama")
+        raise ValueError(
+            f"{family} models don't use transformers' AttentionInterface; choose a decoder that does, such as Llama"
+        )
     if getattr(model, "_is_stateful", False) or other_layers:
-        raise ValueError(f"{family} layers of type {', '.join(sorted(other_layers)) or 'state space'} mix tokens outside causal "
-                         "attention, so a packed stream would not be exact; choose a model with plain attention")
+        raise ValueError(
+            f"{family} layers of type {', '.join(sorted(other_layers)) or 'state space'} mix tokens outside causal "
+            "attention, so a packed stream would not be exact; choose a model with plain attention"
+        )
     if getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"attention_dropout {config.attention_dropout} makes results depend on the batch layout; "
-                         "set it to 0 in config.json")
+        raise ValueError(
+            f"attention_dropout {config.attention_dropout} makes results depend on the batch layout; "
+            "set it to 0 in config.json"
+        )
 
 
-def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-                     packed: PackedBatch | None = None, **others: Any) -> tuple[Tensor, None]:
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed: PackedBatch | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
 
     Raises ValueError if the batch did not arrive or the model asks for something that is not computed here.
     """
     if packed is None:
-        raise ValueError(f"{type(module).__name__} got no PackedBatch: call the model with packed=batch; "
-                         "if you did, this family doesn't hand keywords down to attention and can't be packed")
+        raise ValueError(
+            f"{type(module).__name__} got no PackedBatch: call the model with packed=batch; "
+            "if you did, this family doesn't hand keywords down to attention and can't be packed"
+        )
     refused = [name for name in REFUSED_KEYWORDS if others.get(name) is not None]
     if refused or attention_mask is not None:
-        raise ValueError(f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family")
+        raise ValueError(
+            f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q_THD, k_TKD, v_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # the gradient of [0] is a copy
+    # the gradient of [0] is a copy
+    q_THD, k_TKD, v_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if supports(q_THD, packed.longest, sliding_window, softcap):
         return flash_attend_stream(q_THD, k_TKD, v_TKD, packed.stretches, scale)[None], None
     if packed.known_stretches is not None:
@@ -73,24 +93,63 @@ def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
     for part in packed.parts:
         prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)
         if part.prefix.num_tokens:
-            outs_BHD.append(attend_rows(q_THD[prefix], k_TKD[prefix], v_TKD[prefix], k_TKD[:0], v_TKD[:0], part.prefix, scale,
-                                        sliding_window, softcap))
-        outs_BHD.append(attend_rows(q_THD[suffix], k_TKD[suffix], v_TKD[suffix], k_TKD[prefix], v_TKD[prefix], part.suffixes, scale,
-                                    sliding_window, softcap))
+            outs_BHD.append(
+                attend_rows(
+                    q_THD[prefix],
+                    k_TKD[prefix],
+                    v_TKD[prefix],
+                    k_TKD[:0],
+                    v_TKD[:0],
+                    part.prefix,
+                    scale,
+                    sliding_window,
+                    softcap,
+                )
+            )
+        outs_BHD.append(
+            attend_rows(
+                q_THD[suffix],
+                k_TKD[suffix],
+                v_TKD[suffix],
+                k_TKD[prefix],
+                v_TKD[prefix],
+                part.suffixes,
+                scale,
+                sliding_window,
+                softcap,
+            )
+        )
     return torch.cat(outs_BHD)[None], None
 
 
-def attend_rows(q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float,
-                sliding_window: int | None, softcap: float | None) -> Tensor:
+def attend_rows(
+    q_SHD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    k_PKD: Tensor,
+    v_PKD: Tensor,
+    rows: Rows,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0)."""
-    if not torch.is_grad_enabled() and supports(q_SHD, rows.prefix_length + rows.longest, sliding_window, softcap):
+    if not torch.is_grad_enabled() and supports(
+        q_SHD, rows.prefix_length + rows.longest, sliding_window, softcap
+    ):
         return flash_attend(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale)
     groups, start, outs_BHD = q_SHD.shape[1] // k_SKD.shape[1], 0, []
     for bucket in rows.buckets:
         end = start + bucket.num_tokens
         q_NHLD, k_NKLD, v_NKLD = (to_rows(tensor[start:end], bucket) for tensor in (q_SHD, k_SKD, v_SKD))
-        out_NHLD = _attend(q_NHLD, _behind_prefix(k_PKD, k_NKLD, groups), _behind_prefix(v_PKD, v_NKLD, groups),
-                           rows.mask(bucket.row_length, sliding_window), scale, softcap)
+        out_NHLD = _attend(
+            q_NHLD,
+            _behind_prefix(k_PKD, k_NKLD, groups),
+            _behind_prefix(v_PKD, v_NKLD, groups),
+            rows.mask(bucket.row_length, sliding_window),
+            scale,
+            softcap,
+        )
         outs_BHD.append(out_NHLD.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_B))
         start = end
     return torch.cat(outs_BHD)
@@ -110,7 +169,9 @@ def _behind_prefix(prefix_PKD: Tensor, rows_NKLD: Tensor, groups: int) -> Tensor
     return torch.cat([shared, rows_NKLD], dim=2).repeat_interleave(groups, dim=1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     if softcap is None:
         with sdpa_kernel(_KERNELS):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

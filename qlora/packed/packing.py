@@ -34,8 +34,11 @@ class Group:
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with, leaving every prompt at least one token of its own: the first answer token is
     predicted from that one."""
-    first, last = min(prompts), max(prompts)  # in lexicographic order, what these two share, all share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    # in lexicographic order, what these two share, all share
+    first, last = min(prompts), max(prompts)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+    )
     return min(shared, min(map(len, prompts)) - 1)
 
 
@@ -47,7 +50,11 @@ def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu")
 
 def whole_group(examples: Sequence[EncodedExample]) -> Group:
     """All examples as one group."""
-    return Group(tuple(examples), shared_prefix_length([example.prompt for example in examples]), tuple(range(len(examples))))
+    return Group(
+        tuple(examples),
+        shared_prefix_length([example.prompt for example in examples]),
+        tuple(range(len(examples))),
+    )
 
 
 def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
@@ -61,7 +68,9 @@ def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layo
         ids += group.examples[0].prompt[:p]
         positions.append(np.arange(p))
         for example in group.examples:
-            assert p < len(example.prompt) and example.answer, "every example needs a prompt token of its own and an answer"
+            assert p < len(example.prompt) and example.answer, (
+                "every example needs a prompt token of its own and an answer"
+            )
             ids += example.prompt[p:]
             ids += example.answer
             positions.append(np.arange(p, example.num_tokens))
@@ -69,10 +78,17 @@ def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layo
             answers_N.append(len(example.answer))
         lengths = tuple(example.num_tokens - p for example in group.examples)
         parts.append(Part(start, Rows((p,), 0, device), Rows(lengths, p, device)))
-        num_answers.append(sum(answers_N[len(answers_N) - len(group.examples):]))
+        num_answers.append(sum(answers_N[len(answers_N) - len(group.examples) :]))
     ids_T, predictors_A = np.array(ids), np.concatenate(predictors)
-    return Layout(ids_T, np.concatenate(positions), predictors_A, ids_T[predictors_A + 1], np.repeat(np.arange(len(answers_N)), answers_N),
-                  tuple(parts), tuple(num_answers))
+    return Layout(
+        ids_T,
+        np.concatenate(positions),
+        predictors_A,
+        ids_T[predictors_A + 1],
+        np.repeat(np.arange(len(answers_N)), answers_N),
+        tuple(parts),
+        tuple(num_answers),
+    )
 
 
 def pack_groups(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedBatch:

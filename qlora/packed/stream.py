@@ -83,9 +83,13 @@ class Rows:
         key = (row_length, sliding_window)
         if key not in self._masks:
             p = self.prefix_length
-            distance = (torch.arange(p, p + row_length, device=self.device)[:, None]
-                        - torch.arange(p + row_length, device=self.device)[None])
-            self._masks[key] = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+            distance = (
+                torch.arange(p, p + row_length, device=self.device)[:, None]
+                - torch.arange(p + row_length, device=self.device)[None]
+            )
+            self._masks[key] = (
+                (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+            )
         return self._masks[key]
 
 
@@ -194,7 +198,9 @@ class Stretches:
         bounds = [bounds_of(one) for one in lengths]
         whole = torch.from_numpy(np.concatenate(bounds)).to(device)
         rows, in_parts, prefixes = whole.split([len(one) for one in bounds])
-        places_P, alone_T = torch.from_numpy(np.concatenate([places, alone])).to(device).split([len(places), len(alone)])
+        places_P, alone_T = (
+            torch.from_numpy(np.concatenate([places, alone])).to(device).split([len(places), len(alone)])
+        )
         row, part, prefix = (int(one.max()) for one in lengths)
         return cls(rows, in_parts, prefixes, row, part, prefix, places_P, alone_T.bool())
 
@@ -202,8 +208,11 @@ class Stretches:
 def stretch_lengths(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens of every row (prefixes and suffixes, none of length 0), of every part, of every part's prefix: int32."""
     rows = [length for part in parts for length in (*part.prefix.lengths, *part.suffixes.lengths) if length]
-    return (np.array(rows, np.int32), np.array([part.end - part.start for part in parts], np.int32),
-            np.array([part.prefix.num_tokens for part in parts], np.int32))
+    return (
+        np.array(rows, np.int32),
+        np.array([part.end - part.start for part in parts], np.int32),
+        np.array([part.prefix.num_tokens for part in parts], np.int32),
+    )
 
 
 def prefix_places(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +222,7 @@ def prefix_places(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
     alone[places] = 1
     for part in parts:
         if not part.prefix.num_tokens:
-            alone[part.start:part.end] = 1
+            alone[part.start : part.end] = 1
     return places, alone
 
 

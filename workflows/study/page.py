@@ -11,20 +11,48 @@ from workflows.study.steps import ADAPTER, FEW_SHOT, ZERO_SHOT, StudySteps
 _TEXT = ("chrf", "bleu", "exact_match", "rows_per_second", "peak_memory_gib", "asks_another_question")
 
 
-def study_report(name: str, steps: StudySteps, found: Mapping[str, Any], chosen: Sequence[int]) -> StudyReport:
+def study_report(
+    name: str, steps: StudySteps, found: Mapping[str, Any], chosen: Sequence[int]
+) -> StudyReport:
     """What the page is made of; `chosen`: the examples to show."""
     study, best = steps.study, found["best"]
     kinds = {ZERO_SHOT: ZERO_SHOT, FEW_SHOT: f"{study.shots}-shot", best: f"{ADAPTER} ({best})"}
-    examples = [(steps.public[index].instruction, steps.public[index].output or "",
-                 {label: found[f"text {key}"]["texts"][index] for key, label in kinds.items()}) for index in chosen]
+    examples = [
+        (
+            steps.public[index].instruction,
+            steps.public[index].output or "",
+            {label: found[f"text {key}"]["texts"][index] for key, label in kinds.items()},
+        )
+        for index in chosen
+    ]
     reported = study.reported
-    in_prompts = {best if key == ADAPTER else key: value for key, value in (reported.prompts if reported else {}).items()}
-    facts = {"commit": git_commit(), "train": f"{study.data.train} ({len(steps.train)} examples)",
-             "public": f"{study.data.public} ({len(steps.public)} examples)", "trial": study.trial, "seed": study.seed,
-             "engine": found["text zero-shot"]["engine"], **package_versions()}
-    return StudyReport(name, study.base_model.name, found, [name_of(stages) for stages in study.nodes()], study.stages, kinds,
-                       decodings_of(study), reported.base if reported else None, reported.stages if reported else {}, in_prompts,
-                       examples, facts)
+    in_prompts = {
+        best if key == ADAPTER else key: value
+        for key, value in (reported.prompts if reported else {}).items()
+    }
+    facts = {
+        "commit": git_commit(),
+        "train": f"{study.data.train} ({len(steps.train)} examples)",
+        "public": f"{study.data.public} ({len(steps.public)} examples)",
+        "trial": study.trial,
+        "seed": study.seed,
+        "engine": found["text zero-shot"]["engine"],
+        **package_versions(),
+    }
+    return StudyReport(
+        name,
+        study.base_model.name,
+        found,
+        [name_of(stages) for stages in study.nodes()],
+        study.stages,
+        kinds,
+        decodings_of(study),
+        reported.base if reported else None,
+        reported.stages if reported else {},
+        in_prompts,
+        examples,
+        facts,
+    )
 
 
 def decodings_of(study: Study) -> list[str]:
@@ -41,6 +69,9 @@ def metrics_of(study: Study, found: Mapping[str, Any]) -> dict[str, tuple[dict[s
         if measured:
             metrics["public_perplexity"] = measured["mean"]
         if trained := found.get(f"train {name}"):
-            metrics |= {"training_loss": trained["training_loss"], "epoch": float(sum(map(int, name.split("+"))))}
+            metrics |= {
+                "training_loss": trained["training_loss"],
+                "epoch": float(sum(map(int, name.split("+")))),
+            }
         runs[name] = ({"base_model": study.base_model.name, "result": name, **written["decoding"]}, metrics)
     return runs

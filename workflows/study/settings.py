@@ -90,5 +90,7 @@ def load_study(path: str | Path, overrides: list[str]) -> Study:
     content = read_settings(path, overrides, "studies/quick.yaml")
     study = validated(path, lambda: Study.model_validate(content))
     if study.data.train_examples is not None and study.shots > study.data.train_examples:
-        raise InputError(path, f"{study.shots} shots are more than the {study.data.train_examples} training examples")
+        raise InputError(
+            path, f"{study.shots} shots are more than the {study.data.train_examples} training examples"
+        )
     return study

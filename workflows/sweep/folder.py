@@ -31,21 +31,32 @@ class SweepFolder:
     start: tuple[str, Path] | None = None
 
     @classmethod
-    def planned(cls, folder: Path, space_file: str, overrides: list[str], continue_from: str | None = None) -> "SweepFolder":
+    def planned(
+        cls, folder: Path, space_file: str, overrides: list[str], continue_from: str | None = None
+    ) -> "SweepFolder":
         """A sweep that has not started. Raises InputError for a bad space, a name that is taken, an adapter that doesn't fit."""
         start = None
         if continue_from:
             from workflows.sweep.starting_point import starting_point
+
             start = starting_point(continue_from)
         space = load_space(space_file, overrides, start.settings if start else None)
         if start and start.base != space.base_model.name:
-            raise InputError("--continue-from", f"{continue_from} belongs to the base {start.base}, not to {space.base_model.name}; "
-                             f"add --set base_model.name={start.base}")
+            raise InputError(
+                "--continue-from",
+                f"{continue_from} belongs to the base {start.base}, not to {space.base_model.name}; "
+                f"add --set base_model.name={start.base}",
+            )
         results = cls(folder, space_file, space, (start.name, start.folder) if start else None)
         if results.summary() is not None:
-            raise InputError(folder, "holds a finished sweep; choose another --name, or remove the folder to run it again")
+            raise InputError(
+                folder, "holds a finished sweep; choose another --name, or remove the folder to run it again"
+            )
         if (folder / "sweep.json").exists():
-            raise InputError(folder, f"holds an unfinished sweep; continue it with --resume {folder.name}, or choose another --name")
+            raise InputError(
+                folder,
+                f"holds an unfinished sweep; continue it with --resume {folder.name}, or choose another --name",
+            )
         return results
 
     @classmethod
@@ -54,10 +65,17 @@ class SweepFolder:
         try:
             content = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError("--resume", f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space") from None
+            raise InputError(
+                "--resume",
+                f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space",
+            ) from None
         started_from = content.get("continue_from")
-        return cls(folder, content["space_file"], Space.model_validate(content["space"]),
-                   (started_from, folder / "start") if started_from else None)
+        return cls(
+            folder,
+            content["space_file"],
+            Space.model_validate(content["space"]),
+            (started_from, folder / "start") if started_from else None,
+        )
 
     def check(self) -> None:
         """Raise InputError for a base, a prompt or data that can't be had, and for data that changed since the sweep started."""
@@ -68,16 +86,25 @@ class SweepFolder:
             before = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))["digests"]
             for role, digest in digests.items():
                 if before[role] != digest:
-                    raise InputError(getattr(self.space.data, role), "changed since the sweep started; "
-                                     "start a new sweep under another --name")
+                    raise InputError(
+                        getattr(self.space.data, role),
+                        "changed since the sweep started; start a new sweep under another --name",
+                    )
 
     def claim(self) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed."""
         if self.start and self.start[1] != self.folder / "start":
             shutil.copytree(self.start[1], self.folder / "start", dirs_exist_ok=True)
-        write_json(self.folder / "sweep.json", {"sweep": self.folder.name, "space_file": self.space_file,
-                                                "space": self.space.model_dump(mode="json"), "digests": self.digests(),
-                                                "continue_from": self.start[0] if self.start else None})
+        write_json(
+            self.folder / "sweep.json",
+            {
+                "sweep": self.folder.name,
+                "space_file": self.space_file,
+                "space": self.space.model_dump(mode="json"),
+                "digests": self.digests(),
+                "continue_from": self.start[0] if self.start else None,
+            },
+        )
 
     @property
     def model_name(self) -> str:
@@ -94,14 +121,17 @@ class SweepFolder:
         summary = self.summary()
         assert summary is not None
         best, champion = summary["best"], summary["champion"]
-        return "\n".join([
-            f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, "
-            f"zero-shot {summary['zero_shot']:.4f}",
-            f"registered  {best['model_uri']}, {'now champion' if champion['is_champion'] else 'not champion'}: {champion['reason']}",
-            f"adapter     {best['checkpoint']} (a PEFT folder)",
-            f"report      results/{self.folder.name}/report.html, summary.json beside it",
-            f"compare     make ui, then experiment {self.model_name!r}",
-            f"generate    python ray_jobs/batch_infer.py --model models:/{self.model_name}@champion --input FILE --output FILE"])
+        return "\n".join(
+            [
+                f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, "
+                f"zero-shot {summary['zero_shot']:.4f}",
+                f"registered  {best['model_uri']}, {'now champion' if champion['is_champion'] else 'not champion'}: {champion['reason']}",
+                f"adapter     {best['checkpoint']} (a PEFT folder)",
+                f"report      results/{self.folder.name}/report.html, summary.json beside it",
+                f"compare     make ui, then experiment {self.model_name!r}",
+                f"generate    python ray_jobs/batch_infer.py --model models:/{self.model_name}@champion --input FILE --output FILE",
+            ]
+        )
 
     def examples(self, role: str) -> list[Example]:
         """Those of a role, train or public, that the sweep uses."""

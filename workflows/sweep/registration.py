@@ -37,9 +37,12 @@ class SweepResults(SweepFolder):
         prompt = load_prompt(self.space.prompt)
         load_config(self.space.base_model.name)
         tokenizer = load_tokenizer(self.space.base_model.name)
-        return SweepData(self.space, encode_examples(tokenizer, prompt, train, self.space.data.train),
-                         encode_examples(tokenizer, prompt, public, self.space.data.public),
-                         start={name: (self.start[1] / name).read_bytes() for name in ADAPTER_FILES} if self.start else {})
+        return SweepData(
+            self.space,
+            encode_examples(tokenizer, prompt, train, self.space.data.train),
+            encode_examples(tokenizer, prompt, public, self.space.data.public),
+            start={name: (self.start[1] / name).read_bytes() for name in ADAPTER_FILES} if self.start else {},
+        )
 
     def plan(self, data: SweepData, device: Device | None, num_devices: int = 1) -> tuple[Plan | None, str]:
         """(the plan for a device, if there is one to plan for; the plan in words). Raises InputError if no trial fits it."""
@@ -57,22 +60,48 @@ class SweepResults(SweepFolder):
     def tracker(self, hardware: str) -> SweepTracker:
         """The sweep's runs in the tracking server, found again after a restart."""
         parameters = {"space_file": self.space_file, **_flat(self.space.model_dump(mode="json"))}
-        data = {role: (getattr(self.space.data, role), self.digests()[role], len(self.examples(role))) for role in ("train", "public")}
+        data = {
+            role: (getattr(self.space.data, role), self.digests()[role], len(self.examples(role)))
+            for role in ("train", "public")
+        }
         tracker = start_sweep(self.folder.name, self.model_name, parameters, data)
-        facts = {**provenance(self.space, hardware, self.digests()), "continued_from": self.start[0] if self.start else None}
+        facts = {
+            **provenance(self.space, hardware, self.digests()),
+            "continued_from": self.start[0] if self.start else None,
+        }
         tracker.note(facts, [self.folder / "sweep.json"])
         return tracker
 
-    def register(self, records: list[TrialRecord], best: BestAdapter, zero_shot: float, tracker: SweepTracker,
-                 base_digest: str | None, prove: Callable[[str, float], None]) -> dict[str, Any]:
+    def register(
+        self,
+        records: list[TrialRecord],
+        best: BestAdapter,
+        zero_shot: float,
+        tracker: SweepTracker,
+        base_digest: str | None,
+        prove: Callable[[str, float], None],
+    ) -> dict[str, Any]:
         """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass; returns the sweep's summary.
         `base_digest`: see qlora.base.reference."""
         assert best.record.best is not None
-        perplexity, run_id, trial_id = best.record.best["public_perplexity"], tracker.run_id(best.record), best.record.trial_id
+        perplexity, run_id, trial_id = (
+            best.record.best["public_perplexity"],
+            tracker.run_id(best.record),
+            best.record.trial_id,
+        )
         digests = self.digests()
-        settings = {"base_model": self.space.base_model.name, "quantization": self.space.base_model.quantization}
-        facts = {**settings, "sweep": self.folder.name, "trial_id": trial_id, "prompt": self.space.prompt,
-                 "zero_shot_public_perplexity": repr(zero_shot), "train_digest": digests["train"]}
+        settings = {
+            "base_model": self.space.base_model.name,
+            "quantization": self.space.base_model.quantization,
+        }
+        facts = {
+            **settings,
+            "sweep": self.folder.name,
+            "trial_id": trial_id,
+            "prompt": self.space.prompt,
+            "zero_shot_public_perplexity": repr(zero_shot),
+            "train_digest": digests["train"],
+        }
         if self.start:
             facts["continued_from"] = self.start[0]
         if revision := getattr(load_config(settings["base_model"]), "_commit_hash", None):
@@ -80,38 +109,79 @@ class SweepResults(SweepFolder):
         if base_digest:
             facts["base_digest"] = base_digest
         write_text(best.folder / "README.md", model_card(self.space, best.record, zero_shot, digests))
-        files = ModelFiles(best.folder, prompt_file(self.space.prompt), PROJECT_ROOT / "deploy" / "served_model.py",
-                           [PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"])
-        uri = log_model(run_id, files, settings, self.examples("public")[0].instruction,
-                        {**facts, "public_digest": digests["public"], "public_perplexity": perplexity})
+        files = ModelFiles(
+            best.folder,
+            prompt_file(self.space.prompt),
+            PROJECT_ROOT / "deploy" / "served_model.py",
+            [PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"],
+        )
+        uri = log_model(
+            run_id,
+            files,
+            settings,
+            self.examples("public")[0].instruction,
+            {**facts, "public_digest": digests["public"], "public_perplexity": perplexity},
+        )
         prove(uri, perplexity)
         registered = register(self.model_name, uri, run_id, perplexity, digests["public"], facts)
         return {
-            "sweep": self.folder.name, "space": self.space_file, "metric": "public_perplexity", "zero_shot": zero_shot,
+            "sweep": self.folder.name,
+            "space": self.space_file,
+            "metric": "public_perplexity",
+            "zero_shot": zero_shot,
             "trials": [{**_summary(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
-            "best": {"trial_id": trial_id, "public_perplexity": perplexity,
-                     "checkpoint": str(best.folder.relative_to(self.folder.parent.parent)),
-                     "model_uri": registered.model_uri, "mlflow_run_id": run_id},
+            "best": {
+                "trial_id": trial_id,
+                "public_perplexity": perplexity,
+                "checkpoint": str(best.folder.relative_to(self.folder.parent.parent)),
+                "model_uri": registered.model_uri,
+                "mlflow_run_id": run_id,
+            },
             "epochs_saved": share_of_epochs_saved(records),
-            "champion": {"is_champion": registered.is_champion, "reason": registered.reason}}
+            "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
+        }
 
-    def publish(self, summary: dict[str, Any], records: list[TrialRecord], best: BestAdapter, zero_shot: float, seconds: float,
-                hardware: str, tracker: SweepTracker) -> None:
+    def publish(
+        self,
+        summary: dict[str, Any],
+        records: list[TrialRecord],
+        best: BestAdapter,
+        zero_shot: float,
+        seconds: float,
+        hardware: str,
+        tracker: SweepTracker,
+    ) -> None:
         """Write report.html and summary.json, which ends the sweep, and bring them to the tracking server."""
         facts = provenance(self.space, hardware, self.digests())
         registration = f"{summary['best']['model_uri']}: {summary['champion']['reason']}."
         report = self.folder / "report.html"
-        content = sweep_report(self.folder.name, self.space, records, zero_shot, seconds, registration, facts, self.start and self.start[0])
+        content = sweep_report(
+            self.folder.name,
+            self.space,
+            records,
+            zero_shot,
+            seconds,
+            registration,
+            facts,
+            self.start and self.start[0],
+        )
         write_report(report, content)
         write_json(self.folder / "summary.json", summary)
         words = f"{verdict(content.trials, zero_shot)} Registered as {registration} All of it: artifact report.html."
-        found = {"best_trial": best.record.trial_id, "model_uri": summary["best"]["model_uri"], "mlflow.note.content": words}
+        found = {
+            "best_trial": best.record.trial_id,
+            "model_uri": summary["best"]["model_uri"],
+            "mlflow.note.content": words,
+        }
         checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
         tracker.note(found, [report, self.folder / "summary.json"], checkpoints)
 
+
 def _summary(record: TrialRecord) -> dict[str, Any]:
-    curve = [{"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]}
-             for point in record.curve]
+    curve = [
+        {"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]}
+        for point in record.curve
+    ]
     config = {key: record.config[key] for key in REPORTED}
     result = {"trial_id": record.trial_id, "config": config, "status": record.status, "curve": curve}
     return {**result, "error": record.error} if record.error else result
@@ -120,5 +190,9 @@ def _summary(record: TrialRecord) -> dict[str, Any]:
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
+        flat.update(
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{key}": value}
+        )
     return flat

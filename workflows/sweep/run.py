@@ -28,10 +28,16 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
     assert plan is not None, "there is a device"
     shares = trial_shares(data.space, plan.trials)
     results.claim()
-    digest = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node()).remote(data.space.base_model.name)
+    digest = (
+        ray.remote(num_cpus=0)(base_digest)
+        .options(scheduling_strategy=this_node())
+        .remote(data.space.base_model.name)
+    )
     begin_hosts(hosts, replace(data, budget_tokens=plan.budget_tokens))
     with ThreadPoolExecutor(1) as aside:
-        measured = aside.submit(results.zero_shot, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0])
+        measured = aside.submit(
+            results.zero_shot, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0]
+        )
         tracker = results.tracker(device.name)
     status, found = "FAILED", {}
     try:
@@ -39,8 +45,12 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
             zero_shot = found["zero_shot_public_perplexity"] = measured.result()
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
             records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
-            if len(records) < data.space.num_trials or any(record.status in ("pending", "running") for record in records):
-                raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}")
+            if len(records) < data.space.num_trials or any(
+                record.status in ("pending", "running") for record in records
+            ):
+                raise StoppedError(
+                    f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}"
+                )
             worker = Worker(shares)  # which loads its libraries meanwhile
             seconds = time.monotonic() - started.began
             print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
@@ -50,10 +60,21 @@ def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bo
             stop_hosts(hosts)
             best = keep_best_adapter(data.space, results.folder)
             assert best.record.best is not None
-            found |= {"best_public_perplexity": best.record.best["public_perplexity"], "epochs_saved": share_of_epochs_saved(records)}
-            summary = results.register(records, best, zero_shot, tracker, ray.get(digest),
-                                       lambda uri, expected: prove(worker, uri, data.space.base_model, data.public, expected))
-        results.publish({**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker)
+            found |= {
+                "best_public_perplexity": best.record.best["public_perplexity"],
+                "epochs_saved": share_of_epochs_saved(records),
+            }
+            summary = results.register(
+                records,
+                best,
+                zero_shot,
+                tracker,
+                ray.get(digest),
+                lambda uri, expected: prove(worker, uri, data.space.base_model, data.public, expected),
+            )
+        results.publish(
+            {**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker
+        )
         status = "FINISHED"
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"

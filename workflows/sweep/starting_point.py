@@ -27,13 +27,30 @@ def starting_point(adapter: str) -> StartingPoint:
     folder, base, registered = local_adapter(adapter)
     assert folder is not None and base is not None, "an adapter was named"
     config = check_adapter(folder)
-    unknown = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unknown = [
+        key
+        for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+        if config.get(key)
+    ]
     if unknown:
-        raise InputError(adapter, f"has {', '.join(unknown)}, which trials don't have; choose an adapter that was trained here")
+        raise InputError(
+            adapter,
+            f"has {', '.join(unknown)}, which trials don't have; choose an adapter that was trained here",
+        )
     missing = [key for key in _FIXED if not config.get(key)]
     if missing:
-        raise InputError(Path(folder) / "adapter_config.json", f"says no {', '.join(missing)}; choose an adapter that was trained here")
+        raise InputError(
+            Path(folder) / "adapter_config.json",
+            f"says no {', '.join(missing)}; choose an adapter that was trained here",
+        )
     targets = config["target_modules"]
-    return StartingPoint(Path(folder), registered.model_uri if registered else folder, base, {
-        "lora_r": config["r"], "lora_alpha": config["lora_alpha"],
-        "target_modules": sorted(targets) if isinstance(targets, list) else targets})
+    return StartingPoint(
+        Path(folder),
+        registered.model_uri if registered else folder,
+        base,
+        {
+            "lora_r": config["r"],
+            "lora_alpha": config["lora_alpha"],
+            "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+        },
+    )
