@@ -26,7 +26,7 @@ from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine, search_rules
 from qlora.config import DecodingSettings
 from qlora.data.examples import load_examples
-from qlora.data.prompts import encode_prompts, load_prompt
+from qlora.data.prompts import encode_prompt, load_prompt
 from qlora.served import quicken
 
 _FAMILIES = {
@@ -57,7 +57,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments)
     rows = load_examples(arguments.data, need_output=False)[: arguments.examples]
-    prompts = encode_prompts(tokenizer, load_prompt(), rows, 4096, arguments.data)
+    template = load_prompt()
+    prompts = [encode_prompt(tokenizer, template.render(row.instruction)) for row in rows]
     if arguments.shape:
         prompts = [fold(prompt) for prompt in prompts]
     decoding = DecodingSettings(
@@ -74,9 +75,9 @@ def main() -> None:
         try:
             if model.device.type == "cuda":
                 list(engine.generate(some[:batch]))
-            seconds = timed(
-                lambda engine=engine: texts.update((index, text) for index, text, _ in engine.generate(some))
-            )  # type: ignore[misc]
+            started = time.perf_counter()
+            texts.update((index, text) for index, text, _ in engine.generate(some))
+            seconds = time.perf_counter() - started
         except torch.cuda.OutOfMemoryError:
             print(f"generate, batch {batch}: out of memory", file=sys.stderr, flush=True)
             continue

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import print_report
-from qlora.base.model import default_token_budget, load_tokenizer
+from qlora.base.device import default_token_budget
+from qlora.base.model import load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
 from qlora.data.prompts import EncodedExample, encode_examples, load_prompt

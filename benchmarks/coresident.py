@@ -26,8 +26,9 @@ from torch import nn
 from benchmarks.models import add_model_options, fold, load_model
 from benchmarks.packed_stream import padded_backward
 from benchmarks.report import print_report, synchronize
+from qlora.base.device import default_token_budget
 from qlora.base.fused import fuse_for_training
-from qlora.base.model import default_token_budget, load_base, load_tokenizer
+from qlora.base.model import load_base, load_tokenizer
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
 from qlora.data.prompts import EncodedExample, encode_examples, load_prompt

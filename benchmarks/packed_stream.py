@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.report import print_report, synchronize
-from qlora.base.model import default_token_budget, load_base, load_tokenizer
+from qlora.base.device import default_token_budget
+from qlora.base.model import load_base, load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
 from qlora.data.prompts import EncodedExample, encode_examples, load_prompt

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from benchmarks.models import add_model_options, fold, load_model
 from benchmarks.packed_stream import padded_rows, timed
 from benchmarks.report import print_report
-from qlora.base.model import default_token_budget, load_base, load_tokenizer
+from qlora.base.device import default_token_budget
+from qlora.base.model import load_base, load_tokenizer
 from qlora.config import BaseModelSettings
 from qlora.data.examples import load_examples
 from qlora.data.prompts import EncodedExample, encode_examples, load_prompt

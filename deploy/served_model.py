@@ -3,9 +3,12 @@
     model = mlflow.pyfunc.load_model("models:/NAME@champion")
     model.predict([{"instruction": "翻譯成文言文：你好"}], params={"num_beams": 3, "max_new_tokens": 64})
 
-MLflow keeps a copy of this file and of the packages that it imports beside the adapter, and runs the file when a model is loaded.
+MLflow keeps a copy of this file and of the packages that it imports beside the adapter, and runs the file when a
+model is loaded.
 """
 
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import pandas
@@ -14,35 +17,57 @@ from mlflow.pyfunc import PythonModel
 
 from inference.engine import Engine, make_engine
 from qlora.base.model import load_tokenizer
-from qlora.config import BaseModelSettings, DecodingSettings
-from qlora.data.prompts import encode_prompt, load_prompt
+from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, DecodingSettings
+from qlora.data.prompts import encode_prompt, load_prompt, too_long_problem
 from qlora.served import load_merged
+
+_MOST_ENGINES = 4  # each keeps a cache of keys and values for its settings
 
 
 class AdapterModel(PythonModel):
-    """Generation with a base and an adapter; beams and lengths are parameters of a prediction."""
+    """Generation with a base and an adapter; beams and lengths are parameters of a prediction.
+
+    Calls from several threads wait for each other: there is one model.
+    """
 
     def load_context(self, context: Any) -> None:
-        """Load the base that `model_config` names and the adapter, the prompt being the one that the adapter was trained with."""
+        """Load the base that `model_config` names and the adapter, with the prompt that the adapter was trained with."""
         config = context.model_config
         base = BaseModelSettings(name=config["base_model"], quantization=config["quantization"])
         self._tokenizer = load_tokenizer(base.name)
         self._prompt = load_prompt(context.artifacts["prompt"])
         self._model = load_merged(base, context.artifacts["adapter"])
-        self._engines: dict[DecodingSettings, Engine] = {}
+        self._attention = self._model.config._attn_implementation
+        self._engines: OrderedDict[DecodingSettings, Engine] = OrderedDict()
+        self._lock = threading.Lock()
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> pandas.DataFrame:
-        """A column `instruction` -> a column `output`, row by row."""
+        """Turn a column `instruction` into a column `output`, row by row.
+
+        Raises ValueError, naming the row, for a prompt that leaves no room for the new tokens.
+        """
         decoding = DecodingSettings(**(params or {}))
-        if decoding not in self._engines:
-            self._engines[decoding] = make_engine(self._model, self._tokenizer, decoding)
         prompts = [
             encode_prompt(self._tokenizer, self._prompt.render(text)) for text in model_input["instruction"]
         ]
-        texts = {index: text for index, text, _ in self._engines[decoding].generate(prompts)}
-        return pandas.DataFrame({"output": [texts[index] for index in range(len(prompts))]})
+        text_config = self._model.config.get_text_config()
+        room = getattr(text_config, "max_position_embeddings", MAX_LENGTH_TOKENS) - decoding.max_new_tokens
+        for row, prompt in enumerate(prompts):
+            if problem := too_long_problem(len(prompt), room):
+                raise ValueError(f"row {row}: {problem}")
+        with self._lock:
+            found = {index: text for index, text, _ in self._engine(decoding).generate(prompts)}
+        return pandas.DataFrame({"output": [found[index] for index in range(len(prompts))]})
+
+    def _engine(self, decoding: DecodingSettings) -> Engine:
+        engine = self._engines.pop(decoding, None)
+        engine = engine or make_engine(self._model, self._tokenizer, decoding, self._attention)
+        self._engines[decoding] = engine  # last in order: the first is the one not used for longest
+        if len(self._engines) > _MOST_ENGINES:
+            self._engines.popitem(last=False)
+        return engine
 
 
 set_model(AdapterModel())

@@ -147,7 +147,12 @@ def look(pages: dict[str, tuple[str, str, int]], out: Path) -> dict[str, str]:
 
     def evaluate(script: str) -> str:
         loop, found = QEventLoop(), [""]
-        view.page().runJavaScript(script, 0, lambda value: (found.__setitem__(0, str(value)), loop.quit()))
+
+        def answer(value: object) -> None:
+            found[0] = str(value)
+            loop.quit()
+
+        view.page().runJavaScript(script, 0, answer)
         QTimer.singleShot(10_000, loop.quit)
         loop.exec()
         return found[0]

@@ -5,6 +5,7 @@ search; the last token of a prompt is not prefilled but fed as the first step, s
 as many as memory allows. Refuses to know files, text and Ray.
 """
 
+import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from inference.kv_cache import (
     store_prompts,
     use_cached_attention,
 )
-from qlora.base.model import free_bytes
+from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
 
@@ -84,6 +85,7 @@ class BeamSearcher:
 
         Out of memory halves the slots and goes on with the prompts that are not done.
         """
+        use_cached_attention(self.model)  # another engine may have worked with the model meanwhile
         left = set(range(len(prompts)))
         while left:
             try:
@@ -193,7 +195,7 @@ class BeamSearcher:
             batch.examples[slot], batch.steps[slot] = i, 0
             if self.rules.do_sample:
                 batch.generators[slot] = torch.Generator(device)
-                batch.generators[slot].manual_seed(torch.seed() if self.seed is None else self.seed)
+                batch.generators[slot].manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
 
     def _prefix_of(self, prompts: list[tuple[int, ...]]) -> Tensor:
         """Keys and values of what all prompts begin with, [2, layers, J, P, D]; kept for the next call with the same template."""

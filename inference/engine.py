@@ -5,6 +5,7 @@ reference, and the way out for settings and families that the search does not co
 """
 
 import logging
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -63,68 +64,73 @@ class BeamEngine:
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """Generation by `transformers.generate`; options not in `decoding` follow its defaults."""
+    """Generation by `transformers.generate`; options not in `decoding` follow its defaults.
+
+    attention: the model's own, which a search on the same model may have replaced; None leaves it as it is.
+    """
 
     model: Any
     tokenizer: Any
     decoding: DecodingSettings
     batch_rows: int
     name: str = "transformers.generate"
+    attention: str | None = None
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
         """See Engine. A batch runs until its longest output ends."""
+        if self.attention is not None and self.model.config._attn_implementation != self.attention:
+            self.model.set_attn_implementation(self.attention)
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         for start in range(0, len(order), self.batch_rows):
             indices = order[start : start + self.batch_rows]
-            for index, (text, num_tokens) in zip(
-                indices, self._generate([prompts[index] for index in indices]), strict=True
-            ):
+            outputs = self._generate([prompts[index] for index in indices])
+            for index, (text, num_tokens) in zip(indices, outputs, strict=True):
                 yield index, text, num_tokens
 
     @torch.inference_mode()
     def _generate(self, prompts: list[Sequence[int]]) -> list[tuple[str, int]]:
-        width = max(map(len, prompts))
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.tokenizer.eos_token_id
-        )
+        width, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.tokenizer.eos_token_id
         ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        if self.decoding.seed is not None:
-            torch.manual_seed(self.decoding.seed)
-        device, options = self.model.device, generate_options(self.decoding)
-        out = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            pad_token_id=pad,
-            tokenizer=self.tokenizer,
-            **options,
-        )
-        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        return [
-            (text.strip(), int((tokens != pad).sum()))
-            for text, tokens in zip(texts, out[:, width:], strict=True)
-        ]
+        device, seed = self.model.device, self.decoding.seed
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # the process's own random state stays as it is
+            torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+            out = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                pad_token_id=pad,
+                tokenizer=self.tokenizer,
+                **generate_options(self.decoding),
+            )
+        new = out[:, width:]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        counts = (new != pad).sum(1).tolist()
+        return [(text.strip(), count) for text, count in zip(texts, counts, strict=True)]
 
 
 def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
-    """An engine with its model on this process's device: the search where it equals `generate`, else `generate` itself."""
+    """Load an engine with its model on this process's device: the search where it equals `generate`, else `generate`."""
     return make_engine(load_merged(served.base, served.adapter), load_tokenizer(served.base.name), decoding)
 
 
-def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engine:
-    """The engine for a loaded model, which the search quickens; says once why it is `generate`, if it is.
+def make_engine(
+    model: Any, tokenizer: Any, decoding: DecodingSettings, attention: str | None = None
+) -> Engine:
+    """Make the engine for a loaded model, which the search quickens; its name says why it is `generate`, if it is.
 
-    Outputs end at the tokenizer's EOS, which answers end with in training, as well as where the model's generation config says.
+    Outputs end at the tokenizer's EOS, which answers end with in training, as well as where the model's generation
+    config says. `attention`: the model's own, if other engines work with the same model.
     """
     ends = model.generation_config.eos_token_id
     known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id]))
-    own_attention = model.config._attn_implementation
+    attention = attention or model.config._attn_implementation
     try:
         rules = search_rules(model, decoding)
         _try_out(model, rules)
@@ -133,11 +139,8 @@ def make_engine(model: Any, tokenizer: Any, decoding: DecodingSettings) -> Engin
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         _log.warning("using transformers.generate: %s", reason)
-        if model.config._attn_implementation != own_attention:
-            model.set_attn_implementation(own_attention)
-        return TransformersEngine(
-            model, tokenizer, decoding, _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})"
-        )
+        rows, name = _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})"
+        return TransformersEngine(model, tokenizer, decoding, rows, name, attention)
     weights = describe_weights(model)
     quicken(model)
     return BeamEngine(BeamSearcher(model, rules, decoding.seed), tokenizer, f"beam engine, {weights}")

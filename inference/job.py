@@ -19,7 +19,7 @@ from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
 from qlora.files import write_json
-from qlora.lora.peft_folder import ADAPTER_FILES
+from qlora.lora.peft_folder import AdapterFiles
 from qlora.provenance import package_versions
 
 
@@ -97,23 +97,23 @@ def run_job(
     """
     settings = {
         "model": facts,
-        "prompt": _digest(repr(work.prompt)),
+        "prompt": work.prompt.digest,
         "generation settings": work.decoding.model_dump(mode="json"),
         "input": rows.digest,
         "longest prompt": work.max_prompt_tokens,
     }
     folder = work_folder(output)
     journal = Journal(folder, settings, len(rows), resume=resume)
-    missing, started, first_row, ready = journal.missing(), time.monotonic(), None, float("inf")
+    missing, started = journal.missing(), time.monotonic()
+    first_row_seconds, ready = None, float("inf")
     num_tokens, workers, engines = 0, 0, set[str]()
     if missing:
         pool = plan()
         workers = pool.num_workers
         for report in generate_rows(work, rows, missing, pool):
-            first_row, ready = (
-                first_row or time.monotonic() - started,
-                min(ready, time.monotonic() - report.seconds),
-            )
+            if first_row_seconds is None:
+                first_row_seconds = round(time.monotonic() - started, 3)
+            ready = min(ready, time.monotonic() - report.seconds)
             journal.append(report.results)
             num_tokens += report.num_tokens
             engines.add(report.engine)
@@ -147,7 +147,7 @@ def run_job(
             "tokens": num_tokens,
             "seconds_generating": round(generating, 3),
             "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
-            "seconds_to_first_row": None if first_row is None else round(first_row, 3),
+            "seconds_to_first_row": first_row_seconds,
             "scores": summary,
             "versions": package_versions(),
         },
@@ -158,32 +158,17 @@ def run_job(
 
 
 def model_facts(work: Work, model: str | None, revision: str | None) -> dict[str, Any]:
-    """What identifies the model of a job: its name, base and adapter; the adapter by content, a local base by its files' sizes and
-    times of change."""
+    """Return what identifies the model of a job: its URI in the registry, its base and its adapter.
+
+    The adapter is told by its content, a local base by its files' sizes and times of change.
+    """
     base, adapter = work.served.base, work.served.adapter
     files = sorted(Path(base.name).glob("*.safetensors")) if Path(base.name).is_dir() else []
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {
         "model_uri": model,
         "base": base.model_dump(mode="json"),
         "base_revision": revision,
-        "base_files": _digest(
-            repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-        )
-        if files
-        else None,
-        "adapter_digest": None
-        if adapter is None
-        else _files_digest([Path(adapter) / name for name in ADAPTER_FILES]),
+        "base_files": hashlib.sha256(repr(stamps).encode()).hexdigest() if files else None,
+        "adapter_digest": None if adapter is None else AdapterFiles.read(adapter).digest,
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _files_digest(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

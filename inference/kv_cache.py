@@ -21,13 +21,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from inference.beam_search import SearchState
+from qlora.base.device import triton_module
+from qlora.base.model import attention_shape
 from qlora.packed.attention import REFUSED_KEYWORDS, attend_rows, refuse_inexact
 from qlora.packed.stream import Rows
 
-try:
-    import inference.decode_kernel as _kernel
-except ImportError:  # Triton comes with torch's CUDA builds only
-    _kernel = None  # type: ignore[assignment]
+_kernel = triton_module("inference.decode_kernel")
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,8 @@ class CacheShape:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "CacheShape":
         """Read from the config."""
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        return cls(
-            config.num_hidden_layers,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
-            model.dtype,
-        )
+        shape = attention_shape(model.config)
+        return cls(shape.num_layers, shape.num_kv_heads, shape.head_dim, model.dtype)
 
     @property
     def bytes_per_token(self) -> int:
@@ -261,6 +254,8 @@ class DecodePass:
 def use_cached_attention(model: PreTrainedModel) -> None:
     """Make `model(input_ids, position_ids, cached=CachedPass)` attend through the pass. Raises ValueError for a family whose
     results would not be exact."""
+    if model.config._attn_implementation == "cached":
+        return
     refuse_inexact(model)
     AttentionInterface.register("cached", cached_attention)
     AttentionMaskInterface.register("cached", lambda *_, **__: None)

@@ -6,25 +6,23 @@ by a task, ordered by length and handed to the pool in batches: no process holds
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext, from_items
+from ray.data import ActorPoolStrategy, DataContext, Dataset, from_items
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.engine import ServedModel, load_engine
 from inference.rows import RowStore
 from qlora.base.model import load_tokenizer
 from qlora.config import DecodingSettings, InputError
-from qlora.data.prompts import Prompt, encode_prompt
-from qlora.lora.peft_folder import ADAPTER_FILES
+from qlora.data.prompts import Prompt, encode_prompt, too_long_problem
+from qlora.lora.peft_folder import AdapterFiles
 
 _WINDOW_ROWS = 4096
 _FEWEST_ROWS, _MOST_ROWS = {"cpu": 8, "gpu": 128}, {"cpu": 64, "gpu": 512}  # of a batch
@@ -54,15 +52,14 @@ class Report:
 
 
 class RowReader:
-    """Serves windows of a RowStore from the node where its file is."""
+    """Serves rows of a RowStore from the node where its file is."""
 
     def __init__(self, rows: RowStore):
         self.rows = rows
 
     def instructions(self, numbers: list[int]) -> list[str]:
-        """Instructions of rows, given in ascending order."""
-        found = self.rows.read(numbers[0], numbers[-1] + 1)
-        return [found[number - numbers[0]].instruction for number in numbers]
+        """Return the instructions of rows, given in ascending order."""
+        return [example.instruction for example in self.rows.read_some(numbers)]
 
 
 class Tokenise:
@@ -73,78 +70,66 @@ class Tokenise:
         self.tokenizer = load_tokenizer(work.served.base.name)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Column `numbers` (one window a row) -> columns `index`, `prompt` (token ids, empty for a failed row), `error`."""
+        """Turn column `numbers` (one window a row) into `index`, `prompt` (token ids, none for a failed row), `error`."""
         found = []
         for window in batch["numbers"]:
             numbers = [int(number) for number in window]
-            for number, instruction in zip(
-                numbers, ray.get(self.reader.instructions.remote(numbers)), strict=True
-            ):
+            instructions = ray.get(self.reader.instructions.remote(numbers))
+            for number, instruction in zip(numbers, instructions, strict=True):
                 prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
-                room = self.work.max_prompt_tokens
-                error = (
-                    ""
-                    if len(prompt) <= room
-                    else (
-                        f"the prompt has {len(prompt)} tokens, but the model has room for {room} "
-                        "before the new ones; shorten it or lower --max-new-tokens"
-                    )
-                )
-                found.append((number, [] if error else list(prompt), error))
+                error = too_long_problem(len(prompt), self.work.max_prompt_tokens)
+                found.append((number, [] if error else list(prompt), error or ""))
         found.sort(key=lambda row: (-len(row[1]), row[0]))
-        return {
-            name: list(column)
-            for name, column in zip(("index", "prompt", "error"), zip(*found, strict=True), strict=True)
-        }
+        index, prompts, errors = zip(*found, strict=True)
+        return {"index": list(index), "prompt": list(prompts), "error": list(errors)}
 
 
 class EngineActor:
-    """A worker of the pool: one engine, loaded once. A model that can't be had comes back as the error of rows that no engine made:
-    raised here, it would reach people as a worker's death."""
+    """A worker of the pool: one engine, loaded once.
 
-    def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, adapter_files: Any):
+    An InputError on loading it comes back in columns of its own (`is_refused`, `refused_where`, `refused_problem`):
+    raised here, it would reach people as a worker's death.
+    """
+
+    def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, files: AdapterFiles | None):
         if not on_gpu:
-            # torch looks at it when it is first asked for a GPU
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked for a GPU
         torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
-        self.refusal = ""
+        self.refusal: InputError | None = None
         try:
-            with _local_adapter(work.served, adapter_files) as served:
+            with _local_adapter(work.served, files) as served:
                 self.engine = load_engine(served, work.decoding)
         except InputError as error:
-            self.refusal = str(error)
+            self.refusal = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Columns of Tokenise -> `index`, `text`, `error`, `num_tokens`, `engine`, `seconds`."""
+        """Turn columns of Tokenise into `index`, `text`, `error`, `num_tokens`, `engine`, `seconds` and the refusal."""
         started, count = time.monotonic(), len(batch["index"])
-        if self.refusal:
-            return {
-                "index": batch["index"],
-                "text": [""] * count,
-                "error": [self.refusal] * count,
-                "num_tokens": [0] * count,
-                "engine": [""] * count,
-                "seconds": [0.0] * count,
-            }
+        texts, num_tokens = [""] * count, [0] * count
         errors = [str(error) for error in batch["error"]]
-        rows = [row for row, error in enumerate(errors) if not error]
-        outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
-        texts, num_tokens = [""] * len(errors), [0] * len(errors)
-        for row, (text, count, error) in zip(rows, outputs, strict=True):
-            texts[row], num_tokens[row], errors[row] = text, count, error
+        if self.refusal is None:
+            rows = [row for row, error in enumerate(errors) if not error]
+            outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
+            for row, output in zip(rows, outputs, strict=True):
+                texts[row], num_tokens[row], errors[row] = output
         return {
             "index": batch["index"],
             "text": texts,
             "error": errors,
             "num_tokens": num_tokens,
-            "engine": [self.engine.name] * len(errors),
-            "seconds": [time.monotonic() - started] * len(errors),
+            "engine": ["" if self.refusal else self.engine.name] * count,
+            "seconds": [time.monotonic() - started] * count,
+            "is_refused": [self.refusal is not None] * count,
+            "refused_where": [str(self.refusal.where) if self.refusal else ""] * count,
+            "refused_problem": [self.refusal.problem if self.refusal else ""] * count,
         }
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
-        """(text, tokens, error) of each prompt. If the batch fails, its prompts are tried one by one, so that only what fails
-        alone is lost. Raises the error if that is all of them, or if the GPU is out of order: then nothing here is the rows' fault,
-        and the job stops with what is done kept.
+        """Return (text, tokens, error) of each prompt.
+
+        If the batch fails, its prompts are tried one by one, so that only what fails alone is lost. Raises the error
+        if that is all of them, or if the GPU is out of order: then nothing here is the rows' fault, and the job
+        stops with what is done kept.
         """
         if not prompts:
             return []
@@ -155,39 +140,26 @@ class EngineActor:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises again what no later call can get over
             if len(prompts) == 1:
-                return [
-                    (
-                        "",
-                        0,
-                        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
-                    )
-                ]
+                lines = str(error).strip().splitlines()
+                return [("", 0, f"{type(error).__name__}: {lines[0] if lines else 'no message'}")]
             found_alone = [self._generate([prompt])[0] for prompt in prompts]
             if all(failure for *_, failure in found_alone):
                 raise
             return found_alone
 
 
-def _adapter_files(served: ServedModel) -> Any:
-    """A reference to the adapter's files by name, for engines on nodes that don't have its folder; None without an adapter."""
-    if served.adapter is None:
-        return None
-    return ray.put({name: (Path(served.adapter) / name).read_bytes() for name in ADAPTER_FILES})
-
-
 @contextmanager
-def _local_adapter(served: ServedModel, files: Any) -> Iterator[ServedModel]:
-    """What to load on this node, from files that `_adapter_files` refers to. Errors name the folder that people know."""
-    if served.adapter is None:
+def _local_adapter(served: ServedModel, files: AdapterFiles | None) -> Iterator[ServedModel]:
+    """Give what to load on this node within, the adapter from its files. Errors name the folder that people know."""
+    if served.adapter is None or files is None:
         yield served
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in ray.get(files).items():
-            (Path(folder) / name).write_bytes(content)
+    with files.in_folder() as folder:
         try:
-            yield replace(served, adapter=folder)
+            yield replace(served, adapter=str(folder))
         except InputError as error:
-            raise InputError(str(error.where).replace(folder, served.adapter), error.problem) from error
+            where = str(error.where).replace(str(folder), served.adapter)
+            raise InputError(where, error.problem) from error
 
 
 @dataclass(frozen=True)
@@ -227,48 +199,53 @@ def _cpus_of_this_node() -> int:
 
 
 def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool) -> Iterator[Report]:
-    """Results of the rows with these numbers (ascending), batch by batch, as they are done. Needs a connected Ray. Raises InputError if
-    the model can't be had."""
+    """Generate for the rows with these numbers (ascending); yields results batch by batch, as they are done.
+
+    Needs a connected Ray. Raises InputError if the model can't be had.
+    """
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    reader = (
-        ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(rows)
-    )
     window = min(_WINDOW_ROWS, -(-len(numbers) // pool.num_workers))
     windows = [{"numbers": list(numbers[start : start + window])} for start in range(0, len(numbers), window)]
-    device = "gpu" if pool.on_gpu else "cpu"
-    batch_rows = min(_MOST_ROWS[device], max(_FEWEST_ROWS[device], -(-window // _BATCHES)))
-    engines_per_node = -(-pool.num_workers // max(1, len(_cpus_of_nodes())))
-    # Small CPU requests: on one core, all operators must fit side by side.
-    dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
-        Tokenise,
-        fn_constructor_args=(work, reader),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=1),
-        num_cpus=0.25,
-    )
-    # A block is one task of the pool: what comes back when it is done, and what is done again when a worker dies.
-    dataset = dataset.repartition(target_num_rows_per_block=batch_rows)
-    # Ray has no argument for this, and nodes of one CPU have no whole one left.
-    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = 0.25  # type: ignore[attr-defined]
-    dataset = dataset.map_batches(
-        EngineActor,
-        fn_constructor_args=(work, pool.on_gpu, engines_per_node, _adapter_files(work.served)),
-        batch_size=batch_rows,
-        compute=ActorPoolStrategy(size=pool.num_workers),
-        num_cpus=0.25,
-        num_gpus=int(pool.on_gpu),
-    )
-    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        if not batch["engine"][0]:
-            raise InputError(*str(batch["error"][0]).split(": ", 1))
+    batches = _dataset(work, rows, windows, pool).iter_batches(batch_size=None, prefetch_batches=0)
+    for batch in batches:
+        if batch["is_refused"][0]:
+            raise InputError(batch["refused_where"][0], batch["refused_problem"][0])
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
         results = [
             (index, None if error else text, error or None)
             for index, text, error in zip(*columns, strict=True)
         ]
-        yield Report(
-            results, int(batch["num_tokens"].sum()), str(batch["engine"][0]), float(batch["seconds"].max())
-        )
+        num_tokens, seconds = int(batch["num_tokens"].sum()), float(batch["seconds"].max())
+        yield Report(results, num_tokens, str(batch["engine"][0]), seconds)
+
+
+def _dataset(work: Work, rows: RowStore, windows: list[dict[str, Any]], pool: Pool) -> Dataset:
+    """Plan the pipeline. Operators ask for small shares of CPUs: on one core, all must fit side by side."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    reader_class = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4)
+    dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
+        Tokenise,
+        fn_constructor_args=(work, reader_class.remote(rows)),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=0.25,
+    )
+    # A block is one task of the pool: what comes back when it is done, and is done again when a worker dies.
+    device = "gpu" if pool.on_gpu else "cpu"
+    batch_rows = -(-len(windows[0]["numbers"]) // _BATCHES)
+    batch_rows = min(_MOST_ROWS[device], max(_FEWEST_ROWS[device], batch_rows))
+    dataset = dataset.repartition(target_num_rows_per_block=batch_rows)
+    # Ray has no argument for this, and nodes of one CPU have no whole one left.
+    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = 0.25  # type: ignore[attr-defined]
+    files = None if work.served.adapter is None else AdapterFiles.read(work.served.adapter)
+    engines_per_node = -(-pool.num_workers // max(1, len(_cpus_of_nodes())))
+    return dataset.map_batches(
+        EngineActor,
+        fn_constructor_args=(work, pool.on_gpu, engines_per_node, files),
+        batch_size=batch_rows,
+        compute=ActorPoolStrategy(size=pool.num_workers),
+        num_cpus=0.25,
+        num_gpus=int(pool.on_gpu),
+    )

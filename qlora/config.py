@@ -4,6 +4,7 @@ Every settings class is frozen and forbids unknown keys: a misspelt key is an er
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
 T = TypeVar("T")
 DEFAULT_BASE = "smollm2-135m-instruct"
 MAX_LENGTH_TOKENS = 2048
+MAX_SEED = 2**32 - 1  # what NumPy's and every other generator takes
 
 
 class InputError(ValueError):
@@ -64,14 +66,37 @@ def _number_from_text(value: Any) -> Any:
     return value
 
 
+def _epochs_from_text(value: Any) -> Any:
+    """Take 2.0 and "2", as samplers and YAML may have them, as the whole number that was meant."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return (
+        int(value)
+        if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit()
+        else value
+    )
+
+
+def _list_from_text(value: Any) -> Any:
+    """Take one name as a list of one."""
+    return (value,) if isinstance(value, str) and value != "all-linear" else value
+
+
+def _expanded_home(name: Any) -> Any:
+    """Take ~ as the user's folder."""
+    return str(Path(name).expanduser()) if isinstance(name, str) and name.startswith("~") else name
+
+
+LocalPath = Annotated[str, BeforeValidator(_expanded_home)]
 Number = Annotated[float, BeforeValidator(_number_from_text)]
-Epochs = Annotated[int | str, AfterValidator(_check_epochs)]
+Epochs = Annotated[int | str, BeforeValidator(_epochs_from_text), AfterValidator(_check_epochs)]
+Modules = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_list_from_text)]
 
 
 class BaseModelSettings(Settings):
     """The frozen model. `name` is `smollm2-135m-instruct`, a local folder or a hub id `name[@revision]`."""
 
-    name: str = Field(DEFAULT_BASE, min_length=1)
+    name: LocalPath = Field(DEFAULT_BASE, min_length=1)
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -84,14 +109,14 @@ class TrialSettings(Settings):
     lora_alpha: Number = Field(16, gt=0)
     lora_dropout: Number = Field(0.1, ge=0, lt=1)
     epochs: Epochs = 1
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Modules = "all-linear"
     batch_size: int = Field(16, ge=1)
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_fraction: Number = Field(0.0, ge=0, lt=1)
     weight_decay: Number = Field(0.0, ge=0)
     max_grad_norm: Number = Field(1.0, gt=0)
     evaluations_per_epoch: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -111,7 +136,7 @@ class DecodingSettings(Settings):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, gt=0)
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

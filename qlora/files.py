@@ -1,9 +1,13 @@
-"""Owns writing files whole: a reader sees the old file or the new one, never a part."""
+"""Owns reading and writing files whole: a reader sees the old file or the new one, never a part."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from qlora.config import InputError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,3 +24,46 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` with readable JSON in one move."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_yaml(path: Path, missing: str) -> dict[str, Any]:
+    """Read the mapping of a YAML file.
+
+    Raises InputError: with the words of `missing` if there is no such file, and for what is no YAML mapping or
+    holds a key twice.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise InputError(path, missing) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise InputError(
+            f"{path}:line {line}", f"is not valid YAML: {error.problem or error.context}"
+        ) from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise InputError(path, f"can't be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(path, "must be a YAML mapping of keys to values")
+    return content
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, told to refuse a key that stands twice: the last one would win without a word."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if isinstance(key, str) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
+            )
+        if isinstance(key, str):
+            seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=deep)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)

@@ -11,11 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora.answer_nll import answer_nll
 from qlora.data.prompts import EncodedExample
 from qlora.lora.bank import Adapter, AdapterBank
-from qlora.packed.packing import Group, lay_out, next_pass, on_device, split_by_budget
+from qlora.packed.packing import FEWEST_PASS_TOKENS, Group, lay_out, next_pass, on_device, split_by_budget
 from qlora.packed.stream import Layout
-from qlora.passes import answer_nll, run_pass
+from qlora.passes import run_pass
+
+_EVALUATION_PASSES = 4  # an evaluation keeps no activations: its passes hold so many times what training's do
+Shrink = Callable[[int], int | None]
+
+
+def halved(budget_tokens: int) -> int | None:
+    """Free a GPU's cached memory and return half of a budget; None below which memory is no matter of passes."""
+    torch.cuda.empty_cache()
+    return budget_tokens // 2 if budget_tokens >= 2 * FEWEST_PASS_TOKENS else None
 
 
 def example_perplexities(
@@ -24,10 +34,10 @@ def example_perplexities(
     budget_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Perplexity of each example, in their order.
+    """Measure the perplexity of each example, in their order.
 
-    `model` has packed attention (see qlora.packed.attention) and is put in eval mode. `budget_tokens` is what a training
-    pass may hold; an evaluation keeps no activations and takes four times as much. `progress(done, total)` is called after each.
+    `model` has packed attention (see qlora.packed.attention) and is put in eval mode. `budget_tokens` is what a
+    training pass may hold. `progress(done, total)` is called after each pass.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -40,14 +50,17 @@ def example_perplexities(
 
 
 def adapter_perplexities(
-    bank: AdapterBank, requests: Sequence[tuple[Adapter | None, Sequence[EncodedExample]]], budget_tokens: int
+    bank: AdapterBank,
+    requests: Sequence[tuple[Adapter | None, Sequence[EncodedExample]]],
+    budget_tokens: int,
+    shrink: Shrink = halved,
 ) -> list[list[float]]:
-    """Perplexity of each example under each request's adapter (None: the bare base), all requests in passes that they share."""
+    """Measure each example's perplexity under each request's adapter (None: the bare base), in passes that they share."""
 
     def score(groups: Sequence[Group], owners: Sequence[int]) -> tuple[Layout, Tensor]:
         return run_pass(bank, groups, [requests[owner][0] for owner in owners], [None] * len(owners))
 
-    return score_together([examples for _, examples in requests], budget_tokens, score)
+    return score_together([examples for _, examples in requests], budget_tokens, score, shrink=shrink)
 
 
 @torch.no_grad()
@@ -56,23 +69,49 @@ def score_together(
     budget_tokens: int,
     score: Callable[[Sequence[Group], Sequence[int]], tuple[Layout, Tensor]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    shrink: Shrink = halved,
 ) -> list[list[float]]:
-    """Perplexities of several requests' examples. `score` runs one pass over groups, each with the request that it belongs to."""
-    values = [[0.0] * len(examples) for examples in requests]
-    queues = [deque(split_by_budget(examples, 4 * budget_tokens)) for examples in requests]
-    done, total = 0, sum(map(len, requests))
+    """Measure the perplexities of several requests' examples.
+
+    `score` runs one pass over groups, each with the request that it belongs to. Out of memory goes on in smaller
+    passes with what is not scored yet: `shrink` gives the new budget for the old one. Raises
+    torch.cuda.OutOfMemoryError if it gives none.
+    """
+    values: list[dict[int, float]] = [{} for _ in requests]
+    queues = [deque(split_by_budget(examples, _EVALUATION_PASSES * budget_tokens)) for examples in requests]
+    total = sum(map(len, requests))
     while any(queues):
-        owners, groups = next_pass(queues, 4 * budget_tokens)
-        layout, nll_A = score(groups, owners)
-        found = iter(np.exp(layout.row_means(nll_A.cpu().numpy())).tolist())
+        owners, groups = next_pass(queues, _EVALUATION_PASSES * budget_tokens)
+        try:
+            layout, nll_A = score(groups, owners)
+            means = np.exp(layout.row_means(nll_A.cpu().numpy())).tolist()
+        except torch.cuda.OutOfMemoryError:
+            smaller = shrink(budget_tokens)
+            if smaller is None:
+                raise
+            budget_tokens = smaller
+            queues = [
+                deque(_unscored(examples, done, _EVALUATION_PASSES * budget_tokens))
+                for examples, done in zip(requests, values, strict=True)
+            ]
+            continue
+        found = iter(means)
         for owner, group in zip(owners, groups, strict=True):
-            for name in group.names:
-                values[owner][name] = next(found)
-        done += layout.num_rows
-        progress(done, total)
-    return values
+            values[owner].update((name, next(found)) for name in group.names)
+        progress(sum(map(len, values)), total)
+    return [[done[index] for index in range(len(done))] for done in values]
 
 
 def mean_perplexity(perplexities: Sequence[float]) -> float:
-    """The mean over examples."""
+    """Return the mean over examples."""
     return sum(perplexities) / len(perplexities)
+
+
+def _unscored(examples: Sequence[EncodedExample], done: dict[int, float], budget_tokens: int) -> list[Group]:
+    """Split what is not scored into groups, whose names are still the examples' places among all."""
+    left = [index for index in range(len(examples)) if index not in done]
+    groups = split_by_budget([examples[index] for index in left], budget_tokens)
+    return [
+        Group(group.examples, group.prefix_length, tuple(left[name] for name in group.names))
+        for group in groups
+    ]

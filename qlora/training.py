@@ -98,9 +98,9 @@ class Training:
         """Take one optimizer step on the next batch, in passes of at most `budget_tokens`. Raises DivergedError if its loss or gradient
         is not finite."""
         result = advance_together([self], budget_tokens)[0]
-        if isinstance(result, DivergedError):
-            raise result
-        return result
+        if isinstance(result, StepResult):
+            return result
+        raise result
 
     def batch_at(self, step: int) -> list[EncodedExample]:
         """The examples of a step: each epoch is a fresh permutation, a function of seed and epoch."""
@@ -152,9 +152,8 @@ class Training:
 
     def load_state(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Go on from `state()`; the adapter's weights are loaded elsewhere. Raises ValueError for another run's state."""
-        if position["settings"] != self.settings.model_dump(mode="json") or position["num_examples"] != len(
-            self.examples
-        ):
+        mine = self.settings.model_dump(mode="json"), len(self.examples)
+        if (position["settings"], position["num_examples"]) != mine:
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
@@ -200,14 +199,33 @@ class Training:
         )
 
 
-def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[StepResult | DivergedError]:
-    """One optimizer step of each of several trials on one bank, in shared passes of at most `budget_tokens`.
+def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[StepResult | Exception]:
+    """Take one optimizer step of each of several trials on one bank, in shared passes of at most `budget_tokens`.
 
-    Each trial's result is what it would be alone: its loss is the mean over all answer tokens of its own batch, however the
-    passes split it; nothing of it depends on the others.
+    Each trial's result is what it would be alone: its loss is the mean over all answer tokens of its own batch,
+    however the passes split it; nothing of it depends on the others. A trial that diverged, or whose optimizer
+    failed, has the error in place of a result. Raises, before any trial has stepped, what a shared pass raises.
     """
-    bank = trainings[0].bank
     batches = [training.start_step() for training in trainings]
+    losses = _accumulate_gradients(trainings, batches, budget_tokens)
+    norms = [training.adapter.gradients.norm() for training in trainings]
+    numbers = torch.stack([*losses, *norms]).tolist()  # one wait for the GPU
+    results: list[StepResult | Exception] = []
+    for index, (training, batch) in enumerate(zip(trainings, batches, strict=True)):
+        loss, grad_norm = numbers[index], numbers[len(trainings) + index]
+        try:
+            num_tokens = sum(example.num_tokens for example in batch)
+            results.append(training.finish_step(loss, grad_norm, num_tokens))
+        except Exception as error:  # belongs to this trial: the others' steps are as they should be
+            results.append(error.with_traceback(None))
+    return results
+
+
+def _accumulate_gradients(
+    trainings: Sequence[Training], batches: Sequence[Sequence[EncodedExample]], budget_tokens: int
+) -> list[Tensor]:
+    """Run the passes of a step, which add to the adapters' gradients; returns each trial's loss, on the device."""
+    bank = trainings[0].bank
     queues = [deque(split_by_budget(batch, budget_tokens)) for batch in batches]
     num_answers = [sum(len(example.answer) for example in batch) for batch in batches]
     losses = [torch.zeros((), device=bank.device) for _ in trainings]
@@ -215,29 +233,16 @@ def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[
     while any(queues):
         owners, groups = next_pass(queues, budget_tokens)
         there = [trainings[owner] for owner in owners]
+        adapters = [training.adapter for training in there]
         dropouts = [
             make_dropout(training.adapter, group, training.step)
             for training, group in zip(there, groups, strict=True)
         ]
         weights = [1 / num_answers[owner] for owner in owners]
-        layout, nll_A = run_pass(
-            bank, groups, [training.adapter for training in there], dropouts, weights, largest
-        )
+        layout, nll_A = run_pass(bank, groups, adapters, dropouts, weights, largest)
         for owner, weight, part_A in zip(owners, weights, nll_A.split(layout.num_answers), strict=True):
             losses[owner] = losses[owner] + weight * part_A.sum()
-    norms = [training.adapter.gradients.norm() for training in trainings]
-    found = torch.stack([*losses, *norms]).tolist()  # one wait for the GPU
-    results: list[StepResult | DivergedError] = []
-    for training, batch_examples, loss, norm in zip(
-        trainings, batches, found, found[len(trainings) :], strict=False
-    ):
-        try:
-            results.append(
-                training.finish_step(loss, norm, sum(example.num_tokens for example in batch_examples))
-            )
-        except DivergedError as error:
-            results.append(error)
-    return results
+    return losses
 
 
 def _mix(seed: int, count: int) -> int:

@@ -1,6 +1,7 @@
 """Generate an output for every row of a JSON file with a registered adapter or any base, on Ray Data.
 
-python ray_jobs/batch_infer.py --model models:/quickstart@champion --input data/sample/private_test.json --output results/outputs.json
+    python ray_jobs/batch_infer.py --model models:/quickstart@champion \\
+        --input data/sample/private_test.json --output results/outputs.json
 """
 
 import argparse
@@ -12,26 +13,76 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qlora.config import MAX_LENGTH_TOKENS, InputError
 from ray_jobs.cli import (
     CommandParser,
-    add_base_options,
     add_decoding_options,
+    add_model_options,
     decoding_settings,
+    model_options,
     positive_int,
-    prompt_name,
-    served_base,
     show_line,
 )
-from workflows.model_choice import local_adapter
 from workflows.session import EXIT_ROWS_FAILED, connect_ray, run
+
+
+def main() -> None:
+    """Parse, validate, generate, write."""
+    arguments = _arguments()
+    decoding = decoding_settings(arguments)
+    from qlora.base.model import base_revision, load_config, load_tokenizer
+    from workflows.model_choice import choose_model
+
+    model = choose_model(model_options(arguments, arguments.model or arguments.adapter))
+    config = load_config(model.base.name)
+    load_tokenizer(model.base.name)
+    context_tokens = getattr(config.get_text_config(), "max_position_embeddings", MAX_LENGTH_TOKENS)
+    room = context_tokens - decoding.max_new_tokens
+    if room < 1:
+        problem = f"{decoding.max_new_tokens} leaves no room for a prompt within {context_tokens}"
+        raise InputError("options:max_new_tokens", problem)
+    for line in model.overridden:
+        print(line)
+
+    from inference.engine import ServedModel
+    from inference.job import Progress, model_facts, open_job, run_job
+    from inference.pipeline import Work, plan_pool
+    from workflows.batch_summary import closing_words, note_prediction
+
+    work = Work(ServedModel(model.base, model.adapter_folder), model.prompt, decoding, room)
+    output = Path(arguments.output)
+
+    def show(progress: Progress) -> None:
+        if not arguments.quiet:
+            show_line(str(progress), progress.num_done == progress.num_rows)
+
+    with open_job(Path(arguments.input), output) as rows:
+        uri = model.registered.model_uri if model.registered else None
+        facts = model_facts(work, uri, base_revision(config))
+        if not arguments.quiet:
+            show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
+        result = run_job(
+            work,
+            rows,
+            output,
+            facts,
+            lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
+            resume=arguments.resume,
+            progress=show,
+        )
+    if model.registered:
+        note_prediction(model.registered, result, decoding, arguments.input, output, model.prompt.name)
+    print(closing_words(result, output))
+    if result.num_failed:
+        sys.exit(EXIT_ROWS_FAILED)
 
 
 def _arguments() -> argparse.Namespace:
     parser = CommandParser(__doc__)
-    add_base_options(parser)
     parser.add_argument(
         "--model",
         metavar="URI",
-        help="models:/NAME@ALIAS or models:/NAME/VERSION, in place of --base-model and --adapter",
+        help="models:/NAME@ALIAS or models:/NAME/VERSION, with the base, quantisation and prompt that it is served "
+        "with",
     )
+    add_model_options(parser)
     parser.add_argument(
         "--input", metavar="FILE", required=True, help="JSON list, or JSONL, of rows with id and instruction"
     )
@@ -51,66 +102,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that a stopped run of the same command finished"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress (it is shown on terminals only)")
+    parser.add_argument(
+        "--quiet", action="store_true", help="show no progress (it is shown on terminals only)"
+    )
     arguments = parser.parse_args()
-    if arguments.model and (arguments.base_model or arguments.adapter):
-        parser.error("--model names base and adapter; leave --base-model and --adapter out")
+    if arguments.model and arguments.adapter:
+        parser.error("--model and --adapter both name an adapter; give one")
     if not (arguments.model or arguments.base_model or arguments.adapter):
         parser.error("give --model URI, or --base-model BASE and, if wanted, --adapter ADAPTER")
     return arguments
-
-
-def main() -> None:
-    """Parse, validate, generate, write."""
-    arguments = _arguments()
-    decoding = decoding_settings(arguments)
-    from qlora.base.model import load_config, load_tokenizer
-    from qlora.data.prompts import load_prompt
-
-    prompt = load_prompt(prompt_name(arguments), arguments.shots, arguments.shots_from)
-    adapter, adapter_base, registered = local_adapter(arguments.model or arguments.adapter)
-    base = served_base(arguments.base_model, adapter_base, arguments)
-    config = load_config(base.name)
-    load_tokenizer(base.name)
-    context_tokens = getattr(config.get_text_config(), "max_position_embeddings", MAX_LENGTH_TOKENS)
-    if decoding.max_new_tokens >= context_tokens:
-        raise InputError(
-            "options:max_new_tokens",
-            f"{decoding.max_new_tokens} leaves no room for a prompt within {context_tokens}",
-        )
-
-    from inference.engine import ServedModel
-    from inference.job import Progress, model_facts, open_job, run_job
-    from inference.pipeline import Work, plan_pool
-    from workflows.batch_summary import closing_words, note_prediction
-
-    work = Work(ServedModel(base, adapter), prompt, decoding, context_tokens - decoding.max_new_tokens)
-    output = Path(arguments.output)
-
-    def show(progress: Progress) -> None:
-        if not arguments.quiet:
-            show_line(str(progress), progress.num_done == progress.num_rows)
-
-    with open_job(Path(arguments.input), output) as rows:
-        facts = model_facts(
-            work, registered.model_uri if registered else None, getattr(config, "_commit_hash", None)
-        )
-        if not arguments.quiet:
-            show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
-        result = run_job(
-            work,
-            rows,
-            output,
-            facts,
-            lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
-            resume=arguments.resume,
-            progress=show,
-        )
-    if registered:
-        note_prediction(registered, result, decoding, arguments.input, output, prompt.name)
-    print(closing_words(result, output))
-    if result.num_failed:
-        sys.exit(EXIT_ROWS_FAILED)
 
 
 if __name__ == "__main__":

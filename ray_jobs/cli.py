@@ -1,17 +1,23 @@
 """Owns what all commands share: their options, and the line of progress. Imports nothing heavy until it is needed."""
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from qlora.config import BaseModelSettings, DecodingSettings, InputError, validated
+from qlora.config import DecodingSettings, InputError, validated
 from workflows.session import EXIT_BAD_INPUT
+
+if TYPE_CHECKING:
+    from workflows.model_choice import ModelOptions
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse that ends a wrong option with one `error:` line and exit code 2."""
+    """argparse that ends a wrong option with one `error:` line and exit code 2, as its documentation has it done."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -24,51 +30,107 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(EXIT_BAD_INPUT)
 
 
-def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """The options that name a base, an adapter and a prompt."""
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a base, an adapter and a prompt."""
     parser.add_argument(
         "--base-model",
         metavar="BASE",
-        help="smollm2-135m-instruct, a local folder or a hub id NAME[@REVISION]",
+        help="the frozen model: smollm2-135m-instruct, a local folder or a hub id NAME[@REVISION] "
+        "(default: the one that the adapter was trained on)",
     )
     parser.add_argument(
-        "--adapter", metavar="ADAPTER", help="a PEFT folder, models:/NAME@ALIAS or models:/NAME/VERSION"
+        "--adapter",
+        metavar="ADAPTER",
+        help="the adapter on it: a PEFT folder, models:/NAME@ALIAS or models:/NAME/VERSION (default: none)",
     )
     parser.add_argument(
-        "--prompt", metavar="NAME", help="a template of prompts/ (default: default, or few-shot with --shots)"
+        "--prompt",
+        metavar="NAME",
+        help="the text around each instruction: a template of prompts/ or a YAML file (default: the one that a "
+        "registered adapter was trained with, few-shot with --shots, else `default`)",
     )
     parser.add_argument(
-        "--shots", type=positive_int, default=0, metavar="N", help="examples shown in the prompt"
+        "--shots",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="examples shown in the prompt (default: none)",
     )
-    parser.add_argument("--shots-from", metavar="FILE", help="training file whose last N examples are shown")
-    parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, float32 on CPUs"
+        "--shots-from", metavar="FILE", help="the training file whose last N examples are shown"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("nf4", "none"),
+        help="how the base's weights are stored (default: as a registered adapter was trained, else nf4)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what is computed in (default: bfloat16 on GPUs that have it, else float32)",
+    )
+
+
+def model_options(arguments: argparse.Namespace, adapter: str | None) -> "ModelOptions":
+    """Return what `add_model_options` read, with the adapter that was named."""
+    from workflows.model_choice import ModelOptions
+
+    return ModelOptions(
+        adapter=adapter,
+        base_model=arguments.base_model,
+        quantization=arguments.quantization,
+        dtype=arguments.dtype,
+        prompt=arguments.prompt,
+        shots=arguments.shots,
+        shots_from=arguments.shots_from,
     )
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """The options of DecodingSettings."""
-    parser.add_argument("--num-beams", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--min-new-tokens", type=int)
-    parser.add_argument("--length-penalty", type=float, default=1.0)
+    """Add the options of DecodingSettings."""
     parser.add_argument(
-        "--early-stopping", choices=("true", "false", "never"), help="when beam search stops (default: false)"
+        "--num-beams", type=int, default=3, metavar="N", help="beams of the search; 1 is greedy (default: 3)"
     )
-    parser.add_argument("--do-sample", action="store_true")
-    for name, kind in {"--top-p": float, "--top-k": int, "--temperature": float, "--seed": int}.items():
-        parser.add_argument(name, type=kind, metavar=name[2].upper(), help="with --do-sample")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest output in tokens (default: 128)"
+    )
+    parser.add_argument(
+        "--min-new-tokens", type=int, metavar="N", help="shortest output in tokens (default: no limit)"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 0 favours longer outputs, below 0 shorter ones, with beams (default: 1.0)",
+    )
+    parser.add_argument(
+        "--early-stopping",
+        choices=("true", "false", "never"),
+        help="when a beam search ends: with as many outputs as beams, when better ones are unlikely, or when they "
+        "are impossible (default: false)",
+    )
+    parser.add_argument(
+        "--do-sample", action="store_true", help="draw tokens at random in place of searching for the best"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this total probability"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from this many of the likeliest tokens")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="below 1 sharpens the draw, above 1 flattens it"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="makes the draws repeatable")
 
 
 def decoding_settings(arguments: argparse.Namespace) -> DecodingSettings:
-    """What `add_decoding_options` read. Raises InputError for settings that don't fit each other."""
+    """Return what `add_decoding_options` read. Raises InputError for settings that don't fit each other."""
     options = {key: getattr(arguments, key) for key in DecodingSettings.model_fields}
     return validated("options", lambda: DecodingSettings(**options))
 
 
 def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
+    """Read a whole number of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -78,31 +140,22 @@ def positive_int(text: str) -> int:
 positive_int.__name__ = "whole number"
 
 
-def prompt_name(arguments: argparse.Namespace) -> str:
-    """The template asked for; shots alone mean few-shot."""
-    return arguments.prompt or ("few-shot" if arguments.shots else "default")
-
-
-def served_base(
-    base: str | None, adapter_base: str | None, arguments: argparse.Namespace
-) -> BaseModelSettings:
-    """The base to load: as asked for, else the one that the adapter was trained on."""
-    name = base or adapter_base
-    if name is None:
-        raise InputError("--base-model", "is missing; name a base or an adapter that says its own")
-    dtype = arguments.dtype or "auto"
-    return validated(
-        "--base-model", lambda: BaseModelSettings(name=name, quantization=arguments.quantization, dtype=dtype)
-    )
+def folder_name(name: str) -> str:
+    """Return a name that a folder under results/ can have. Raises InputError for any other."""
+    if not _FOLDER_NAME.fullmatch(name):
+        raise InputError(
+            "--name",
+            f"{name!r} can't be a name; use up to 200 letters, digits, dots, dashes and underscores, "
+            "a letter or digit first",
+        )
+    return name
 
 
 def show_progress(started: float, done: int, total: int, unit: str) -> None:
-    """Done of all, rate and time left."""
+    """Show what is done of all, the rate and the time left."""
     seconds = max(time.monotonic() - started, 1e-9)
-    show_line(
-        f"{done}/{total} {unit}, {done / seconds:.2f} {unit}/s, {seconds / done * (total - done):.0f} s left",
-        done == total,
-    )
+    rate, left = done / seconds, seconds / done * (total - done)
+    show_line(f"{done}/{total} {unit}, {rate:.2f} {unit}/s, {left:.0f} s left", done == total)
 
 
 def show_line(line: str, last: bool) -> None:

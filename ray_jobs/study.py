@@ -3,62 +3,51 @@
 python ray_jobs/study.py --study studies/quick.yaml
 """
 
-import random
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qlora.config import InputError
-from ray_jobs.cli import CommandParser
-from workflows.session import PROJECT_ROOT, connect_ray, run
+from ray_jobs.cli import CommandParser, folder_name
+from workflows.session import RESULTS_FOLDER, connect_ray, run
 
 
 def main() -> None:
     """Parse, validate, do what is not done yet, report."""
     parser = CommandParser(__doc__)
-    parser.add_argument("--study", metavar="FILE", required=True, help="a study, see studies/")
+    parser.add_argument(
+        "--study", metavar="FILE", required=True, help="lineages, prompts and beams to compare; see studies/"
+    )
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help="of the study and its folder under results/studies/ (default: the file's)",
+        help="of the study and its folder under results/studies/ (default: the study file's)",
     )
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a dotted key of the study"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a dotted key of the study, such as shots=2; may be given several times",
     )
     arguments = parser.parse_args()
-    name = arguments.name or Path(arguments.study).stem
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError("--name", f"{name!r} may hold letters, digits, dots, dashes and underscores only")
+    name = folder_name(arguments.name or Path(arguments.study).stem)
 
     from workflows.study.settings import load_study
 
     study = load_study(arguments.study, arguments.set)
-    from workflows.study.page import metrics_of, study_report
-    from workflows.study.steps import StudySteps
+    from workflows.study.page import publish_study
+    from workflows.study.steps import StudySteps, prepare_study
 
-    folder = PROJECT_ROOT / "results" / "studies" / name
-    steps = StudySteps(study, folder, lambda line: print(line, flush=True))
-    steps.claim()
+    prepared, folder = prepare_study(study), RESULTS_FOLDER / "studies" / name
+    steps = StudySteps(prepared, folder, lambda line: print(line, flush=True))
+    study_id = steps.claim()
     connect_ray()
     import ray
 
-    steps.shares["GPU"] = float(ray.cluster_resources().get("GPU", 0) > 0)
-    found = steps.run()
-    from reporting.study_page import write_study_report
-    from tracking.runs import note_study
-
-    page = folder / "study.html"
-    chosen = sorted(random.Random(study.seed).sample(range(len(steps.public)), study.num_predictions))
-    write_study_report(page, study_report(name, steps, found, chosen))
-    note_study("studies", name, metrics_of(study, found), page)
-    best = found["best"]
-    print(
-        f"\nbest        stages {best}: public perplexity {found[f'perplexity {best}']['mean']:.4f}, zero-shot "
-        f"{found['perplexity zero-shot']['mean']:.4f}\nadapter     results/studies/{name}/adapters/{best} (a PEFT folder)\n"
-        f"page        results/studies/{name}/study.html\ncompare     make ui, then experiment 'studies'"
-    )
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
+    print(publish_study(name, study_id, folder, prepared, found))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class StudyReport:
     facts: Mapping[str, Any]
 
 
-def write_study_report(path: Path, study: StudyReport) -> None:
+def write_study_page(path: Path, study: StudyReport) -> None:
     """Write the page."""
     sections = [
         f"<h1>Study {text(study.name)}</h1>",

@@ -6,7 +6,7 @@ draws. Refuses to know Ray and the tracking server.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class SweepReport:
     registration: str
     facts: Mapping[str, Any]
     starts_at_base: bool = True
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[float, float]:
@@ -116,7 +117,7 @@ def verdict(trials: Sequence[TrialReport], zero_shot: float) -> str:
     return f"{words} It is better than {found}"
 
 
-def write_report(path: Path, sweep: SweepReport) -> None:
+def write_sweep_page(path: Path, sweep: SweepReport) -> None:
     """Write the page."""
     write_text(path, _page(sweep))
 

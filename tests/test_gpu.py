@@ -10,6 +10,7 @@ from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
 
 from qlora import passes
+from qlora.answer_nll import answer_nll
 from qlora.config import DecodingSettings
 from qlora.lora.bank import AdapterBank
 from qlora.lora.products import Dropout, LayerPart
@@ -17,7 +18,6 @@ from qlora.packed.attention import use_packed_attention
 from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
 from qlora.packed.packing import pack, pack_groups, whole_group
 from qlora.packed.stream import Rows
-from qlora.passes import answer_nll
 from qlora.perplexity import adapter_perplexities
 from qlora.training import Training, advance_together
 

@@ -12,10 +12,11 @@ from conftest import random_examples
 from test_training import losses
 
 import tuning.host
+import tuning.shared_work
 from qlora.checkpoint import verify_checkpoint
 from qlora.config import BaseModelSettings
 from qlora.lora.bank import load_bank
-from qlora.lora.peft_folder import ADAPTER_FILES
+from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import Training
 from tuning.host import Host, SweepData
@@ -108,7 +109,7 @@ def test_trials_go_on_from_an_adapter(data, tmp_path):
     """What was reached by one sweep is where the trials of the next begin."""
     before = run(Host(data, 1), "first", CONFIGS[0], tmp_path)[-1]
     folder = tmp_path / f"first-{before['step']}" / "adapter"
-    start = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
+    start = AdapterFiles.read(folder)
     after = run(
         Host(replace(data, start=start), 1), "second", {"learning_rate": 1e-12, "lora_r": 4}, tmp_path
     )[0]
@@ -116,7 +117,7 @@ def test_trials_go_on_from_an_adapter(data, tmp_path):
 
 
 def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, monkeypatch):
-    whole_step, tried = tuning.host.advance_together, []
+    whole_step, tried = tuning.shared_work.advance_together, []
 
     def short_of_memory(trainings, budget_tokens):
         tried.append(budget_tokens)
@@ -124,7 +125,7 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, mon
             raise torch.cuda.OutOfMemoryError("no room")
         return whole_step(trainings, budget_tokens)
 
-    monkeypatch.setattr(tuning.host, "advance_together", short_of_memory)
+    monkeypatch.setattr(tuning.shared_work, "advance_together", short_of_memory)
     points = run(Host(data, 1), "t", CONFIGS[0], tmp_path)
     assert tried[:6] == [10_000, 5000, 2500, 1250, 625, 312]
     assert points[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[0])[1], rel=1e-4)
@@ -132,14 +133,14 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, mon
 
 def test_a_trial_that_fits_nowhere_ends_alone(data, tmp_path, monkeypatch):
     """No pass is small enough for one of two trials: the other goes on."""
-    whole_step = tuning.host.advance_together
+    whole_step = tuning.shared_work.advance_together
 
     def short_of_memory(trainings, budget_tokens):
         if any(training.settings.lora_r == 8 for training in trainings):
             raise torch.cuda.OutOfMemoryError("no room")
         return whole_step(trainings, budget_tokens)
 
-    monkeypatch.setattr(tuning.host, "advance_together", short_of_memory)
+    monkeypatch.setattr(tuning.shared_work, "advance_together", short_of_memory)
     host = Host(data, 1)
     with ThreadPoolExecutor(2) as pool:
         small = pool.submit(run, host, "small", CONFIGS[0], tmp_path)

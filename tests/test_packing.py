@@ -6,6 +6,7 @@ from conftest import CONFIGS, random_examples, tiny_model
 from oracles import padded_loss, peft_adapter
 from transformers import AutoModelForCausalLM, MambaConfig
 
+from qlora.answer_nll import answer_nll
 from qlora.config import TrialSettings
 from qlora.data.prompts import EncodedExample
 from qlora.packed.attention import use_packed_attention
@@ -17,7 +18,6 @@ from qlora.packed.packing import (
     split_by_budget,
     whole_group,
 )
-from qlora.passes import answer_nll
 
 
 def gradients(model) -> torch.Tensor:

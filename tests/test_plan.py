@@ -9,10 +9,11 @@ from ray.tune.schedulers import TrialScheduler
 from test_training import tiny_bank
 
 from qlora.config import InputError, TrialSettings
-from tuning import plan as planning
 from tuning.device import Device, this_device
-from tuning.plan import compare_with_run, describe_plan, make_plan, model_size
-from tuning.shares import trial_shares
+from tuning.model_size import model_size
+from tuning.plan import make_plan
+from tuning.plan_text import compare_with_run, describe_plan
+from tuning.plan_time import let_through
 from tuning.space import Space
 
 TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
@@ -96,9 +97,9 @@ def test_trials_ask_for_their_share_of_a_gpu():
     size, device = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
     for value, share in ((3, 0.3333), (1, 1.0), ("auto", 0.125)):
         chosen = space(trials_per_gpu=value)
-        shares = trial_shares(chosen, make_plan(chosen, TRAIN, PUBLIC, size, device).trials)
+        shares = chosen.trial_shares(make_plan(chosen, TRAIN, PUBLIC, size, device).trials)
         assert shares == {"CPU": 1, "GPU": share}
-    assert trial_shares(space()) == {"CPU": 1, "GPU": 0}
+    assert space().trial_shares() == {"CPU": 1, "GPU": 0}
 
 
 def test_a_plan_in_words():
@@ -134,4 +135,4 @@ def test_survivors_of_a_rung_are_those_of_asha():
             bracket.on_result(SimpleNamespace(trial_id=str(n)), 1, generator.random()) != TrialScheduler.STOP
             for n in range(16)
         )
-    assert planning._let_through(16, 4) == pytest.approx(passed / 1000, rel=0.05)
+    assert let_through(16, 4) == pytest.approx(passed / 1000, rel=0.05)

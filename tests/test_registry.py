@@ -16,7 +16,7 @@ from test_training import tiny_bank
 from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
 from qlora.data.prompts import PROMPT_FOLDER
 from ray_jobs.promote import table
-from tracking import registry, runs
+from tracking import logged_model, registry, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [ROOT / "qlora", ROOT / "inference"]
@@ -50,13 +50,13 @@ def logged(store, tiny_base, run_name: str, seed: int = 0) -> tuple[str, str]:
     adapter.weights.normal_(std=0.2)
     bank.base_name = str(tiny_base)
     bank.save(adapter, store / run_name)
-    files = registry.ModelFiles(
+    files = logged_model.ModelFiles(
         store / run_name, PROMPT_FOLDER / "default.yaml", ROOT / "deploy" / "served_model.py", CODE
     )
-    uri = registry.log_model(
+    uri = logged_model.log_model(
         run, files, {"base_model": str(tiny_base), "quantization": "none"}, "翻譯：春", {"public_digest": "d"}
     )
-    assert registry.log_model(run, files, {}, "", {}) == uri
+    assert logged_model.log_model(run, files, {}, "", {}) == uri
     return run, uri
 
 
@@ -172,6 +172,7 @@ def test_a_sweeps_runs_and_files(store, tmp_path):
     (tmp_path / "report.html").write_text("<p>report</p>")
     tracker = runs.start_sweep(
         "night",
+        "id",
         "team",
         {"seed": 0},
         {"train": ("train.json", "d" * 64, 3), "public": ("public.json", "e" * 64, 2)},
@@ -187,6 +188,6 @@ def test_a_sweeps_runs_and_files(store, tmp_path):
     assert run.data.metrics["zero_shot_public_perplexity"] == 9.0
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"train.json", "public.json"}
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]
-    assert runs.start_sweep("night", "team", {}, {}).parent_run_id == tracker.parent_run_id
+    assert runs.start_sweep("night", "id", "team", {}, {}).parent_run_id == tracker.parent_run_id
     with pytest.raises(Exception, match="models:/"):
         registry.fetch_adapter("models:/nobody@champion")

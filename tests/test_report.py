@@ -14,7 +14,7 @@ from reporting.sweep_page import (
     compare,
     importance,
     verdict,
-    write_report,
+    write_sweep_page,
 )
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -117,7 +117,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
             "dead", trial("", [1.0]).settings, "failed", "<b>out & out</b>", [], (), None, None, 0.0, None
         ),
     ]
-    write_report(tmp_path / "report.html", sweep(trials, "<script>alert(1)</script>"))
+    write_sweep_page(tmp_path / "report.html", sweep(trials, "<script>alert(1)</script>"))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     parser = Balanced()
     parser.feed(page)
@@ -140,7 +140,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 
 
 def test_a_sweep_without_an_evaluated_runner_up_has_a_report(tmp_path):
-    write_report(tmp_path / "report.html", sweep([trial("only", [9.0, 11.0])]))
+    write_sweep_page(tmp_path / "report.html", sweep([trial("only", [9.0, 11.0])]))
     assert "Trial only is best: public perplexity 10" in (tmp_path / "report.html").read_text(
         encoding="utf-8"
     )

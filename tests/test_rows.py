@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-import inference.rows
 from inference.predictions import Journal, write_predictions
 from inference.rows import store_rows
 from inference.scores import Scores
 from qlora.config import InputError
+from qlora.data import json_rows
 
 ROWS = [
     {"id": f"r{n}", "instruction": f'翻譯：{"甲乙丙" * n}「"\\{{}}」\n', "output": "天地" * n}
@@ -29,7 +29,7 @@ def write(path: Path, rows: list, *, lines: bool = False, indent: int | None = N
 @pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("form", ["list", "indented", "lines"])
 def test_rows_are_read_whatever_the_pieces(piece, form, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference.rows, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(json_rows, "_PIECE_BYTES", piece)
     name, lines = ("in.jsonl", True) if form == "lines" else ("in.json", False)
     path = write(tmp_path / name, ROWS, lines=lines, indent=2 if form == "indented" else None)
     rows = store_rows(path, tmp_path / "work")

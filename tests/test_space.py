@@ -7,9 +7,10 @@ import pytest
 from ray import tune
 
 from qlora.training import Timetable
-from tuning.host import evaluation_steps
+from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
-from tuning.space import SAMPLERS, Asha, NoEarlyStopping, load_space, tune_space
+from tuning.samplers import SAMPLERS
+from tuning.space import Asha, NoEarlyStopping, load_space, tune_space
 from tuning.sweep import RestoredASHA
 
 SPACES = sorted(Path("search_spaces").glob("*.yaml"))

@@ -1,1 +1,1 @@
-"""MLflow: runs of sweeps and the registry of adapters. The only room that imports mlflow."""
+"""MLflow: runs of sweeps and studies, and the registry of adapters. The only room that imports mlflow."""

@@ -1,6 +1,7 @@
-"""Owns the runs of a sweep in MLflow: one parent a sweep, one child a trial, always brought to a terminal status.
+"""Owns the runs of sweeps and studies in MLflow: one parent each, one child a trial or result, always brought to an end.
 
-Runs are found again by their tags, so a restored sweep goes on in the same runs. Refuses to know Ray.
+Runs are found again by an id of the sweep's own, so that a restored sweep goes on in the same runs, and one that is
+run again under an old name never does. Refuses to know Ray.
 """
 
 import json
@@ -18,7 +19,18 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-_SWEEP, _TRIAL, _PARENT, _STATUS = "sweep", "trial_id", "mlflow.parentRunId", "trial_status"
+_SWEEP, _SWEEP_ID, _TRIAL, _STATUS = "sweep", "sweep_id", "trial_id", "trial_status"
+_PARENT = "mlflow.parentRunId"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's pages know what to open with
+# What people compare stands in front; the rest of a point is drawn in groups of its own.
+_COMPARED = ("public_perplexity", "training_loss")
+_GROUPS = {
+    "epoch": "progress",
+    "schedule_percent": "progress",
+    "learning_rate": "progress",
+    "tokens_per_second": "speed",
+    "peak_memory_gib": "speed",
+}
 _TERMINAL = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
@@ -42,12 +54,12 @@ class TrialRecord(Protocol):
 
 
 def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, else the SQLite store under the project's mlruns/."""
+    """Return $MLFLOW_TRACKING_URI, else the SQLite store under the project's mlruns/."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
 
 
 def connect() -> MlflowClient:
-    """A client of the tracking server, whose schema is created or migrated on first use."""
+    """Return a client of the tracking server, whose schema is created or migrated on first use."""
     uri = tracking_uri()
     (PROJECT_ROOT / "mlruns").mkdir(exist_ok=True)
     mlflow.set_tracking_uri(uri)  # for what MLflow calls in itself
@@ -55,22 +67,27 @@ def connect() -> MlflowClient:
 
 
 def ensure_experiment(client: MlflowClient, name: str) -> str:
-    """The id of the experiment, created if need be. A local store keeps artifacts under mlruns/artifacts."""
+    """Return the id of an experiment, created if need be, whose pages open on runs.
+
+    A local store keeps artifacts under mlruns/artifacts.
+    """
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    local = tracking_uri().startswith("sqlite:")
-    return client.create_experiment(
-        name, artifact_location=(PROJECT_ROOT / "mlruns" / "artifacts").as_uri() if local else None
-    )
+    if found is None:
+        local = tracking_uri().startswith("sqlite:")
+        artifacts = (PROJECT_ROOT / "mlruns" / "artifacts").as_uri() if local else None
+        return client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
+    for key, value in _KIND.items():
+        if key not in found.tags:
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return found.experiment_id
 
 
 @dataclass
 class SweepTracker:
-    """Follows a sweep's trials into MLflow. Holds plain data only, so Ray can store it with the sweep.
+    """Follows a sweep's trials into MLflow.
 
-    A child's metrics are drawn over optimizer steps; those whose name begins with `epoch_` over whole epochs, the training loss
-    being the mean of the epoch's.
+    A child's metrics are drawn over optimizer steps; those whose name begins with `epoch_` over whole epochs, the
+    training loss being the mean of the epoch's.
     """
 
     experiment_id: str
@@ -85,16 +102,7 @@ class SweepTracker:
         newest = record.curve[-1] if record.curve else None
         if newest is not None and newest["step"] > self.logged_steps[record.trial_id]:
             self.logged_steps[record.trial_id] = newest["step"]
-            values = {key: value for key, value in newest.items() if key != "step"}
-            if record.best is not None:
-                values["best_public_perplexity"] = record.best["public_perplexity"]
-            now_ms = time.time_ns() // 1_000_000
-            metrics = [Metric(key, value, now_ms, int(newest["step"])) for key, value in values.items()]
-            metrics += [
-                Metric(key, value, now_ms, round(newest["epoch"]))
-                for key, value in _at_epochs_end(record.curve).items()
-            ]
-            client.log_batch(run_id, metrics=metrics)
+            client.log_batch(run_id, metrics=_metrics(record))
         client.set_tag(run_id, _STATUS, record.status)
         if record.reason:
             client.set_tag(run_id, "reason", record.reason[:5000])
@@ -104,16 +112,15 @@ class SweepTracker:
             client.update_run(run_id, status="RUNNING")
 
     def run_id(self, record: TrialRecord) -> str:
-        """The child run of a trial, created with its parameters if there is none yet."""
+        """Return the child run of a trial, created with its parameters if there is none yet."""
         if record.trial_id not in self.run_ids:
             client = connect()
-            found = _find_run(client, self.experiment_id, {_SWEEP: self.sweep, _TRIAL: record.trial_id})
+            known = {_PARENT: self.parent_run_id, _TRIAL: record.trial_id}
+            found = _find_run(client, self.experiment_id, known)
             if found is None:
-                tags = {_SWEEP: self.sweep, _TRIAL: record.trial_id, _PARENT: self.parent_run_id}
-                found = client.create_run(
-                    self.experiment_id, run_name=f"{self.sweep}-{record.trial_id}", tags=tags
-                )
-                _log_params(client, found.info.run_id, record.config)
+                name, tags = f"{self.sweep}-{record.trial_id}", {_SWEEP: self.sweep, **known}
+                found = client.create_run(self.experiment_id, run_name=name, tags=tags)
+                _log_params(client, found.info.run_id, record.config, "ray_jobs/tune.py")
             self.run_ids[record.trial_id] = found.info.run_id
             history = client.get_metric_history(found.info.run_id, "public_perplexity")
             self.logged_steps[record.trial_id] = max((metric.step for metric in history), default=-1)
@@ -125,7 +132,7 @@ class SweepTracker:
         files: Sequence[Path] = (),
         trial_tags: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Tags and files of the sweep, and tags of trials by their ids."""
+        """Log tags and files of the sweep, and tags of trials by their ids."""
         client = connect()
         tags = [RunTag(key, str(value)[:5000]) for key, value in facts.items() if value is not None]
         client.log_batch(self.parent_run_id, tags=tags)
@@ -136,7 +143,7 @@ class SweepTracker:
 
     @contextmanager
     def system_metrics(self) -> Iterator[None]:
-        """Within: this machine's load, memory and GPUs are drawn on the parent run, every ten seconds."""
+        """Draw, within, this machine's load, memory and GPUs on the parent run, every ten seconds."""
         monitor = SystemMetricsMonitor(self.parent_run_id, resume_logging=True, tracking_uri=tracking_uri())
         monitor.start()
         try:
@@ -156,61 +163,90 @@ class SweepTracker:
 
 
 def start_sweep(
-    sweep: str, experiment: str, parameters: Mapping[str, Any], data: Mapping[str, tuple[str, str, int]]
+    sweep: str,
+    sweep_id: str | None,
+    experiment: str,
+    parameters: Mapping[str, Any],
+    data: Mapping[str, tuple[str, str, int]],
 ) -> SweepTracker:
-    """A tracker with its parent run: the one that this sweep already has, else a new one.
+    """Return a tracker with its parent run: the one that this sweep already has, else a new one.
 
-    `data` maps a context (train, public) to (path, digest, number of examples).
+    `sweep_id`: of this very sweep; None for one from before sweeps had ids, which is found by its name. `data` maps a
+    context (train, public) to (path, digest, number of examples).
     """
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
-    parent = _find_run(client, experiment_id, {_SWEEP: sweep, "kind": "sweep"})
+    known = {_SWEEP_ID: sweep_id} if sweep_id else {_SWEEP: sweep}
+    parent = _find_run(client, experiment_id, {**known, "kind": "sweep"})
     if parent is None:
-        parent = client.create_run(experiment_id, run_name=sweep, tags={_SWEEP: sweep, "kind": "sweep"})
-        _log_params(client, parent.info.run_id, parameters)
+        tags = {**known, _SWEEP: sweep, "kind": "sweep"}
+        parent = client.create_run(experiment_id, run_name=sweep, tags=tags)
+        _log_params(client, parent.info.run_id, parameters, "ray_jobs/tune.py")
         client.log_inputs(parent.info.run_id, [_dataset(context, *facts) for context, facts in data.items()])
     client.update_run(parent.info.run_id, status="RUNNING")
     return SweepTracker(experiment_id, sweep, parent.info.run_id)
 
 
 def note_study(
-    experiment: str, study: str, runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]], page: Path
-) -> str:
-    """A parent run of a study with its page, and a finished child a result: (parameters, metrics) by name; found again if it is there
-    already. Returns the parent's id."""
+    experiment: str,
+    study: str,
+    study_id: str | None,
+    runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]],
+    page: Path,
+) -> tuple[str, str]:
+    """Log a parent run of a study with its page, and a finished child a result: (parameters, metrics) by name.
+
+    What is there already is found again. `study_id`: as `start_sweep` has it. Returns (experiment id, parent run id).
+    """
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
-    parent = _find_run(client, experiment_id, {"study": study, "kind": "study"}) or client.create_run(
-        experiment_id, run_name=study, tags={"study": study, "kind": "study"}
-    )
+    known = {"study_id": study_id} if study_id else {"study": study}
+    parent = _find_run(client, experiment_id, {**known, "kind": "study"})
+    if parent is None:
+        tags = {**known, "study": study, "kind": "study"}
+        parent = client.create_run(experiment_id, run_name=study, tags=tags)
     for name, (parameters, metrics) in runs.items():
-        tags = {"study": study, "result": name, _PARENT: parent.info.run_id}
-        if _find_run(client, experiment_id, {"study": study, "result": name}) is None:
-            child = client.create_run(experiment_id, run_name=f"{study}: {name}", tags=tags)
-            _log_params(client, child.info.run_id, parameters)
+        known = {_PARENT: parent.info.run_id, "result": name}
+        if _find_run(client, experiment_id, known) is None:
+            child = client.create_run(
+                experiment_id, run_name=f"{study}: {name}", tags={"study": study, **known}
+            )
+            _log_params(client, child.info.run_id, parameters, "ray_jobs/study.py")
             for key, value in metrics.items():
                 client.log_metric(child.info.run_id, key, value)
             client.set_terminated(child.info.run_id, "FINISHED")
     client.log_artifact(parent.info.run_id, str(page))
     client.set_terminated(parent.info.run_id, "FINISHED")
-    return parent.info.run_id  # type: ignore[no-any-return]
+    return experiment_id, parent.info.run_id
+
+
+def _metrics(record: TrialRecord) -> list[Metric]:
+    """Return what is logged of a record's newest point."""
+    newest, now_ms = record.curve[-1], time.time_ns() // 1_000_000
+    values = {key: newest[key] for key in _COMPARED}
+    if record.best is not None:
+        values["best_public_perplexity"] = record.best["public_perplexity"]
+    values |= {f"{group}/{key}": newest[key] for key, group in _GROUPS.items()}
+    found = [Metric(key, value, now_ms, int(newest["step"])) for key, value in values.items()]
+    of_epoch = _at_epochs_end(record.curve)
+    return found + [Metric(key, value, now_ms, round(newest["epoch"])) for key, value in of_epoch.items()]
 
 
 def _at_epochs_end(curve: Sequence[dict[str, float]]) -> dict[str, float]:
-    """What is drawn over epochs, if the newest point is at the end of one."""
+    """Return what is drawn over epochs, if the newest point is at the end of one."""
     newest = curve[-1]
     if abs(newest["epoch"] - round(newest["epoch"])) > 1e-9:
         return {}
-    before = [0.0, *(point["step"] for point in curve)]
-    lengths = [
-        (point, point["step"] - start)
-        for start, point in zip(before, curve, strict=False)
-        if point["epoch"] > newest["epoch"] - 1
-    ]
-    loss = sum(point["training_loss"] * steps for point, steps in lengths) / sum(
-        steps for _, steps in lengths
-    )
-    return {"epoch_public_perplexity": newest["public_perplexity"], "epoch_training_loss": loss}
+    starts = [0.0, *(point["step"] for point in curve)]
+    loss_sum = num_steps = 0.0
+    for start, point in zip(starts, curve, strict=False):
+        if point["epoch"] > newest["epoch"] - 1:
+            loss_sum += point["training_loss"] * (point["step"] - start)
+            num_steps += point["step"] - start
+    return {
+        "epoch_public_perplexity": newest["public_perplexity"],
+        "epoch_training_loss": loss_sum / num_steps,
+    }
 
 
 def _find_run(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> Run | None:
@@ -219,12 +255,9 @@ def _find_run(client: MlflowClient, experiment_id: str, tags: Mapping[str, str])
     return found[0] if found else None
 
 
-def _log_params(client: MlflowClient, run_id: str, parameters: Mapping[str, Any]) -> None:
-    client.log_batch(
-        run_id,
-        params=[Param(key, str(value)[:6000]) for key, value in parameters.items()],
-        tags=[RunTag("source", "ray_jobs/tune.py")],
-    )
+def _log_params(client: MlflowClient, run_id: str, parameters: Mapping[str, Any], source: str) -> None:
+    params = [Param(key, str(value)[:6000]) for key, value in parameters.items()]
+    client.log_batch(run_id, params=params, tags=[RunTag("source", source)])
 
 
 def _dataset(context: str, path: str, digest: str, num_examples: int) -> DatasetInput:

@@ -30,12 +30,13 @@ def this_device(kind: str | None = None) -> Device:
     of copies of one (a tenth of a second)."""
     import torch
 
-    from qlora.base.model import compute_dtype, default_device, free_bytes
+    from qlora.base.device import compute_dtype, default_device, free_bytes
 
     device = torch.device(kind) if kind else default_device()
     dtype = compute_dtype(BaseModelSettings(), device)
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # the process's own random state stays as it is
+    a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
     product, copy = _shortest_seconds(lambda: a @ a), _shortest_seconds(lambda: a.clone())
     return Device(
         device.type,

@@ -81,6 +81,10 @@ class HostActor:
         """See Host."""
         return self._found().seconds()
 
+    def notes(self) -> list[str]:
+        """See Host."""
+        return self._found().notes()
+
     def process_id(self) -> int:
         """Of the host's process."""
         return os.getpid()
@@ -123,12 +127,22 @@ class HostDirectory:
             host.begin.remote(*data)
 
     def seconds(self) -> dict[str, float]:
-        """Of all living hosts together, by kind of work (tuning.host.WORK)."""
+        """Return where the time of all living hosts together went, by kind of work (tuning.shared_work.WORK)."""
         found: Counter[str] = Counter()
+        for seconds in self._answers("seconds"):
+            found.update(seconds)
+        return dict(found)
+
+    def notes(self) -> list[str]:
+        """Return what people should know of how the living hosts' work went, each thing once."""
+        return list(dict.fromkeys(note for notes in self._answers("notes") for note in notes))
+
+    def _answers(self, question: str) -> list[Any]:
+        found = []
         for host in self._hosts.values():
             with suppress(ray.exceptions.RayActorError):
-                found.update(ray.get(host.seconds.remote()))
-        return dict(found)
+                found.append(ray.get(getattr(host, question).remote()))
+        return found
 
 
 def start_hosts() -> Any:
@@ -148,8 +162,14 @@ def begin_hosts(hosts: Any, data: "SweepData") -> None:
 
 
 def host_seconds(hosts: Any) -> dict[str, float]:
-    """What the hosts' time went to: seconds of all of them together, by kind of work (tuning.host.WORK)."""
+    """Return where the hosts' time went: seconds of all of them together, by kind of work (tuning.shared_work.WORK)."""
     found: dict[str, float] = ray.get(hosts.seconds.remote())
+    return found
+
+
+def host_notes(hosts: Any) -> list[str]:
+    """Return what people should know of how the hosts' work went."""
+    found: list[str] = ray.get(hosts.notes.remote())
     return found
 
 

@@ -88,14 +88,14 @@ class Ledger:
         write_json(self.folder / f"{order:04d}-{record.trial_id}.json", asdict(record))
 
 
-def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
+def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Records by the best perplexity that each reached; those without any come last."""
     return sorted(
         records, key=lambda record: record.best["public_perplexity"] if record.best else float("inf")
     )
 
 
-def share_of_epochs_saved(records: list[TrialRecord]) -> float:
+def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:
     """Share of the full-length epochs of all trials that early stopping did not run. A failed trial counts as it ran."""
     planned = sum(_full_epochs(record) for record in records)
     run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)

@@ -8,7 +8,7 @@ from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
 _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗"}
 
 
-def table(records: list[TrialRecord], zero_shot: float, limit: int = 24) -> str:
+def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> str:
     """Trials by best perplexity: configuration, progress, best and last perplexity, status."""
     rows = [
         (
@@ -49,7 +49,7 @@ def table(records: list[TrialRecord], zero_shot: float, limit: int = 24) -> str:
     return text if len(records) <= limit else f"{text}\n  and {len(records) - limit} more"
 
 
-def headline(records: list[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
+def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
     """One line: trials by status, the best so far, elapsed time and an upper bound of what remains."""
     counts = {status: sum(record.status == status for record in records) for status in _MARKS}
     ended = counts["finished"] + counts["stopped"] + counts["failed"]
@@ -70,7 +70,7 @@ def headline(records: list[TrialRecord], num_trials: int, elapsed_seconds: float
     return ", ".join(parts)
 
 
-def ranking(records: list[TrialRecord], zero_shot: float) -> str:
+def ranking(records: Sequence[TrialRecord], zero_shot: float) -> str:
     """The closing table with what early stopping saved."""
     saved = share_of_epochs_saved(records)
     stopped = sum(record.status == "stopped" for record in records)
@@ -97,7 +97,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _remaining(records: list[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
+def _remaining(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
     """Time left if no further trial were stopped: full schedules still to do, at the pace of those done so far."""
     done = sum(record.percent for record in records)
     still_running = sum(100 - record.percent for record in records if record.status in ("pending", "running"))

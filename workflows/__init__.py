@@ -1,0 +1,1 @@
+"""What the commands carry out, on all rooms below."""

@@ -1,38 +1,38 @@
-"""Owns what a batch job tells when it is done: on the screen, and in the tracking server if a registered model made the outputs."""
+"""Owns what a batch job tells when it is done: on the screen, and in the tracking server if a registered model made it."""
 
 from pathlib import Path
-from typing import Any
 
 from inference.job import JobResult
 from qlora.config import DecodingSettings
+from tracking.registry import RegisteredAdapter, note_use
 
 
 def closing_words(result: JobResult, output: Path) -> str:
-    """The engine, scores if there are any, and how many rows came out."""
+    """Name the engine, scores if there are any, and how many rows came out."""
     lines = [f"engine: {result.engine}"] if result.engine else []
     if result.scores:
         lines.append(", ".join(f"{name} {value}" for name, value in result.scores.items()))
     failed = f", {result.num_failed} FAILED (see {output}.errors.json)" if result.num_failed else ""
     rate = result.num_generated / max(result.seconds, 1e-9)
-    return "\n".join(
-        [
-            *lines,
-            f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s){failed} -> {output}",
-        ]
-    )
+    rows = f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s)"
+    return "\n".join([*lines, f"{rows}{failed} -> {output}"])
 
 
 def note_prediction(
-    model: Any, result: JobResult, decoding: DecodingSettings, source: str, output: Path, prompt: str
+    model: RegisteredAdapter,
+    result: JobResult,
+    decoding: DecodingSettings,
+    source: str,
+    output: Path,
+    prompt: str,
 ) -> None:
-    """A run in the experiment of a tracking.registry.RegisteredAdapter, with the job's meta file."""
-    from tracking.registry import note_use
-
+    """Log a run in the model's experiment, with the job's meta file."""
     scores = {key: value for key, value in (result.scores or {}).items() if isinstance(value, int | float)}
+    settings = decoding.model_dump(exclude_none=True)
     note_use(
         model,
         "prediction",
-        {"input": source, "output": output, "prompt": prompt, **decoding.model_dump(exclude_none=True)},
+        {"input": source, "output": output, "prompt": prompt, **settings},
         {"rows": result.num_rows, "rows_failed": result.num_failed, **scores},
         [output.with_name(f"{output.name}.meta.json")],
     )

@@ -1,19 +1,116 @@
-"""Owns which adapter a command works with: a PEFT folder, or a version of the registry."""
+"""Owns which model a command works with: a base, an adapter of a folder or of the registry, and the prompt it is asked with.
 
+A registered version knows how it is served: base, quantisation and prompt are the version's own unless an option
+says otherwise, and what an option overrides is told.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from qlora.config import BaseModelSettings, InputError, validated
+from qlora.data.prompts import Prompt, load_prompt
+from qlora.lora.peft_folder import adapter_base, check_adapter
+from tracking.registry import RegisteredAdapter, fetch_adapter, is_model_uri
 
 
-def local_adapter(adapter: str | None) -> tuple[str | None, str | None, Any]:
-    """(PEFT folder, the base it names, its tracking.registry.RegisteredAdapter if it is registered) of an ADAPTER, fetched from the
-    registry if need be; checked, not loaded."""
-    if adapter is None:
-        return None, None, None
-    from qlora.lora.peft_folder import adapter_base
-    from tracking.registry import fetch_adapter, is_model_uri
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter as a command names it: its PEFT folder on this machine, and its version if it is registered."""
 
-    if is_model_uri(adapter):
-        registered = fetch_adapter(adapter)
-        return str(registered.folder), adapter_base(registered.folder), registered
-    folder = str(Path(adapter).resolve())
-    return folder, adapter_base(folder), None
+    folder: Path
+    registered: RegisteredAdapter | None
+
+    @property
+    def base(self) -> str:
+        """Return the BASE that it was trained on. Raises InputError if nothing names one."""
+        if self.registered and self.registered.base_model:
+            return self.registered.base_model
+        return adapter_base(self.folder)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a command line says of a model; None where it says nothing."""
+
+    adapter: str | None = None
+    base_model: str | None = None
+    quantization: str | None = None
+    dtype: str | None = None
+    prompt: str | None = None
+    shots: int = 0
+    shots_from: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model to work with. overridden: a line for each thing that an option has in place of the version's own."""
+
+    base: BaseModelSettings
+    adapter: NamedAdapter | None
+    prompt: Prompt
+    overridden: tuple[str, ...]
+
+    @property
+    def adapter_folder(self) -> str | None:
+        """Return where the adapter is, if there is one."""
+        return str(self.adapter.folder) if self.adapter else None
+
+    @property
+    def registered(self) -> RegisteredAdapter | None:
+        """Return the version of the registry, if that is what was named."""
+        return self.adapter.registered if self.adapter else None
+
+
+def find_adapter(adapter: str) -> NamedAdapter:
+    """Find a PEFT folder or a models:/ URI, fetched if need be; checked, not loaded. Raises InputError."""
+    registered = fetch_adapter(adapter) if is_model_uri(adapter) else None
+    folder = registered.folder if registered else Path(adapter).expanduser().resolve()
+    check_adapter(folder)
+    return NamedAdapter(folder, registered)
+
+
+def choose_model(options: ModelOptions) -> ModelChoice:
+    """Choose base, adapter and prompt. Raises InputError for what can't be had or does not fit."""
+    adapter = find_adapter(options.adapter) if options.adapter else None
+    version = adapter.registered if adapter else None
+    base = _base_settings(options, adapter)
+    prompt = _prompt(options, version)
+    overridden = []
+    if version is not None:
+        own = {
+            "base model": (version.base_model, options.base_model),
+            "quantization": (version.quantization, options.quantization),
+            "prompt": (version.tags.get("prompt"), _asked_prompt(options)),
+        }
+        for name, (registered, asked) in own.items():
+            if asked is not None and registered is not None and asked != registered:
+                overridden.append(
+                    f"{name} {asked}, in place of {registered}, which {version.model_uri} is served with"
+                )
+    return ModelChoice(base, adapter, prompt, tuple(overridden))
+
+
+def _base_settings(options: ModelOptions, adapter: NamedAdapter | None) -> BaseModelSettings:
+    name = options.base_model or (adapter.base if adapter else None)
+    if name is None:
+        raise InputError("--base-model", "is missing; name a base, or an adapter that says its own")
+    registered = adapter.registered if adapter else None
+    content = {
+        "name": name,
+        "quantization": options.quantization or (registered and registered.quantization) or "nf4",
+        "dtype": options.dtype or "auto",
+    }
+    return validated("--base-model", lambda: BaseModelSettings.model_validate(content))
+
+
+def _prompt(options: ModelOptions, version: RegisteredAdapter | None) -> Prompt:
+    asked = _asked_prompt(options)
+    if asked is None and version is not None and version.prompt is not None:
+        prompt = load_prompt(str(version.prompt), options.shots, options.shots_from)
+        return replace(prompt, name=version.tags.get("prompt", version.prompt.stem))
+    return load_prompt(asked or "default", options.shots, options.shots_from)
+
+
+def _asked_prompt(options: ModelOptions) -> str | None:
+    """Return the template that the options ask for; shots alone mean few-shot."""
+    return options.prompt or ("few-shot" if options.shots else None)

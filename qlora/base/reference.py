@@ -40,7 +40,7 @@ def resolve_base(name: str) -> BaseReference:
     if Path(name).is_dir():
         _check_folder(Path(name))
         return BaseReference("local", name)
-    identifier, _, revision = name.partition("@")
+    identifier, revision = split_revision(name)
     is_hub_id = identifier.count("/") <= 1 and all(
         part and not part.startswith(".") for part in identifier.split("/")
     )
@@ -48,7 +48,15 @@ def resolve_base(name: str) -> BaseReference:
         raise InputError(
             name, f"is no base model; give {DEFAULT_BASE}, a local folder or a hub id OWNER/NAME[@REVISION]"
         )
-    return BaseReference("hub", identifier, revision or None)
+    return BaseReference("hub", identifier, revision)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split a BASE into its name and its hub revision; a folder whose name has an @ has no revision."""
+    if Path(name).is_dir():
+        return name, None
+    identifier, _, revision = name.partition("@")
+    return identifier, revision or None
 
 
 def base_digest(name: str) -> str | None:

@@ -1,0 +1,1 @@
+"""From rows of a file to token ids: json_rows, examples, prompts."""

@@ -1,15 +1,17 @@
-"""Owns examples: JSON lists of {"id", "instruction", "output"} on disk -> validated Example objects.
+"""Owns examples: rows of {"id", "instruction", "output"} on disk -> validated Example objects.
 
 Refuses to know prompts, tokenizers and models. Keys beyond the three are allowed and ignored.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora.config import InputError
+from qlora.data.json_rows import json_kind, read_rows
 
 
 @dataclass(frozen=True)
@@ -22,55 +24,36 @@ class Example:
 
 
 def load_examples(path: str | Path, *, need_output: bool) -> list[Example]:
-    """Examples of a JSON list, in file order.
+    """Load the examples of a file, in their order.
 
-    Raises InputError naming file and row for anything that is not a non-empty list of rows with a unique, non-empty string
-    `id`, a non-empty `instruction` and, if `need_output`, a non-empty `output`.
+    Raises InputError naming file and row for anything that is not a non-empty list (or lines) of rows with a unique,
+    non-empty string `id`, a non-empty `instruction` and, if `need_output`, a non-empty `output`.
     """
-    rows = _read_json(Path(path))
-    if not isinstance(rows, list):
-        raise InputError(path, f"must be a JSON list of rows, not {json_kind(rows)}")
-    if not rows:
-        raise InputError(path, "holds no rows; give at least one")
-    examples: list[Example] = []
+    return list(checked_examples(path, need_output))
+
+
+def checked_examples(path: str | Path, need_output: bool) -> Iterator[Example]:
+    """Read the examples of a file one by one. Raises InputError as `load_examples` does."""
     row_of_id: dict[str, int] = {}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_rows(Path(path))):
         where = f"{path}:row {number}"
-        example = checked_example(where, row, need_output)
+        example = _checked_example(where, row, need_output)
         if example.id in row_of_id:
-            raise InputError(
-                where, f"id {example.id!r} was used in row {row_of_id[example.id]}; ids must be unique"
-            )
+            before = row_of_id[example.id]
+            raise InputError(where, f"id {example.id!r} was used in row {before}; ids must be unique")
         row_of_id[example.id] = number
-        examples.append(example)
-    return examples
+        yield example
+    if not row_of_id:
+        raise InputError(path, "holds no rows; give at least one")
 
 
 def examples_digest(examples: list[Example]) -> str:
-    """SHA-256 (hexadecimal) of the examples' content, whatever the file's formatting and further keys."""
+    """Return the SHA-256 (hexadecimal) of the examples' content, whatever the file's formatting and further keys."""
     content = [[example.id, example.instruction, example.output] for example in examples]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(path, "no such file; check the path") from None
-    except UnicodeDecodeError as error:
-        raise InputError(path, f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(path, f"can't be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:line {error.lineno}", f"is not valid JSON: {error.msg} at column {error.colno}"
-        ) from None
-    except RecursionError:
-        raise InputError(path, "is not a list of rows: it is nested too deeply") from None
-
-
-def checked_example(where: str, row: Any, need_output: bool) -> Example:
-    """One parsed row as an Example. Raises InputError, naming `where`, for what `load_examples` refuses in a row."""
+def _checked_example(where: str, row: Any, need_output: bool) -> Example:
     if not isinstance(row, dict):
         raise InputError(where, f"must be an object with id and instruction, not {json_kind(row)}")
     identifier, instruction = _text(where, row, "id"), _text(where, row, "instruction")
@@ -89,20 +72,6 @@ def _text(where: str, row: dict[str, Any], key: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(
-            where, f"{key} holds half a surrogate pair, which is no character; mend the text"
-        ) from None
+        problem = f"{key} holds half a surrogate pair, which is no character; mend the text"
+        raise InputError(where, problem) from None
     return value
-
-
-def json_kind(value: Any) -> str:
-    """What JSON calls a value, for error lines."""
-    kinds = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return kinds.get(type(value), "null")

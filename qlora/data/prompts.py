@@ -5,18 +5,21 @@ text of one shot with {number}, {instruction} and {output}. Placeholders are fil
 as they are. A prompt is always tokenised whole: tokenising parts can give other ids than the whole.
 """
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import model_validator
 
 from qlora.config import MAX_LENGTH_TOKENS, InputError, Settings, validated
 from qlora.data.examples import Example, load_examples
+from qlora.files import read_yaml
 
 PROMPT_FOLDER = Path(__file__).resolve().parents[2] / "prompts"
+_ANY_INSTRUCTION = "\0"
 _PLACEHOLDER = re.compile(r"\{(instruction|output|number|shots)\}")
 
 
@@ -57,13 +60,21 @@ class Prompt:
     shots: tuple[Example, ...] = ()
 
     def render(self, instruction: str) -> str:
-        """The prompt text for one instruction."""
-        numbered = enumerate(self.shots, start=1)
-        shots = "".join(
-            _fill(self.template.shot or "", number=str(n), instruction=s.instruction, output=s.output or "")
-            for n, s in numbered
-        )
+        """Return the prompt text for one instruction."""
+        shots = ""
+        for number, shot in enumerate(self.shots, start=1):
+            shots += _fill(
+                self.template.shot or "",
+                number=str(number),
+                instruction=shot.instruction,
+                output=shot.output or "",
+            )
         return _fill(self.template.template, instruction=instruction, shots=shots)
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 (hexadecimal) of the text that surrounds instructions, whatever the template's name."""
+        return hashlib.sha256(self.render(_ANY_INSTRUCTION).encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,14 @@ class EncodedExample:
 
 
 def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Path | None = None) -> Prompt:
-    """The prompt of `prompts/NAME.yaml` (or of a YAML file), with the last `num_shots` examples of a training file.
+    """Load the prompt of `prompts/NAME.yaml` (or of a YAML file), with the last examples of a training file as shots.
 
     Raises InputError for an unknown or malformed template and for shots that don't fit it.
     """
     path = prompt_file(name)
-    template = validated(path, lambda: PromptTemplate.model_validate(_read_yaml(path, name)))
+    known = ", ".join(sorted(file.stem for file in PROMPT_FOLDER.glob("*.yaml")))
+    content = read_yaml(path, missing=f"no prompt named {name!r}; there are: {known}")
+    template = validated(path, lambda: PromptTemplate.model_validate(content))
     if template.shot is None and num_shots:
         raise InputError(
             path, "takes no shots; choose a prompt with {shots}, such as few-shot, or leave --shots out"
@@ -106,12 +119,12 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
 
 
 def prompt_file(name: str) -> Path:
-    """Where a prompt's template is: a YAML file, or the name of one in `prompts/`."""
+    """Return where a prompt's template is: a YAML file, or the name of one in `prompts/`."""
     return Path(name) if name.endswith((".yaml", ".yml")) else PROMPT_FOLDER / f"{name}.yaml"
 
 
 def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """[BOS if the tokenizer has one] + ids of the whole text, without other special tokens."""
+    """Tokenise a prompt: [BOS if the tokenizer has one] + ids of the whole text, without other special tokens."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return (*bos, *_plain_ids(tokenizer, text))
 
@@ -119,11 +132,11 @@ def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
 def encode_examples(
     tokenizer: Any,
     prompt: Prompt,
-    examples: list[Example],
+    examples: Sequence[Example],
     source: object,
     max_length_tokens: int = MAX_LENGTH_TOKENS,
 ) -> list[EncodedExample]:
-    """Examples with answers as token ids: prompt ids + answer ids + EOS, cut at `max_length_tokens`.
+    """Tokenise examples with answers: prompt ids + answer ids + EOS, cut at `max_length_tokens`.
 
     Raises InputError (naming `source` and the row) if the cut leaves no answer token to score.
     """
@@ -143,19 +156,14 @@ def encode_examples(
     return encoded
 
 
-def encode_prompts(
-    tokenizer: Any, prompt: Prompt, examples: list[Example], max_prompt_tokens: int, source: object
-) -> list[tuple[int, ...]]:
-    """Prompts as token ids, to generate from. Raises InputError (naming `source` and the row) for one over the maximum."""
-    encoded = [encode_prompt(tokenizer, prompt.render(example.instruction)) for example in examples]
-    for number, tokens in enumerate(encoded):
-        if len(tokens) > max_prompt_tokens:
-            raise InputError(
-                f"{source}:row {number}",
-                f"the prompt has {len(tokens)} tokens, but the model has room for "
-                f"{max_prompt_tokens} before the new ones; shorten it or lower --max-new-tokens",
-            )
-    return encoded
+def too_long_problem(num_tokens: int, max_prompt_tokens: int) -> str | None:
+    """Say what is wrong with a prompt of so many tokens if it leaves no room to generate; None if nothing is."""
+    if num_tokens <= max_prompt_tokens:
+        return None
+    return (
+        f"the prompt has {num_tokens} tokens, but the model has room for {max_prompt_tokens} before the new ones; "
+        "shorten it or lower --max-new-tokens"
+    )
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -164,16 +172,3 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 def _fill(text: str, **values: str) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
-
-
-def _read_yaml(path: Path, name: str) -> Any:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(file.stem for file in PROMPT_FOLDER.glob("*.yaml")))
-        raise InputError(path, f"no prompt named {name!r}; there are: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(path, f"is not readable YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(path, "must be a YAML mapping with the key template")
-    return content

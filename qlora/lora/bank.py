@@ -1,9 +1,13 @@
 """Owns the AdapterBank: many trials' LoRA adapters on one frozen base, trained and evaluated in one pass over one stream.
 
-Every linear layer that an adapter targets becomes a BankedLinear (qlora.lora.banked_linear). An adapter's weights are one flat float32
-vector, and so are its gradients: an optimizer step is a few launches, however many layers there are.
+LoRA (https://arxiv.org/abs/2106.09685) adds to a frozen layer y = x W' the product scale * x A' B' of two narrow
+matrices, A [r, in] and B [out, r], with scale = alpha / r; B starts at zero, so that a new adapter changes nothing.
+Every linear layer that an adapter targets becomes a BankedLinear (qlora.lora.banked_linear). An adapter's weights
+are one flat float32 vector, and so are its gradients: an optimizer step is a few launches, however many layers there
+are.
 
-PEFT's layout goes in and out, and a fresh adapter is the one that PEFT would draw. Refuses to know schedules and data.
+PEFT's layout goes in and out, and a fresh adapter is the one that PEFT would draw. Refuses to know schedules and
+data.
 """
 
 import math
@@ -19,20 +23,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora.base.fused import fuse_for_training
-from qlora.base.model import load_base
+from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
+from qlora.base.reference import split_revision
 from qlora.config import BaseModelSettings, InputError, TrialSettings
-from qlora.lora.banked_linear import BankedLinear, Route, Switch
-from qlora.lora.peft_folder import AdapterContent
+from qlora.lora.banked_linear import BankedLinear, Route, Switch, kernels
+from qlora.lora.peft_folder import WEIGHTS, AdapterContent
 from qlora.lora.products import MAX_GPU_RANK, Dropout, LayerPart
+from qlora.lora.tables import BankTables, make_bank_tables, make_pass_tables
 from qlora.packed.attention import use_packed_attention
 from qlora.packed.packing import Group
 from qlora.packed.stream import PackedBatch
-from qlora.served import dequantised_if_it_fits
-
-try:
-    from qlora.lora import kernels as lora_kernels
-except ImportError:  # Triton comes with torch's CUDA builds only
-    lora_kernels = None  # type: ignore[assignment]
 
 _ALIGNMENT = 16  # elements: every matrix begins where vector loads may
 
@@ -90,19 +90,14 @@ class AdapterBank:
     base_name: str
     layers: dict[str, BankedLinear] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
-    recorder: Any = None  # of qlora.passes
+    recorder: Any = None  # a qlora.recorded_passes.Recorder, once there is a pass to record
     mean_parameters: float = 0.0  # of a linear layer
     # (in, out) of each layer that an adapter may target
     _linear: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _tables: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _tables: dict[tuple[int, ...], BankTables] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        head = self.model.get_output_embeddings()
-        self._linear = {
-            name: (module.in_features, module.out_features)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
+        self._linear = linear_layers(self.model)
         self.mean_parameters = sum(map(math.prod, self._linear.values())) / max(1, len(self._linear))
 
     @property
@@ -118,7 +113,7 @@ class AdapterBank:
     @property
     def has_kernels(self) -> bool:
         """Whether adapters' products are the GPU's kernels."""
-        return lora_kernels is not None and self.device.type == "cuda"
+        return kernels is not None and self.device.type == "cuda"
 
     def fresh_weights(self, settings: TrialSettings) -> Tensor:
         """Those of a new adapter, [n] float32 on the CPU: B = 0, so that it starts equal to the base; A drawn from `settings.seed` alone,
@@ -159,7 +154,7 @@ class AdapterBank:
         tables: dict[str, Any] = {}
         if self.has_kernels and any(adapter is not None for adapter in adapters):
             tables = {
-                "pass_tables": lora_kernels.pass_tables_on(self.device, bounds, dropouts),
+                "pass_tables": make_pass_tables(self.device, bounds, dropouts),
                 "layer_tables": self.tables_of(adapters).layers,
             }
 
@@ -173,14 +168,14 @@ class AdapterBank:
         with self.switch.on_route(Route(anchor, parts_at, **tables)):
             yield
 
-    def tables_of(self, adapters: Sequence[Adapter | None]) -> Any:
+    def tables_of(self, adapters: Sequence[Adapter | None]) -> BankTables:
         """The kernels' tables of these adapters at all layers, kept until one of them is detached. GPUs only."""
         key = tuple(id(adapter) for adapter in adapters)
         if key not in self._tables:
             parts = [
                 [_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear
             ]
-            self._tables[key] = lora_kernels.make_layer_tables(parts, self.device)
+            self._tables[key] = make_bank_tables(parts, self.device)
         return self._tables[key]
 
     def save(self, adapter: Adapter, folder: Path) -> None:
@@ -191,7 +186,7 @@ class AdapterBank:
         """Of an adapter's PEFT folder; on a CPU the matrices are the adapter's own, not copies."""
         from peft import LoraConfig
 
-        name, _, revision = self.base_name.partition("@")
+        name, revision = split_revision(self.base_name)
         leaves = {layer.rpartition(".")[2] for layer in adapter.layers}
         are_all = sum(name.rpartition(".")[2] in leaves for name in self._linear) == len(adapter.layers)
         targets = sorted(leaves if are_all else adapter.layers)
@@ -203,17 +198,15 @@ class AdapterBank:
             bias="none",
             task_type="CAUSAL_LM",
             base_model_name_or_path=name,
-            revision=revision or None,
+            revision=revision,
             inference_mode=True,
         )
         return AdapterContent(config, adapter.matrices(adapter.weights.cpu()))
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Take over the weights of a PEFT folder. Raises InputError if they are not this adapter's."""
-        found, matrices = load_file(folder / "adapter_model.safetensors"), adapter.matrices()
-        if {name: tensor.shape for name, tensor in found.items()} != {
-            name: tensor.shape for name, tensor in matrices.items()
-        }:
+        found, matrices = load_file(folder / WEIGHTS), adapter.matrices()
+        if _shapes(found) != _shapes(matrices):
             raise InputError(folder, "holds an adapter of other layers or another rank")
         for name, matrix in matrices.items():
             matrix.copy_(found[name])
@@ -250,14 +243,13 @@ def is_targeted(name: str, wanted: Any) -> bool:
 
 def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
     """What is wrong with target modules, if one of them names no linear layer (the head is none); else None."""
-    missing = (
-        []
-        if wanted == "all-linear"
-        else [one for one in wanted if not any(is_targeted(name, (one,)) for name in linear)]
-    )
+    if wanted == "all-linear":
+        return None
+    missing = [one for one in wanted if not any(is_targeted(name, (one,)) for name in linear)]
     if not missing:
         return None
-    return f"no linear layer is called {', '.join(missing)}; there are: {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+    there = sorted({name.rpartition(".")[2] for name in linear})
+    return f"no linear layer is called {', '.join(missing)}; there are: {', '.join(there)}"
 
 
 def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> AdapterBank:
@@ -282,6 +274,10 @@ def make_dropout(adapter: Adapter, group: Group, step: int) -> Dropout | None:
         (0, *(name + 1 for name in group.names)),
         lengths,
     )
+
+
+def _shapes(matrices: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in matrices.items()}
 
 
 def _layer_part(

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora.lora import products as grouped_lora
+from qlora.base.device import triton_module
+from qlora.lora import products
 from qlora.lora.products import LayerPart
 
-try:
-    from qlora.lora import kernels as lora_kernels
-except ImportError:  # Triton comes with torch's CUDA builds only
-    lora_kernels = None  # type: ignore[assignment]
+kernels = triton_module("qlora.lora.kernels")
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class _Banked(torch.autograd.Function):
             weight, bias = layer.weight(x.dtype), layer.base.bias
             if route.pass_tables is None:
                 y_TO = F.linear(x_TI, weight, bias)
-                ctx.kept.append(grouped_lora.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index))
+                ctx.kept.append(products.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index))
             else:  # LoRA products first: what is there, a matrix product adds to at no cost
                 y_TO = (
                     x_TI.new_empty(len(x_TI), layer.out_features)
@@ -120,9 +118,7 @@ class _Banked(torch.autograd.Function):
                 )
                 tables = route.layer_tables[layer.index]
                 lows.append(
-                    lora_kernels.add_lora(
-                        x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=bias is None
-                    )
+                    kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=bias is None)
                 )
                 if bias is None:
                     y_TO.addmm_(x_TI, weight.t())
@@ -142,12 +138,12 @@ class _Banked(torch.autograd.Function):
             if route.pass_tables is None:
                 if weight is not None:
                     dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
-                grouped_lora.lora_backward(x_TI, dy_TO, dx_TI, route.parts_at(layer.name), ctx.kept[number])
+                products.lora_backward(x_TI, dy_TO, dx_TI, route.parts_at(layer.name), ctx.kept[number])
             else:
                 is_new = weight is not None and dx_TI is None
                 if is_new:
                     dx_TI = torch.empty_like(x_TI)
-                lora_kernels.lora_backward(
+                kernels.lora_backward(
                     x_TI,
                     dy_TO,
                     dx_TI,

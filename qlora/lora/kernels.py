@@ -6,148 +6,17 @@ masks itself, from a hash of (the token's key, the layer, the column): no loop o
 Shapes: T stream tokens, K columns of a wide tensor, R the largest rank, as a power of two.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora.lora.products import Dropout, LayerPart
+from qlora.lora.tables import TILE_TOKENS, LayerTables, PassTables, num_splits, padded_rank
 
-TILE_TOKENS = 64
-# eight programs for each of an H100's processors; pieces that a sum over columns is cut into
-_PROGRAMS, _MOST_SPLITS = 1056, 4
 # slices: alignment means nothing
 _TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]
-
-
-@dataclass(frozen=True)
-class PassTables:
-    """What kernels need to know of a pass: tiles (part, first token, end), parts (first token, end), token keys, and whether any
-    part has dropout. `drop_limits`: a hash below it is dropped; `keep_factors`: 1 / (1 - p)."""
-
-    num_tiles: int
-    num_parts: int
-    tiles: Tensor
-    bounds: Tensor
-    keys_T: Tensor
-    drop_limits: Tensor
-    keep_factors: Tensor
-    has_dropout: bool
-
-
-@dataclass(frozen=True)
-class LayerTables:
-    """One layer's adapters: addresses of A, B and their gradients, rank (0 where an adapter leaves the layer alone), scale."""
-
-    a: Tensor
-    b: Tensor
-    a_grad: Tensor
-    b_grad: Tensor
-    ranks: Tensor
-    scales: Tensor
-    max_rank: int
-
-
-@dataclass(frozen=True)
-class BankTables:
-    """All layers' tables, L layers and N adapters: the four addresses, ranks, scales, and each layer's largest rank."""
-
-    addresses_L4N: Tensor
-    ranks_LN: Tensor
-    scales_LN: Tensor
-    max_ranks: tuple[int, ...]
-
-    @cached_property
-    def layers(self) -> tuple[LayerTables, ...]:
-        """One layer's each."""
-        addresses_4LN = self.addresses_L4N.unbind(1)
-        return tuple(
-            LayerTables(
-                addresses_4LN[0][i],
-                addresses_4LN[1][i],
-                addresses_4LN[2][i],
-                addresses_4LN[3][i],
-                self.ranks_LN[i],
-                self.scales_LN[i],
-                rank,
-            )
-            for i, rank in enumerate(self.max_ranks)
-        )
-
-    def copy_(self, other: "BankTables") -> None:
-        """Take over another's addresses, ranks and scales, in place."""
-        for name in ("addresses_L4N", "ranks_LN", "scales_LN"):
-            getattr(self, name).copy_(getattr(other, name))
-
-
-def pass_tables_on(
-    device: torch.device, bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]
-) -> PassTables:
-    """Tables of one pass, moved to the device in two copies."""
-    arrays = pass_arrays(bounds, dropouts)
-    *integers, factors = arrays
-    whole = torch.from_numpy(np.concatenate(integers)).pin_memory().to(device, non_blocking=True)
-    tiles, in_parts, limits, keys = whole.split([len(array) for array in integers])
-    return PassTables(
-        len(tiles) // 3,
-        len(bounds),
-        tiles,
-        in_parts,
-        keys,
-        limits,
-        torch.from_numpy(factors).to(device),
-        any(dropout is not None for dropout in dropouts),
-    )
-
-
-def pass_arrays(
-    bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]
-) -> tuple[np.ndarray, ...]:
-    """(tiles, bounds, drop limits, token keys) int64, keep factors float32."""
-    tiles = [
-        (part, start, end)
-        for part, (first, end) in enumerate(bounds)
-        for start in range(first, end, TILE_TOKENS)
-    ]
-    keys = [
-        np.zeros(end - first, np.int64) if dropout is None else dropout.token_keys().astype(np.int64)
-        for (first, end), dropout in zip(bounds, dropouts, strict=True)
-    ]
-    limits = [0 if dropout is None else round(dropout.p * 2**32) for dropout in dropouts]
-    factors = [1.0 if dropout is None else 1 / (1 - dropout.p) for dropout in dropouts]
-    return (
-        np.array(tiles, np.int64).flatten(),
-        np.array(bounds, np.int64).flatten(),
-        np.array(limits, np.int64),
-        np.concatenate(keys),
-        np.array(factors, np.float32),
-    )
-
-
-def make_layer_tables(
-    layers: Sequence[Sequence[LayerPart | None]], device: torch.device, least_rank: int = 1
-) -> BankTables:
-    """Tables of all layers, each with an entry an adapter, None where it leaves the layer alone. Kernels calculate with `least_rank` at
-    least."""
-    addresses = [
-        [
-            [0 if part is None else getattr(part, name).data_ptr() for part in parts]
-            for name in ("a", "b", "a_grad", "b_grad")
-        ]
-        for parts in layers
-    ]
-    ranks = [[0 if part is None else part.a.shape[0] for part in parts] for parts in layers]
-    scales = [[0.0 if part is None else part.scale for part in parts] for parts in layers]
-    addresses_L4N, ranks_LN, scales_LN = (
-        torch.tensor(values, device=device) for values in (addresses, ranks, scales)
-    )
-    return BankTables(addresses_L4N, ranks_LN, scales_LN, tuple(max(*one, least_rank) for one in ranks))
 
 
 def add_lora(
@@ -302,16 +171,6 @@ def _grad(
         num_warps=4,
         num_stages=3,
     )
-
-
-def num_splits(num_tiles: int) -> int:
-    """Pieces that a sum over columns is cut into, so that there is work for all processors."""
-    return min(_MOST_SPLITS, max(1, _PROGRAMS // num_tiles))
-
-
-def padded_rank(rank: int) -> int:
-    """The rank that kernels calculate with."""
-    return max(16, triton.next_power_of_2(rank))
 
 
 def _options(tensor: Tensor) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import torch
 from qlora.data.prompts import EncodedExample
 from qlora.packed.stream import Layout, PackedBatch, Part, Rows
 
+FEWEST_PASS_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
+
 
 @dataclass(frozen=True)
 class Group:

@@ -1,0 +1,1 @@
+"""The course report's study: its settings, its steps, its page."""

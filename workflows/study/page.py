@@ -1,77 +1,92 @@
-"""Owns how a study's results become its page and its runs."""
+"""Owns how a study's results become its page, its runs, and the last lines on the screen."""
 
+import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora.provenance import git_commit, package_versions
-from reporting.study_page import StudyReport
+from reporting.study_page import StudyReport, write_study_page
+from tracking.links import pages_root, run_link
+from tracking.runs import note_study
 from workflows.study.settings import Study, name_of
-from workflows.study.steps import ADAPTER, FEW_SHOT, ZERO_SHOT, StudySteps
+from workflows.study.steps import ADAPTER, FEW_SHOT, ZERO_SHOT, PreparedStudy
 
+_EXPERIMENT = "studies"
 _TEXT = ("chrf", "bleu", "exact_match", "rows_per_second", "peak_memory_gib", "asks_another_question")
 
 
+def publish_study(
+    name: str, study_id: str | None, folder: Path, prepared: PreparedStudy, found: Mapping[str, Any]
+) -> str:
+    """Write a study's page and bring it and the results to the tracking server; returns what to tell people."""
+    study, page = prepared.study, folder / "study.html"
+    drawn = random.Random(study.seed).sample(range(len(prepared.public)), study.num_predictions)
+    write_study_page(page, study_report(name, prepared, found, sorted(drawn)))
+    runs = metrics_of(study, found)
+    experiment_id, run_id = note_study(_EXPERIMENT, name, study_id, runs, page)
+    best, zero_shot = found["best"], found["perplexity zero-shot"]["mean"]
+    perplexity = found[f"perplexity {best}"]["mean"]
+    return (
+        f"\nbest        stages {best}: public perplexity {perplexity:.4f}, zero-shot {zero_shot:.4f}\n"
+        f"adapter     results/studies/{name}/adapters/{best} (a PEFT folder)\n"
+        f"page        results/studies/{name}/study.html\n"
+        f"runs        {run_link(experiment_id, run_id, pages_root())} (make ui serves the embedded store)"
+    )
+
+
 def study_report(
-    name: str, steps: StudySteps, found: Mapping[str, Any], chosen: Sequence[int]
+    name: str, prepared: PreparedStudy, found: Mapping[str, Any], chosen: Sequence[int]
 ) -> StudyReport:
-    """What the page is made of; `chosen`: the examples to show."""
-    study, best = steps.study, found["best"]
+    """Gather what the page is made of; `chosen`: the examples to show."""
+    study, best, reported = prepared.study, found["best"], prepared.study.reported
     kinds = {ZERO_SHOT: ZERO_SHOT, FEW_SHOT: f"{study.shots}-shot", best: f"{ADAPTER} ({best})"}
-    examples = [
-        (
-            steps.public[index].instruction,
-            steps.public[index].output or "",
-            {label: found[f"text {key}"]["texts"][index] for key, label in kinds.items()},
-        )
-        for index in chosen
-    ]
-    reported = study.reported
-    in_prompts = {
-        best if key == ADAPTER else key: value
-        for key, value in (reported.prompts if reported else {}).items()
-    }
-    facts = {
-        "commit": git_commit(),
-        "train": f"{study.data.train} ({len(steps.train)} examples)",
-        "public": f"{study.data.public} ({len(steps.public)} examples)",
-        "trial": study.trial,
-        "seed": study.seed,
-        "engine": found["text zero-shot"]["engine"],
-        **package_versions(),
-    }
+    examples = []
+    for index in chosen:
+        texts = {label: found[f"text {key}"]["texts"][index] for key, label in kinds.items()}
+        example = prepared.public[index]
+        examples.append((example.instruction, example.output or "", texts))
+    by_prompt = reported.prompts if reported else {}
     return StudyReport(
-        name,
-        study.base_model.name,
-        found,
-        [name_of(stages) for stages in study.nodes()],
-        study.stages,
-        kinds,
-        decodings_of(study),
-        reported.base if reported else None,
-        reported.stages if reported else {},
-        in_prompts,
-        examples,
-        facts,
+        name=name,
+        base=study.base_model.name,
+        found=found,
+        nodes=[name_of(stages) for stages in study.nodes()],
+        lineages=study.stages,
+        kinds=kinds,
+        decodings=decodings_of(study),
+        reported_base=reported.base if reported else None,
+        reported_stages=reported.stages if reported else {},
+        reported_kinds={best if key == ADAPTER else key: value for key, value in by_prompt.items()},
+        examples=examples,
+        facts={
+            "commit": git_commit(),
+            "train": f"{study.data.train} ({len(prepared.train)} examples)",
+            "public": f"{study.data.public} ({len(prepared.public)} examples)",
+            "trial": study.trial,
+            "seed": study.seed,
+            "engine": found["text zero-shot"]["engine"],
+            **package_versions(),
+        },
     )
 
 
 def decodings_of(study: Study) -> list[str]:
-    """Names of the ways in which the best adapter's texts were made."""
+    """Name the ways in which the best adapter's texts were made."""
     return [*(f"beams {beams}" for beams in study.beams), "sampling"]
 
 
 def metrics_of(study: Study, found: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-    """(parameters, metrics) of every result, for the tracking server."""
+    """Return (parameters, metrics) of every result, for the tracking server."""
     runs = {}
-    for name in [*(name_of(stages) for stages in study.nodes()), ZERO_SHOT, FEW_SHOT, *decodings_of(study)]:
-        measured, written = found.get(f"perplexity {name}"), found[f"text {name}"]
+    for name in [*map(name_of, study.nodes()), ZERO_SHOT, FEW_SHOT, *decodings_of(study)]:
+        written = found[f"text {name}"]
         metrics = {key: float(written[key]) for key in _TEXT}
-        if measured:
+        if measured := found.get(f"perplexity {name}"):
             metrics["public_perplexity"] = measured["mean"]
         if trained := found.get(f"train {name}"):
-            metrics |= {
-                "training_loss": trained["training_loss"],
-                "epoch": float(sum(map(int, name.split("+")))),
-            }
-        runs[name] = ({"base_model": study.base_model.name, "result": name, **written["decoding"]}, metrics)
+            metrics["training_loss"] = trained["training_loss"]
+            metrics["epoch"] = float(sum(map(int, name.split("+"))))
+        parameters = {"base_model": study.base_model.name, "result": name, **written["decoding"]}
+        runs[name] = (parameters, metrics)
     return runs

@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from qlora.config import BaseModelSettings, InputError, Settings, TrialSettings, parse_stages, validated
+from qlora.config import (
+    MAX_SEED,
+    BaseModelSettings,
+    InputError,
+    Settings,
+    TrialSettings,
+    parse_stages,
+    validated,
+)
 from tuning.space import DataSettings, read_settings
 
 
@@ -40,7 +48,7 @@ class Study(Settings):
     sampling: Sampling = Sampling()
     max_new_tokens: int = Field(128, ge=1)
     num_predictions: int = Field(20, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     reported: Reported | None = None
 
     @field_validator("stages")

@@ -1,170 +1,180 @@
 """Owns the steps of a study and what they found: each result is a file, so that a study that was stopped does nothing twice.
 
-results/studies/NAME/study.json          the settings and data digests that the steps belong to
+results/studies/NAME/study.json          id, settings and digests of data and prompts that the steps belong to
 results/studies/NAME/steps/KEY.json      what a step found      results/studies/NAME/adapters/STAGES/     PEFT folders
 """
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from inference.scores import Scores
 from qlora.base.model import load_config, load_tokenizer
 from qlora.config import DecodingSettings, InputError
-from qlora.data.examples import examples_digest, load_examples
+from qlora.data.examples import Example, examples_digest, load_examples
 from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
 from qlora.files import write_json
+from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from workflows.study.settings import Study, name_of
-from workflows.worker import Files, Worker, adapter_files, generate_texts, measure_perplexities, train_stage
+from workflows.worker import Worker, generate_texts, measure_perplexities, train_stage
 
 ZERO_SHOT, FEW_SHOT, ADAPTER = "zero-shot", "few-shot", "adapter"
+_TRAIN = "train"
+_TOLD = ("mean", "training_loss", "chrf", "bleu")
 
 
-@dataclass
-class StudySteps:
-    """The steps of one study in one folder. `say`: shows a line of progress. `shares`: of CPUs and GPUs that a step asks Ray for."""
+@dataclass(frozen=True)
+class PreparedStudy:
+    """All that a study works on, made once.
+
+    encoded: public examples as token ids by kind of prompt, and the training examples. digests: of data and prompts.
+    """
 
     study: Study
-    folder: Path
-    say: Callable[[str], None]
-    shares: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0, "GPU": 0.0})
-    _encoded: dict[str, list[EncodedExample]] = field(default_factory=dict)
+    train: Sequence[Example]
+    public: Sequence[Example]
+    encoded: Mapping[str, Sequence[EncodedExample]]
+    digests: Mapping[str, str]
 
-    def __post_init__(self) -> None:
-        data = self.study.data
-        load_config(self.study.base_model.name)
-        self.train = load_examples(data.train, need_output=True)[: data.train_examples]
-        self.public = load_examples(data.public, need_output=True)[: data.public_examples]
-        self.tokenizer = load_tokenizer(self.study.base_model.name)
-        few_shot = load_prompt("few-shot", self.study.shots, data.train)
-        shown = Prompt(few_shot.name, few_shot.template, tuple(self.train[-self.study.shots :]))
-        self.prompts = {
-            ZERO_SHOT: load_prompt(self.study.prompt),
-            FEW_SHOT: shown,
-            ADAPTER: load_prompt(self.study.prompt),
-        }
-        for kind, prompt in self.prompts.items():
-            self._encoded[kind] = encode_examples(self.tokenizer, prompt, self.public, data.public)
-        self._encoded["train"] = encode_examples(
-            self.tokenizer, self.prompts[ADAPTER], self.train, data.train
+
+def prepare_study(study: Study) -> PreparedStudy:
+    """Read and tokenise a study's data. Raises InputError for a base, a prompt or data that can't be had."""
+    data = study.data
+    load_config(study.base_model.name)
+    train = load_examples(data.train, need_output=True)[: data.train_examples]
+    public = load_examples(data.public, need_output=True)[: data.public_examples]
+    if len(public) < study.num_predictions:
+        raise InputError(
+            data.public, f"holds {len(public)} examples, fewer than num_predictions {study.num_predictions}"
         )
-        if len(self.public) < self.study.num_predictions:
-            raise InputError(
-                data.public,
-                f"holds {len(self.public)} examples, fewer than num_predictions {self.study.num_predictions}",
-            )
+    tokenizer = load_tokenizer(study.base_model.name)
+    own, few_shot = load_prompt(study.prompt), load_prompt("few-shot", study.shots, data.train)
+    shown = Prompt(few_shot.name, few_shot.template, tuple(train[-study.shots :]))
+    prompts = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
+    encoded = {
+        kind: encode_examples(tokenizer, prompt, public, data.public) for kind, prompt in prompts.items()
+    }
+    encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train)
+    digests = {
+        "train": examples_digest(train),
+        "public": examples_digest(public),
+        "prompt": own.digest,
+        "few_shot_prompt": shown.digest,
+    }
+    return PreparedStudy(study, train, public, encoded, digests)
 
-    @cached_property
-    def _worker(self) -> Worker:
-        return Worker(self.shares)
 
-    def claim(self) -> None:
-        """Write what the steps belong to. Raises InputError if the folder's steps belong to something else."""
-        mine = {
-            "study": self.study.model_dump(mode="json"),
-            "train": examples_digest(self.train),
-            "public": examples_digest(self.public),
-        }
-        path = self.folder / "study.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != mine:
-            raise InputError(self.folder, "holds a study with other settings or data; choose another --name")
-        write_json(path, mine)
+class StudySteps:
+    """The steps of one study in one folder."""
 
-    def run(self) -> dict[str, Any]:
-        """Do what is not done yet; returns all that was found, by step."""
-        nodes, decoding = (
-            self.study.nodes(),
-            DecodingSettings(num_beams=1, max_new_tokens=self.study.max_new_tokens),
-        )
+    def __init__(self, prepared: PreparedStudy, folder: Path, say: Callable[[str], None]):
+        """Begin in a folder. `say` shows a line of progress."""
+        self._prepared, self._study, self._folder, self._say = prepared, prepared.study, folder, say
+        self._shares = {"CPU": 1.0, "GPU": 0.0}
+        self._made_worker: Worker | None = None
+
+    def claim(self) -> str | None:
+        """Write what the steps belong to; returns the study's id, None for one from before studies had ids.
+
+        Raises InputError if the folder's steps belong to something else.
+        """
+        path = self._folder / "study.json"
+        mine = {"study": self._study.model_dump(mode="json"), **self._prepared.digests}
+        if not path.exists():
+            study_id = uuid.uuid4().hex
+            write_json(path, {"study_id": study_id, **mine})
+            return study_id
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if any(kept[key] != mine[key] for key in mine if key in kept):
+            raise InputError(self._folder, "holds a study with other settings or data; choose another --name")
+        return kept.get("study_id")  # type: ignore[no-any-return]
+
+    def run(self, shares: dict[str, float]) -> dict[str, Any]:
+        """Do what is not done yet; returns all that was found, by step. `shares`: what a step asks Ray for."""
+        self._shares = shares
+        study, greedy = self._study, self._decoding(num_beams=1)
+        nodes = study.nodes()
         found: dict[str, Any] = {}
         for stages in nodes:
-            found[f"train {name_of(stages)}"] = self._step(
-                f"train {name_of(stages)}", partial(self._train, stages)
-            )
-            found[f"perplexity {name_of(stages)}"] = self._perplexity(
-                name_of(stages), ADAPTER, self._adapter(stages)
-            )
-            found[f"text {name_of(stages)}"] = self._text(
-                name_of(stages), ADAPTER, self._adapter(stages), decoding
-            )
+            name = name_of(stages)
+            found[f"train {name}"] = self._step(f"train {name}", partial(self._train, stages))
+            found[f"perplexity {name}"] = self._perplexity(name, ADAPTER, self._adapter(stages))
+            found[f"text {name}"] = self._text(name, ADAPTER, self._adapter(stages), greedy)
         best = min(nodes, key=lambda stages: found[f"perplexity {name_of(stages)}"]["mean"])
-        files = self._adapter(best)
+        adapter = self._adapter(best)
         for kind in (ZERO_SHOT, FEW_SHOT):
-            found[f"perplexity {kind}"] = self._perplexity(kind, kind, {})
-            found[f"text {kind}"] = self._text(kind, kind, {}, decoding)
-        for beams in self.study.beams:
-            settings = DecodingSettings(num_beams=beams, max_new_tokens=self.study.max_new_tokens)
-            found[f"text beams {beams}"] = self._text(f"beams {beams}", ADAPTER, files, settings)
-        sampling = DecodingSettings(
-            num_beams=1,
-            max_new_tokens=self.study.max_new_tokens,
-            do_sample=True,
-            seed=self.study.seed,
-            **self.study.sampling.model_dump(exclude_none=True),
-        )
-        found["text sampling"] = self._text("sampling", ADAPTER, files, sampling)
+            found[f"perplexity {kind}"] = self._perplexity(kind, kind, None)
+            found[f"text {kind}"] = self._text(kind, kind, None, greedy)
+        for beams in study.beams:
+            searched = self._decoding(num_beams=beams)
+            found[f"text beams {beams}"] = self._text(f"beams {beams}", ADAPTER, adapter, searched)
+        drawn = study.sampling.model_dump(exclude_none=True)
+        sampling = self._decoding(num_beams=1, do_sample=True, seed=study.seed, **drawn)
+        found["text sampling"] = self._text("sampling", ADAPTER, adapter, sampling)
         return {**found, "best": name_of(best)}
 
+    @property
+    def _worker(self) -> Worker:
+        if self._made_worker is None:
+            self._made_worker = Worker(self._shares)
+        return self._made_worker
+
+    def _decoding(self, **settings: Any) -> DecodingSettings:
+        return DecodingSettings(max_new_tokens=self._study.max_new_tokens, **settings)
+
     def _train(self, stages: tuple[int, ...]) -> dict[str, Any]:
-        start = self._adapter(stages[:-1]) if len(stages) > 1 else {}
-        files, loss, seconds = self._worker.do(
-            train_stage, self.study.base_model, start, self._encoded["train"], self.study.settings_of(stages)
-        )
-        folder = self._adapter_folder(stages)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        start = self._adapter(stages[:-1]) if len(stages) > 1 else None
+        base, examples = self._study.base_model, self._prepared.encoded[_TRAIN]
+        settings = self._study.settings_of(stages)
+        adapter, loss, seconds = self._worker.do(train_stage, base, start, examples, settings)
+        adapter.write(self._adapter_folder(stages))
         return {"training_loss": loss, "seconds": seconds}
 
-    def _perplexity(self, name: str, kind: str, files: Files) -> dict[str, Any]:
+    def _perplexity(self, name: str, kind: str, adapter: AdapterFiles | None) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            values, _ = self._worker.do(
-                measure_perplexities, self.study.base_model, files, self._encoded[kind]
-            )
+            examples = self._prepared.encoded[kind]
+            values, _ = self._worker.do(measure_perplexities, self._study.base_model, adapter, examples)
             return {"mean": mean_perplexity(values), "values": values}
 
         return self._step(f"perplexity {name}", measure)
 
-    def _text(self, name: str, kind: str, files: Files, decoding: DecodingSettings) -> dict[str, Any]:
+    def _text(
+        self, name: str, kind: str, adapter: AdapterFiles | None, decoding: DecodingSettings
+    ) -> dict[str, Any]:
         def generate() -> dict[str, Any]:
-            prompts = [example.prompt for example in self._encoded[kind]]
-            found = self._worker.do(generate_texts, self.study.base_model, files, prompts, decoding)
+            prompts = [example.prompt for example in self._prepared.encoded[kind]]
+            found = self._worker.do(generate_texts, self._study.base_model, adapter, prompts, decoding)
             scores = Scores()
-            for text, example in zip(found["texts"], self.public, strict=True):
+            for text, example in zip(found["texts"], self._prepared.public, strict=True):
                 scores.add(text, example.output or "")
-            goes_on = sum("USER:" in text for text in found["texts"])
             return {
                 **found,
                 **scores.summary(),
                 "rows_per_second": len(prompts) / found["seconds"],
-                "asks_another_question": goes_on,
+                "asks_another_question": sum("USER:" in text for text in found["texts"]),
                 "decoding": decoding.model_dump(exclude_none=True),
             }
 
         return self._step(f"text {name}", generate)
 
     def _step(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.folder / "steps" / f"{key.replace(' ', '-')}.json"
+        path = self._folder / "steps" / f"{key.replace(' ', '-')}.json"
         if not path.exists():
             started = time.monotonic()
             result = work()
             write_json(path, result)
-            told = {
-                name: result[name] for name in ("mean", "training_loss", "chrf", "bleu") if name in result
-            }
-            self.say(
-                f"{key:<28} {time.monotonic() - started:6.1f} s  "
-                + ", ".join(f"{name} {value:.4g}" for name, value in told.items())
-            )
+            told = ", ".join(f"{name} {result[name]:.4g}" for name in _TOLD if name in result)
+            self._say(f"{key:<28} {time.monotonic() - started:6.1f} s  {told}")
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     def _adapter_folder(self, stages: tuple[int, ...]) -> Path:
-        return self.folder / "adapters" / name_of(stages)
+        return self._folder / "adapters" / name_of(stages)
 
-    def _adapter(self, stages: tuple[int, ...]) -> Files:
-        return adapter_files(self._adapter_folder(stages))
+    def _adapter(self, stages: tuple[int, ...]) -> AdapterFiles:
+        return AdapterFiles.read(self._adapter_folder(stages))

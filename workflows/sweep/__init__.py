@@ -1,0 +1,1 @@
+"""A sweep from its space file to its registered adapter: folder, prepared, start, run, registration, closing."""

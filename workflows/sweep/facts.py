@@ -1,35 +1,45 @@
-"""Owns what a sweep tells people besides its summary: its report, and the facts on its runs in the tracking server."""
+"""Owns what a sweep tells of itself besides its summary: where its figures come from, its adapter's card, its page's content."""
 
 import getpass
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora.base.reference import split_revision
 from qlora.provenance import git_commit, package_versions
 from reporting.sweep_page import SweepReport, TrialReport
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED, Space
+from workflows.sweep.folder import SweepFolder
 
 
 def provenance(space: Space, hardware: str, digests: Mapping[str, str]) -> dict[str, Any]:
-    """Where a sweep's figures come from, in the words of MLflow's tags where it has some."""
-    versions = {f"version.{name}": version for name, version in package_versions().items()}
+    """Return where a sweep's figures come from, in the words of MLflow's tags where it has some."""
     return {
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": "ray_jobs/tune.py",
         "mlflow.source.git.commit": git_commit(),
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user_name(),
         "hardware": hardware,
         "base_model": space.base_model.name,
         **{f"{role}_digest": digest for role, digest in digests.items()},
-        **versions,
+        **{f"version.{name}": version for name, version in package_versions().items()},
     }
 
 
+def user_name() -> str:
+    """Return who runs this process: by name, or by number where the system knows no name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def model_card(space: Space, record: TrialRecord, zero_shot: float, digests: Mapping[str, str]) -> str:
-    """README.md of an adapter's folder."""
+    """Write README.md of an adapter's folder."""
     assert record.best is not None
     found, epochs = record.best["public_perplexity"], record.best["epoch"]
-    base, _, revision = space.base_model.name.partition("@")
+    base, revision = split_revision(space.base_model.name)
     named = f"{base}\nbase_model_revision: {revision}" if revision else base
     settings = "\n".join(f"| {key} | {value} |" for key, value in record.config.items())
     return f"""---
@@ -40,10 +50,10 @@ tags: [lora, qlora]
 
 # LoRA adapter of trial {record.trial_id}
 
-Trained on `{space.data.train}` for the base `{space.base_model.name}` in {space.base_model.quantization}. Public perplexity, the mean over
-the examples of `{space.data.public}` of exp(mean NLL of the answer tokens and EOS): **{found:.5g}** after {epochs:g} epochs;
-the base alone has {zero_shot:.5g}. Load it with `PeftModel.from_pretrained(base_model, folder)`; prompts are those of the
-template `{space.prompt}`.
+Trained on `{space.data.train}` for the base `{space.base_model.name}` in {space.base_model.quantization}. Public
+perplexity, the mean over the examples of `{space.data.public}` of exp(mean NLL of the answer tokens and EOS):
+**{found:.5g}** after {epochs:g} epochs; the base alone has {zero_shot:.5g}. Load it with
+`PeftModel.from_pretrained(base_model, folder)`; prompts are those of the template `{space.prompt}`.
 
 | setting | value |
 |---|---|
@@ -54,23 +64,23 @@ Digests of the data: train `{digests["train"]}`, public `{digests["public"]}`.
 
 
 def sweep_report(
-    name: str,
-    space: Space,
-    records: list[TrialRecord],
+    sweep: SweepFolder,
+    records: Sequence[TrialRecord],
     zero_shot: float,
     seconds: float,
     registration: str,
     facts: Mapping[str, Any],
-    start: str | None = None,
+    links: Mapping[str, str],
 ) -> SweepReport:
-    """What the report is made of. `facts`: see `provenance`. `start`: the adapter that trials went on from."""
+    """Gather what the page is made of. `facts`: see `provenance`."""
+    space, data = sweep.space, sweep.space.data
     settings = {
-        "continued from": start,
+        "continued from": sweep.start[0] if sweep.start else None,
         "search": space.search,
         "scheduler": space.scheduler.model_dump(mode="json"),
         "seed": space.seed,
-        "train": f"{space.data.train} ({space.data.train_examples or 'all'} examples)",
-        "public": f"{space.data.public} ({space.data.public_examples or 'all'} examples)",
+        "train": f"{data.train} ({data.train_examples or 'all'} examples)",
+        "public": f"{data.public} ({data.public_examples or 'all'} examples)",
     }
     shown = {
         key.removeprefix("mlflow.source.").removeprefix("version."): value
@@ -78,30 +88,29 @@ def sweep_report(
         if value is not None and key not in ("mlflow.source.type", "mlflow.user")
     }
     return SweepReport(
-        name,
-        zero_shot,
-        [_trial(record, space) for record in records],
-        share_of_epochs_saved(records),
-        seconds,
-        registration,
-        shown,
-        start is None,
+        name=sweep.name,
+        zero_shot=zero_shot,
+        trials=[_trial(record, space) for record in records],
+        epochs_saved=share_of_epochs_saved(records),
+        seconds=seconds,
+        registration=registration,
+        facts=shown,
+        starts_at_base=sweep.start is None,
+        links=links,
     )
 
 
 def _trial(record: TrialRecord, space: Space) -> TrialReport:
     last = record.curve[-1] if record.curve else None
-    seconds = record.ended_at - record.started_at if record.ended_at and record.started_at else None
-    searched = {key: record.config[key] for key in (*REPORTED, *space.search) if key in record.config}
     return TrialReport(
-        record.trial_id,
-        searched,
-        record.status,
-        record.reason,
-        [(point["schedule_percent"], point["public_perplexity"]) for point in record.curve],
-        record.best_perplexities,
-        last["training_loss"] if last else None,
-        last["tokens_per_second"] if last else None,
-        record.peak_memory_gib,
-        seconds,
+        name=record.trial_id,
+        settings={key: record.config[key] for key in (*REPORTED, *space.search) if key in record.config},
+        status=record.status,
+        reason=record.reason,
+        curve=[(point["schedule_percent"], point["public_perplexity"]) for point in record.curve],
+        perplexities=record.best_perplexities,
+        training_loss=last["training_loss"] if last else None,
+        tokens_per_second=last["tokens_per_second"] if last else None,
+        peak_memory_gib=record.peak_memory_gib,
+        seconds=record.ended_at - record.started_at if record.ended_at and record.started_at else None,
     )

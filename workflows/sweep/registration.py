@@ -1,198 +1,168 @@
-"""Owns what a sweep computes on and finds: its data as token ids, its plan, its best adapter's way into the tracking server."""
+"""Owns a sweep's way into the tracking server: its runs, its best adapter's registration, its summary and its page."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora.base.model import load_config, load_tokenizer
-from qlora.data.prompts import encode_examples, load_prompt, prompt_file
 from qlora.files import write_json, write_text
-from qlora.lora.peft_folder import ADAPTER_FILES
-from qlora.perplexity import mean_perplexity
-from reporting.sweep_page import verdict, write_report
-from tracking.registry import ModelFiles, log_model, register
+from reporting.sweep_page import verdict, write_sweep_page
+from tracking.links import pages_root
+from tracking.logged_model import ModelFiles, log_model
+from tracking.registry import Registration, register
 from tracking.runs import SweepTracker, start_sweep
-from tuning.device import Device
-from tuning.host import SweepData
 from tuning.ledger import TrialRecord, share_of_epochs_saved
-from tuning.plan import Plan, describe_plan, make_plan, model_size
 from tuning.space import REPORTED
 from tuning.sweep import BestAdapter
 from workflows.session import PROJECT_ROOT
+from workflows.sweep.closing import summary_links
 from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder
+from workflows.sweep.prepared import PreparedSweep
 
 
-class SweepResults(SweepFolder):
-    """What a sweep computes on and finds."""
-
-    @classmethod
-    def of(cls, sweep: SweepFolder) -> "SweepResults":
-        """The same sweep."""
-        return cls(sweep.folder, sweep.space_file, sweep.space, sweep.start)
-
-    def load_data(self) -> SweepData:
-        """Both data sets as token ids. Raises InputError for bad data, prompt or base."""
-        train, public = self.examples("train"), self.examples("public")
-        prompt = load_prompt(self.space.prompt)
-        load_config(self.space.base_model.name)
-        tokenizer = load_tokenizer(self.space.base_model.name)
-        return SweepData(
-            self.space,
-            encode_examples(tokenizer, prompt, train, self.space.data.train),
-            encode_examples(tokenizer, prompt, public, self.space.data.public),
-            start={name: (self.start[1] / name).read_bytes() for name in ADAPTER_FILES} if self.start else {},
-        )
-
-    def plan(self, data: SweepData, device: Device | None, num_devices: int = 1) -> tuple[Plan | None, str]:
-        """(the plan for a device, if there is one to plan for; the plan in words). Raises InputError if no trial fits it."""
-        size = model_size(load_config(self.space.base_model.name))
-        plan = make_plan(self.space, data.train, data.public, size, device, num_devices) if device else None
-        return plan, describe_plan(self.space, data.train, data.public, plan)
-
-    def zero_shot(self, measure: Callable[[], list[float]]) -> float:
-        """The base's public perplexity, measured once a sweep."""
-        path = self.folder / "zero_shot.json"
-        if not path.exists():
-            write_json(path, {"public_perplexity": mean_perplexity(measure())})
-        return json.loads(path.read_text(encoding="utf-8"))["public_perplexity"]
-
-    def tracker(self, hardware: str) -> SweepTracker:
-        """The sweep's runs in the tracking server, found again after a restart."""
-        parameters = {"space_file": self.space_file, **_flat(self.space.model_dump(mode="json"))}
-        data = {
-            role: (getattr(self.space.data, role), self.digests()[role], len(self.examples(role)))
-            for role in ("train", "public")
-        }
-        tracker = start_sweep(self.folder.name, self.model_name, parameters, data)
-        facts = {
-            **provenance(self.space, hardware, self.digests()),
-            "continued_from": self.start[0] if self.start else None,
-        }
-        tracker.note(facts, [self.folder / "sweep.json"])
-        return tracker
-
-    def register(
-        self,
-        records: list[TrialRecord],
-        best: BestAdapter,
-        zero_shot: float,
-        tracker: SweepTracker,
-        base_digest: str | None,
-        prove: Callable[[str, float], None],
-    ) -> dict[str, Any]:
-        """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass; returns the sweep's summary.
-        `base_digest`: see qlora.base.reference."""
-        assert best.record.best is not None
-        perplexity, run_id, trial_id = (
-            best.record.best["public_perplexity"],
-            tracker.run_id(best.record),
-            best.record.trial_id,
-        )
-        digests = self.digests()
-        settings = {
-            "base_model": self.space.base_model.name,
-            "quantization": self.space.base_model.quantization,
-        }
-        facts = {
-            **settings,
-            "sweep": self.folder.name,
-            "trial_id": trial_id,
-            "prompt": self.space.prompt,
-            "zero_shot_public_perplexity": repr(zero_shot),
-            "train_digest": digests["train"],
-        }
-        if self.start:
-            facts["continued_from"] = self.start[0]
-        if revision := getattr(load_config(settings["base_model"]), "_commit_hash", None):
-            facts["base_revision"] = revision
-        if base_digest:
-            facts["base_digest"] = base_digest
-        write_text(best.folder / "README.md", model_card(self.space, best.record, zero_shot, digests))
-        files = ModelFiles(
-            best.folder,
-            prompt_file(self.space.prompt),
-            PROJECT_ROOT / "deploy" / "served_model.py",
-            [PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"],
-        )
-        uri = log_model(
-            run_id,
-            files,
-            settings,
-            self.examples("public")[0].instruction,
-            {**facts, "public_digest": digests["public"], "public_perplexity": perplexity},
-        )
-        prove(uri, perplexity)
-        registered = register(self.model_name, uri, run_id, perplexity, digests["public"], facts)
-        return {
-            "sweep": self.folder.name,
-            "space": self.space_file,
-            "metric": "public_perplexity",
-            "zero_shot": zero_shot,
-            "trials": [{**_summary(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
-            "best": {
-                "trial_id": trial_id,
-                "public_perplexity": perplexity,
-                "checkpoint": str(best.folder.relative_to(self.folder.parent.parent)),
-                "model_uri": registered.model_uri,
-                "mlflow_run_id": run_id,
-            },
-            "epochs_saved": share_of_epochs_saved(records),
-            "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
-        }
-
-    def publish(
-        self,
-        summary: dict[str, Any],
-        records: list[TrialRecord],
-        best: BestAdapter,
-        zero_shot: float,
-        seconds: float,
-        hardware: str,
-        tracker: SweepTracker,
-    ) -> None:
-        """Write report.html and summary.json, which ends the sweep, and bring them to the tracking server."""
-        facts = provenance(self.space, hardware, self.digests())
-        registration = f"{summary['best']['model_uri']}: {summary['champion']['reason']}."
-        report = self.folder / "report.html"
-        content = sweep_report(
-            self.folder.name,
-            self.space,
-            records,
-            zero_shot,
-            seconds,
-            registration,
-            facts,
-            self.start and self.start[0],
-        )
-        write_report(report, content)
-        write_json(self.folder / "summary.json", summary)
-        words = f"{verdict(content.trials, zero_shot)} Registered as {registration} All of it: artifact report.html."
-        found = {
-            "best_trial": best.record.trial_id,
-            "model_uri": summary["best"]["model_uri"],
-            "mlflow.note.content": words,
-        }
-        checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
-        tracker.note(found, [report, self.folder / "summary.json"], checkpoints)
+def track(sweep: SweepFolder, prepared: PreparedSweep, hardware: str) -> SweepTracker:
+    """Start the sweep's runs in the tracking server, or find them again after a restart."""
+    inputs, data = prepared.inputs, sweep.space.data
+    parameters = {"space_file": sweep.space_file, **_flat(sweep.space.model_dump(mode="json"))}
+    examples = {
+        "train": (data.train, inputs.digests["train"], len(inputs.train)),
+        "public": (data.public, inputs.digests["public"], len(inputs.public)),
+    }
+    tracker = start_sweep(sweep.name, sweep.sweep_id, sweep.model_name, parameters, examples)
+    facts = provenance(sweep.space, hardware, inputs.digests)
+    continued_from = sweep.start[0] if sweep.start else None
+    tracker.note({**facts, "continued_from": continued_from}, [sweep.folder / "sweep.json"])
+    return tracker
 
 
-def _summary(record: TrialRecord) -> dict[str, Any]:
+def register_best(
+    sweep: SweepFolder,
+    prepared: PreparedSweep,
+    best: BestAdapter,
+    zero_shot: float,
+    tracker: SweepTracker,
+    base_digest: str | None,
+    prove: Callable[[str, float], None],
+) -> Registration:
+    """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass.
+
+    `base_digest`: see qlora.base.reference.
+    """
+    assert best.record.best is not None
+    space, digests = sweep.space, prepared.inputs.digests
+    perplexity, run_id = best.record.best["public_perplexity"], tracker.run_id(best.record)
+    settings = {"base_model": space.base_model.name, "quantization": space.base_model.quantization}
+    facts = {
+        **settings,
+        "sweep": sweep.name,
+        "trial_id": best.record.trial_id,
+        "prompt": space.prompt,
+        "zero_shot_public_perplexity": repr(zero_shot),
+        "train_digest": digests["train"],
+        "prompt_digest": digests["prompt"],
+        "tokenizer_digest": prepared.base.tokenizer_digest,
+        "continued_from": sweep.start[0] if sweep.start else None,
+        "base_revision": prepared.base.revision,
+        "base_digest": base_digest,
+    }
+    known = {key: value for key, value in facts.items() if value}
+    write_text(best.folder / "README.md", model_card(space, best.record, zero_shot, digests))
+    if not sweep.prompt_file.exists():  # a sweep from before it was kept
+        write_text(sweep.prompt_file, prepared.inputs.prompt_text)
+    files = ModelFiles(
+        adapter=best.folder,
+        prompt=sweep.prompt_file,
+        script=PROJECT_ROOT / "deploy" / "served_model.py",
+        code=[PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"],
+    )
+    metadata = {**known, "public_digest": digests["public"], "public_perplexity": perplexity}
+    uri = log_model(run_id, files, settings, prepared.inputs.public[0].instruction, metadata)
+    prove(uri, perplexity)
+    return register(sweep.model_name, uri, run_id, perplexity, digests["public"], known)
+
+
+def summarise(
+    sweep: SweepFolder,
+    records: Sequence[TrialRecord],
+    best: BestAdapter,
+    zero_shot: float,
+    tracker: SweepTracker,
+    registered: Registration,
+) -> dict[str, Any]:
+    """Return the sweep's summary, as summary.json has it."""
+    assert best.record.best is not None
+    return {
+        "sweep": sweep.name,
+        "space": sweep.space_file,
+        "metric": "public_perplexity",
+        "zero_shot": zero_shot,
+        "trials": [{**_trial(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
+        "best": {
+            "trial_id": best.record.trial_id,
+            "public_perplexity": best.record.best["public_perplexity"],
+            "checkpoint": str(best.folder.relative_to(sweep.folder.parent.parent)),
+            "model_uri": registered.model_uri,
+            "mlflow_run_id": tracker.run_id(best.record),
+        },
+        "epochs_saved": share_of_epochs_saved(records),
+        "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
+        "mlflow_experiment_id": tracker.experiment_id,
+        "mlflow_run_id": tracker.parent_run_id,
+    }
+
+
+def publish(
+    sweep: SweepFolder,
+    prepared: PreparedSweep,
+    summary: dict[str, Any],
+    records: Sequence[TrialRecord],
+    best: BestAdapter,
+    seconds: float,
+    hardware: str,
+    tracker: SweepTracker,
+) -> None:
+    """Write report.html and summary.json, which ends the sweep, and bring them to the tracking server."""
+    facts = provenance(sweep.space, hardware, prepared.inputs.digests)
+    facts |= {"what hosts noted": "; ".join(summary["host_notes"]) or None}
+    zero_shot, uri = summary["zero_shot"], summary["best"]["model_uri"]
+    registration = f"{uri}: {summary['champion']['reason']}."
+    report = sweep.folder / "report.html"
+    links = summary_links(summary, pages_root())
+    content = sweep_report(sweep, records, zero_shot, seconds, registration, facts, links)
+    write_sweep_page(report, content)
+    write_json(sweep.folder / "summary.json", summary)
+    pages = ", ".join(f"[{name}]({link})" for name, link in summary_links(summary, "").items())
+    words = (
+        f"{verdict(content.trials, zero_shot)} Registered as {registration}\n\n{pages}; artifact report.html."
+    )
+    found = {
+        "best_trial": best.record.trial_id,
+        "model_uri": uri,
+        "mlflow.note.content": words,
+        "host_notes": facts["what hosts noted"],
+    }
+    checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
+    tracker.note(found, [report, sweep.folder / "summary.json"], checkpoints)
+
+
+def _trial(record: TrialRecord) -> dict[str, Any]:
     curve = [
         {"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]}
         for point in record.curve
     ]
-    config = {key: record.config[key] for key in REPORTED}
-    result = {"trial_id": record.trial_id, "config": config, "status": record.status, "curve": curve}
-    return {**result, "error": record.error} if record.error else result
+    found = {
+        "trial_id": record.trial_id,
+        "config": {key: record.config[key] for key in REPORTED},
+        "status": record.status,
+        "curve": curve,
+    }
+    return {**found, "error": record.error} if record.error else found
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

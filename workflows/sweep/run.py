@@ -1,83 +1,127 @@
 """Owns the run of a sweep from its plan to its registered adapter, with Ray and the tracking server around it."""
 
+import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from typing import Any
 
 import ray
 
 from qlora.base.reference import base_digest
-from tuning.host_directory import ask_all_devices, begin_hosts, host_seconds, num_gpus, stop_hosts, this_node
-from tuning.ledger import share_of_epochs_saved
-from tuning.plan import compare_with_run
+from qlora.files import write_json
+from qlora.perplexity import mean_perplexity
+from tuning.device import Device
+from tuning.host_directory import (
+    ask_all_devices,
+    begin_hosts,
+    host_notes,
+    host_seconds,
+    num_gpus,
+    stop_hosts,
+    this_node,
+)
+from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.plan import Plan, make_plan
+from tuning.plan_text import compare_with_run, describe_plan
 from tuning.progress import clock, ranking, where_time_went
-from tuning.shares import trial_shares
 from tuning.sweep import keep_best_adapter, run_sweep
 from workflows.session import StoppedError
-from workflows.sweep.registration import SweepResults
+from workflows.sweep.folder import SweepFolder
+from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
+from workflows.sweep.registration import publish, register_best, summarise, track
 from workflows.sweep.start import StartedHosts
 from workflows.worker import Worker, prove
 
 
-def run_and_register(results: SweepResults, started: StartedHosts, *, resume: bool) -> None:
-    """Run or go on with a sweep and register its best adapter. Raises StoppedError if it was interrupted and can go on."""
-    hosts, data = started.hosts, results.load_data()
+def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) -> None:
+    """Print the plan of a sweep on one such device, without starting anything. Raises InputError if no trial fits."""
+    prepared = prepare(sweep, inputs)
+    plan = _make_plan(prepared, device, 1) if device else None
+    print(describe_plan(sweep.space, prepared.train, prepared.public, plan))
+
+
+def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts, *, resume: bool) -> None:
+    """Run or go on with a sweep and register its best adapter.
+
+    Raises StoppedError if it was interrupted and can go on.
+    """
+    hosts, prepared = started.hosts, prepare(sweep, inputs)
     device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
-    plan, words = results.plan(data, device, num_gpus())
-    print(words, flush=True)
-    assert plan is not None, "there is a device"
-    shares = trial_shares(data.space, plan.trials)
-    results.claim()
-    digest = (
-        ray.remote(num_cpus=0)(base_digest)
-        .options(scheduling_strategy=this_node())
-        .remote(data.space.base_model.name)
-    )
-    begin_hosts(hosts, replace(data, budget_tokens=plan.budget_tokens))
+    plan = _make_plan(prepared, device, num_gpus())
+    print(describe_plan(sweep.space, prepared.train, prepared.public, plan), flush=True)
+    sweep.claim(inputs.digests, inputs.prompt_text)
+    shares = sweep.space.trial_shares(plan.trials)
+    digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
+    digest = digest_task.remote(sweep.space.base_model.name)
+    begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
     with ThreadPoolExecutor(1) as aside:
         measured = aside.submit(
-            results.zero_shot, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0]
+            _zero_shot, sweep, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0]
         )
-        tracker = results.tracker(device.name)
-    status, found = "FAILED", {}
+        tracker = track(sweep, prepared, device.name)
+    status: str = "FAILED"
+    metrics: dict[str, float] = {}
     try:
         with tracker.system_metrics():
-            zero_shot = found["zero_shot_public_perplexity"] = measured.result()
+            zero_shot = metrics["zero_shot_public_perplexity"] = measured.result()
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-            records = run_sweep(data.space, hosts, shares, results.folder, zero_shot, tracker, resume=resume)
-            if len(records) < data.space.num_trials or any(
-                record.status in ("pending", "running") for record in records
-            ):
-                raise StoppedError(
-                    f"the sweep can go on: python ray_jobs/tune.py --resume {results.folder.name}"
-                )
+            records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, resume=resume)
+            if not _all_ended(sweep, records):
+                raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {sweep.name}")
             worker = Worker(shares)  # which loads its libraries meanwhile
             seconds = time.monotonic() - started.began
-            print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
-            host_time = host_seconds(hosts)
-            print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
-            print(where_time_went(host_time), end="\n\n", flush=True)
+            work = _tell_how_it_went(hosts, plan, records, zero_shot, seconds)
             stop_hosts(hosts)
-            best = keep_best_adapter(data.space, results.folder)
+            best = keep_best_adapter(sweep.space, sweep.folder)
             assert best.record.best is not None
-            found |= {
-                "best_public_perplexity": best.record.best["public_perplexity"],
-                "epochs_saved": share_of_epochs_saved(records),
-            }
-            summary = results.register(
-                records,
+            metrics["best_public_perplexity"] = best.record.best["public_perplexity"]
+            metrics["epochs_saved"] = share_of_epochs_saved(records)
+            registered = register_best(
+                sweep,
+                prepared,
                 best,
                 zero_shot,
                 tracker,
                 ray.get(digest),
-                lambda uri, expected: prove(worker, uri, data.space.base_model, data.public, expected),
+                lambda uri, expected: prove(worker, uri, sweep.space.base_model, prepared.public, expected),
             )
-        results.publish(
-            {**summary, "host_seconds": host_time}, records, best, zero_shot, seconds, device.name, tracker
-        )
+        summary = {**summarise(sweep, records, best, zero_shot, tracker, registered), **work}
+        publish(sweep, prepared, summary, records, best, seconds, device.name, tracker)
         status = "FINISHED"
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
-        tracker.end(status, {**found, "seconds": time.monotonic() - started.began})
+        tracker.end(status, {**metrics, "seconds": time.monotonic() - started.began})
+
+
+def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Plan:
+    return make_plan(prepared.space, prepared.train, prepared.public, prepared.base.size, device, num_devices)
+
+
+def _zero_shot(sweep: SweepFolder, measure: Callable[[], list[float]]) -> float:
+    """Return the base's public perplexity, measured once a sweep."""
+    path = sweep.folder / "zero_shot.json"
+    if not path.exists():
+        write_json(path, {"public_perplexity": mean_perplexity(measure())})
+    return json.loads(path.read_text(encoding="utf-8"))["public_perplexity"]  # type: ignore[no-any-return]
+
+
+def _all_ended(sweep: SweepFolder, records: list[TrialRecord]) -> bool:
+    still_going = any(record.status in ("pending", "running") for record in records)
+    return len(records) >= sweep.space.num_trials and not still_going
+
+
+def _tell_how_it_went(
+    hosts: Any, plan: Plan, records: list[TrialRecord], zero_shot: float, seconds: float
+) -> dict[str, Any]:
+    """Print the ranking, the plan beside the run, and what hosts have to say; returns that for the summary."""
+    spent, notes = host_seconds(hosts), host_notes(hosts)
+    print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
+    print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
+    print(where_time_went(spent))
+    for note in notes:
+        print(f"note        {note}")
+    print(flush=True)
+    return {"host_seconds": spent, "host_notes": notes}

@@ -1,0 +1,38 @@
+"""Owns the loss of a packed batch: the negative log-likelihood of every answer token, from logits at scored positions only.
+
+Shapes: A scored positions, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora.packed.stream import PackedBatch
+
+_LOGIT_ROWS = 64  # so many rows of logits at a time become probabilities: float32 copies stay in cache
+
+
+def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
+    """Return the negative log-likelihood in nats of every answer token: [A], float32.
+
+    `model` has packed attention (qlora.packed.attention).
+    """
+    out = model(
+        input_ids=batch.input_ids_T[None],
+        position_ids=batch.position_ids_T[None],
+        packed=batch,
+        use_cache=False,
+        logits_to_keep=batch.predictors_A,
+    )
+    logits_AV = out.logits.squeeze(0)  # the gradient of [0] is a copy
+    if torch.is_grad_enabled():
+        return F.cross_entropy(logits_AV.float(), batch.targets_A, reduction="none")
+    pieces = zip(logits_AV.split(_LOGIT_ROWS), batch.targets_A.split(_LOGIT_ROWS), strict=True)
+    return torch.cat([_nll(logits, targets) for logits, targets in pieces])
+
+
+def _nll(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
+    scored_A = logits_AV.gather(1, targets_A[:, None])[:, 0]
+    return logits_AV.float().logsumexp(-1) - scored_A.float()

@@ -1,0 +1,69 @@
+"""Owns the device that this process computes on: which one, in what dtype, how much memory is free, what kernels it has.
+
+Refuses to know models.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.config import BaseModelSettings
+
+CPU_PASS_TOKENS = 1152
+_GPU_PASS_TOKENS = 8192
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(settings: BaseModelSettings, device: torch.device) -> torch.dtype:
+    """Return the dtype that products are computed in: bfloat16 on GPUs that have it, else float32.
+
+    float32 is also the faster one on CPUs without bfloat16 units.
+    """
+    if settings.dtype != "auto":
+        return torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def default_token_budget() -> int:
+    """Return the tokens of one pass that fit a device comfortably.
+
+    On a CPU small passes are also the fastest: memory stays warm.
+    """
+    return _GPU_PASS_TOKENS if default_device().type == "cuda" else CPU_PASS_TOKENS
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory in bytes that this process may still take on a device.
+
+    On a GPU: what is unallocated. On a CPU: what is available without swapping, within the limit of a
+    container (cgroup v2).
+    """
+    if device.type == "cuda":
+        unallocated = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unallocated
+    memory = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in memory if line.startswith("MemAvailable"))
+    free = int(available.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        statistics = dict(
+            line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        )
+        cached_files = int(statistics.get("inactive_file", "0"))  # which give way
+        free = min(free, int(most) - int(used.read_text()) + cached_files)
+    return max(0, free)
+
+
+def triton_module(name: str) -> Any:
+    """Import a module of Triton kernels; return None where Triton is missing: it comes with CUDA builds of torch."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(name)

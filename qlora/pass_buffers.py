@@ -1,0 +1,183 @@
+"""Owns what a recorded pass reads: buffers of a rounded size, and how a pass of any smaller size is written into them.
+
+A stream is padded by a tail: a row of its own, behind the last, to which no adapter and no answer belongs. Plain
+NumPy: the same bytes on any machine. Refuses to know CUDA.
+
+Shapes: T stream tokens, A scored positions, P prefix tokens, as rounded.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora.lora.bank import AdapterBank
+from qlora.lora.tables import TILE_TOKENS, num_splits, padded_rank, pass_arrays
+from qlora.packed.stream import bounds_of, prefix_places, stretch_lengths
+from qlora.passes import Pass
+
+_ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What a recording has room for, and what its kernels were made for.
+
+    longest: of a row with its prefix, where a window might hide something. num_layers: that any adapter targets.
+    """
+
+    tokens: int
+    answers: int
+    rows: int
+    parts: int
+    prefix_tokens: int
+    longest_row: int
+    longest_part: int
+    longest_prefix: int
+    longest: int
+    rank: int
+    num_layers: int
+    has_dropout: bool
+    is_training: bool
+
+    @property
+    def kernels(self) -> tuple[int, ...]:
+        """Return what kernels are compiled for."""
+        splits = num_splits(self.num_tiles)
+        return (self.rank, self.has_dropout, self.is_training, splits, min(self.parts, 2), self.num_layers)
+
+    @property
+    def num_tiles(self) -> int:
+        """Return the tiles that all parts may need."""
+        return -(-self.tokens // TILE_TOKENS) + self.parts
+
+    @classmethod
+    def of(cls, work: Pass, bank: AdapterBank) -> "PassSize":
+        """Round a pass up to a size: 3 % more tokens on average."""
+        layout = work.layout
+        rows, in_parts, prefixes = stretch_lengths(layout.parts)
+        num_prefix, num_tokens = int(prefixes.sum()), layout.num_tokens
+        prefix_tokens = _up_to(num_prefix, 64)
+        grain = max(128, 2 ** (num_tokens.bit_length() - 5))
+        tokens = _up_to(num_tokens + prefix_tokens - num_prefix, grain)
+        tail = tokens - num_tokens
+        # Lengths of stretches are limits of a kernel's grid, where what is empty costs nearly nothing.
+        longest_row = _power_of_2(max(int(rows.max()), tail, 1024))
+        longest_prefix = _power_of_2(max(int(prefixes.max()), 64))
+        has_window = getattr(bank.model.config.get_text_config(), "sliding_window", None) is not None
+        return cls(
+            tokens=tokens,
+            answers=_up_to(len(layout.targets_A), tokens // 4),
+            rows=_up_to(len(rows) + 1, 32),
+            parts=_power_of_2(len(in_parts)),
+            prefix_tokens=prefix_tokens,
+            longest_row=longest_row,
+            longest_part=_power_of_2(max(int(in_parts.max()), tail, 4096)),
+            longest_prefix=longest_prefix,
+            longest=_up_to(layout.longest, 256) if has_window else longest_row + longest_prefix,
+            rank=padded_rank(max(one.settings.lora_r for one in work.adapters if one is not None)),
+            num_layers=len(bank.layers),
+            has_dropout=any(dropout is not None for dropout in work.dropouts),
+            is_training=work.weights is not None,
+        )
+
+
+def buffer_fields(size: PassSize) -> dict[str, tuple[Any, int, int]]:
+    """Lay out one block of memory: name -> (NumPy type, first byte, end)."""
+    parts = size.parts + 1  # one more, which is always empty
+    lengths = {
+        "ids": (np.int64, size.tokens),
+        "positions": (np.int64, size.tokens),
+        "predictors": (np.int64, size.answers),
+        "targets": (np.int64, size.answers),
+        "places": (np.int64, size.prefix_tokens),
+        "tiles": (np.int64, 3 * size.num_tiles),
+        "bounds": (np.int64, 2 * parts),
+        "limits": (np.int64, parts),
+        "keys": (np.int64, size.tokens),
+        "rows": (np.int32, size.rows + 1),
+        "parts": (np.int32, parts + 1),
+        "prefixes": (np.int32, parts + 1),
+        "factors": (np.float32, parts),
+        "weights": (np.float32, size.answers),
+        "alone": (np.bool_, size.tokens),
+    }
+    fields, start = {}, 0
+    for name, (kind, length) in lengths.items():
+        end = start + length * np.dtype(kind).itemsize
+        fields[name] = (kind, start, end)
+        start = _up_to(end, _ALIGNMENT_BYTES)
+    return fields
+
+
+def block_bytes(size: PassSize) -> int:
+    """Return the bytes of a size's block."""
+    return _up_to(max(end for _, _, end in buffer_fields(size).values()), _ALIGNMENT_BYTES)
+
+
+def buffer_views(size: PassSize, block: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the buffers in a block of bytes, by name."""
+    return {name: block[start:end].view(kind) for name, (kind, start, end) in buffer_fields(size).items()}
+
+
+def filled_block(size: PassSize, work: Pass) -> np.ndarray:
+    """Write a pass that fits a size into a new block of bytes."""
+    block = np.zeros(block_bytes(size), np.uint8)
+    at = buffer_views(size, block)
+    _fill_tokens(size, work, at)
+    _fill_stretches(size, work, at)
+    _fill_tables(size, work, at)
+    return block
+
+
+def _fill_tokens(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
+    layout, num_tokens, num_answers = work.layout, work.layout.num_tokens, len(work.layout.targets_A)
+    at["ids"][:num_tokens] = layout.ids_T
+    at["positions"][:num_tokens] = layout.positions_T
+    at["positions"][num_tokens:] = np.arange(size.tokens - num_tokens)
+    at["predictors"][:num_answers] = layout.predictors_A
+    at["predictors"][num_answers:] = np.arange(size.answers - num_answers)  # one place for all would be slow
+    at["targets"][:num_answers] = layout.targets_A
+    if work.weights is not None:
+        at["weights"][:num_answers] = work.answer_weights()
+
+
+def _fill_stretches(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
+    num_tokens, parts = work.layout.num_tokens, work.layout.parts
+    rows, in_parts, prefixes = (bounds_of(lengths) for lengths in stretch_lengths(parts))
+    at["rows"][: len(rows)] = rows
+    at["rows"][len(rows) :] = size.tokens  # the tail is the row behind the last
+    for name, bounds, end in (("parts", in_parts, size.tokens), ("prefixes", prefixes, size.prefix_tokens)):
+        at[name][: len(bounds)] = bounds
+        at[name][len(bounds) :] = bounds[-1]
+        at[name][-1] = end  # the tail is the last part, behind the empty ones
+    places, alone = prefix_places(parts)
+    at["places"][: len(places)] = places
+    at["places"][len(places) :] = num_tokens + np.arange(size.prefix_tokens - len(places))
+    at["alone"][:num_tokens] = alone
+    at["alone"][num_tokens:] = True
+
+
+def _fill_tables(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
+    spans = [(part.start, part.end) for part in work.layout.parts]
+    tiles, bounds, limits, keys, factors = pass_arrays(spans, work.dropouts)
+    starts = np.arange(work.layout.num_tokens, size.tokens, TILE_TOKENS)
+    tail = np.stack([np.full_like(starts, size.parts), starts, np.full_like(starts, size.tokens)], 1)
+    at["tiles"].reshape(-1, 3)[:, 0] = size.parts
+    values = {
+        "tiles": np.concatenate([tiles, tail.flatten()]),
+        "bounds": bounds,
+        "limits": limits,
+        "keys": keys,
+        "factors": factors,
+    }
+    for name, one in values.items():
+        at[name][: len(one)] = one
+
+
+def _up_to(count: int, grain: int) -> int:
+    return -(-count // grain) * grain
+
+
+def _power_of_2(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()

@@ -1,0 +1,105 @@
+"""Owns an adapter as an MLflow model: a plain PEFT folder and the prompt it was trained with, beside the code that serves them.
+
+Refuses to load models, and to know versions and aliases.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas
+import yaml
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+from qlora.provenance import package_versions
+from tracking.runs import connect, tracking_uri
+
+_MODEL_ID = "logged_model"
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "instruction")]),
+    outputs=Schema([ColSpec("string", "output")]),
+    params=ParamSchema([ParamSpec("num_beams", "long", 3), ParamSpec("max_new_tokens", "long", 128)]),
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model is made of.
+
+    adapter: its PEFT folder. prompt: its template's YAML file. script: what serves it. code: the packages that the
+    script imports.
+    """
+
+    adapter: Path
+    prompt: Path
+    script: Path
+    code: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class FetchedModel:
+    """A model's files on this machine: its PEFT folder, its prompt, and the settings that its script is given."""
+
+    adapter: Path
+    prompt: Path | None
+    settings: Mapping[str, str]
+
+
+def log_model(
+    run_id: str, files: ModelFiles, settings: Mapping[str, str], example: str, metadata: Mapping[str, Any]
+) -> str:
+    """Log an adapter as an MLflow model of a run; returns its URI. The same run's model is logged once.
+
+    `settings`: base_model and quantization, which the script needs.
+    """
+    client = connect()
+    run = client.get_run(run_id)
+    if (known := run.data.tags.get(_MODEL_ID)) is not None:
+        return f"models:/{known}"
+    requirements = [f"{name}=={version.partition('+')[0]}" for name, version in package_versions().items()]
+    logged = client.create_logged_model(
+        run.info.experiment_id, name="adapter", source_run_id=run_id, params=run.data.params
+    )
+    described = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+        run_id=run_id,
+        metadata=dict(metadata),
+    )
+    # Saved, not logged by MLflow, which would load the base here to try the example.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        mlflow.pyfunc.save_model(
+            path,
+            mlflow_model=described,
+            python_model=str(files.script),
+            model_config=dict(settings),
+            signature=_SIGNATURE,
+            artifacts={"adapter": str(files.adapter), "prompt": str(files.prompt)},
+            code_paths=[str(one) for one in files.code],
+            input_example=pandas.DataFrame({"instruction": [example]}),
+            pip_requirements=requirements,
+        )
+        client.log_model_artifacts(logged.model_id, str(path))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.set_tag(run_id, _MODEL_ID, logged.model_id)
+    return f"models:/{logged.model_id}"
+
+
+def fetch_model(source: str) -> FetchedModel:
+    """Bring a model's files to this machine, if they are not here. A bare PEFT folder counts as a model, too."""
+    root = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri()))
+    if not (root / "MLmodel").exists():
+        return FetchedModel(root, None, {})
+    flavor = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
+    artifacts = flavor["artifacts"]
+    prompt = root / artifacts["prompt"]["path"] if "prompt" in artifacts else None
+    return FetchedModel(root / artifacts["adapter"]["path"], prompt, flavor.get("config") or {})

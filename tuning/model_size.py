@@ -1,0 +1,69 @@
+"""Owns the size of a base in numbers, read off its config without its weights."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora.base.model import attention_shape, linear_layers
+from qlora.config import TrialSettings
+from qlora.lora.bank import is_targeted
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A base in numbers.
+
+    linear: parameters of its linear layers, without the head; other: of the rest. layers: (inputs, outputs) of each
+    linear layer. kept_numbers: what a token leaves behind in a training pass, for the backward.
+    """
+
+    linear: int
+    other: int
+    layers: dict[str, tuple[int, int]]
+    vocabulary: int
+    hidden: int
+    num_layers: int
+    kept_numbers: int
+
+    def adapter_parameters(self, settings: TrialSettings) -> int:
+        """Count the parameters of a trial's adapter."""
+        widths = sum(
+            num_in + num_out
+            for name, (num_in, num_out) in self.layers.items()
+            if is_targeted(name, settings.target_modules)
+        )
+        return settings.lora_r * widths
+
+    @property
+    def layer_widths(self) -> int:
+        """Sum what linear layers take and give for a token."""
+        return sum(num_in + num_out for num_in, num_out in self.layers.values())
+
+
+def model_size(config: Any) -> ModelSize:
+    """Measure a model of this config that has no weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text, shape, layers = config.get_text_config(), attention_shape(config), linear_layers(model)
+    linear = sum(math.prod(widths) for widths in layers.values())
+    return ModelSize(
+        linear=linear,
+        other=sum(parameter.numel() for parameter in model.parameters()) - linear,
+        layers=layers,
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        num_layers=shape.num_layers,
+        kept_numbers=shape.num_layers
+        * _kept_of_a_layer(text, shape.num_heads, shape.num_kv_heads, shape.head_dim),
+    )
+
+
+def _kept_of_a_layer(text: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Count both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product."""
+    norms = 4 * text.hidden_size
+    attention = 2 * (num_heads + num_kv_heads) * head_dim
+    mlp = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
+    return norms + attention + mlp

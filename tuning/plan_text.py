@@ -1,0 +1,66 @@
+"""Owns the plan in words: before a sweep starts, and beside what was measured when it has ended."""
+
+from collections.abc import Sequence
+
+from qlora.data.prompts import EncodedExample
+from qlora.packed.packing import whole_group
+from qlora.training import make_timetable
+from tuning.plan import Plan, gib
+from tuning.progress import clock
+from tuning.space import Asha, Space
+
+
+def describe_plan(
+    space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None
+) -> str:
+    """Describe base, data, trials, schedule lengths and rungs, memory, disk and time; without a plan, what needs none."""
+    lines = [*_work_lines(space, train, public), *(_plan_lines(plan) if plan else [])]
+    if plan is None:
+        lines.append("device      no GPU here to plan for")
+    return "\n".join(lines)
+
+
+def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
+    """Set the plan's peak memory (of a GPU) and time beside those measured."""
+    memory = f"peak memory {gib(plan.peak_bytes)} planned, {peak_gib:.1f} GiB measured; " if peak_gib else ""
+    return f"plan        {memory}time {clock(plan.seconds)} planned, {clock(seconds)} measured"
+
+
+def _work_lines(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample]) -> list[str]:
+    prefix = whole_group([*train, *public]).prefix_length
+    mean_tokens = sum(example.num_tokens for example in train) / len(train)
+    fixed = space.trial_settings({})
+    searched = ", ".join(
+        f"{key} {name}{value}" for key, sampler in space.search.items() for name, value in sampler.items()
+    )
+    lines = [
+        f"base        {space.base_model.name} ({space.base_model.quantization}, {space.base_model.dtype})",
+        f"train       {len(train)} examples of {space.data.train}, {mean_tokens:.0f} tokens on average",
+        f"public      {len(public)} examples of {space.data.public}; all prompts share {prefix} tokens",
+        f"search      {searched}",
+        f"trials      {space.num_trials} by {space.searcher.type} search",
+        f"epoch       {make_timetable(len(train), fixed).steps_per_epoch} steps of {fixed.batch_size} examples",
+    ]
+    if isinstance(space.scheduler, Asha):
+        unit = "% of a trial's schedule" if space.scheduler.time_attr == "schedule_percent" else " steps"
+        rungs = ", ".join(f"{rung:g}" for rung in space.scheduler.rungs)
+        keeps = f"keeps 1 of {space.scheduler.reduction_factor:g}"
+        lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}")
+    return lines
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
+    unstopped = _minutes(plan.seconds_without_stopping)
+    return [
+        f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} tokens",
+        f"memory      {gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and optimizers "
+        f"{plan.trials} x {gib(plan.mean_adapter_bytes)}, activations {gib(plan.activation_bytes)}; "
+        f"at most {gib(plan.most_bytes)}",
+        f"disk        up to {gib(plan.disk_bytes)} of checkpoints, two a trial",
+        f"time        about {_minutes(plan.seconds)} on {devices}, {unstopped} if nothing is stopped",
+    ]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -1,0 +1,49 @@
+"""Owns what a sweep shows while it runs: its table of trials, redrawn in place on a terminal, printed now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from tuning.ledger import TrialRecord
+from tuning.progress import headline, table
+
+_SECONDS_BETWEEN_TABLES = 20.0
+_SECONDS_BETWEEN_FRAMES = 1.0
+
+
+class SweepScreen:
+    """Shows the trials of a sweep of so many; `zero_shot`: the base's public perplexity."""
+
+    def __init__(self, num_trials: int, zero_shot: float):
+        self._num_trials, self._zero_shot = num_trials, zero_shot
+        self._started_at = self._shown_at = time.monotonic()
+        self._live = (
+            Live(console=Console(file=sys.stdout), auto_refresh=False) if sys.stdout.isatty() else None
+        )
+
+    def update(self, records: Sequence[TrialRecord]) -> None:
+        """Show the trials if it is time to."""
+        between = _SECONDS_BETWEEN_TABLES if self._live is None else _SECONDS_BETWEEN_FRAMES
+        if time.monotonic() - self._shown_at > between:
+            self._show(records)
+
+    def close(self, records: Sequence[TrialRecord]) -> None:
+        """Show the trials for the last time."""
+        self._show(records)
+        if self._live is not None:
+            self._live.stop()
+
+    def _show(self, records: Sequence[TrialRecord]) -> None:
+        self._shown_at = time.monotonic()
+        elapsed_seconds = self._shown_at - self._started_at
+        lines = [table(records, self._zero_shot), headline(records, self._num_trials, elapsed_seconds)]
+        if self._live is None:
+            print("", *lines, sep="\n", flush=True)
+            return
+        if not self._live.is_started:
+            self._live.start()
+        self._live.update(Text("\n".join(["", *lines]), no_wrap=True, overflow="ellipsis"), refresh=True)

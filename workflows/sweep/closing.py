@@ -1,0 +1,40 @@
+"""Owns the last lines of a sweep: what was found and where to look. Loads nothing heavy, so that a finished sweep answers at once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tracking.links import comparison_link, pages_root, run_link, trials_link, version_link
+from workflows.sweep.folder import SweepFolder
+
+
+def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
+    """Say what was found and where to look, for the end of the screen."""
+    best, champion = summary["best"], summary["champion"]
+    verdict = "now champion" if champion["is_champion"] else "not champion"
+    model = f"models:/{sweep.model_name}@champion" if champion["is_champion"] else best["model_uri"]
+    lines = [
+        f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, "
+        f"zero-shot {summary['zero_shot']:.4f}",
+        f"registered  {best['model_uri']}, {verdict}: {champion['reason']}",
+        f"adapter     {best['checkpoint']} (a PEFT folder)",
+        f"report      results/{sweep.name}/report.html, summary.json beside it",
+        *(f"{name:<11} {link}" for name, link in summary_links(summary, pages_root()).items()),
+        f"generate    python ray_jobs/batch_infer.py --model {model} --input FILE --output FILE",
+    ]
+    if pages_root().startswith("http://127.0.0.1:5000"):
+        lines.insert(-1, "            (make ui serves these pages)")
+    return "\n".join(lines)
+
+
+def summary_links(summary: Mapping[str, Any], root: str) -> dict[str, str]:
+    """Return where MLflow's pages show what a sweep found; what a summary from before does not name is left out."""
+    experiment = summary.get("mlflow_experiment_id")
+    links = {}
+    if experiment is not None:
+        runs = [trial["mlflow_run_id"] for trial in summary["trials"]]
+        links = {
+            "trials": trials_link(experiment, root),
+            "compare": comparison_link(experiment, runs, root),
+            "sweep": run_link(experiment, summary["mlflow_run_id"], root),
+        }
+    return {**links, "version": version_link(summary["best"]["model_uri"], root)}

@@ -1,0 +1,101 @@
+"""Owns what a sweep works on, made once and handed on: its files as they were read, then as token ids, with facts of its base.
+
+Importing it loads nothing heavy; `prepare` does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora.base.reference import resolve_base
+from qlora.config import InputError
+from qlora.data.examples import Example, examples_digest, load_examples
+from qlora.data.prompts import EncodedExample, Prompt, load_prompt, prompt_file
+from tuning.space import Space
+from workflows.sweep.folder import SweepFolder
+
+if TYPE_CHECKING:
+    from qlora.lora.peft_folder import AdapterFiles
+    from tuning.host import SweepData
+    from tuning.model_size import ModelSize
+
+
+@dataclass(frozen=True)
+class SweepInputs:
+    """A sweep's files, read once.
+
+    prompt_text: the template's file. digests: of train and public examples and of the prompt, by role.
+    """
+
+    train: Sequence[Example]
+    public: Sequence[Example]
+    prompt: Prompt
+    prompt_text: str
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is known of a base without its weights. revision: a hub commit."""
+
+    size: "ModelSize"
+    revision: str | None
+    tokenizer_digest: str
+
+
+@dataclass(frozen=True)
+class PreparedSweep:
+    """All that a sweep works on. start: the adapter that its trials go on from, if there is one."""
+
+    space: Space
+    inputs: SweepInputs
+    train: Sequence[EncodedExample]
+    public: Sequence[EncodedExample]
+    base: BaseFacts
+    start: "AdapterFiles | None"
+
+    def host_data(self, budget_tokens: int) -> "SweepData":
+        """Return what hosts are given, with the tokens that a pass may hold."""
+        from tuning.host import SweepData
+
+        return SweepData(self.space, self.train, self.public, budget_tokens, self.start)
+
+
+def read_inputs(sweep: SweepFolder) -> SweepInputs:
+    """Read a sweep's files.
+
+    Raises InputError for a base, a prompt or data that can't be had, and for what changed since the sweep started.
+    """
+    space = sweep.space
+    resolve_base(space.base_model.name)
+    prompt, path = load_prompt(space.prompt), prompt_file(space.prompt)
+    train = load_examples(space.data.train, need_output=True)[: space.data.train_examples]
+    public = load_examples(space.data.public, need_output=True)[: space.data.public_examples]
+    digests = {"train": examples_digest(train), "public": examples_digest(public), "prompt": prompt.digest}
+    places = {"train": space.data.train, "public": space.data.public, "prompt": path}
+    for role, digest in sweep.digests.items():
+        if digests[role] != digest:
+            raise InputError(
+                places[role], "changed since the sweep started; start a new sweep under another --name"
+            )
+    return SweepInputs(train, public, prompt, path.read_text(encoding="utf-8"), digests)
+
+
+def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
+    """Tokenise a sweep's data and look at its base. Raises InputError for bad data or a base that can't be had."""
+    from qlora.base.model import base_revision, load_config, load_tokenizer, tokenizer_digest
+    from qlora.data.prompts import encode_examples
+    from qlora.lora.peft_folder import AdapterFiles
+    from tuning.model_size import model_size
+
+    space = sweep.space
+    config = load_config(space.base_model.name)
+    tokenizer = load_tokenizer(space.base_model.name)
+    return PreparedSweep(
+        space,
+        inputs,
+        train=encode_examples(tokenizer, inputs.prompt, inputs.train, space.data.train),
+        public=encode_examples(tokenizer, inputs.prompt, inputs.public, space.data.public),
+        base=BaseFacts(model_size(config), base_revision(config), tokenizer_digest(tokenizer)),
+        start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
+    )
