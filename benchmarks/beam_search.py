@@ -1,12 +1,14 @@
 """Beam search over real prompts: transformers' generate at its best batch size against the beam engine.
 
-    python benchmarks/beam_search.py [--shape 7b] [--data FILE] [--examples 16] [--num-beams 3] [--new-tokens 64 --forced]
+    python benchmarks/beam_search.py [--shape 7b] [--data FILE] [--examples 16] [--num-beams 3] \\
+        [--new-tokens 64 --forced]
 
-Same process, same model: a base with dequantised weights, or (`--shape`) random bfloat16 weights of that size, whose token
-ids are the tokenizer's modulo the vocabulary. With `--forced` every output has exactly `--new-tokens`, so that work is equal.
-Both are warm: the first, uncounted run compiles and records. The baseline runs in transformers' own modules, ours in what is
-served. In float32 both must choose the same tokens, or nothing is printed. `settings` has the rate of every batch size, and for
-`--profile` where the time of the engine's step goes.
+Same process, same model: a base with dequantised weights, or (`--shape`) random bfloat16 weights of that
+size, whose token ids are the tokenizer's modulo the vocabulary. With `--forced` every output has exactly
+`--new-tokens`, so that work is equal. Both are warm: the first, uncounted run compiles and records. The
+baseline runs in transformers' own modules, ours in what is served. In float32 both must choose the same
+tokens, or nothing is printed. `settings` has the rate of every batch size, and for `--profile` where the time
+of the engine's step goes.
 """
 
 import argparse
@@ -123,7 +125,7 @@ def main() -> None:
 
 
 def peak_memory_gib() -> float | None:
-    """The most GPU memory that was allocated since the last call; None on a CPU."""
+    """Return the most GPU memory allocated since the last call; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     peak = torch.cuda.max_memory_allocated()
@@ -133,7 +135,7 @@ def peak_memory_gib() -> float | None:
 
 
 def profile(searcher: BeamSearcher, prompts: list[tuple[int, ...]]) -> dict[str, float]:
-    """Milliseconds of GPU work of a whole run by kernel family, and the wall time."""
+    """Measure milliseconds of GPU work of a whole run by kernel family, and the wall time."""
     from torch.profiler import ProfilerActivity
 
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Owns runs of the project's commands as people run them, each in a process of its own, and what is read off a run."""
+"""Owns runs of the project's commands as people run them, each in a process of its own, and their figures."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class CommandRun:
-    """Wall clock and CPU time of a command's own process, without Ray's, in seconds, and the most memory that it held, in GiB."""
+    """A command's own process, without Ray's: wall clock, CPU time in seconds, and the most memory in GiB."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -41,17 +41,17 @@ class SweepRun:
 
     @property
     def trial_seconds(self) -> float:
-        """From the first trial's start to the last one's end."""
+        """Return the seconds from the first trial's start to the last one's end."""
         return max(record.ended_at or 0.0 for record in self.records) - self.first_start
 
     @property
     def first_start(self) -> float:
-        """When the first trial started, in seconds since 1970."""
+        """Return when the first trial started, in seconds since 1970."""
         return min(record.started_at or 0.0 for record in self.records)
 
     @property
     def start_up_seconds(self) -> float:
-        """From the command's start to the first trial's."""
+        """Return the seconds from the command's start to the first trial's."""
         return self.first_start - (self.command.ended_at - self.command.seconds)
 
 

@@ -1,11 +1,13 @@
-"""What company changes: one trial's perplexity beside other trials on its base, alone, alone again, and alone under other seeds.
+"""The influence of company: one trial's perplexity beside other trials on its base, and alone.
 
-    python benchmarks/company.py [--base-model BASE] [--train FILE] [--public FILE] [--train-examples 512] [--others 7]
+    python benchmarks/company.py [--base-model BASE] [--train FILE] [--public FILE] \\
+        [--train-examples 512] [--others 7]
 
-In float32 a trial together with others equals the same trial alone to 1e-4 (tests/test_bank.py, tests/test_gpu.py). In bfloat16
-sums round, and a GPU adds some of them up in another order every time. The line's `baseline` is how far public perplexity of the
-same trial, alone, strays from run to run (the largest relative difference of its evaluations from the mean of the repeats), its `ours`
-how far it strays in company; `ratio` at or above 1 means that company can't be told from chance.
+In float32 a trial together with others equals the same trial alone to 1e-4 (tests/test_bank.py,
+tests/test_gpu.py). In bfloat16 sums round, and a GPU adds some of them up in another order every time. The
+line's `baseline` is how far public perplexity of the same trial, alone, strays from run to run (the largest
+relative difference of its evaluations from the mean of the repeats), its `ours` how far it strays in company;
+`ratio` at or above 1 means that company can't be told from chance.
 """
 
 import argparse
@@ -100,7 +102,7 @@ def perplexity_curve(
     others: int,
     budget: int,
 ) -> list[float]:
-    """Public perplexity along an epoch of one trial, with others of smaller ranks and other dropout in the same passes."""
+    """Measure public perplexity along an epoch of one trial, with others of smaller ranks and dropouts."""
     company = [
         settings.model_copy(
             update={

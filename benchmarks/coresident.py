@@ -1,11 +1,13 @@
-"""Training throughput of trials that share a base: K trials in shared passes, against PEFT on padded rows, one trial after another.
+"""Training throughput of trials that share a base, against PEFT on padded rows, one trial after another.
 
-    python benchmarks/coresident.py [--base-model BASE | --shape 7b --tokenizer FOLDER] [--data FILE] [--trials 1 4] [--steps 2]
+    python benchmarks/coresident.py [--base-model BASE | --shape 7b --tokenizer FOLDER] [--data FILE] \\
+        [--trials 1 4] [--steps 2]
 
-Both take batches of 16 examples; tokens are the examples' own, without padding. The baseline is PEFT on an NF4 base as users run
-it at its best: no checkpointing, no upcast, bfloat16 autocast on a GPU, rows halved if memory is short. Trials run one after
-another take as many times as long, so its tokens/s stand for any number of trials. Ours has NF4 values dequantised if memory
-allows; for --shape its random bfloat16 weights stand for those.
+Both take batches of 16 examples; tokens are the examples' own, without padding. The baseline is PEFT on an
+NF4 base as users run it at its best: no checkpointing, no upcast, bfloat16 autocast on a GPU, rows halved if
+memory is short. Trials run one after another take as many times as long, so its tokens/s stand for any number
+of trials. Ours has NF4 values dequantised if memory allows; for --shape its random bfloat16 weights stand for
+those.
 """
 
 import argparse
@@ -91,7 +93,7 @@ def main() -> None:
 
 
 def load_nf4(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options say, its linear layers in NF4."""
+    """Load (model, tokenizer) as the options say, its linear layers in NF4."""
     if not arguments.shape:
         return load_base(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
     model, tokenizer = load_model(arguments)
@@ -118,7 +120,7 @@ def load_nf4(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def measure_peft(
     model: Any, examples: list[EncodedExample], settings: TrialSettings, steps: int
 ) -> dict[str, float]:
-    """Effective tokens/s and peak memory of plain PEFT on padded rows."""
+    """Measure effective tokens/s and peak memory of plain PEFT on padded rows."""
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=int(settings.lora_alpha),
@@ -148,7 +150,7 @@ def measure_peft(
 
 
 def peft_step(model: Any, batch: list[EncodedExample], rows: int, optimizer: torch.optim.Optimizer) -> int:
-    """One optimizer step in passes of some rows; returns the batch's tokens."""
+    """Take one optimizer step in passes of some rows; returns the batch's tokens."""
     for start in range(0, len(batch), rows):
         padded_backward(model, batch[start : start + rows])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,7 +166,7 @@ def measure_bank(
     count: int,
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
-    """Effective tokens/s of `count` trials together, and peak memory."""
+    """Measure effective tokens/s of `count` trials together, and peak memory."""
     trainings = [
         Training(bank, examples, settings.model_copy(update={"seed": seed, "epochs": 1000}))
         for seed in range(count)

@@ -1,13 +1,14 @@
-"""Time from start to end of a fixed set of 16 configurations: this project's sweep, against two ways to do it with PEFT.
+"""Time from start to end of 16 fixed configurations: this project's sweep against two ways with PEFT.
 
-    python benchmarks/makespan.py [--base-model BASE] [--train FILE] [--public FILE] [--train-examples 256] [--side-by-side 4]
+    python benchmarks/makespan.py [--base-model BASE] [--train FILE] [--public FILE] \\
+        [--train-examples 256] [--side-by-side 4]
         [--unsloth TOKENS_PER_SECOND]
 
-The sweep is ray_jobs/tune.py, run whole in a process of its own, once without early stopping and once with ASHA: its time
-includes Ray's start, loading the base, evaluations, checkpoints, and registration. PEFT's times are those of its optimizer steps
-alone, from measured throughput: (a) one trial after another, (b) as many Ray tasks side by side as the sweep has trials on a device,
-each with a base of its own, and, with --unsloth, (c) those of unsloth at a throughput measured elsewhere. So the comparison leans to
-their side.
+The sweep is ray_jobs/tune.py, run whole in a process of its own, once without early stopping and once with
+ASHA: its time includes Ray's start, loading the base, evaluations, checkpoints, and registration. PEFT's
+times are those of its optimizer steps alone, from measured throughput: (a) one trial after another, (b) as
+many Ray tasks side by side as the sweep has trials on a device, each with a base of its own, and, with
+--unsloth, (c) those of unsloth at a throughput measured elsewhere. So the comparison leans to their side.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def _examples(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _peft_throughput(arguments: argparse.Namespace) -> float:
-    """Effective tokens/s of PEFT's optimizer steps on a base of its own."""
+    """Measure effective tokens/s of PEFT's optimizer steps on a base of its own."""
     settings = TrialSettings(lora_r=max(_RANKS), schedule="constant")
     return measure_peft(
         load_base(BaseModelSettings(name=arguments.base_model)),
@@ -102,7 +103,7 @@ def _peft_throughput(arguments: argparse.Namespace) -> float:
 
 
 def _peft_side_by_side(arguments: argparse.Namespace, count: int) -> float:
-    """The same, added up over so many Ray tasks that share the device, in processes of their own that leave nothing behind."""
+    """Measure PEFT in so many Ray tasks that share the device, each a process of its own, added up."""
     import ray
 
     on_gpu = torch.cuda.is_available()
@@ -132,7 +133,7 @@ def _peft_side_by_side(arguments: argparse.Namespace, count: int) -> float:
 
 
 def _sweep_seconds(arguments: argparse.Namespace, scheduler: dict[str, Any]) -> dict[str, float]:
-    """Wall clock of the whole command, and of what it has of trials and what was before them."""
+    """Return the wall clock of the whole command, of its trials, and of what was before them."""
     resources = {"trials_per_gpu": arguments.side_by_side} if torch.cuda.is_available() else {}
     space = {
         "base_model": {"name": arguments.base_model},

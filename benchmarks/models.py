@@ -35,7 +35,7 @@ _VOCABULARY = 32000
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--base-model, or --shape with --tokenizer."""
+    """Add --base-model, or --shape with --tokenizer."""
     parser.add_argument("--base-model", default=DEFAULT_BASE)
     parser.add_argument(
         "--shape", choices=SHAPES, help="random bfloat16 weights of this size in place of --base-model"
@@ -44,7 +44,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options say, in transformers' own modules; a base has its dequantised weights if memory allows."""
+    """Load (model, tokenizer) as the options say, in transformers' own modules.
+
+    A base has its dequantised weights if memory allows.
+    """
     if not arguments.shape:
         return load_merged(BaseModelSettings(name=arguments.base_model)), load_tokenizer(arguments.base_model)
     tokenizer = _load_tokenizer(arguments.tokenizer)
@@ -60,7 +63,10 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def write_base(shape: str, tokenizer: str, folder: Path) -> None:
-    """Write a base of random bfloat16 weights with a tokenizer's own vocabulary, as `save_pretrained` does."""
+    """Write a base of random bfloat16 weights with a tokenizer's own vocabulary.
+
+    Its files are those of `save_pretrained`.
+    """
     words = _load_tokenizer(tokenizer)
     config = LlamaConfig(
         vocab_size=len(words),
@@ -89,5 +95,5 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def fold(tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """Token ids within the vocabulary of the random shapes."""
+    """Map token ids into the vocabulary of the random shapes."""
     return tuple(token % _VOCABULARY for token in tokens)

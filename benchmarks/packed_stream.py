@@ -1,10 +1,10 @@
-"""One optimizer step on 16 examples of the report's prompt: padded rows through plain PEFT against the packed stream.
+"""One optimizer step on 16 examples: padded rows through plain PEFT against the packed stream.
 
     python benchmarks/packed_stream.py [--data FILE] [--steps 2]
 
-Both run in this process, each on its own NF4 base: the baseline is PEFT as it is, ours is this project's bank, with its NF4
-values dequantised if memory allows. After a warm-up step each, steps alternate and the median counts. Without dropout the
-first losses must agree, or nothing is printed.
+Both run in this process, each on its own NF4 base: the baseline is PEFT as it is, ours is this project's
+bank, with its NF4 values dequantised if memory allows. After a warm-up step each, steps alternate and the
+median counts. Without dropout the first losses must agree, or nothing is printed.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def make_peft_model(base_model: str, settings: TrialSettings) -> Any:
-    """The baseline: the same base and adapter as PEFT itself builds them."""
+    """Make the baseline: the same base and adapter as PEFT itself builds them."""
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=int(settings.lora_alpha),
@@ -96,7 +96,7 @@ def make_peft_model(base_model: str, settings: TrialSettings) -> Any:
 
 
 def padded_step(model: Any, examples: list[EncodedExample], optimizer: torch.optim.Optimizer) -> float:
-    """What users run today: one optimizer step on padded rows. Returns the loss."""
+    """Take one optimizer step on padded rows, as users do today. Returns the loss."""
     loss = padded_backward(model, examples)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -105,7 +105,10 @@ def padded_step(model: Any, examples: list[EncodedExample], optimizer: torch.opt
 
 
 def padded_backward(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
-    """Loss and gradients of right-padded rows, logits everywhere, labels of -100 on what is not answer."""
+    """Compute loss and gradients of right-padded rows.
+
+    Logits are everywhere, labels are -100 on what is not an answer.
+    """
     model.train()
     ids, mask, labels = (tensor.to(model.device) for tensor in padded_rows(examples))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
@@ -116,7 +119,7 @@ def padded_backward(model: Any, examples: list[EncodedExample]) -> torch.Tensor:
 
 
 def padded_rows(examples: list[EncodedExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, attention mask, labels), each [examples, longest]."""
+    """Return (ids, attention mask, labels), each [examples, longest]."""
     width = max(example.num_tokens for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -128,7 +131,7 @@ def padded_rows(examples: list[EncodedExample]) -> tuple[torch.Tensor, torch.Ten
 
 
 def timed(step: Callable[[], Any]) -> float:
-    """Seconds that one call takes, the GPU's work included."""
+    """Return the seconds that one call takes, the GPU's work included."""
     synchronize()
     start = time.perf_counter()
     step()

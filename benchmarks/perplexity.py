@@ -1,10 +1,12 @@
-"""Public perplexity under the report's prompts: a plain loop, one example at a time, against the packed stream.
+"""Public perplexity under the report's prompts: one example at a time against the packed stream.
 
-    python benchmarks/perplexity.py [--data FILE] [--examples 16] [--shots 0 3] [--shape 7b --tokenizer FOLDER]
+    python benchmarks/perplexity.py [--data FILE] [--examples 16] [--shots 0 3] \\
+        [--shape 7b --tokenizer FOLDER]
 
-Same process, same NF4 values: the loop runs on the quantised base, as plain scripts do, ours on what `evaluate.py` loads. The
-work is every example under each prompt (zero-shot and 3-shot, as in the report); `settings` has the seconds and the ratio of
-each. Every value must agree to 1e-4 in float32, the mean to 1 % in bfloat16, or nothing is printed.
+Same process, same NF4 values: the loop runs on the quantised base, as plain scripts do, ours on what
+`evaluate.py` loads. The work is every example under each prompt (zero-shot and 3-shot, as in the report);
+`settings` has the seconds and the ratio of each. Every value must agree to 1e-4 in float32, the mean to 1 %
+in bfloat16, or nothing is printed.
 """
 
 import argparse
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def measure(plain: Any, served: Any, examples: list[EncodedExample], repeats: int) -> dict[str, Any]:
-    """Best seconds of `repeats` alternating runs, mean perplexity and tokens of both ways, and their ratio."""
+    """Measure both ways in turn; returns best seconds, mean perplexity and tokens of each."""
     values: dict[str, list[float]] = {}
 
     def loop() -> None:
@@ -109,10 +111,7 @@ def measure(plain: Any, served: Any, examples: list[EncodedExample], repeats: in
 
 @torch.no_grad()
 def one_perplexity(model: Any, example: EncodedExample) -> float:
-    """exp(mean NLL of the answer) of one example, logits at all positions, as plain scripts compute it.
-
-    Not the cross entropy of transposed logits that some scripts use: on a CPU its sums over the vocabulary lose 1e-4.
-    """
+    """Return exp(mean NLL of the answer) of one example, logits at all positions, as plain scripts do."""
     ids, mask, labels = (tensor.to(model.device) for tensor in padded_rows([example]))
     logits = model(input_ids=ids, attention_mask=mask).logits[0, :-1].float()
     return F.cross_entropy(logits, labels[0, 1:], ignore_index=-100).exp().item()

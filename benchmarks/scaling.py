@@ -1,12 +1,17 @@
-"""The same sweep, or the same batch inference, on more and more GPUs of one host: whole commands, one JSON line a number of GPUs.
+"""The same sweep, or the same batch inference, on more and more GPUs of one host, as whole commands.
 
-    python benchmarks/scaling.py sweep [--devices 1 2 4 8] [--base-model BASE] [--train FILE] [--public FILE] [--trials-per-device 4]
-    python benchmarks/scaling.py infer [--devices 1 2 4 8] [--base-model BASE] [--input FILE] [--rows-per-device 64]
+Prints one JSON line a number of GPUs.
 
-The sweep is a fixed one, of as many trials as the most GPUs hold, without early stopping: effective tokens/s and examples/s from
-the first trial's start to the last one's end. Batch inference has rows in proportion to GPUs: rows/s while engines generate.
-`ratio` is to the first number of GPUs; `efficiency` is the ratio for each GPU. Without a GPU, a device is a Ray node on this
-machine, with its share of the cores. --shape writes a base of random weights of a size to --base-model, a folder, if it isn't there.
+    python benchmarks/scaling.py sweep [--devices 1 2 4 8] [--base-model BASE] [--train FILE] [--public FILE] \\
+        [--trials-per-device 4]
+    python benchmarks/scaling.py infer [--devices 1 2 4 8] [--base-model BASE] [--input FILE] \\
+        [--rows-per-device 64]
+
+The sweep is a fixed one, of as many trials as the most GPUs hold, without early stopping: effective tokens/s
+and examples/s from the first trial's start to the last one's end. Batch inference has rows in proportion to
+GPUs: rows/s while engines generate. `ratio` is to the first number of GPUs; `efficiency` is the ratio for
+each GPU. Without a GPU, a device is a Ray node on this machine, with its share of the cores. --shape writes a
+base of random weights of a size to --base-model, a folder, if it isn't there.
 """
 
 import argparse
@@ -84,7 +89,7 @@ def main() -> None:
 def _sweep(
     arguments: argparse.Namespace, devices: int, environment: dict[str, str], load: Path
 ) -> dict[str, Any]:
-    """The fixed sweep on some devices."""
+    """Run the fixed sweep on some devices."""
     num_trials = arguments.trials_per_device * max(arguments.devices)
     rows = load_examples(arguments.train, need_output=True)[: arguments.train_examples]
     examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.train)
@@ -127,7 +132,7 @@ def _sweep(
 def _inference(
     arguments: argparse.Namespace, devices: int, environment: dict[str, str], load: Path
 ) -> dict[str, Any]:
-    """Rows in proportion to devices."""
+    """Run batch inference on rows in proportion to devices."""
     data = load_examples(arguments.input, need_output=False)
     rows = [
         {"id": str(n), "instruction": data[n % len(data)].instruction}
@@ -169,7 +174,10 @@ def _driver(run: CommandRun) -> dict[str, float]:
 
 @contextmanager
 def _only(devices: int, most: int) -> Iterator[dict[str, str]]:
-    """The environment of a command that sees so many GPUs, or a Ray cluster of so many nodes of this machine."""
+    """Make the environment of a command that sees so many GPUs.
+
+    Without GPUs, a Ray cluster of so many nodes that share the machine's cores.
+    """
     if torch.cuda.is_available():
         seen = os.environ.get(
             "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
@@ -197,7 +205,7 @@ def _cores(most: int) -> int:
 
 @contextmanager
 def _gpu_load() -> Iterator[Path]:
-    """A file that tells each GPU's load once a second; it stays empty without a GPU."""
+    """Write each GPU's load to a file once a second; it stays empty without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "load.csv"
         with file.open("w") as target:
@@ -218,7 +226,7 @@ def _gpu_load() -> Iterator[Path]:
 
 
 def _mean_load(file: Path, start: float, end: float) -> dict[str, float]:
-    """Percent of the time between two times (seconds since 1970) that each GPU had work."""
+    """Return the percent of the time between two times (seconds since 1970) that each GPU had work."""
     seen: dict[str, list[float]] = {}
     for line in file.read_text().splitlines():
         stamp, *rest = line.split(", ")

@@ -3,8 +3,8 @@
     model = mlflow.pyfunc.load_model("models:/NAME@champion")
     model.predict([{"instruction": "翻譯成文言文：你好"}], params={"num_beams": 3, "max_new_tokens": 64})
 
-MLflow keeps a copy of this file and of the packages that it imports beside the adapter, and runs the file when a
-model is loaded.
+MLflow keeps a copy of this file and of the packages that it imports beside the adapter, and runs the file
+when a model is loaded.
 """
 
 import threading
@@ -31,7 +31,7 @@ class AdapterModel(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Load the base that `model_config` names and the adapter, with the prompt that the adapter was trained with."""
+        """Load the base that `model_config` names, the adapter, and the prompt it was trained with."""
         config = context.model_config
         base = BaseModelSettings(name=config["base_model"], quantization=config["quantization"])
         self._tokenizer = load_tokenizer(base.name)

@@ -1,10 +1,12 @@
-"""Look at a finished sweep in MLflow's UI with a real browser (Chromium, in Qt's WebEngine, without a screen), and keep pictures.
+"""Look at a finished sweep in MLflow's UI with a real browser, and keep pictures.
+
+The browser is Chromium, in Qt's WebEngine, without a screen.
 
     pip install '.[browser]'
     python docs/screenshots.py quickstart [--study report] [--out docs/images]
 
-Starts an MLflow server for the store of $MLFLOW_TRACKING_URI (default: mlruns/) on loopback, opens the pages that people decide from,
-saves each as a PNG, and prints one JSON line with the text that each page shows.
+Starts an MLflow server for the store of $MLFLOW_TRACKING_URI (default: mlruns/) on loopback, opens the pages
+that people decide from, saves each as a PNG, and prints one JSON line with the text that each page shows.
 """
 
 import argparse
@@ -22,7 +24,10 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
-_FLAGS = "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist --force-color-profile=srgb"
+_FLAGS = (
+    "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist "
+    "--force-color-profile=srgb"
+)
 _SETTLE_SECONDS = 8
 _LEAVE_ASSISTANT = "document.querySelectorAll('aside button, [aria-label=\"Close\"]').forEach(b => b.click())"
 # The comparison opens with some of the parameters that differ and the first metric; people compare all five with perplexity.
@@ -50,7 +55,7 @@ _CHOOSE_AXES = """
 
 
 def main() -> None:
-    """Serve, look, save."""
+    """Serve the store, look at the pages, save them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,7 +99,7 @@ def main() -> None:
 
 
 def _pages(root: str, sweep: str) -> dict[str, tuple[str, str, int]]:
-    """For each picture: its address, what is done there first, its height."""
+    """Return for each picture: its address, what is done there first, its height."""
     from mlflow import MlflowClient
 
     from tracking.runs import connect

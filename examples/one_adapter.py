@@ -1,6 +1,7 @@
-"""Train one adapter on a frozen base and measure it, without Ray and MLflow: the learning core in forty lines.
+"""Train one adapter on a frozen base and measure it: the learning core in forty lines, without Ray.
 
-python examples/one_adapter.py [--base smollm2-135m-instruct] [--train FILE] [--public FILE] [--out results/one_adapter]
+python examples/one_adapter.py [--base smollm2-135m-instruct] [--train FILE] [--public FILE] \\
+        [--out results/one_adapter]
 """
 
 import argparse

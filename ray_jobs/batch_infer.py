@@ -79,8 +79,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model",
         metavar="URI",
-        help="models:/NAME@ALIAS or models:/NAME/VERSION, with the base, quantisation and prompt that it is served "
-        "with",
+        help="models:/NAME@ALIAS or models:/NAME/VERSION, with the base, quantisation and prompt that it is "
+        "served with",
     )
     add_model_options(parser)
     parser.add_argument(

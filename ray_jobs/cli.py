@@ -1,4 +1,7 @@
-"""Owns what all commands share: their options, and the line of progress. Imports nothing heavy until it is needed."""
+"""Owns what all commands share: their options, and the line of progress.
+
+Imports nothing heavy until it is needed.
+"""
 
 import argparse
 import re
@@ -17,7 +20,7 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse that ends a wrong option with one `error:` line and exit code 2, as its documentation has it done."""
+    """argparse that ends a wrong option with one `error:` line and exit code 2."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -46,8 +49,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="NAME",
-        help="the text around each instruction: a template of prompts/ or a YAML file (default: the one that a "
-        "registered adapter was trained with, few-shot with --shots, else `default`)",
+        help="the text around each instruction: a template of prompts/ or a YAML file (default: the one that "
+        "a registered adapter was trained with, few-shot with --shots, else `default`)",
     )
     parser.add_argument(
         "--shots",
@@ -107,8 +110,8 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--early-stopping",
         choices=("true", "false", "never"),
-        help="when a beam search ends: with as many outputs as beams, when better ones are unlikely, or when they "
-        "are impossible (default: false)",
+        help="when a beam search ends: with as many outputs as beams, when better ones are unlikely, or when "
+        "they are impossible (default: false)",
     )
     parser.add_argument(
         "--do-sample", action="store_true", help="draw tokens at random in place of searching for the best"

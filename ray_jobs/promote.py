@@ -1,4 +1,4 @@
-"""The versions of a registered model: compare them, promote one to champion, or go back to the champion before.
+"""The versions of a registered model: compare them, promote one to champion, or go back.
 
 python ray_jobs/promote.py quickstart
 python ray_jobs/promote.py quickstart --version 3

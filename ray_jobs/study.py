@@ -1,4 +1,4 @@
-"""The course report's study for any base and data: stages, learning curve, prompts, beams; as a page and as runs of one experiment.
+"""The course report's study for any base and data: stages, prompts, beams; as a page and as runs.
 
 python ray_jobs/study.py --study studies/quick.yaml
 """

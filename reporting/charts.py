@@ -1,4 +1,4 @@
-"""Owns the pictures of a sweep: inline SVG by matplotlib, without scripts, readable on light and on dark paper.
+"""Owns the pictures of a sweep: inline SVG by matplotlib, without scripts, readable on light and dark paper.
 
 Text and axes take the page's own colour. Refuses to know where numbers come from.
 """
@@ -45,7 +45,10 @@ class Curve:
 
 
 def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bool = True) -> str:
-    """All trials, from the base on if that is where they start; the best one in front, a cross where ASHA stopped one."""
+    """Draw all trials, the best one in front, with a cross where ASHA stopped one.
+
+    Curves begin at the base if that is where the trials start.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 4.2)
         axes.axhline(
@@ -83,7 +86,7 @@ def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bo
 
 
 def epoch_curves(curves: Mapping[str, Sequence[tuple[float, float]]], quantity: str) -> str:
-    """A quantity over epochs, one line a lineage."""
+    """Draw a quantity over epochs, one line a lineage."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 3.2)
         for (name, points), colour in zip(
@@ -109,8 +112,11 @@ def parallel_coordinates(
     perplexities: Sequence[float],
     best: int,
 ) -> str:
-    """One line a trial through an axis for each parameter (its place there from 0 to 1, `labels` says what stands where) to its
-    best public perplexity, on a logarithmic axis. `best`: the trial drawn in front."""
+    """Draw one line a trial through an axis for each parameter to its best public perplexity.
+
+    columns: each trial's place on an axis, from 0 to 1; labels: what stands where. The last axis is
+    logarithmic. best: the trial drawn in front.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 3.8)
         logs = [math.log(value) for value in perplexities]
@@ -143,7 +149,7 @@ def parallel_coordinates(
 
 
 def importance_bars(shares: Mapping[str, float]) -> str:
-    """Parameters by their share of what perplexity's differences are explained by."""
+    """Draw parameters by their share of what perplexity's differences are explained by."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 0.6 + 0.42 * len(shares))
         names = sorted(shares, key=lambda name: shares[name])

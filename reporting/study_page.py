@@ -13,8 +13,12 @@ from reporting.sweep_page import bootstrap_interval, compare
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study: its name and base; what was found by step; points of its lineages as stages ("1+1+3"); the report's base and perplexities,
-    by stages and by kinds of prompt, if there are any; examples to show, each (instruction, reference, texts by kind); facts."""
+    """The content of a study's page.
+
+    found: the results by step. nodes: points of its lineages as stages ("1+1+3"). reported_base,
+    reported_stages, reported_kinds: a report's base and perplexities, by stages and by kinds of prompt, if
+    there are any. examples: to show, each (instruction, reference, texts by kind). facts: to print.
+    """
 
     name: str
     base: str
@@ -63,10 +67,8 @@ def _verdict(study: StudyReport) -> str:
     ours, zero = (study.found[f"perplexity {name}"]["values"] for name in (best, "zero-shot"))
     _, low, high = compare(ours, zero)
     told = "" if low <= 0 <= high else ", and the difference is not one of the examples drawn"
-    return (
-        f"Best after stages {best}: public perplexity {study.found[f'perplexity {best}']['mean']:.4g}, zero-shot "
-        f"{study.found['perplexity zero-shot']['mean']:.4g}{told}."
-    )
+    mean, zero_mean = (study.found[f"perplexity {name}"]["mean"] for name in (best, "zero-shot"))
+    return f"Best after stages {best}: public perplexity {mean:.4g}, zero-shot {zero_mean:.4g}{told}."
 
 
 def _stages(study: StudyReport) -> str:
@@ -101,7 +103,7 @@ def _stages(study: StudyReport) -> str:
 
 
 def _beside(study: StudyReport, reported: Mapping[str, float]) -> tuple[list[str], str]:
-    """(the head of a column with the report's figures, if there are any; what to say below)."""
+    """Return the head of a column with a report's figures, if there are any, and what to say below."""
     if not study.reported_base or not reported:
         return [], ""
     same = study.base.partition("@")[0].rpartition("/")[2] == study.reported_base

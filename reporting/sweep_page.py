@@ -1,7 +1,7 @@
-"""Owns a sweep's report: one HTML file without scripts or outside files, which says which trial is best and how sure that is.
+"""Owns a sweep's page: one HTML file without scripts, which says which trial is best and how sure that is.
 
-Perplexities are means over examples, so an interval comes from drawing examples anew, and two trials are compared on the same
-draws. Refuses to know Ray and the tracking server.
+Perplexities are means over examples, so an interval comes from drawing examples anew, and two trials are
+compared on the same draws. Refuses to know Ray and the tracking server.
 """
 
 import math
@@ -23,8 +23,11 @@ _FEWEST_TRIALS = 8  # to say which parameter mattered
 
 @dataclass(frozen=True)
 class TrialReport:
-    """One trial: its searched settings, its curve as (percent of its schedule, public perplexity), the perplexity of each public
-    example at its best point, and what it cost."""
+    """One trial of the page.
+
+    settings: those that were searched. curve: (percent of its schedule, public perplexity). perplexities: of
+    each public example at its best point. The rest is what it cost.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -39,15 +42,19 @@ class TrialReport:
 
     @property
     def best(self) -> float:
-        """Lowest public perplexity; infinite before the first evaluation."""
+        """Return the lowest public perplexity; infinite before the first evaluation."""
         return min((value for _, value in self.curve), default=math.inf)
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A sweep: its name, the base's perplexity, its trials, the share of full-length epochs that early stopping did not run, time, what
-    became of the best adapter, facts to print (settings, digests, versions, hardware), and whether fresh adapters were trained, which
-    equal the base at first."""
+    """The content of a sweep's page.
+
+    zero_shot: the base's perplexity. epochs_saved: the share of full-length epochs that early stopping did
+    not run. registration: what became of the best adapter. facts: to print (settings, digests, versions,
+    hardware). starts_at_base: whether fresh adapters were trained, which equal the base at first. links:
+    pages of the tracking server, by name.
+    """
 
     name: str
     zero_shot: float
@@ -61,22 +68,25 @@ class SweepReport:
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[float, float]:
-    """Where the mean of `values` lies in 95 of 100 draws of as many examples. Source: Efron 1979, https://doi.org/10.1214/aos/1176344552."""
+    """Return where the mean of `values` lies in 95 of 100 draws of as many examples.
+
+    Source: Efron 1979, https://doi.org/10.1214/aos/1176344552.
+    """
     low, high = np.quantile(_means(np.array(values), draws), [0.025, 0.975])
     return float(low), float(high)
 
 
 def compare(best: Sequence[float], other: Sequence[float], draws: int = _DRAWS) -> tuple[float, float, float]:
-    """(difference of means best - other, its 95 % interval), both drawn over the same examples."""
+    """Return (difference of means best - other, its 95 % interval), both drawn over the same examples."""
     differences = np.array(best) - np.array(other)
     return float(differences.mean()), *bootstrap_interval(differences.tolist(), draws)  # type: ignore[return-value]
 
 
 def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
-    """Share of each searched parameter in explaining the first perplexity that each trial reported, where all had spent the same share
-    of their schedules: permutation importance in a forest of regression trees. Empty for too few trials.
+    """Return the share of each searched parameter in explaining the first perplexity of each trial.
 
-    Source: Breiman 2001, https://doi.org/10.1023/A:1010933404324.
+    There all trials had spent the same share of their schedules. Permutation importance in a forest of
+    regression trees; empty for too few trials. Source: Breiman 2001, https://doi.org/10.1023/A:1010933404324.
     """
     seen = [trial for trial in trials if trial.curve]
     names = _searched(seen)
@@ -96,21 +106,21 @@ def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
 
 
 def verdict(trials: Sequence[TrialReport], zero_shot: float) -> str:
-    """In words: which trial is best, and whether it can be told from the runner-up."""
+    """Say which trial is best, and whether it can be told from the runner-up."""
     order = _ranked(trials)
     best = order[0]
     low, high = bootstrap_interval(best.perplexities)
     words = (
-        f"Trial {best.name} is best: public perplexity {best.best:.4g} (95 % interval over examples {low:.4g} to {high:.4g}), "
-        f"zero-shot {zero_shot:.4g}."
+        f"Trial {best.name} is best: public perplexity {best.best:.4g} "
+        f"(95 % interval over examples {low:.4g} to {high:.4g}), zero-shot {zero_shot:.4g}."
     )
     if len(order) < 2 or not order[1].curve:
         return words
     second = order[1]
     difference, low, high = compare(best.perplexities, second.perplexities)
     found = (
-        f"its runner-up {second.name} ({second.best:.4g}): the difference is {difference:.3g}, 95 % interval {low:.3g} to {high:.3g} "
-        f"on {len(best.perplexities)} examples."
+        f"its runner-up {second.name} ({second.best:.4g}): the difference is {difference:.3g}, "
+        f"95 % interval {low:.3g} to {high:.3g} on {len(best.perplexities)} examples."
     )
     if low <= 0 <= high:
         return f"{words} It can't be told from {found}"
@@ -126,53 +136,65 @@ def _page(sweep: SweepReport) -> str:
     order = _ranked(sweep.trials)
     seen = [trial for trial in order if trial.curve]
     names = _searched(seen)
-    places = {name: _places(seen, name) for name in names}
     stopped = sum(trial.status == "stopped" for trial in sweep.trials)
-    curves = [
-        Curve(
-            trial.name,
-            [percent for percent, _ in trial.curve],
-            [value for _, value in trial.curve],
-            trial.status == "stopped",
-            trial is order[0],
-        )
-        for trial in seen
-    ]
-    shares = importance(sweep.trials)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
         f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot))}</p>',
-        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them and saved "
-        f"{sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
+        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them and "
+        f"saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
+        _links(sweep.links),
         "<h2>Ranking</h2>",
         _table(order, names),
         "<h2>Learning curves</h2>",
-        figure(
-            learning_curves(curves, sweep.zero_shot, sweep.starts_at_base),
-            "Public perplexity of each trial; a cross is where early stopping ended one.",
-        ),
+        _curves(sweep, seen),
         "<h2>Settings and results</h2>",
-        figure(
-            parallel_coordinates(
-                {_label(name): column for name, (column, _) in places.items()},
-                {_label(name): marks for name, (_, marks) in places.items()},
-                [trial.best for trial in seen],
-                0,
-            ),
-            "One line a trial, from its settings to its best public perplexity; the best trial in front.",
-        ),
+        _coordinates(seen, names),
         "<h2>What mattered</h2>",
-        figure(
-            importance_bars({_label(name): share for name, share in shares.items()}),
-            f"Share of each setting in explaining the first perplexity that the {len(seen)} trials reported (random forest, "
-            "permutation importance). With so few trials this is a hint, not a proof.",
-        )
-        if shares
-        else f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>',
+        _importance(sweep.trials, len(seen)),
         "<h2>Facts</h2>",
         facts(sweep.facts),
     ]
     return page(f"Sweep {sweep.name}", sections)
+
+
+def _links(links: Mapping[str, str]) -> str:
+    if not links:
+        return ""
+    anchors = [f'<a href="{text(address)}">{text(name)}</a>' for name, address in links.items()]
+    return f'<p class="note">In MLflow: {", ".join(anchors)}.</p>'
+
+
+def _curves(sweep: SweepReport, seen: Sequence[TrialReport]) -> str:
+    curves = []
+    for place, trial in enumerate(seen):
+        percents = [percent for percent, _ in trial.curve]
+        values = [value for _, value in trial.curve]
+        curves.append(Curve(trial.name, percents, values, trial.status == "stopped", is_best=place == 0))
+    caption = "Public perplexity of each trial; a cross is where early stopping ended one."
+    return figure(learning_curves(curves, sweep.zero_shot, sweep.starts_at_base), caption)
+
+
+def _coordinates(seen: Sequence[TrialReport], names: Sequence[str]) -> str:
+    columns, labels = {}, {}
+    for name in names:
+        columns[_label(name)], labels[_label(name)] = _places(seen, name)
+    picture = parallel_coordinates(columns, labels, [trial.best for trial in seen], best=0)
+    return figure(
+        picture, "One line a trial, from its settings to its best public perplexity; the best trial in front."
+    )
+
+
+def _importance(trials: Sequence[TrialReport], num_seen: int) -> str:
+    shares = importance(trials)
+    if not shares:
+        return (
+            f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>'
+        )
+    caption = (
+        f"Share of each setting in explaining the first perplexity that the {num_seen} trials reported (random "
+        "forest, permutation importance). With so few trials this is a hint, not a proof."
+    )
+    return figure(importance_bars({_label(name): share for name, share in shares.items()}), caption)
 
 
 def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
@@ -231,7 +253,10 @@ def _searched(trials: Sequence[TrialReport]) -> list[str]:
 
 
 def _places(trials: Sequence[TrialReport], name: str) -> tuple[list[float], dict[float, str]]:
-    """(each trial's place on an axis from 0 to 1, what stands at which place): numbers by size, anything else by name."""
+    """Return each trial's place on an axis from 0 to 1, and what stands at which place.
+
+    Numbers are placed by size, anything else by name.
+    """
     values = [trial.settings[name] for trial in trials]
     if all(isinstance(value, int | float) for value in values):
         scaled = [
@@ -249,7 +274,10 @@ def _places(trials: Sequence[TrialReport], name: str) -> tuple[list[float], dict
 
 
 def _means(values: np.ndarray, draws: int) -> np.ndarray:
-    """Means of so many draws of as many examples, in pieces that fit into memory; the draws depend on the number of examples alone."""
+    """Return the means of so many draws of as many examples, in pieces that fit into memory.
+
+    The draws depend on the number of examples alone.
+    """
     generator, size = np.random.default_rng(0), max(1, len(values))
     piece = max(1, 2_000_000 // size)
     return np.concatenate(

@@ -1,4 +1,7 @@
-"""Tiny real parts: a byte-level tokenizer and two-layer decoders built from configs. Nothing is fetched, nothing is mocked."""
+"""Tiny real parts: a byte-level tokenizer and two-layer decoders built from configs.
+
+Nothing is fetched, nothing is mocked.
+"""
 
 import copy
 import json
@@ -58,7 +61,9 @@ CONFIGS = {
 
 
 def tiny_model(family: str) -> PreTrainedModel:
-    """A two-layer float32 decoder with weights large enough that attention matters, in transformers' own attention."""
+    """A two-layer float32 decoder with weights large enough that attention matters, in transformers' own
+    attention.
+    """
     attention = "eager" if family == "gemma2" else "sdpa"  # soft-capping exists in eager only
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -127,7 +132,9 @@ def write_rows(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_base):
-    """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they are."""
+    """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they
+    are.
+    """
     folder = tmp_path_factory.mktemp("project")
     for name in (
         "qlora",

@@ -1,4 +1,6 @@
-"""Independent ways to the same numbers: plain padded rows and a plain one-at-a-time loop, as users write them."""
+"""Independent ways to the same numbers: plain padded rows and a plain one-at-a-time loop, as users write
+them.
+"""
 
 import math
 from collections.abc import Sequence

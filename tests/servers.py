@@ -1,4 +1,6 @@
-"""An MLflow server as a team would have it: runs in PostgreSQL, files, which clients get through it, in an S3-like store."""
+"""An MLflow server as a team would have it: runs in PostgreSQL, files, which clients get through it, in an
+S3-like store.
+"""
 
 import os
 import socket
@@ -15,7 +17,10 @@ import pytest
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """Within: the address of a server whose state is in the folder. Needs the extra `servers`, or the test is skipped."""
+    """Within: the address of a server whose state is in the folder.
+
+    Needs the extra `servers`, or the test is skipped.
+    """
     pgserver = pytest.importorskip("pgserver", reason="pip install '.[servers]'")
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     database = pgserver.get_server(folder / "postgres")

@@ -60,7 +60,9 @@ def test_a_fresh_adapter_is_the_one_that_peft_draws(targets):
 
 @pytest.mark.parametrize("budget", [100_000, 150])
 def test_trials_together_equal_trials_alone(budget):
-    """Losses, weights and perplexities of four different trials, of which two join late and each leaves when it is done."""
+    """Losses, weights and perplexities of four different trials, of which two join late and each leaves when
+    it is done.
+    """
     public = random_examples(5, seed=9)
     alone = [trial(tiny_bank(), number) for number in range(4)]
     expected = [losses(run, run.timetable.total_steps) for run in alone]
@@ -130,7 +132,9 @@ def test_layers_of_one_name_can_be_told_apart(tmp_path):
 
 
 def test_products_and_gradients_are_those_of_autograd():
-    """Two adapters with dropout on parts of a stream, and a part that nobody owns, against the formula written plainly."""
+    """Two adapters with dropout on parts of a stream, and a part that nobody owns, against the formula
+    written plainly.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -162,7 +166,9 @@ def test_products_and_gradients_are_those_of_autograd():
 
 
 def test_dropout_masks():
-    """Mean and independence as theory has them; the same for an example wherever it stands, another in each step and layer."""
+    """Mean and independence as theory has them; the same for an example wherever it stands, another in each
+    step and layer.
+    """
     settings = TrialSettings(lora_dropout=0.1, seed=5)
     examples = random_examples(6)
     adapter = tiny_bank().attach(settings)

@@ -1,4 +1,6 @@
-"""Batch inference streams its input, keeps what is done, and writes every row once, in order, whatever was killed."""
+"""Batch inference streams its input, keeps what is done, and writes every row once, in order, whatever was
+killed.
+"""
 
 import json
 import os
@@ -266,7 +268,9 @@ def test_outputs_end_where_answers_end_in_training(engine_name):
 
 @pytest.mark.ray
 def test_a_pool_has_one_engine_an_accelerator():
-    """A GPU each, wherever they are; a node each where there are none; a GPU from an autoscaler that has started no node yet."""
+    """A GPU each, wherever they are; a node each where there are none; a GPU from an autoscaler that has
+    started no node yet.
+    """
     import ray
     from ray.cluster_utils import Cluster
 

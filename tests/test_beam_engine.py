@@ -21,7 +21,9 @@ def prompts(count: int = 7, shared: int = 12) -> list[tuple[int, ...]]:
 
 
 def model_that_ends(family: str, eos: int | list[int] = 2):
-    """EOS has a long row in the head, so that it is often the likeliest or the least likely token: outputs end here and there."""
+    """EOS has a long row in the head, so that it is often the likeliest or the least likely token: outputs
+    end here and there.
+    """
     model = tiny_model(family)
     with torch.no_grad():
         model.lm_head.weight[eos] *= 4.0

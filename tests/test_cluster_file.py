@@ -1,8 +1,8 @@
 """cluster.yaml: accepted by Ray's cluster launcher, and safe and affordable to bring up.
 
 Ray's own validation is a JSON schema and a few cross-checks. It lets through a cluster that can never scale
-(max_workers: 0) or that listens on every address, so `problems` below checks what the project relies on. All of it
-works offline: only Ray's AWS bootstrap, which is not called here, needs boto3 and credentials.
+(max_workers: 0) or that listens on every address, so `problems` below checks what the project relies on. All
+of it works offline: only Ray's AWS bootstrap, which is not called here, needs boto3 and credentials.
 """
 
 import copy
@@ -141,7 +141,9 @@ def test_a_secret_would_be_seen(text: str) -> None:
 
 
 def test_workers_get_the_image_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command that rewrites the autoscaler's copy of the file, with a stand-in for the metadata service."""
+    """Run the command that rewrites the autoscaler's copy of the file, with a stand-in for the metadata
+    service.
+    """
     curl = tmp_path / "curl"
     curl.write_text(
         '#!/bin/sh\ncase "$*" in\n*/api/token) echo session ;;\n'

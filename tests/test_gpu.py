@@ -1,4 +1,7 @@
-"""What runs on a GPU only: FlashAttention over packed rows, the decode kernel, recorded steps. `pytest -m gpu` on such a machine."""
+"""What runs on a GPU only: FlashAttention over packed rows, the decode kernel, recorded steps.
+
+`pytest -m gpu` on such a machine.
+"""
 
 from dataclasses import replace
 
@@ -94,8 +97,10 @@ def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, nu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_plain_pytorch(dtype):
-    """Products and gradients of adapters of several ranks, one of which leaves the layer alone, with and without dropout. The masks
-    differ by design, so the kernels' own are read off an adapter that copies its input."""
+    """Products and gradients of adapters of several ranks, one of which leaves the layer alone, with and
+    without dropout. The masks differ by design, so the kernels' own are read off an adapter that copies
+    its input.
+    """
     width_in, width_out, ranks = 96, 80, (4, 33, 0, 64)
     bounds = ((0, 50), (50, 51), (51, 150), (150, 300))
     generator = torch.Generator(CUDA).manual_seed(0)
@@ -210,8 +215,10 @@ def test_trials_together_equal_trials_alone_on_a_gpu(family):
 
 
 def test_recorded_passes_equal_launched_ones():
-    """Losses, gradients and perplexities of trials that come and go, in bfloat16, where FlashAttention is: up to rounding, since a
-    recording's kernels add up in another order. The first trial leaves layers alone that later ones target."""
+    """Losses, gradients and perplexities of trials that come and go, in bfloat16, where FlashAttention is: up
+    to rounding, since a recording's kernels add up in another order. The first trial leaves layers alone
+    that later ones target.
+    """
     from test_bank import TRIALS
 
     public = random_examples(6, seed=9)
@@ -249,7 +256,9 @@ def test_recorded_passes_equal_launched_ones():
 
 
 def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch):
-    """A step's small remainder is not recorded beside its large passes; a trial that stays behind is recorded again."""
+    """A step's small remainder is not recorded beside its large passes; a trial that stays behind is recorded
+    again.
+    """
     from test_bank import TRIALS
 
     bank = gpu_bank("llama", torch.bfloat16)
@@ -266,7 +275,9 @@ def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch)
 
 
 def test_a_pass_that_cannot_be_recorded_is_launched():
-    """Float32 has no FlashAttention: that size is refused, and results are those of a bank without a recorder."""
+    """Float32 has no FlashAttention: that size is refused, and results are those of a bank without a
+    recorder.
+    """
     from test_bank import TRIALS
 
     losses = []
@@ -289,7 +300,9 @@ def gpu_bank(family, dtype=torch.float32):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_packed_training_is_as_exact_as_padded_rows(family):
-    """In bfloat16 the packed stream is no further from float32 than padded rows are, up to the noise of rounding."""
+    """In bfloat16 the packed stream is no further from float32 than padded rows are, up to the noise of
+    rounding.
+    """
     examples = random_examples(6, shared=24)
     exact, padded, base = (
         with_lora(tiny_model(family)),

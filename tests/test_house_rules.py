@@ -1,4 +1,6 @@
-"""The rules of the house, checked by reading the code: who imports whom, what loads only when needed, how it reads."""
+"""The rules of the house, checked by reading the code: who imports whom, what loads only when needed, how it
+reads.
+"""
 
 import ast
 import re
@@ -26,7 +28,7 @@ MAY_IMPORT = {
 OWNER = {"ray.tune": {"tuning"}, "ray.data": {"inference"}, "mlflow": {"tracking", "deploy", "docs"}}
 HEAVY = ("torch", "ray", "mlflow", "transformers", "peft")
 COMMANDS = ["tune", "evaluate", "batch_infer", "promote", "study"]
-# What a class may be a case of: interfaces, data, errors, and the classes that libraries ask to be derived from.
+# What a class may be a case of: interfaces, data, errors, and what libraries ask to be derived from.
 BASES = {
     "Protocol",
     "Settings",

@@ -1,4 +1,6 @@
-"""Every kind of bad input ends a command with exit code 2 and one `error:` line, before a model loads or Ray starts."""
+"""Every kind of bad input ends a command with exit code 2 and one `error:` line, before a model loads or Ray
+starts.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The registry: what is logged loads back and serves, the better adapter is champion, and there is a way back."""
+"""The registry: what is logged loads back and serves, the better adapter is champion, and there is a way
+back.
+"""
 
 import contextlib
 import json
@@ -24,8 +26,9 @@ CODE = [ROOT / "qlora", ROOT / "inference"]
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def store(request, tmp_path_factory):
-    """A tracking store of this module's own: a file as by default, or a server as a team would have it, with PostgreSQL and an S3-like
-    store."""
+    """A tracking store of this module's own: a file as by default, or a server as a team would have it, with
+    PostgreSQL and an S3-like store.
+    """
     folder = tmp_path_factory.mktemp("store")
     with contextlib.ExitStack() as stack:
         uri = (
@@ -74,7 +77,8 @@ def test_a_model_serves_in_a_new_process_what_the_engine_generates(store, tiny_b
     program = f"""
 import json, mlflow
 model = mlflow.pyfunc.load_model({uri!r})
-found = model.predict([{{"instruction": text}} for text in {asked!r}], params={{"num_beams": 2, "max_new_tokens": 5}})
+rows = [{{"instruction": text}} for text in {asked!r}]
+found = model.predict(rows, params={{"num_beams": 2, "max_new_tokens": 5}})
 print(json.dumps(found["output"].tolist()))"""
     out = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,4 +1,6 @@
-"""The scaling benchmark on Ray nodes of this machine's cores, which stand for GPUs: both of its jobs, spread over two."""
+"""The scaling benchmark on Ray nodes of this machine's cores, which stand for GPUs: both of its jobs, spread
+over two.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""Search spaces and what follows from them: shipped files, rungs, evaluation points, ASHA after a restore, the ledger."""
+"""Search spaces and what follows from them: shipped files, rungs, evaluation points, ASHA after a restore,
+the ledger.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace

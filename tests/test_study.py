@@ -1,4 +1,6 @@
-"""The report's study on a tiny base with a real local Ray: one lineage, nothing trained twice, nothing done twice."""
+"""The report's study on a tiny base with a real local Ray: one lineage, nothing trained twice, nothing done
+twice.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A whole sweep on a tiny base with a real local Ray and a real MLflow store: run, stop, resume, register, use."""
+"""A whole sweep on a tiny base with a real local Ray and a real MLflow store: run, stop, resume, register,
+use.
+"""
 
 import json
 import os
@@ -76,10 +78,8 @@ def test_the_summary_keeps_its_contract(project, sweep):
     assert summary["best"]["public_perplexity"] == lowest < summary["zero_shot"]
     assert any(trial["status"] == "stopped" for trial in summary["trials"])
     assert "saved" in out
-    assert (
-        f"hosts       training {summary['host_seconds']['training'] / sum(summary['host_seconds'].values()):.0%}"
-        in out
-    )
+    seconds = summary["host_seconds"]
+    assert f"hosts       training {seconds['training'] / sum(seconds.values()):.0%}" in out
     assert (project / summary["best"]["checkpoint"] / "adapter_config.json").exists()
 
 
@@ -131,7 +131,8 @@ def test_runs_tell_where_they_come_from_and_how_they_ended(project, tiny_base, s
             store.execute("select run_uuid, value from tags where key = 'checkpoint'").fetchall()
         )
         epochs = store.execute(
-            "select step, value from metrics where key = 'epoch_public_perplexity' and run_uuid = ? order by step",
+            "select step, value from metrics where key = 'epoch_public_perplexity' and run_uuid = ? "
+            "order by step",
             (best["mlflow_run_id"],),
         ).fetchall()
         version = dict(
@@ -267,7 +268,9 @@ def test_people_see_a_finished_sweep_in_the_ui(project, sweep, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_host_costs_its_trials_only_time(project, sweep):
-    """The trials of a dead host come back from their checkpoints on a new one, and score what they would have scored."""
+    """The trials of a dead host come back from their checkpoints on a new one, and score what they would have
+    scored.
+    """
     process = command(
         project,
         "tune",

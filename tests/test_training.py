@@ -1,4 +1,6 @@
-"""Training: stages, the exact loss of a split step, exact resume, and gradients that survive evaluation on every CPU."""
+"""Training: stages, the exact loss of a split step, exact resume, and gradients that survive evaluation on
+every CPU.
+"""
 
 import shutil
 from pathlib import Path
@@ -174,7 +176,9 @@ def test_uniform_logits_give_the_vocabulary_size():
 
 
 def test_training_after_evaluation_keeps_its_gradients(tiny_base, monkeypatch):
-    """On a CPU that has AVX512-BF16, or is taken for one: bitsandbytes must not repack the weights at the first evaluation."""
+    """On a CPU that has AVX512-BF16, or is taken for one: bitsandbytes must not repack the weights at the
+    first evaluation.
+    """
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model = load_base(BaseModelSettings(name=str(tiny_base)), torch.device("cpu"))
     use_packed_attention(model)

@@ -14,7 +14,10 @@ _BEST = "metrics.`best_public_perplexity`"
 
 
 def pages_root() -> str:
-    """Return where MLflow's pages are: the tracking server's address, without a password, or that of `make ui`."""
+    """Return where MLflow's pages are.
+
+    That is the tracking server's address, without a password, or that of `make ui`.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     return (
         f"{without_password(uri).rstrip('/')}/" if uri.startswith(("http://", "https://")) else _LOCAL_PAGES

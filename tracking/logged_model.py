@@ -1,4 +1,4 @@
-"""Owns an adapter as an MLflow model: a plain PEFT folder and the prompt it was trained with, beside the code that serves them.
+"""Owns an adapter as an MLflow model: a PEFT folder and its prompt, beside the code that serves them.
 
 Refuses to load models, and to know versions and aliases.
 """
@@ -30,10 +30,10 @@ _SIGNATURE = ModelSignature(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model is made of.
+    """The files that a model is made of.
 
-    adapter: its PEFT folder. prompt: its template's YAML file. script: what serves it. code: the packages that the
-    script imports.
+    adapter: its PEFT folder. prompt: its template's YAML file. script: what serves it. code: the packages
+    that the script imports.
     """
 
     adapter: Path
@@ -44,7 +44,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class FetchedModel:
-    """A model's files on this machine: its PEFT folder, its prompt, and the settings that its script is given."""
+    """A model's files on this machine.
+
+    adapter: its PEFT folder. prompt: its template's file. settings: what its script is given.
+    """
 
     adapter: Path
     prompt: Path | None
@@ -95,7 +98,10 @@ def log_model(
 
 
 def fetch_model(source: str) -> FetchedModel:
-    """Bring a model's files to this machine, if they are not here. A bare PEFT folder counts as a model, too."""
+    """Bring a model's files to this machine, if they are not here.
+
+    A bare PEFT folder counts as a model, too.
+    """
     root = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri()))
     if not (root / "MLmodel").exists():
         return FetchedModel(root, None, {})

@@ -1,7 +1,7 @@
-"""Owns the registry of adapters: versions of a registered model, their aliases, and models:/ URIs -> an adapter folder.
+"""Owns the registry of adapters: versions of a registered model, their aliases, models:/ URIs -> adapters.
 
-`challenger` is the newest version; `champion` is the best on the public examples it was measured on, until it is told
-otherwise; earlier champions are remembered, for the way back. Refuses to load models.
+`challenger` is the newest version; `champion` is the best on the public examples it was measured on, until it
+is told otherwise; earlier champions are remembered, for the way back. Refuses to load models.
 """
 
 import json
@@ -29,7 +29,7 @@ _HISTORY = "champions"
 
 @dataclass(frozen=True)
 class Registration:
-    """What became of a registered adapter: its URI and, in words, whether it is the champion and why."""
+    """The outcome of a registration: its URI and, in words, whether it is the champion and why."""
 
     model_uri: str
     is_champion: bool
@@ -40,8 +40,8 @@ class Registration:
 class RegisteredAdapter:
     """A version of the registry on this machine.
 
-    folder: its PEFT folder. prompt: the file of the prompt that it was trained with. model_uri: its fixed URI.
-    base_model, quantization: what it is served on. model_id: of its logged model, if it has one.
+    folder: its PEFT folder. prompt: the file of the prompt that it was trained with. model_uri: its fixed
+    URI. base_model, quantization: what it is served on. model_id: of its logged model, if it has one.
     """
 
     folder: Path
@@ -63,9 +63,9 @@ def register(
 ) -> Registration:
     """Make a logged model the newest version of a registered one, and champion if it beats the present one.
 
-    Champions are compared on the same public examples, told by `public_digest`, and with the same tokenizer (fact
-    `tokenizer_digest`) only, and have to beat the base alone (fact `zero_shot_public_perplexity`). Registering the
-    same run's adapter again changes nothing.
+    Champions are compared on the same public examples, told by `public_digest`, and with the same tokenizer
+    (fact `tokenizer_digest`) only, and have to beat the base alone (fact `zero_shot_public_perplexity`).
+    Registering the same run's adapter again changes nothing.
     """
     client = connect()
     tags = {"public_perplexity": repr(public_perplexity), "public_digest": public_digest, **facts}
@@ -76,7 +76,10 @@ def register(
 
 
 def promote(name: str, number: str) -> Registration:
-    """Make a version champion if it is better than the present one. Raises InputError for an unknown version."""
+    """Make a version champion if it is better than the present one.
+
+    Raises InputError for an unknown version.
+    """
     client = connect()
     return _crowned_if_better(client, name, _version(client, name, number))
 
@@ -96,7 +99,10 @@ def roll_back(name: str) -> Registration:
 
 
 def versions(name: str) -> list[dict[str, str]]:
-    """List all versions, newest first: their number, aliases and tags. Raises InputError for an unknown model."""
+    """List all versions, newest first: their number, aliases and tags.
+
+    Raises InputError for an unknown model.
+    """
     client = connect()
     aliases = _registered(client, name).aliases
     found = client.search_model_versions(f"name = '{name}'")
@@ -276,8 +282,8 @@ def _judge(champion: ModelVersion | None, version: ModelVersion) -> tuple[bool, 
         )
     if not _same_tokenizer(champion, version):
         return False, (
-            f"champion version {champion.version} has another tokenizer, and a perplexity per token means nothing "
-            "across tokenizers; compare texts, with ray_jobs/batch_infer.py"
+            f"champion version {champion.version} has another tokenizer, and a perplexity per token means "
+            "nothing across tokenizers; compare texts, with ray_jobs/batch_infer.py"
         )
     theirs = float(champion.tags["public_perplexity"])
     return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {champion.version}"

@@ -1,7 +1,7 @@
-"""Owns the runs of sweeps and studies in MLflow: one parent each, one child a trial or result, always brought to an end.
+"""Owns the runs of sweeps and studies in MLflow: one parent each, one child a trial or result.
 
-Runs are found again by an id of the sweep's own, so that a restored sweep goes on in the same runs, and one that is
-run again under an old name never does. Refuses to know Ray.
+Runs are found again by an id of the sweep's own, so that a restored sweep goes on in the same runs, and one
+that is run again under an old name never does. Refuses to know Ray.
 """
 
 import json
@@ -35,7 +35,7 @@ _TERMINAL = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
 class TrialRecord(Protocol):
-    """What is read of a trial's record."""
+    """The part of a trial's record that is logged."""
 
     @property
     def trial_id(self) -> str: ...
@@ -86,8 +86,8 @@ def ensure_experiment(client: MlflowClient, name: str) -> str:
 class SweepTracker:
     """Follows a sweep's trials into MLflow.
 
-    A child's metrics are drawn over optimizer steps; those whose name begins with `epoch_` over whole epochs, the
-    training loss being the mean of the epoch's.
+    A child's metrics are drawn over optimizer steps; those whose name begins with `epoch_` over whole epochs,
+    the training loss being the mean of the epoch's.
     """
 
     experiment_id: str
@@ -152,7 +152,7 @@ class SweepTracker:
             monitor.finish()
 
     def end(self, status: str, metrics: Mapping[str, float]) -> None:
-        """End the parent run with FINISHED, FAILED or KILLED, and every child that was left running with KILLED."""
+        """End the parent run with FINISHED, FAILED or KILLED, and what was left running with KILLED."""
         client = connect()
         for key, value in metrics.items():
             client.log_metric(self.parent_run_id, key, value)
@@ -171,8 +171,8 @@ def start_sweep(
 ) -> SweepTracker:
     """Return a tracker with its parent run: the one that this sweep already has, else a new one.
 
-    `sweep_id`: of this very sweep; None for one from before sweeps had ids, which is found by its name. `data` maps a
-    context (train, public) to (path, digest, number of examples).
+    `sweep_id`: of this very sweep; None for one from before sweeps had ids, which is found by its name.
+    `data` maps a context (train, public) to (path, digest, number of examples).
     """
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
@@ -194,9 +194,10 @@ def note_study(
     runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]],
     page: Path,
 ) -> tuple[str, str]:
-    """Log a parent run of a study with its page, and a finished child a result: (parameters, metrics) by name.
+    """Log a parent run of a study with its page, and a finished child a result.
 
-    What is there already is found again. `study_id`: as `start_sweep` has it. Returns (experiment id, parent run id).
+    `runs`: (parameters, metrics) by name. What is there already is found again. `study_id`: as `start_sweep`
+    has it. Returns (experiment id, parent run id).
     """
     client = connect()
     experiment_id = ensure_experiment(client, experiment)

@@ -1,5 +1,7 @@
-"""Owns what a plan is made for: the device that trials run on, measured in the process that has it. Loads nothing heavy, so that what
-is known of a device passes through processes that don't."""
+"""Owns the device that a plan is made for: its kind and its speeds, measured in the process that has it.
+
+Loads nothing heavy, so that what is known of a device passes through processes that don't.
+"""
 
 import math
 import time
@@ -14,8 +16,11 @@ from tuning.space import Space
 
 @dataclass(frozen=True)
 class Device:
-    """Where trials of a host run: its kind, memory that is free there, and how fast it multiplies matrices (operations a second), in
-    bfloat16 if it has that, and moves memory (bytes a second, read and written)."""
+    """A device that trials of a host run on.
+
+    free_bytes: memory that is free there. speed: operations a second in products of matrices, in bfloat16 if
+    it has that. bandwidth: bytes a second that are read and written.
+    """
 
     kind: str
     free_bytes: int
@@ -26,8 +31,10 @@ class Device:
 
 
 def this_device(kind: str | None = None) -> Device:
-    """This process's GPU or CPU, whichever is first there unless a kind is given: its speeds are those of products of two matrices and
-    of copies of one (a tenth of a second)."""
+    """Measure this process's GPU or CPU, the GPU if there is one unless a kind is given.
+
+    Its speeds are those of products of two matrices and of copies of one (a tenth of a second).
+    """
     import torch
 
     from qlora.base.device import compute_dtype, default_device, free_bytes
@@ -49,7 +56,10 @@ def this_device(kind: str | None = None) -> Device:
 
 
 def device_here(space: Space) -> Device | None:
-    """The device of this machine that trials of this space would have; None if it has no GPU and the space wants one."""
+    """Measure the device of this machine that trials of this space would have.
+
+    Returns None if the machine has no GPU and the space wants one.
+    """
     import torch
 
     if not space.wants_gpu:

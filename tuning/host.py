@@ -1,9 +1,9 @@
-"""Owns a host's seats and turns: which trials are attached to its device, what each was asked for, whose turn it is.
+"""Owns a host's seats and turns: which trials are attached to its device, and what each was asked to reach.
 
-One thread does everything that touches the device: whoever calls leaves a wish and waits. Between two steps the
-thread carries out what was asked for; a trial that asks for nothing (it waits at a rung, or was stopped) costs the
-others nothing. Checkpoints are written by threads of their own. Refuses to know how work is done (tuning.shared_work),
-how hosts are found and how trials report.
+One thread does everything that touches the device: whoever calls leaves a request and waits. Between two
+steps the thread carries out what was asked for; a trial that asks for nothing (it waits at a rung, or was
+stopped) costs the others nothing. Checkpoints are written by threads of their own. Refuses to know how work
+is done (tuning.shared_work), how hosts are found and how trials report.
 """
 
 import threading
@@ -33,10 +33,10 @@ _WRITERS = 4  # of checkpoints at once: trials of one length end together
 
 @dataclass(frozen=True)
 class SweepData:
-    """What every trial of a sweep works on, sent to the hosts once.
+    """The data that every trial of a sweep works on, sent to the hosts once.
 
-    budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from; None
-    for fresh ones.
+    budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from;
+    None for fresh ones.
     """
 
     space: Space
@@ -69,7 +69,10 @@ class Seat:
 
 
 class Host:
-    """Trains attached trials in shared passes. Its methods may be called from many threads and block until done."""
+    """Trains attached trials in shared passes.
+
+    Its methods may be called from many threads and block until done.
+    """
 
     def __init__(self, data: SweepData, num_threads: int):
         torch.set_num_threads(num_threads)
@@ -93,7 +96,8 @@ class Host:
     ) -> list[int]:
         """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any.
 
-        Returns the steps at which it is yet to be evaluated. A holder has one seat: what it held before is given up.
+        Returns the steps at which it is yet to be evaluated. A holder has one seat: what it held before is
+        given up.
         """
         settings = self._data.space.trial_settings(config)
         weights = self._work.bank.fresh_weights(settings)  # here, where no other trial waits for it
@@ -102,8 +106,8 @@ class Host:
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder.
 
-        Returns its metrics, and as `perplexities` those of the public examples. Raises DivergedError; KeyError for a
-        trial without a seat.
+        Returns its metrics, and as `perplexities` those of the public examples. Raises DivergedError;
+        KeyError for a trial without a seat.
         """
 
         def start() -> "Future[dict[str, Any]]":
@@ -144,7 +148,10 @@ class Host:
                     seat.fail(error.with_traceback(None))
 
     def _turn(self) -> None:
-        """Wait for work, then do one round of it. A method of its own: what it holds of trials goes when it ends."""
+        """Wait for work, then do one round of it.
+
+        A method of its own: what it holds of trials goes when it ends.
+        """
         waiting = "waiting" if self._seats else None
         with self._changed, self._work.counted(waiting):
             self._changed.wait_for(

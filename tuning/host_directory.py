@@ -1,8 +1,8 @@
-"""Owns where hosts are: one actor a device, made when the first trial asks for it, found by all trials of that device.
+"""Owns where hosts are: one actor a device, found by all of its trials.
 
-Trials hold the shares of a device in Ray's books; a host asks for nothing and is put beside them. A directory actor makes
-the hosts, so that they outlive trials and end with the sweep; a host that died is replaced when it is asked for. Loads nothing
-heavy.
+Trials hold the shares of a device in Ray's books; a host asks for nothing and is put beside them. A directory
+actor makes the hosts, so that they outlive trials and end with the sweep; a host that died is replaced when
+it is asked for. Loads nothing heavy.
 """
 
 import importlib
@@ -24,8 +24,11 @@ _MOST_TRIALS = 64  # of a host at once
 
 
 class HostActor:
-    """A tuning.host.Host in a process of its own, where the heavy libraries load at once, and the base once there is a plan. `device`: a
-    GPU's number or "cpu"."""
+    """A tuning.host.Host in a process of its own.
+
+    The heavy libraries load there at once, and the base once there is a plan. `device`: a GPU's number or
+    "cpu".
+    """
 
     def __init__(self, device: str, num_threads: int, data: "SweepData | None" = None):
         # Ray's books give it none
@@ -38,7 +41,7 @@ class HostActor:
             importlib.import_module("tuning.host")
 
     def device(self) -> Device:
-        """What there is to plan for, before `begin`."""
+        """Measure the device that there is to plan for, before `begin`."""
         import torch
 
         torch.set_num_threads(self._num_threads)
@@ -86,7 +89,7 @@ class HostActor:
         return self._found().notes()
 
     def process_id(self) -> int:
-        """Of the host's process."""
+        """Return the host's process id."""
         return os.getpid()
 
 
@@ -98,8 +101,10 @@ class HostDirectory:
         self._data: list[Any] = []
 
     def host(self, node: str, device: str, num_threads: int, trial_id: str | None) -> Any:
-        """The living host of a device (a GPU's number or "cpu") of a node. A trial that was elsewhere, as before its process was killed,
-        loses its seat there."""
+        """Return the living host of a device (a GPU's number or "cpu") of a node.
+
+        A trial that was elsewhere, as before its process was killed, loses its seat there.
+        """
         before = self._places.get(trial_id or "")
         if before is not None and before != (node, device) and before in self._hosts:
             self._hosts[before].detach.remote(trial_id)
@@ -120,14 +125,19 @@ class HostDirectory:
         return found
 
     def begin(self, data: list[Any]) -> None:
-        """Have the hosts there are, and those to come, begin. `data`: a reference to the SweepData, in a list so that Ray passes it on as
-        it is."""
+        """Have all hosts begin, those that are there and those to come.
+
+        `data`: a reference to the SweepData, in a list so that Ray passes it on as it is.
+        """
         self._data = data
         for host in self._hosts.values():
             host.begin.remote(*data)
 
     def seconds(self) -> dict[str, float]:
-        """Return where the time of all living hosts together went, by kind of work (tuning.shared_work.WORK)."""
+        """Return where the time of all living hosts together went, by kind of work.
+
+        The kinds are those of tuning.shared_work.WORK.
+        """
         found: Counter[str] = Counter()
         for seconds in self._answers("seconds"):
             found.update(seconds)
@@ -146,13 +156,15 @@ class HostDirectory:
 
 
 def start_hosts() -> Any:
-    """A directory for a sweep, on this node, whose hosts begin when they are given data (`begin_hosts`). It ends, with its hosts, when the
-    driver does."""
+    """Start a directory for a sweep, on this node.
+
+    Its hosts begin when they are given data (`begin_hosts`). It ends, with its hosts, when the driver does.
+    """
     return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=this_node()).remote()
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """For work of Ray's that belongs on the node of the process that asks for it."""
+    """Return the placement of work that belongs on the node of the process that asks for it."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
@@ -162,7 +174,10 @@ def begin_hosts(hosts: Any, data: "SweepData") -> None:
 
 
 def host_seconds(hosts: Any) -> dict[str, float]:
-    """Return where the hosts' time went: seconds of all of them together, by kind of work (tuning.shared_work.WORK)."""
+    """Return where the hosts' time went, in seconds of all of them together by kind of work.
+
+    The kinds are those of tuning.shared_work.WORK.
+    """
     found: dict[str, float] = ray.get(hosts.seconds.remote())
     return found
 
@@ -179,8 +194,11 @@ def stop_hosts(hosts: Any) -> None:
 
 
 def ask_all_devices(hosts: Any, shares: dict[str, float], question: str) -> list[Any]:
-    """References to what the host of each GPU there is answers, all asked at once since any would wait for the first; or, if trials need
-    none, that of one node's CPUs. `question`: a method of HostActor. `shares`: what a trial asks Ray for."""
+    """Ask the host of each GPU a question; returns references to the answers.
+
+    All are asked at once, since any would wait for the first. If trials need no GPU, the host of one node's
+    CPUs is asked. `question`: a method of HostActor. `shares`: what a trial asks Ray for.
+    """
 
     def ask(hosts: Any) -> Any:
         return ray.get(getattr(host_of_my_device(hosts), question).remote())
@@ -191,18 +209,20 @@ def ask_all_devices(hosts: Any, shares: dict[str, float], question: str) -> list
 
 
 def num_gpus() -> int:
-    """Of the connected Ray now; 1 if it has none, or none yet."""
+    """Count the GPUs of the connected Ray now; 1 if it has none, or none yet."""
     return max(1, int(ray.cluster_resources().get("GPU", 0)))
 
 
 def host_of_my_device(hosts: Any, trial_id: str | None = None) -> Any:
-    """The host of the device that this task, or the actor of a trial, holds a share of."""
+    """Return the host of the device that this task, or the actor of a trial, holds a share of."""
     return ray.get(hosts.host.remote(*my_device(), trial_id))
 
 
 def my_device() -> tuple[str, str, int]:
-    """(node, device, threads that work on it) of the device that this task or actor holds a share of: all of the node's CPUs, or its
-    part of them beside one GPU of several."""
+    """Return (node, device, threads that work on it) of the device that this task or actor holds a share of.
+
+    The threads are all of the node's CPUs, or its part of them beside one GPU of several.
+    """
     context = ray.get_runtime_context()
     node, gpus = context.get_node_id(), ray.get_gpu_ids()
     resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)

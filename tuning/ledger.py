@@ -1,4 +1,4 @@
-"""Owns what a sweep knows of its trials on disk: one JSON file a trial, replaced atomically, so that no kill loses a point.
+"""Owns the records of a sweep's trials on disk: one JSON file a trial; no kill loses a point.
 
 Ray's own state is for Ray; the ledger is what reports, early stopping after a restore, and people read.
 """
@@ -17,8 +17,11 @@ Status = Literal["pending", "running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial: its configuration, how it ended, and its curve, one point an evaluation, by ascending step; the perplexity of each
-    public example at the best point. Times in seconds since 1970."""
+    """One trial: its configuration, how it ended, and its curve.
+
+    curve: one point an evaluation, by ascending step. best_perplexities: of each public example at the best
+    point. Times are in seconds since 1970.
+    """
 
     trial_id: str
     config: dict[str, Any]
@@ -30,7 +33,7 @@ class TrialRecord:
     best_perplexities: tuple[float, ...] = ()
 
     def with_point(self, point: dict[str, float], perplexities: Sequence[float] = ()) -> "TrialRecord":
-        """The record with one more point; a point at a step that was seen replaces it, as after a restore."""
+        """Return the record with one more point; it replaces one at the same step, as after a restore."""
         kept = tuple(old for old in self.curve if old["step"] < point["step"])
         record = replace(self, curve=(*kept, point))
         if record.best is point:
@@ -39,22 +42,22 @@ class TrialRecord:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The point with the lowest public perplexity; None before the first evaluation."""
+        """Return the point with the lowest public perplexity; None before the first evaluation."""
         return min(self.curve, key=lambda point: point["public_perplexity"], default=None)
 
     @property
     def peak_memory_gib(self) -> float:
-        """The most that the trial saw its GPU hold; 0 on a CPU."""
+        """Return the most that the trial saw its GPU hold; 0 on a CPU."""
         return max((point["peak_memory_gib"] for point in self.curve), default=0.0)
 
     @property
     def percent(self) -> float:
-        """Percent of its own schedule that the trial has reported."""
+        """Return the percent of its own schedule that the trial has reported."""
         return self.curve[-1]["schedule_percent"] if self.curve else 0.0
 
     @property
     def reason(self) -> str:
-        """Why the trial ended before its time; empty if it did not."""
+        """Say why the trial ended before its time; empty if it did not."""
         if self.status == "stopped":
             return f"ASHA, at {self.percent:.3g} % of its schedule"
         return self.error or ""
@@ -89,14 +92,17 @@ class Ledger:
 
 
 def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Records by the best perplexity that each reached; those without any come last."""
+    """Sort records by the best perplexity that each reached; those without any come last."""
     return sorted(
         records, key=lambda record: record.best["public_perplexity"] if record.best else float("inf")
     )
 
 
 def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:
-    """Share of the full-length epochs of all trials that early stopping did not run. A failed trial counts as it ran."""
+    """Return the share of all trials' full-length epochs that early stopping did not run.
+
+    A failed trial counts as it ran.
+    """
     planned = sum(_full_epochs(record) for record in records)
     run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)
     lost = sum(

@@ -16,8 +16,8 @@ from qlora.lora.bank import is_targeted
 class ModelSize:
     """A base in numbers.
 
-    linear: parameters of its linear layers, without the head; other: of the rest. layers: (inputs, outputs) of each
-    linear layer. kept_numbers: what a token leaves behind in a training pass, for the backward.
+    linear: parameters of its linear layers, without the head; other: of the rest. layers: (inputs, outputs)
+    of each linear layer. kept_numbers: what a token leaves behind in a training pass, for the backward.
     """
 
     linear: int
@@ -62,7 +62,10 @@ def model_size(config: Any) -> ModelSize:
 
 
 def _kept_of_a_layer(text: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Count both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product."""
+    """Count the numbers that a layer keeps of a token for its backward.
+
+    Both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product.
+    """
     norms = 4 * text.hidden_size
     attention = 2 * (num_heads + num_kv_heads) * head_dim
     mlp = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)

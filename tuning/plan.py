@@ -1,7 +1,7 @@
 """Owns the plan: what a sweep is about to need, in numbers, before anything starts.
 
-Memory is counted, not guessed: base, adapters with gradients and Adam's two moments, and what a layer keeps of a
-token for its backward. Time is estimated by tuning.plan_time.
+Memory is counted, not guessed: base, adapters with gradients and Adam's two moments, and what a layer keeps
+of a token for its backward. Time is estimated by tuning.plan_time.
 """
 
 import math
@@ -35,10 +35,10 @@ _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep needs on each of its devices, in bytes and seconds.
+    """The needs of a sweep on each of its devices, in bytes and seconds.
 
-    trials: side by side on a device. adapter_bytes: of a trial with what training needs beside its adapter, at most;
-    mean_adapter_bytes: of one with middling settings.
+    trials: side by side on a device. adapter_bytes: of a trial with what training needs beside its adapter,
+    at most; mean_adapter_bytes: of one with middling settings.
     """
 
     base_bytes: int
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def most_bytes(self) -> int:
-        """Return the memory of a device that trains all of its trials, each the largest that the space allows."""
+        """Return a device's memory with all of its trials, each the largest that the space allows."""
         return self.base_bytes + self.trials * self.adapter_bytes + self.activation_bytes
 
     @property
@@ -73,7 +73,8 @@ def make_plan(
 ) -> Plan:
     """Plan a sweep on one or several such devices.
 
-    Raises InputError, naming what to change, for target modules that the base lacks, and if the trials don't fit.
+    Raises InputError, naming what to change, for target modules that the base lacks, and if the trials don't
+    fit.
     """
     _check_settings(space, size, device)
     width = _width(space, device)
@@ -92,8 +93,8 @@ def make_plan(
     if least > free:
         raise InputError(
             "base_model",
-            f"a trial needs {gib(least)} on a device (base {gib(base)}, adapter and optimizer {gib(adapter)}), "
-            f"but {gib(free)} are free; choose a smaller base or lora_r, or a larger device",
+            f"a trial needs {gib(least)} on a device (base {gib(base)}, adapter and optimizer "
+            f"{gib(adapter)}), but {gib(free)} are free; choose a smaller base or lora_r, or a larger device",
         )
     trials = _asked_side_by_side(space)
     if trials is None:
@@ -159,7 +160,10 @@ def _width(space: Space, device: Device) -> int:
 
 
 def _base_bytes(space: Space, size: ModelSize, width: int, free: int) -> int:
-    """Return what the base takes: its NF4 values are dequantised if half of the free memory has room for them."""
+    """Return what the base takes.
+
+    Its NF4 values are dequantised if half of the free memory has room for them.
+    """
     dense = size.linear * width
     keeps_nf4 = space.base_model.quantization == "nf4" and 2 * dense >= free
     return size.other * width + (int(size.linear * _NF4_BYTES) if keeps_nf4 else dense)

@@ -13,7 +13,10 @@ from tuning.space import Asha, Space
 def describe_plan(
     space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None
 ) -> str:
-    """Describe base, data, trials, schedule lengths and rungs, memory, disk and time; without a plan, what needs none."""
+    """Describe base, data, trials, schedule lengths and rungs, memory, disk and time.
+
+    Without a plan, what needs none.
+    """
     lines = [*_work_lines(space, train, public), *(_plan_lines(plan) if plan else [])]
     if plan is None:
         lines.append("device      no GPU here to plan for")
@@ -30,6 +33,7 @@ def _work_lines(space: Space, train: Sequence[EncodedExample], public: Sequence[
     prefix = whole_group([*train, *public]).prefix_length
     mean_tokens = sum(example.num_tokens for example in train) / len(train)
     fixed = space.trial_settings({})
+    steps_per_epoch = make_timetable(len(train), fixed).steps_per_epoch
     searched = ", ".join(
         f"{key} {name}{value}" for key, sampler in space.search.items() for name, value in sampler.items()
     )
@@ -39,7 +43,7 @@ def _work_lines(space: Space, train: Sequence[EncodedExample], public: Sequence[
         f"public      {len(public)} examples of {space.data.public}; all prompts share {prefix} tokens",
         f"search      {searched}",
         f"trials      {space.num_trials} by {space.searcher.type} search",
-        f"epoch       {make_timetable(len(train), fixed).steps_per_epoch} steps of {fixed.batch_size} examples",
+        f"epoch       {steps_per_epoch} steps of {fixed.batch_size} examples",
     ]
     if isinstance(space.scheduler, Asha):
         unit = "% of a trial's schedule" if space.scheduler.time_attr == "schedule_percent" else " steps"
@@ -53,7 +57,8 @@ def _plan_lines(plan: Plan) -> list[str]:
     devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
     unstopped = _minutes(plan.seconds_without_stopping)
     return [
-        f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} tokens",
+        f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} "
+        "tokens",
         f"memory      {gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and optimizers "
         f"{plan.trials} x {gib(plan.mean_adapter_bytes)}, activations {gib(plan.activation_bytes)}; "
         f"at most {gib(plan.most_bytes)}",

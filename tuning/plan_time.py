@@ -1,8 +1,8 @@
-"""Owns the time that a sweep is expected to take: arithmetic and memory traffic at a device's measured speeds.
+"""Owns the time that a sweep is expected to take: arithmetic and memory traffic at a device's speeds.
 
-Added to them is what every step and every first pass of a size costs a GPU's host; and trials are counted as ASHA
-lets them through. Constants of a GPU are from steps of one and eight trials of the shapes of 135 million, 1.1 and 7
-billion parameters on an H100.
+Added to them is what every step and every first pass of a size costs a GPU's host; and trials are counted as
+ASHA lets them through. Constants of a GPU are from steps of one and eight trials of the shapes of 135
+million, 1.1 and 7 billion parameters on an H100.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,11 @@ def expected_seconds(
     side_by_side: int,
     num_devices: int,
 ) -> tuple[float, float]:
-    """Return the seconds of a sweep with early stopping and without, with so many trials on each of the devices."""
+    """Return the seconds of a sweep with early stopping and without.
+
+    There are `num_devices` devices with `side_by_side` trials on each; a step has `step_tokens` stream
+    tokens.
+    """
     epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in space.values("epochs")]
     mean_epochs = sum(epochs) / len(epochs)
     steps_per_epoch = make_timetable(len(train), space.trial_settings({})).steps_per_epoch
@@ -78,10 +82,10 @@ def _comparison_points(space: Space, steps: float) -> list[float]:
 
 
 def let_through(trials: float, reduction_factor: float) -> float:
-    """Estimate the trials that Ray Tune's ASHA lets pass a rung which so many reach one after another.
+    """Estimate the trials that ASHA lets pass a rung which so many reach one after another.
 
-    In an order that says nothing about them: the first, and of the others each that is better than a quantile of
-    those before it. That is about 1 of `reduction_factor`, and one or two.
+    In an order that says nothing about them: the first, and of the others each that is better than a quantile
+    of those before it. That is about 1 of `reduction_factor`, and one or two.
     """
     share, count = 1 - 1 / reduction_factor, round(trials)
     later = sum(1 - (share * (number - 2) + 1) / number for number in range(2, count + 1))

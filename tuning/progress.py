@@ -1,4 +1,4 @@
-"""Owns what a person reads while a sweep runs and when it ends. Pure functions from records to text."""
+"""Owns the words that people read while a sweep runs and when it ends: pure functions, records -> text."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■"
 
 
 def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> str:
-    """Trials by best perplexity: configuration, progress, best and last perplexity, status."""
+    """Lay out trials by best perplexity: configuration, progress, best and last perplexity, status."""
     rows = [
         (
             "",
@@ -50,7 +50,7 @@ def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> 
 
 
 def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
-    """One line: trials by status, the best so far, elapsed time and an upper bound of what remains."""
+    """Write one line: trials by status, the best so far, elapsed time, an upper bound of what remains."""
     counts = {status: sum(record.status == status for record in records) for status in _MARKS}
     ended = counts["finished"] + counts["stopped"] + counts["failed"]
     best = next((record for record in ranked(records) if record.best), None)
@@ -71,18 +71,18 @@ def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: f
 
 
 def ranking(records: Sequence[TrialRecord], zero_shot: float) -> str:
-    """The closing table with what early stopping saved."""
+    """Lay out the closing table, with what early stopping saved."""
     saved = share_of_epochs_saved(records)
     stopped = sum(record.status == "stopped" for record in records)
     return (
         f"{table(records, zero_shot, limit=len(records))}\n"
-        f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials and saved "
-        f"{saved:.0%} of the full-length epochs"
+        f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials "
+        f"and saved {saved:.0%} of the full-length epochs"
     )
 
 
 def where_time_went(seconds: Mapping[str, float]) -> str:
-    """One line: the share of each kind of work in what hosts did; empty if they did nothing."""
+    """Write one line: the share of each kind of work in what hosts did; empty if they did nothing."""
     whole = sum(seconds.values())
     shares = ", ".join(
         f"{work} {part / whole:.0%}" for work, part in seconds.items() if round(100 * part / max(whole, 1e-9))
@@ -91,14 +91,17 @@ def where_time_went(seconds: Mapping[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Write seconds as m:ss or h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def _remaining(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
-    """Time left if no further trial were stopped: full schedules still to do, at the pace of those done so far."""
+    """Estimate the time left if no further trial were stopped.
+
+    Full schedules still to do, at the pace of those done so far.
+    """
     done = sum(record.percent for record in records)
     still_running = sum(100 - record.percent for record in records if record.status in ("pending", "running"))
     left = still_running + 100 * (num_trials - len(records))

@@ -12,7 +12,10 @@ from tuning.ledger import Ledger
 
 
 class RestoredASHA(TrialScheduler):
-    """Ray's ASHA behind Ray's interface; a trial that comes back is told again at the rungs that it had reached."""
+    """Ray's ASHA behind Ray's interface.
+
+    A trial that comes back is told again at the rungs that it had reached.
+    """
 
     def __init__(self, ledger_folder: Path, **options: Any):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Owns samplers: the ways in which a searched setting is drawn, checked before anything starts, and made Ray Tune's own.
+"""Owns samplers: how a searched setting is drawn, checked before anything starts, and made Ray Tune's own.
 
-Their names and meanings are Ray Tune's: https://docs.ray.io/en/latest/tune/api/search_space.html. A sampler is
-refused if any of its draws could be refused later, by the settings of a trial.
+Their names and meanings are Ray Tune's: https://docs.ray.io/en/latest/tune/api/search_space.html. A sampler
+is refused if any of its draws could be refused later, by the settings of a trial.
 """
 
 from typing import Any
@@ -62,7 +62,10 @@ def checked_sampler(key: str, sampler: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def checked_setting(key: str, value: Any, where: str) -> Any:
-    """Return the value of a trial setting as the settings hold it. Raises ValueError, naming `where`, if they don't."""
+    """Return the value of a trial setting as the settings hold it.
+
+    Raises ValueError, naming `where`, if they refuse it.
+    """
     try:
         return TrialSettings.model_validate({key: value}).model_dump(mode="json")[key]
     except ValidationError as error:
@@ -107,7 +110,10 @@ def _draws_whole_numbers(name: str, numbers: list[Any]) -> bool:
 
 
 def _extreme_draws(name: str, numbers: list[Any]) -> list[Any]:
-    """Return the least and the greatest draw: rounded to a multiple of q, and below upper for plain integers."""
+    """Return the least and the greatest draw.
+
+    Rounded draws are multiples of q, and plain integers stay below upper.
+    """
     low, high = numbers[:2]
     if SAMPLERS[name][-1] == "q":
         q = numbers[2]

@@ -1,4 +1,4 @@
-"""Owns what a sweep shows while it runs: its table of trials, redrawn in place on a terminal, printed now and then elsewhere."""
+"""Owns the table of trials on the screen: redrawn in place on a terminal, printed now and then elsewhere."""
 
 import sys
 import time

@@ -1,7 +1,8 @@
-"""Owns what a host does on its device: training and evaluating its trials together, in passes that memory has room for.
+"""Owns the work of a host on its device: training and evaluating its trials together.
 
-Out of memory first gives recorded passes back, then halves the tokens of a pass. Whatever else fails in company is
-tried again trial by trial, so that only the trial whose work fails is failed. Refuses to know who asks, and when.
+Out of memory first gives recorded passes back, then halves the tokens of a pass. Whatever else fails in
+company is tried again trial by trial, so that only the trial whose work fails is failed. Refuses to know who
+asks, and when.
 """
 
 import logging
@@ -55,7 +56,10 @@ class SharedWork:
     def evaluate(
         self, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample]
     ) -> list[list[float] | Exception]:
-        """Measure the perplexity of each example under each adapter (None: the bare base), or what that failed with."""
+        """Measure the perplexity of each example under each adapter (None: the bare base).
+
+        Returns the values, or what an adapter's evaluation failed with.
+        """
         values: dict[int, list[float]] = {}
 
         def measure(places: Sequence[int]) -> list[Exception | None]:
@@ -144,7 +148,10 @@ class SharedWork:
 
 
 def _end_if_the_gpu_is_out_of_order() -> None:
-    """End the process if no further call to the GPU can succeed: a new host takes its place, and trials come back."""
+    """End the process if no further call to the GPU can succeed.
+
+    A new host takes its place, and trials come back.
+    """
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -62,8 +62,9 @@ class OptunaSearch(Settings):
 class Asha(Settings):
     """Ray Tune's ASHAScheduler on public perplexity.
 
-    `time_attr` says what trials are compared by: `schedule_percent`, the share of a trial's own schedule that it has
-    done, so that unequal epoch counts and decaying learning rates meet fairly; or `step`, optimizer steps.
+    `time_attr` says what trials are compared by: `schedule_percent`, the share of a trial's own schedule that
+    it has done, so that unequal epoch counts and decaying learning rates meet fairly; or `step`, optimizer
+    steps.
     """
 
     type: Literal["asha"] = "asha"
@@ -97,7 +98,7 @@ class NoEarlyStopping(Settings):
 
 
 class TrialResources(Settings):
-    """What one trial asks Ray for: CPUs, and a share of one GPU."""
+    """The resources that one trial asks Ray for: CPUs, and a share of one GPU."""
 
     cpu: Number = Field(1, ge=0)
     gpu: Number = Field(0, ge=0, le=1)
@@ -106,8 +107,8 @@ class TrialResources(Settings):
 class Space(Settings):
     """A whole search space file. `trial` holds fixed settings, `search` a sampler for each searched one.
 
-    `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds room for;
-    it takes the place of resources_per_trial.gpu.
+    `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds
+    room for; it takes the place of resources_per_trial.gpu.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
@@ -178,9 +179,10 @@ class Space(Settings):
         return total
 
     def trial_shares(self, side_by_side: int = 1) -> dict[str, float]:
-        """Return what a trial asks Ray for: its CPUs, and its share of a GPU, by `trials_per_gpu` if that is given.
+        """Return what a trial asks Ray for: its CPUs, and its share of a GPU.
 
-        `side_by_side`: trials of a GPU where the space leaves that to the plan.
+        The share follows `trials_per_gpu` if that is given. `side_by_side`: trials of a GPU where the space
+        leaves that to the plan.
         """
         gpu = self.resources_per_trial.gpu
         if self.trials_per_gpu is not None:

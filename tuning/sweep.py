@@ -1,8 +1,8 @@
-"""Owns a sweep: Ray Tune's Tuner around `run_trial`, started anew or restored, and the best adapter that it leaves.
+"""Owns a sweep: Ray Tune's Tuner around `run_trial`, new or restored, and the best adapter that it leaves.
 
-ASHA, searchers and restore are Ray's. Two things that Ray leaves out are added over the ledger: after a restore ASHA
-is told the rungs that trials had reached (tuning.restored_asha), and a state that lost its trials is noticed
-(tuning.sweep_callback).
+ASHA, searchers and restore are Ray's. Two things that Ray leaves out are added over the ledger: after a
+restore ASHA is told the rungs that trials had reached (tuning.restored_asha), and a state that lost its
+trials is noticed (tuning.sweep_callback).
 """
 
 import shutil
@@ -34,10 +34,11 @@ def run_sweep(
     *,
     resume: bool,
 ) -> list[TrialRecord]:
-    """Run or continue the sweep whose results live in `folder`; returns its records, whatever became of each trial.
+    """Run or continue the sweep whose results live in `folder`; returns the record of every trial.
 
-    `shares`: what a trial asks Ray for. Trials still pending or running in the result mean that it was interrupted and
-    can be resumed. Raises InputError if Ray's saved state has lost trials that the ledger knows.
+    `shares`: what a trial asks Ray for. Trials still pending or running in the result mean that it was
+    interrupted and can be resumed. Raises InputError if Ray's saved state has lost trials that the ledger
+    knows.
     """
     experiment = storage_path(space, folder) + "/ray"
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), shares)
@@ -126,7 +127,7 @@ def _new_tuner(
 def _restored_tuner(
     experiment: str, trainable: Callable[..., Any], callback: SweepCallback, scheduler: TrialScheduler
 ) -> tune.Tuner:
-    """Restore a sweep, with the callback and the scheduler of this session in place of those that Ray stored."""
+    """Restore a sweep, with this session's callback and scheduler in place of those that Ray stored."""
     tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True, restart_errored=False)
     stored: Any = tuner._local_tuner  # Tuner.restore takes neither
     stored.get_run_config().callbacks = [callback]

@@ -1,4 +1,4 @@
-"""Owns what becomes of Ray Tune's events: records in the ledger, words to whoever observes, a table on the screen."""
+"""Owns the way of Ray Tune's events: into the ledger, to whoever observes, onto the screen."""
 
 import time
 from collections.abc import Sequence
@@ -35,7 +35,8 @@ class SweepObserver(Protocol):
 class SweepCallback(tune.Callback):
     """Ray Tune's events -> ledger, observer and screen.
 
-    Ray stores callbacks with a sweep; this one stores nothing, since whoever restores a sweep brings one of its own.
+    Ray stores callbacks with a sweep; this one stores nothing, since whoever restores a sweep brings one of
+    its own.
     """
 
     def __init__(self, folder: Path, space: Space, zero_shot: float, observer: SweepObserver):

@@ -1,5 +1,7 @@
-"""Owns one trial: an ordinary Ray Tune function trainable that holds a share of a device, and has its work done by the device's
-host. It loads nothing heavy: a trial starts in a second."""
+"""Owns one trial: an ordinary Ray Tune function trainable that holds a share of a device.
+
+Its work is done by the device's host. It loads nothing heavy: a trial starts in a second.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +16,10 @@ from tuning.host_directory import host_of_my_device
 
 
 def run_trial(config: dict[str, Any], hosts: Any) -> None:
-    """Train one configuration from where its last whole checkpoint is, reporting perplexity with a checkpoint each time."""
+    """Train one configuration from its last whole checkpoint on.
+
+    Each evaluation is reported with a checkpoint.
+    """
     trial_id, holder = tune.get_context().get_trial_id(), ray.get_runtime_context().get_actor_id()
     host = host_of_my_device(hosts, trial_id)
     with _own_checkpoints() as checkpoints:
@@ -30,7 +35,10 @@ def run_trial(config: dict[str, Any], hosts: Any) -> None:
 
 @contextmanager
 def _own_checkpoints() -> Iterator[list[str]]:
-    """The trial's checkpoints as folders here, newest first: a damaged one can be passed over for the one before it."""
+    """Give the trial's checkpoints as folders here, newest first.
+
+    A damaged one can be passed over for the one before it.
+    """
     newest = tune.get_checkpoint()
     if newest is None:
         yield []

@@ -1,4 +1,4 @@
-"""Owns what a batch job tells when it is done: on the screen, and in the tracking server if a registered model made it."""
+"""Owns the last words of a batch job: on the screen, and in MLflow if a registered model made the outputs."""
 
 from pathlib import Path
 

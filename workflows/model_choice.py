@@ -1,7 +1,7 @@
-"""Owns which model a command works with: a base, an adapter of a folder or of the registry, and the prompt it is asked with.
+"""Owns which model a command works with: a base, an adapter of a folder or of the registry, and its prompt.
 
-A registered version knows how it is served: base, quantisation and prompt are the version's own unless an option
-says otherwise, and what an option overrides is told.
+A registered version knows how it is served: base, quantisation and prompt are the version's own unless an
+option says otherwise, and what an option overrides is told.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from tracking.registry import RegisteredAdapter, fetch_adapter, is_model_uri
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter as a command names it: its PEFT folder on this machine, and its version if it is registered."""
+    """An adapter as a command names it: its PEFT folder here, and its version if it is registered."""
 
     folder: Path
     registered: RegisteredAdapter | None
@@ -30,7 +30,7 @@ class NamedAdapter:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What a command line says of a model; None where it says nothing."""
+    """The options of a command line that name a model; None where it says nothing."""
 
     adapter: str | None = None
     base_model: str | None = None
@@ -43,7 +43,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model to work with. overridden: a line for each thing that an option has in place of the version's own."""
+    """The model to work with.
+
+    overridden: a line for each thing that an option has in place of the version's own.
+    """
 
     base: BaseModelSettings
     adapter: NamedAdapter | None

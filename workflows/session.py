@@ -41,7 +41,10 @@ class StoppedError(Exception):
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command's main and exit as the contract says. An InputError raised on a Ray worker counts as one here."""
+    """Run a command's main and exit as the contract says.
+
+    An InputError raised on a Ray worker counts as one here.
+    """
     _prepare_environment()
     try:
         main()

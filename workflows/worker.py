@@ -1,4 +1,7 @@
-"""Owns work of single models on the device of a trial, away from the driver: training a stage, perplexity, texts, proof."""
+"""Owns the work of single models on the device of a trial, away from the driver.
+
+Training a stage, perplexity, texts, and the proof of a registered adapter.
+"""
 
 import gc
 import importlib
@@ -137,8 +140,8 @@ def prove(
 ) -> None:
     """Prove that a logged adapter is the one that was measured.
 
-    What the tracking server gives back is loaded in the worker's process and must give the reported perplexity.
-    Raises RuntimeError if it does not.
+    What the tracking server gives back is loaded in the worker's process and must give the reported
+    perplexity. Raises RuntimeError if it does not.
     """
     files = AdapterFiles.read(fetch_adapter(model_uri).folder)
     values, dtype = worker.do(measure_perplexities, base, files, list(public))

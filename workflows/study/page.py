@@ -19,7 +19,10 @@ _TEXT = ("chrf", "bleu", "exact_match", "rows_per_second", "peak_memory_gib", "a
 def publish_study(
     name: str, study_id: str | None, folder: Path, prepared: PreparedStudy, found: Mapping[str, Any]
 ) -> str:
-    """Write a study's page and bring it and the results to the tracking server; returns what to tell people."""
+    """Write a study's page and bring it and the results to the tracking server.
+
+    Returns what to tell people.
+    """
     study, page = prepared.study, folder / "study.html"
     drawn = random.Random(study.seed).sample(range(len(prepared.public)), study.num_predictions)
     write_study_page(page, study_report(name, prepared, found, sorted(drawn)))

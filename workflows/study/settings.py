@@ -1,4 +1,4 @@
-"""Owns the settings of a study: what a YAML file under studies/ holds."""
+"""Owns the settings of a study: the content of a YAML file under studies/."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from tuning.space import DataSettings, read_settings
 
 
 class Sampling(Settings):
-    """Of sampling in place of beam search; see DecodingSettings."""
+    """Sampling in place of beam search; see DecodingSettings."""
 
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
@@ -26,8 +26,11 @@ class Sampling(Settings):
 
 
 class Reported(Settings):
-    """Public perplexities of a report to stand beside ours: the base it used, values by stages, and by prompts, which are `zero-shot`,
-    `few-shot` and `adapter`."""
+    """Public perplexities of a report, to stand beside ours.
+
+    base: the one it used. stages, prompts: values by stages, and by prompts, which are `zero-shot`,
+    `few-shot` and `adapter`.
+    """
 
     base: str
     stages: dict[str, float] = Field(default_factory=dict)
@@ -35,8 +38,11 @@ class Reported(Settings):
 
 
 class Study(Settings):
-    """A study. `stages`: lineages of training; what two of them begin with alike is trained once. `trial`: settings of training but
-    epochs. Texts are generated for the public examples."""
+    """A study.
+
+    stages: lineages of training; what two of them begin with alike is trained once. trial: settings of
+    training but epochs. Texts are generated for the public examples.
+    """
 
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
@@ -76,7 +82,10 @@ class Study(Settings):
         return beams
 
     def nodes(self) -> list[tuple[int, ...]]:
-        """Every point of every lineage, as the stages that lead to it, parents first: (1,), (1, 1), (1, 1, 3), (1, 1, 1), ..."""
+        """List every point of every lineage, as the stages that lead to it, parents first.
+
+        For example (1,), (1, 1), (1, 1, 3), (1, 1, 1).
+        """
         found: list[tuple[int, ...]] = []
         for lineage in self.stages:
             stages = parse_stages(lineage)
@@ -84,17 +93,20 @@ class Study(Settings):
         return found
 
     def settings_of(self, stages: tuple[int, ...]) -> TrialSettings:
-        """What training to a point of a lineage is set to."""
+        """Return the settings of training to a point of a lineage."""
         return TrialSettings.model_validate({"seed": self.seed, **self.trial, "epochs": name_of(stages)})
 
 
 def name_of(stages: tuple[int, ...]) -> str:
-    """(1, 1, 3) -> "1+1+3"."""
+    """Write stages as text: (1, 1, 3) -> "1+1+3"."""
     return "+".join(map(str, stages))
 
 
 def load_study(path: str | Path, overrides: list[str]) -> Study:
-    """The Study of a YAML file with `dotted.key=value` overrides. Raises InputError naming file and key."""
+    """Load the Study of a YAML file with `dotted.key=value` overrides.
+
+    Raises InputError naming file and key.
+    """
     content = read_settings(path, overrides, "studies/quick.yaml")
     study = validated(path, lambda: Study.model_validate(content))
     if study.data.train_examples is not None and study.shots > study.data.train_examples:

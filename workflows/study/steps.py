@@ -1,7 +1,8 @@
-"""Owns the steps of a study and what they found: each result is a file, so that a study that was stopped does nothing twice.
+"""Owns the steps of a study and what they found: each result is a file, so that nothing is done twice.
 
-results/studies/NAME/study.json          id, settings and digests of data and prompts that the steps belong to
-results/studies/NAME/steps/KEY.json      what a step found      results/studies/NAME/adapters/STAGES/     PEFT folders
+results/studies/NAME/study.json       id, settings, digests of data and prompts that the steps belong to
+results/studies/NAME/steps/KEY.json   what a step found
+results/studies/NAME/adapters/STAGES/ PEFT folders
 """
 
 import json
@@ -31,9 +32,10 @@ _TOLD = ("mean", "training_loss", "chrf", "bleu")
 
 @dataclass(frozen=True)
 class PreparedStudy:
-    """All that a study works on, made once.
+    """The data that a study works on, made once.
 
-    encoded: public examples as token ids by kind of prompt, and the training examples. digests: of data and prompts.
+    encoded: public examples as token ids by kind of prompt, and the training examples. digests: of data and
+    prompts.
     """
 
     study: Study
@@ -96,7 +98,10 @@ class StudySteps:
         return kept.get("study_id")  # type: ignore[no-any-return]
 
     def run(self, shares: dict[str, float]) -> dict[str, Any]:
-        """Do what is not done yet; returns all that was found, by step. `shares`: what a step asks Ray for."""
+        """Do what is not done yet; returns all that was found, by step.
+
+        `shares`: what a step asks Ray for.
+        """
         self._shares = shares
         study, greedy = self._study, self._decoding(num_beams=1)
         nodes = study.nodes()

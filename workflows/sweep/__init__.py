@@ -1,1 +1,4 @@
-"""A sweep from its space file to its registered adapter: folder, prepared, start, run, registration, closing."""
+"""A sweep from its space file to its registered adapter.
+
+In reading order: folder, prepared, start, run, registration, facts, closing.
+"""

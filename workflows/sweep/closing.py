@@ -1,4 +1,7 @@
-"""Owns the last lines of a sweep: what was found and where to look. Loads nothing heavy, so that a finished sweep answers at once."""
+"""Owns the last lines of a sweep: what was found and where to look.
+
+Loads nothing heavy, so that a finished sweep answers at once.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +30,10 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
 
 
 def summary_links(summary: Mapping[str, Any], root: str) -> dict[str, str]:
-    """Return where MLflow's pages show what a sweep found; what a summary from before does not name is left out."""
+    """Return where MLflow's pages show what a sweep found.
+
+    A page that a summary from before does not name is left out.
+    """
     experiment = summary.get("mlflow_experiment_id")
     links = {}
     if experiment is not None:

@@ -1,4 +1,4 @@
-"""Owns what a sweep tells of itself besides its summary: where its figures come from, its adapter's card, its page's content."""
+"""Owns what a sweep tells of itself besides its summary: provenance, its adapter's card, its page."""
 
 import getpass
 import os
@@ -28,7 +28,10 @@ def provenance(space: Space, hardware: str, digests: Mapping[str, str]) -> dict[
 
 
 def user_name() -> str:
-    """Return who runs this process: by name, or by number where the system knows no name, as in many containers."""
+    """Return who runs this process: by name, or by number where the system knows no name.
+
+    Many containers run as a user without a passwd entry.
+    """
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -50,8 +53,8 @@ tags: [lora, qlora]
 
 # LoRA adapter of trial {record.trial_id}
 
-Trained on `{space.data.train}` for the base `{space.base_model.name}` in {space.base_model.quantization}. Public
-perplexity, the mean over the examples of `{space.data.public}` of exp(mean NLL of the answer tokens and EOS):
+Trained on `{space.data.train}` for the base `{space.base_model.name}` in {space.base_model.quantization}.
+Public perplexity, the mean over the examples of `{space.data.public}` of exp(mean NLL of the answer tokens and EOS):
 **{found:.5g}** after {epochs:g} epochs; the base alone has {zero_shot:.5g}. Load it with
 `PeftModel.from_pretrained(base_model, folder)`; prompts are those of the template `{space.prompt}`.
 

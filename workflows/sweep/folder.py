@@ -1,10 +1,14 @@
-"""Owns a sweep's folder under results/: its settings, how it is found again, how it ended. Loads nothing heavy.
+"""Owns a sweep's folder under results/: its settings, how it is found again, how it ended.
 
-results/NAME/sweep.json    id, settings, digests of data and prompt, written before anything runs
-results/NAME/prompt.yaml   the prompt's template as it was then
-results/NAME/start/        the adapter that trials go on from, if there is one
-results/NAME/trials/       one record a trial        results/NAME/ray/     Ray Tune's own state and checkpoints
-results/NAME/best/         the best adapter, PEFT    results/NAME/summary.json     the end result
+Loads nothing heavy.
+
+    results/NAME/sweep.json    id, settings, digests of data and prompt, written before anything runs
+    results/NAME/prompt.yaml   the prompt's template as it was then
+    results/NAME/start/        the adapter that trials go on from, if there is one
+    results/NAME/trials/       one record a trial
+    results/NAME/ray/          Ray Tune's own state and checkpoints
+    results/NAME/best/         the best adapter, PEFT
+    results/NAME/summary.json  the end result
 """
 
 import json
@@ -24,9 +28,9 @@ from tuning.space import Space, checked_name, load_space
 class SweepFolder:
     """One sweep on disk.
 
-    space_file: where its space was read from. sweep_id: of this very sweep; None for one from before sweeps had ids.
-    digests: of what it started with, by role; empty before it starts. start: (name, PEFT folder) of the adapter that
-    its trials go on from, if there is one.
+    space_file: where its space was read from. sweep_id: of this very sweep; None for one from before sweeps
+    had ids. digests: of what it started with, by role; empty before it starts. start: (name, PEFT folder) of
+    the adapter that its trials go on from, if there is one.
     """
 
     folder: Path
@@ -43,7 +47,10 @@ class SweepFolder:
 
     @property
     def model_name(self) -> str:
-        """Return the name of the registered model and the experiment: as the space says, else the space file's."""
+        """Return the name of the registered model and the experiment.
+
+        It is as the space says, else the name of the space file.
+        """
         return self.space.registered_model or Path(self.space_file).stem
 
     @property
@@ -52,7 +59,10 @@ class SweepFolder:
         return self.folder / "prompt.yaml"
 
     def claim(self, digests: Mapping[str, str], prompt_text: str) -> None:
-        """Write sweep.json: from here on the sweep exists and can be resumed. One that exists stays as it is."""
+        """Write sweep.json: from here on the sweep exists and can be resumed.
+
+        One that exists stays as it is.
+        """
         if self.digests:
             return
         if self.start:

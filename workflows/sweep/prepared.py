@@ -1,4 +1,4 @@
-"""Owns what a sweep works on, made once and handed on: its files as they were read, then as token ids, with facts of its base.
+"""Owns what a sweep works on, made once and handed on: its files as they were read, then as token ids.
 
 Importing it loads nothing heavy; `prepare` does.
 """
@@ -36,7 +36,7 @@ class SweepInputs:
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What is known of a base without its weights. revision: a hub commit."""
+    """The facts of a base that are known without its weights. revision: a hub commit."""
 
     size: "ModelSize"
     revision: str | None
@@ -45,7 +45,10 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class PreparedSweep:
-    """All that a sweep works on. start: the adapter that its trials go on from, if there is one."""
+    """The data that a sweep works on, made once.
+
+    start: the adapter that its trials go on from, if there is one.
+    """
 
     space: Space
     inputs: SweepInputs
@@ -64,7 +67,8 @@ class PreparedSweep:
 def read_inputs(sweep: SweepFolder) -> SweepInputs:
     """Read a sweep's files.
 
-    Raises InputError for a base, a prompt or data that can't be had, and for what changed since the sweep started.
+    Raises InputError for a base, a prompt or data that can't be had, and for what changed since the sweep
+    started.
     """
     space = sweep.space
     resolve_base(space.base_model.name)
@@ -82,7 +86,10 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
 
 
 def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
-    """Tokenise a sweep's data and look at its base. Raises InputError for bad data or a base that can't be had."""
+    """Tokenise a sweep's data and look at its base.
+
+    Raises InputError for bad data or a base that can't be had.
+    """
     from qlora.base.model import base_revision, load_config, load_tokenizer, tokenizer_digest
     from qlora.data.prompts import encode_examples
     from qlora.lora.peft_folder import AdapterFiles

@@ -1,4 +1,4 @@
-"""Owns a sweep's way into the tracking server: its runs, its best adapter's registration, its summary and its page."""
+"""Owns a sweep's way into the tracking server: its runs, its adapter's registration, its summary and page."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Owns the run of a sweep from its plan to its registered adapter, with Ray and the tracking server around it."""
+"""Owns the run of a sweep from its plan to its registered adapter, with Ray and MLflow around it."""
 
 import json
 import time
@@ -35,7 +35,7 @@ from workflows.worker import Worker, prove
 
 
 def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) -> None:
-    """Print the plan of a sweep on one such device, without starting anything. Raises InputError if no trial fits."""
+    """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
     prepared = prepare(sweep, inputs)
     plan = _make_plan(prepared, device, 1) if device else None
     print(describe_plan(sweep.space, prepared.train, prepared.public, plan))
@@ -116,7 +116,7 @@ def _all_ended(sweep: SweepFolder, records: list[TrialRecord]) -> bool:
 def _tell_how_it_went(
     hosts: Any, plan: Plan, records: list[TrialRecord], zero_shot: float, seconds: float
 ) -> dict[str, Any]:
-    """Print the ranking, the plan beside the run, and what hosts have to say; returns that for the summary."""
+    """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     spent, notes = host_seconds(hosts), host_notes(hosts)
     print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
     print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))

@@ -1,4 +1,7 @@
-"""Owns the start of a sweep on Ray: hosts that load what they need while the driver does the same. Loads nothing heavy."""
+"""Owns the start of a sweep on Ray: hosts load what they need while the driver does the same.
+
+Loads nothing heavy.
+"""
 
 import time
 from dataclasses import dataclass
@@ -20,7 +23,10 @@ class StartedHosts:
 
 
 def start(space: Space) -> StartedHosts:
-    """Connect Ray and start hosts on all devices of a space. Raises InputError if Ray could never place a trial."""
+    """Connect Ray and start hosts on all devices of a space.
+
+    Raises InputError if Ray could never place a trial.
+    """
     began, available, shares = time.monotonic(), connect_ray(), space.trial_shares()
     check_resources(shares, available)
     hosts = start_hosts()
@@ -28,7 +34,10 @@ def start(space: Space) -> StartedHosts:
 
 
 def check_resources(shares: dict[str, float], available: dict[str, float]) -> None:
-    """Raise InputError if no trial could ever be placed on a Ray of these resources; none means a cluster that may grow."""
+    """Raise InputError if no trial could ever be placed on a Ray of these resources.
+
+    No resources mean a cluster that may grow.
+    """
     if not available:
         return
     for name, wanted in shares.items():

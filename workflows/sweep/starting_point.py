@@ -16,8 +16,8 @@ _UNKNOWN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_
 class StartingPoint:
     """An adapter that trials go on from.
 
-    folder: its PEFT folder. name: how it is called for good, a models:/ URI with a version, or the folder. base: that
-    it belongs to. settings: of a trial, which it fixes.
+    folder: its PEFT folder. name: how it is called for good, a models:/ URI with a version, or the folder.
+    base: that it belongs to. settings: of a trial, which it fixes.
     """
 
     folder: Path
