@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 base: $(STAMP)  ## convert the embedded base once into ~/.cache/qlora
-	@$(BIN)/python -c 'from qlora.base_reference import embedded_base_folder; print(embedded_base_folder())' 2>/dev/null
+	@TQDM_DISABLE=1 $(BIN)/python -W ignore -c 'from qlora.base.reference import embedded_base_folder; print(embedded_base_folder())'
 
 test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest
@@ -33,8 +33,9 @@ test-all: $(STAMP)  ## run the slow tests too, with PostgreSQL, an S3-like store
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,servers,browser]'
 	$(BIN)/python -m pytest -m 'not gpu'
 
-check: $(STAMP)  ## lint and type-check
+check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 tune: base  ## run the quickstart sweep, or go on with it; registers models:/quickstart
@@ -54,9 +55,8 @@ study: base  ## the course report's study in small: stages, prompts, beams, as o
 plan: base  ## print the quickstart sweep's plan and start nothing
 	$(BIN)/python ray_jobs/tune.py --space search_spaces/quickstart.yaml --name plan --dry-run
 
-ui: $(STAMP)  ## open MLflow's UI on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
-		--backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db --default-artifact-root $(CURDIR)/mlruns/artifacts
+ui: $(STAMP)  ## serve MLflow's pages on http://127.0.0.1:5000, and say where to look
+	$(BIN)/python -m tracking.ui
 
 screenshots: results/quickstart/summary.json  ## retake docs/images from MLflow's UI, the quickstart sweep and the study
 	$(BIN)/python -c 'import PySide6' 2>/dev/null || $(BIN)/pip install -q -c constraints.txt -e '.[browser]'

@@ -2,8 +2,8 @@
 
 Prints one JSON line a number of GPUs.
 
-    python benchmarks/scaling.py sweep [--devices 1 2 4 8] [--base-model BASE] [--train FILE] [--public FILE] \\
-        [--trials-per-device 4]
+    python benchmarks/scaling.py sweep [--devices 1 2 4 8] [--base-model BASE] [--train FILE] \\
+        [--public FILE] [--trials-per-device 4]
     python benchmarks/scaling.py infer [--devices 1 2 4 8] [--base-model BASE] [--input FILE] \\
         [--rows-per-device 64]
 

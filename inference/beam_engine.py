@@ -1,8 +1,13 @@
-"""Owns the loop of the beam engine: prompts wait, join free slots, are searched together, leave when they are done.
+"""Owns the loop of the beam engine: prompts wait, join free slots, are searched together, leave when done.
 
-A step feeds one token of every beam of every slot. Prompts join in packed passes while others are in the middle of their
-search; the last token of a prompt is not prefilled but fed as the first step, so that joining needs no logits. Slots are
-as many as memory allows. Refuses to know files, text and Ray.
+This is continuous batching, as in Orca (https://www.usenix.org/conference/osdi22/presentation/yu), for beam
+search. A decode step feeds one token of every beam of every slot. Prompts are prefilled in packed passes
+while others are in the middle of their search. The last token of a prompt is not prefilled but fed by the
+first step, so that a prefill needs no logits. There are as many slots as memory allows.
+
+Refuses to know files, text and Ray.
+
+Shapes: T tokens of a pass, E slots, K beams, J key-value heads, P prefix tokens, D head width, V vocabulary.
 """
 
 import secrets
@@ -15,27 +20,25 @@ import torch
 from torch import Tensor
 
 from inference.beam_search import SearchRules, SearchState, advance
-from inference.kv_cache import (
-    CacheShape,
-    DecodePass,
-    KVCache,
-    PrefillPass,
-    store_prompts,
-    use_cached_attention,
-)
+from inference.cached_attention import DecodePass, PrefillPass, store_prompts, use_cached_attention
+from inference.kv_cache import CacheShape, KVCache
 from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
 
 _MAX_SLOTS = {"cpu": 32, "cuda": 128}
-# share of free slots at which the rest move closer; a GPU then records its step anew
+# Share of free slots at which the batch is made smaller; a GPU then has to record its step again.
 _SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}
 _PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass
 class Batch:
-    """Slots at work. `examples` has the prompt index of each slot, None for a free one; `steps` what each has fed."""
+    """The slots that are searched together.
+
+    examples: the index of each slot's prompt, None for a free slot. steps: decode steps that each slot has
+    taken. generators: each slot's own, for sampling. graph: the recorded decode step, on a GPU.
+    """
 
     cache: KVCache
     state: SearchState
@@ -46,24 +49,29 @@ class Batch:
 
     @property
     def free(self) -> list[int]:
-        """Slots without an example."""
+        """Return the slots without an example."""
         return [slot for slot, example in enumerate(self.examples) if example is None]
 
     def keep(self, slots: list[int]) -> "Batch":
-        """Some slots alone."""
+        """Return a batch of some of the slots, in that order."""
         chosen = torch.tensor(slots, device=self.state.done_E.device)
         return Batch(
-            self.cache.keep(chosen),
-            self.state.keep(chosen),
-            [self.examples[slot] for slot in slots],
-            [self.steps[slot] for slot in slots],
-            [self.generators[slot] for slot in slots],
+            cache=self.cache.keep(chosen),
+            state=self.state.keep(chosen),
+            examples=[self.examples[slot] for slot in slots],
+            steps=[self.steps[slot] for slot in slots],
+            generators=[self.generators[slot] for slot in slots],
         )
 
 
 @dataclass
 class BeamSearcher:
-    """Searches for many prompts with one model, whose attention it takes over."""
+    """A beam searcher for many prompts on one model, whose attention it takes over.
+
+    seed: of the generators for sampling, which else are seeded at random. max_slots: most prompts that are
+    searched together. What is kept from one call to the next: the batch's memory, and the keys and values of
+    the prefix.
+    """
 
     model: Any
     rules: SearchRules
@@ -81,15 +89,17 @@ class BeamSearcher:
 
     @torch.inference_mode()
     def search(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
-        """(index, new tokens with the ending EOS) of each prompt, as they are done. Every prompt needs a token.
+        """Yield (index, new tokens with the ending EOS) of each prompt, as they are done.
 
-        Out of memory halves the slots and goes on with the prompts that are not done.
+        Every prompt needs a token. Out of memory halves the slots and goes on with the prompts that are not
+        done. Raises torch.cuda.OutOfMemoryError if there is no room for one slot.
         """
         use_cached_attention(self.model)  # another engine may have worked with the model meanwhile
         left = set(range(len(prompts)))
         while left:
+            names = sorted(left)
             try:
-                for index, tokens in self._search([prompts[i] for i in sorted(left)], sorted(left)):
+                for index, tokens in self._search([prompts[i] for i in names], names):
                     left.discard(index)
                     yield index, tokens
             except torch.cuda.OutOfMemoryError:
@@ -101,45 +111,47 @@ class BeamSearcher:
                 torch.cuda.empty_cache()
 
     def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """Search for all prompts, longest first; yield name and new tokens of each, as they are done."""
         prefix = self._prefix_of([tuple(prompt) for prompt in prompts])
-        p = prefix.shape[3]
-        owns = [len(prompt) - p - 1 for prompt in prompts]
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-owns[i], i)))
-        batch = self._make_batch(prefix, len(prompts), max(owns))
+        # A prompt's own tokens are those between the prefix and its last token, which the first step feeds.
+        own_lengths = [len(prompt) - prefix.shape[3] - 1 for prompt in prompts]
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-own_lengths[i], i)))
+        batch = self._make_batch(prefix, len(prompts), max(own_lengths))
         while waiting or any(example is not None for example in batch.examples):
             free = batch.free
-            if waiting and len(free) >= min(len(waiting), max(1, len(batch.examples) // 8)):
+            # Prompts join an eighth of the slots at a time, so that a prefill is worth its launches.
+            enough_to_join = min(len(waiting), max(1, len(batch.examples) // 8))
+            if waiting and len(free) >= enough_to_join:
                 joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                 self._join(batch, free[: len(joining)], joining, prompts)
             elif not waiting and self._shrinks(batch, len(free)):
-                batch = batch.keep(
-                    [slot for slot, example in enumerate(batch.examples) if example is not None]
-                )
+                batch = batch.keep([slot for slot in range(len(batch.examples)) if slot not in free])
             self._step(batch)
-            for slot in [
-                slot
-                for slot, done in enumerate(batch.state.done_E.tolist())
-                if done and batch.examples[slot] is not None
-            ]:
+            for slot, is_done in enumerate(batch.state.done_E.tolist()):
                 example = batch.examples[slot]
-                assert example is not None
-                length = int(batch.state.best_lengths_EK[slot, 0])
-                batch.examples[slot] = None
-                yield names[example], batch.state.best_tokens_EKT[slot, 0, :length].tolist()
+                if is_done and example is not None:
+                    length = int(batch.state.best_lengths_EK[slot, 0])
+                    batch.examples[slot] = None
+                    yield names[example], batch.state.best_tokens_EKT[slot, 0, :length].tolist()
 
     def _shrinks(self, batch: Batch, num_free: int) -> bool:
-        """Whether the slots at work should move closer: enough are free, and there is room for a copy."""
-        num_slots, device = len(batch.examples), self.model.device
-        enough = num_free >= num_slots * _SHRINK_AT[device.type]
-        return enough and batch.cache.num_bytes * (num_slots - num_free) // num_slots < 0.8 * free_bytes(
-            device
-        )
+        """Tell whether to make the batch smaller: enough slots are free, and there is room for a copy."""
+        num_slots = len(batch.examples)
+        device = self.model.device
+        if num_free < num_slots * _SHRINK_AT[device.type]:
+            return False
+        copy_bytes = batch.cache.num_bytes * (num_slots - num_free) // num_slots
+        return copy_bytes < 0.8 * free_bytes(device)
 
     def _step(self, batch: Batch) -> None:
-        """Feed every slot's next tokens and choose those after them. On a GPU the step is recorded once a batch, then replayed."""
-        num_steps = 1 + max(
+        """Feed every slot's next tokens and choose the tokens after them.
+
+        On a GPU the step is recorded once for each batch, and then replayed.
+        """
+        taken = [
             steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None
-        )
+        ]
+        num_steps = 1 + max(taken)
         if batch.state.done_E.is_cuda and not self.rules.do_sample:
             if batch.graph is None:
                 batch.graph = self._record(batch)
@@ -149,12 +161,13 @@ class BeamSearcher:
         batch.steps = [steps + 1 for steps in batch.steps]
 
     def _feed(self, batch: Batch, num_steps: int) -> None:
+        """Run a decode step by launching each kernel. `num_steps`: see DecodePass."""
         fed = DecodePass(batch.cache, batch.state, num_steps)
         logits_TV = self._forward(batch.state.next_EK.flatten(), fed.positions().flatten(), fed)
         advance(batch.state, logits_TV.view(*batch.state.next_EK.shape, -1), self.rules, batch.generators)
 
     def _record(self, batch: Batch) -> torch.cuda.CUDAGraph:
-        """A graph of one step at the most steps; what the warm-up changes is put back."""
+        """Record a decode step at the most steps; what the warm-up changes is restored."""
         before = batch.state.keep(torch.arange(len(batch.examples), device=batch.state.done_E.device))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -168,99 +181,123 @@ class BeamSearcher:
         return graph
 
     def _join(self, batch: Batch, slots: list[int], joining: list[int], prompts: list[Sequence[int]]) -> None:
-        """Prefill prompts (all but the last token) into slots, in packed passes of bounded size, and start their searches."""
-        device, p = batch.state.done_E.device, batch.cache.prefix.shape[3]
+        """Put prompts into slots: prefill all but their last tokens, in packed passes, and start searches."""
+        device = batch.state.done_E.device
+        p = batch.cache.prefix.shape[3]
         places = torch.tensor(slots, device=device)
         own_lengths = [len(prompts[i]) - p - 1 for i in joining]
         batch.cache.own_E.index_copy_(0, places, torch.tensor(own_lengths, device=device))
-        batch.state.start(places, torch.tensor([prompts[i][-1] for i in joining], device=device), self.rules)
+        last_tokens = torch.tensor([prompts[i][-1] for i in joining], device=device)
+        batch.state.start(places, last_tokens, self.rules)
         budget = _PREFILL_TOKENS[device.type]
         start = 0
-        # longest first: behind an empty one all are empty
+        # The longest come first, so behind a prompt without tokens of its own there is none with any.
         while start < len(joining) and own_lengths[start] > 0:
             end = start + 1
             while end < len(joining) and own_lengths[end] > 0 and sum(own_lengths[start : end + 1]) <= budget:
                 end += 1
-            rows = Rows(tuple(own_lengths[start:end]), p, device)
-            tokens = [token for i in joining[start:end] for token in prompts[i][p:-1]]
-            positions = [position for length in own_lengths[start:end] for position in range(p, p + length)]
-            self._forward(
-                torch.tensor(tokens, device=device),
-                torch.tensor(positions, device=device),
-                PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places[start:end], rows)),
-                logits=False,
-            )
+            self._prefill(batch, places[start:end], [prompts[i][p:-1] for i in joining[start:end]])
             start = end
         for slot, i in zip(slots, joining, strict=True):
-            batch.examples[slot], batch.steps[slot] = i, 0
+            batch.examples[slot] = i
+            batch.steps[slot] = 0
             if self.rules.do_sample:
                 batch.generators[slot] = torch.Generator(device)
                 batch.generators[slot].manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
 
+    def _prefill(self, batch: Batch, places: Tensor, owns: list[Sequence[int]]) -> None:
+        """Compute keys and values of prompts' own tokens in one packed pass, and keep them in slots."""
+        device = places.device
+        p = batch.cache.prefix.shape[3]
+        rows = Rows(tuple(len(own) for own in owns), p, device)
+        tokens: list[int] = []
+        positions: list[int] = []
+        for own in owns:
+            tokens += own
+            positions += range(p, p + len(own))
+        self._forward(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places, rows)),
+            logits=False,
+        )
+
     def _prefix_of(self, prompts: list[tuple[int, ...]]) -> Tensor:
-        """Keys and values of what all prompts begin with, [2, layers, J, P, D]; kept for the next call with the same template."""
+        """Return keys and values of the prefix that all prompts begin with, [2, layers, J, P, D].
+
+        It is kept for the next call. A kept one is used again if prompts begin with it and it is not much
+        shorter than what they share.
+        """
         common = prompts[0][: shared_prefix_length(prompts)]
         kept = self._prefix_tokens
         if self._prefix is None or common[: len(kept)] != kept or 4 * len(kept) < 3 * len(common):
-            device, shape = self.model.device, self._shape
-            empty = torch.zeros(
-                2, shape.num_layers, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=device
-            )
-            prefix = empty.new_zeros(2, shape.num_layers, shape.num_kv_heads, len(common), shape.head_dim)
-            if common:
-
-                def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
-                    prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
-
-                tokens = torch.tensor(common, device=device)
-                self._forward(
-                    tokens,
-                    torch.arange(len(common), device=device),
-                    PrefillPass(empty, Rows((len(common),), 0, device), store),
-                    logits=False,
-                )
-            self._prefix_tokens, self._prefix = common, prefix
+            self._prefix = self._compute_prefix(common)
+            self._prefix_tokens = common
         return self._prefix
 
+    def _compute_prefix(self, tokens: tuple[int, ...]) -> Tensor:
+        """Compute the keys and values of tokens at the beginning of a prompt, [2, layers, J, P, D]."""
+        device = self.model.device
+        shape = self._shape
+        empty = torch.zeros(
+            2, shape.num_layers, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=device
+        )
+        prefix = empty.new_zeros(2, shape.num_layers, shape.num_kv_heads, len(tokens), shape.head_dim)
+
+        def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
+            prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
+
+        if tokens:
+            self._forward(
+                torch.tensor(tokens, device=device),
+                torch.arange(len(tokens), device=device),
+                PrefillPass(empty, Rows((len(tokens),), 0, device), store),
+                logits=False,
+            )
+        return prefix
+
     def _make_batch(self, prefix: Tensor, num_examples: int, max_own: int) -> Batch:
-        rules, device = self.rules, prefix.device
+        """Return a batch of free slots with room for `max_own` prompt tokens; use the kept one if it fits."""
+        rules = self.rules
+        device = prefix.device
         max_own = -(-max(1, max_own) // 64) * 64
         num_slots = self._num_slots(num_examples, max_own)
-        if (
-            self._kept is None
-            or self._kept.cache.prefix is not prefix
-            or self._kept.cache.prompts.shape[2:5:2] != (num_slots, max_own)
-        ):
-            self._kept = None  # its memory is free before the next one's is taken
-            cache = KVCache.empty(
-                self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens
+        kept = self._kept
+        if kept is None or kept.cache.prefix is not prefix or kept.cache.room != (num_slots, max_own):
+            self._kept = kept = None  # its memory is freed before the next one's is taken
+            kept = Batch(
+                cache=KVCache.empty(
+                    self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens
+                ),
+                state=SearchState.empty(num_slots, rules, device),
+                examples=[None] * num_slots,
+                steps=[0] * num_slots,
+                generators=[torch.Generator(device)] * num_slots,
             )
-            self._kept = Batch(
-                cache,
-                SearchState.empty(num_slots, rules, device),
-                [None] * num_slots,
-                [0] * num_slots,
-                [torch.Generator(device)] * num_slots,
-            )
-        # a search that was broken off may have left some
-        self._kept.examples = [None] * num_slots
-        return self._kept
+            self._kept = kept
+        kept.examples = [None] * num_slots  # a search that was broken off may have left some
+        return kept
 
     def _num_slots(self, num_examples: int, max_own: int) -> int:
-        """As many as memory holds, at most `max_slots`, evened out so that the last wave is as full as the first."""
+        """Return how many slots there are: as many as memory holds and examples need, at most `max_slots`.
+
+        They are so many that the last wave of examples fills them as the first does.
+        """
         assert self.max_slots is not None
         vocabulary = self.model.config.get_text_config().vocab_size
-        cached = self._shape.bytes_per_token * (max_own + self.rules.max_new_tokens * self.rules.num_beams)
-        # the model's, in float32, without early EOS, and room to work
-        logits = 16 * vocabulary * self.rules.num_beams
-        kept = self._kept.cache.num_bytes if self._kept is not None else 0
-        fitting = max(1, int(0.8 * (free_bytes(self.model.device) + kept)) // (cached + logits))
+        cached_tokens = max_own + self.rules.max_new_tokens * self.rules.num_beams
+        cache_bytes = self._shape.bytes_per_token * cached_tokens
+        # 16 bytes for each logit: the model's, in float32, without early EOS, and room to work.
+        logits_bytes = 16 * vocabulary * self.rules.num_beams
+        kept_bytes = self._kept.cache.num_bytes if self._kept is not None else 0
+        usable_bytes = int(0.8 * (free_bytes(self.model.device) + kept_bytes))
+        fitting = max(1, usable_bytes // (cache_bytes + logits_bytes))
         most = min(self.max_slots, fitting, num_examples)
         waves = -(-num_examples // most)
         return -(-num_examples // waves)
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, logits: bool = True) -> Tensor:
-        """Logits [T, V] of one pass; without `logits` of its last token only."""
+        """Run one pass and return its logits [T, V], or without `logits` those of its last token [1, V]."""
         return self.model(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],

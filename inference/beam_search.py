@@ -1,9 +1,14 @@
 """Owns the search: scores and hypotheses of many examples at once, each at its own step, all on the device.
 
-Beam search is transformers' (GenerationMixin._beam_search), rule for rule, but every example ends by its own condition, as
-if it were generated alone. With one beam the search is greedy or sampling. Refuses to know models, caches and text.
+Beam search keeps the K best beginnings of an answer. A step extends each beam by every token, and the best of
+all extensions are the candidates: those that end become finished hypotheses, the best of the others the new
+beams. The rules are those of transformers (GenerationMixin._beam_search), but every example ends by its own
+condition, as if it were generated alone. With one beam the search is greedy, or sampling.
 
-Shapes: E slots (an example each), K beams, T new tokens at most, V vocabulary, C candidates of one example.
+Refuses to know models, caches and text.
+
+Shapes: E slots (an example each), K beams, T new tokens at most, V vocabulary, C candidates of one example, c
+candidates of one beam, X and Y any number of rows.
 Source: https://huggingface.co/docs/transformers/generation_strategies
 """
 
@@ -18,7 +23,10 @@ _NEVER = -1.0e9  # what transformers adds to scores that must lose
 
 @dataclass(frozen=True)
 class SearchRules:
-    """What decides a search. `warpers` (temperature, top-k, top-p of transformers) are used with `do_sample` only."""
+    """The settings of a search.
+
+    warpers: transformers' temperature, top-k and top-p, which are used with `do_sample` only.
+    """
 
     num_beams: int
     max_new_tokens: int
@@ -32,12 +40,14 @@ class SearchRules:
 
 @dataclass
 class SearchState:
-    """Where E searches stand.
+    """The state of E searches.
 
-    next_EK: the tokens to feed, the last prompt token at first. steps_E: tokens fed since, which are all tokens chosen.
-    tokens_EKT, scores_EK: running beams. ancestry_EKT: the beam row that was fed the t-th token of a beam's history.
-    best_*: finished hypotheses, best first, `best_lengths_EK` tokens each. improvable_E: whether a running beam may still
-    beat a finished one. done_E: ended; what is done stays as it is.
+    next_EK: the tokens to feed; at first the last token of the prompt. steps_E: decode steps taken, which is
+    also the number of tokens chosen. tokens_EKT, scores_EK: the running beams. ancestry_EKT: the beam row
+    that was fed the t-th token of a beam's history. best_tokens_EKT, best_scores_EK: finished hypotheses,
+    best first, of best_lengths_EK tokens each. finished_EK: true where there is such a hypothesis.
+    improvable_E: true if a running beam may still beat a finished one. done_E: true if the search has ended;
+    then its state stays as it is.
     """
 
     next_EK: Tensor
@@ -54,7 +64,7 @@ class SearchState:
 
     @classmethod
     def empty(cls, num_slots: int, rules: SearchRules, device: torch.device) -> Self:
-        """Slots without an example: all done."""
+        """Make the state of slots without an example, which are all done."""
         e, k, t = num_slots, rules.num_beams, rules.max_new_tokens
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         return cls(
@@ -81,21 +91,25 @@ class SearchState:
             getattr(self, field.name).index_copy_(0, slots, getattr(fresh, field.name))
 
     def keep(self, slots: Tensor) -> Self:
-        """The state of some slots alone, in that order."""
-        return type(self)(
-            **{field.name: getattr(self, field.name).index_select(0, slots) for field in fields(self)}
-        )
+        """Return the state of some of the slots, in that order."""
+        kept = {field.name: getattr(self, field.name).index_select(0, slots) for field in fields(self)}
+        return type(self)(**kept)
 
     def restore(self, other: Self) -> None:
-        """Take over the values of a state of the same slots."""
+        """Copy another state of the same slots into this one, in place."""
         for field in fields(self):
             getattr(self, field.name).copy_(getattr(other, field.name))
 
     def update(self, **new: Tensor) -> None:
-        """Write new values in place, where tensors are fixed in memory, into all slots that are not done."""
+        """Write new values into all slots that are not done.
+
+        It is done in place, since a recorded step finds tensors by their addresses.
+        """
         for name, value in new.items():
             old = getattr(self, name)
-            old.copy_(torch.where(self.done_E.view(-1, *[1] * (old.dim() - 1)), old, value))
+            other_dimensions = [1] * (old.dim() - 1)
+            is_done = self.done_E.view(-1, *other_dimensions)
+            old.copy_(torch.where(is_done, old, value))
 
 
 def advance(
@@ -104,7 +118,10 @@ def advance(
     rules: SearchRules,
     generators: list[torch.Generator] | None = None,
 ) -> None:
-    """Choose the next tokens from the logits of `state.next_EK`, in place. `generators`: one a slot, for sampling."""
+    """Choose the next tokens from the logits of `state.next_EK`, and bring the state up to date in place.
+
+    `generators` has one for each slot, for sampling.
+    """
     logits_EKV = logits_EKV.float()
     if rules.num_beams == 1:
         _advance_single(state, _without_early_eos(logits_EKV, state, rules)[:, 0], rules, generators)
@@ -113,20 +130,22 @@ def advance(
 
 
 def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -> None:
+    """Take a step of beam search, as transformers' GenerationMixin._beam_search does."""
     e, k, vocabulary = logits_EKV.shape
-    t, device = rules.max_new_tokens, logits_EKV.device
+    t = rules.max_new_tokens
+    device = logits_EKV.device
+    ends_when_full = rules.early_stopping is True
     num_candidates = max(2, 1 + len(rules.eos_tokens)) * k
 
-    # The best of all beams are among the best of each, so no step needs all log-probabilities.
+    # The best candidates of all beams are among the best of each, so no step needs all log-probabilities.
     normalisers_EK1 = logits_EKV.logsumexp(-1, keepdim=True)
     top_EKc, ids_EKc = _without_early_eos(logits_EKV, state, rules).topk(min(num_candidates, vocabulary))
     log_probs_EX = (top_EKc - normalisers_EK1 + state.scores_EK[..., None]).flatten(1)
     log_probs_EC, choice_EC = log_probs_EX.topk(num_candidates)
     parents_EC = choice_EC // top_EKc.shape[-1]
     chosen_EC = ids_EKc.flatten(1).gather(1, choice_EC)
-    histories_ECT = _gather_rows(state.tokens_EKT, parents_EC).scatter(
-        2, _places(state, num_candidates), chosen_EC[..., None]
-    )
+    parents_tokens_ECT = _gather_rows(state.tokens_EKT, parents_EC)
+    histories_ECT = parents_tokens_ECT.scatter(2, _places(state, num_candidates), chosen_EC[..., None])
 
     new_steps_E = state.steps_E + 1
     ends_EC = _is_eos(chosen_EC, rules) | (new_steps_E >= t)[:, None]
@@ -136,14 +155,12 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     scores_EK, order_EK = running_EC.topk(k)
     parents_EK = parents_EC.gather(1, order_EK)
 
-    # Finished hypotheses: only the first K candidates may join them, and only while that can improve something.
+    # Finished hypotheses: only the first K candidates may join, and only while that can improve something.
     length_E = (new_steps_E.double() ** rules.length_penalty).float()
-    full_E = state.finished_EK.all(1) & (rules.early_stopping is True)
+    full_E = state.finished_EK.all(1) & ends_when_full
     joins_EC = ends_EC & (torch.arange(num_candidates, device=device) < k)
-    finals_EC = (
-        log_probs_EC / length_E[:, None]
-        + (full_E.float() * _NEVER + (~state.improvable_E).float() * _NEVER)[:, None]
-    )
+    closed_E = full_E.float() * _NEVER + (~state.improvable_E).float() * _NEVER
+    finals_EC = log_probs_EC / length_E[:, None] + closed_E[:, None]
     finals_EC = finals_EC + (~joins_EC).float() * _NEVER
     best_scores_EK, best_EK = torch.cat([state.best_scores_EK, finals_EC], 1).topk(k)
     finished_EK = torch.cat([state.finished_EK, joins_EC], 1).gather(1, best_EK)
@@ -151,12 +168,14 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     lengths_EX = torch.cat([state.best_lengths_EK, new_steps_E[:, None].expand(e, num_candidates)], 1)
 
     # Can a running beam still beat the worst finished one?
-    hopeful = rules.early_stopping == "never" and rules.length_penalty > 0
-    hypothetical_E = torch.full_like(length_E, float(t) ** rules.length_penalty) if hopeful else length_E
-    best_possible_E1 = scores_EK[:, :1] / hypothetical_E[:, None]
+    # With "never", the longest answer is assumed, which is the best case if length is rewarded.
+    final_length_E = length_E
+    if rules.early_stopping == "never" and rules.length_penalty > 0:
+        final_length_E = torch.full_like(length_E, float(t) ** rules.length_penalty)
+    best_possible_E1 = scores_EK[:, :1] / final_length_E[:, None]
     worst_EK = torch.where(finished_EK, best_scores_EK.min(1, keepdim=True).values, _NEVER)
     improvable_E = state.improvable_E & (best_possible_E1 > worst_EK).any(1)
-    goes_on_E = improvable_E & ~(finished_EK.all(1) & (rules.early_stopping is True)) & ~ends_EC.all(1)
+    goes_on_E = improvable_E & ~(finished_EK.all(1) & ends_when_full) & ~ends_EC.all(1)
 
     state.update(
         next_EK=chosen_EC.gather(1, order_EK),
@@ -176,19 +195,21 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
 def _advance_single(
     state: SearchState, logits_EV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None
 ) -> None:
-    """Greedy, or sampling with each slot's own generator, so that a draw does not depend on the other slots."""
+    """Take a step of greedy search, or of sampling.
+
+    Sampling uses each slot's own generator, so that a draw does not depend on the other slots.
+    """
     if rules.do_sample:
         for warper in rules.warpers:
             logits_EV = warper(None, logits_EV)
         assert generators is not None
         # Whatever a slot without an example holds, it must not spoil the draws of the others.
         probabilities_EV = torch.where(state.done_E[:, None], 0.0, logits_EV).softmax(-1)
-        chosen_E = torch.cat(
-            [
-                torch.multinomial(row, 1, generator=own)
-                for row, own in zip(probabilities_EV, generators, strict=True)
-            ]
-        )
+        drawn = [
+            torch.multinomial(row_V, 1, generator=own)
+            for row_V, own in zip(probabilities_EV, generators, strict=True)
+        ]
+        chosen_E = torch.cat(drawn)
     else:
         chosen_E = logits_EV.argmax(-1)
     new_steps_E = state.steps_E + 1
@@ -204,6 +225,7 @@ def _advance_single(
 
 
 def _without_early_eos(logits_EKV: Tensor, state: SearchState, rules: SearchRules) -> Tensor:
+    """Make EOS impossible in searches that have fewer than the least new tokens."""
     if not (rules.min_new_tokens and rules.eos_tokens):
         return logits_EKV
     early_E1 = (state.steps_E < rules.min_new_tokens)[:, None]
@@ -214,13 +236,14 @@ def _without_early_eos(logits_EKV: Tensor, state: SearchState, rules: SearchRule
 
 
 def _inherit(state: SearchState, parents_EK: Tensor) -> Tensor:
-    """Every beam's history is its parent's; from the next step on a beam writes its own row."""
+    """Return the new beams' ancestry: the parent's up to this step, and then a beam's own row."""
     later = torch.arange(state.ancestry_EKT.shape[-1], device=parents_EK.device) > state.steps_E[:, None]
     own_K1 = torch.arange(parents_EK.shape[1], device=parents_EK.device)[:, None]
     return torch.where(later[:, None], own_K1, _gather_rows(state.ancestry_EKT, parents_EK))
 
 
 def _is_eos(tokens: Tensor, rules: SearchRules) -> Tensor:
+    """Tell which tokens are EOS tokens."""
     ends = torch.zeros_like(tokens, dtype=torch.bool)
     for eos in rules.eos_tokens:
         ends = ends | (tokens == eos)
@@ -228,10 +251,11 @@ def _is_eos(tokens: Tensor, rules: SearchRules) -> Tensor:
 
 
 def _places(state: SearchState, rows: int) -> Tensor:
-    """Where each example's next token goes, [E, rows, 1]; within bounds for examples that are done, too."""
-    return state.steps_E.clamp(max=state.tokens_EKT.shape[-1] - 1)[:, None, None].expand(-1, rows, 1)
+    """Return the place of each example's next token, [E, rows, 1]; it is within bounds for all examples."""
+    last_place = state.tokens_EKT.shape[-1] - 1
+    return state.steps_E.clamp(max=last_place)[:, None, None].expand(-1, rows, 1)
 
 
 def _gather_rows(source: Tensor, rows_EX: Tensor) -> Tensor:
-    """source [E, Y, T] -> [E, X, T]."""
+    """Gather rows of each example: source [E, Y, T] -> [E, X, T]."""
     return source.gather(1, rows_EX[..., None].expand(-1, -1, source.shape[-1]))

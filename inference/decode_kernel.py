@@ -1,8 +1,14 @@
-"""Owns the GPU kernel of a decode step: one program an example and key-value head reads every cached key once for all beams.
+"""Owns the GPU kernel of a decode step's attention, in Triton.
 
-The same sums as `inference.kv_cache.DecodePass` in plain torch, without its masked columns: each example reads what it has.
-Columns are three stretches (the template, the example's prompt, what its beams were fed), joined by the online softmax of
-FlashAttention (https://arxiv.org/abs/2205.14135). Shapes as in inference.kv_cache; M = K * G query rows, padded to 16.
+One program for each example and key-value head reads every cached key once, for all beams. The sums are those
+that `inference.cached_attention.DecodePass` computes in plain torch, without its masked columns: each example
+reads what it has. Its columns are three stretches (the prefix, the example's own prompt tokens, and what its
+beams were fed), which are joined by the online softmax of FlashAttention.
+
+Refuses to know the search.
+
+Shapes: as in inference.cached_attention; M = K * G query rows, rounded up to a power of two, at least 16.
+Source: FlashAttention, https://arxiv.org/abs/2205.14135
 """
 
 import torch
@@ -14,7 +20,7 @@ _COLUMNS, _WARPS, _STAGES = 32, 4, 3
 
 
 def supports(q_THD: Tensor) -> bool:
-    """Whether the kernel has been written for such queries."""
+    """Tell whether the kernel takes such queries: on a GPU, with a head width that is a power of two."""
     return q_THD.is_cuda and q_THD.shape[-1] in (16, 32, 64, 128, 256)
 
 
@@ -32,12 +38,14 @@ def decode_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention [T, H, D] of one layer; the new keys and values are written to `fed` at each example's step first.
+    """Attend from every beam's new token at one layer: [T, H, D].
 
-    prefix [2, J, P, D], prompts [2, E, J, L, D], fed [2, E, J, T, K, D]: one layer's views of the stores.
+    First, the new keys and values are written to `fed` at each example's step. prefix [2, J, P, D], prompts
+    [2, E, J, L, D] and fed [2, E, J, T, K, D] are one layer's views of the stores.
     """
     e, k, t = ancestry_EKT.shape
-    j, d, h = k_TJD.shape[1], q_THD.shape[-1], q_THD.shape[1]
+    j = k_TJD.shape[1]
+    h, d = q_THD.shape[1:]
     q, k_new, v_new = q_THD.contiguous(), k_TJD.contiguous(), v_TJD.contiguous()
     out = torch.empty_like(q)
     rows = k * h // j
@@ -102,7 +110,7 @@ def _attend(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take `num_columns` columns into the running softmax (most, total, acc). `place`: position of the first of them."""
+    """Add columns to the running softmax (most, total, acc); `place` is the first column's position."""
     channel = tl.arange(0, D)
     for start in range(0, num_columns, C):
         column = start + tl.arange(0, C)
@@ -120,7 +128,7 @@ def _attend(  # type: ignore[no-untyped-def]
             seen = row_live[:, None] & live[None, :]
         if WINDOW > 0:
             seen = seen & ((query_place - (place + step)) < WINDOW)[None, :]
-        if IS_FED:  # most old rows are nobody's ancestors any more: they are not even read
+        if IS_FED:  # most old rows are no beam's ancestors any more, and are not even read
             live = tl.max(seen.to(tl.int32), 0) > 0
         keys = tl.load(keys_ptr + column[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
@@ -169,8 +177,10 @@ def _decode(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    example, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    own, step = tl.load(own_ptr + example), tl.minimum(tl.load(steps_ptr + example), max_steps - 1)
+    example = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    own = tl.load(own_ptr + example)
+    step = tl.minimum(tl.load(steps_ptr + example), max_steps - 1)
     channel = tl.arange(0, D)
 
     # Every beam's new key and value, into the row of this step.
@@ -191,14 +201,16 @@ def _decode(  # type: ignore[no-untyped-def]
     tl.debug_barrier()
 
     row = tl.arange(0, M)
-    row_live, row_beam = row < K * G, example * K + row // G
+    row_live = row < K * G
+    row_beam = example * K + row // G
     q_offset = (row_beam * J * G + head * G + row % G)[:, None] * D + channel[None, :]
     q = tl.load(q_ptr + q_offset, mask=row_live[:, None], other=0.0)
     most = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     query_place = num_prefix + own + step
-    prefix_base, prompt_base = head * num_prefix * D, (example * J + head) * max_own * D
+    prefix_base = head * num_prefix * D
+    prompt_base = (example * J + head) * max_own * D
     most, total, acc = _attend(
         q,
         prefix_ptr + prefix_base,

@@ -1,7 +1,12 @@
-"""Owns the engine: token ids of prompts -> texts, behind one small interface.
+"""Owns the engine: from prompts' token ids to texts, behind one small interface.
 
-`BeamEngine` is this project's search. `TransformersEngine` is `transformers.generate`, batched with left padding: the
-reference, and the way out for settings and families that the search does not cover. Refuses to know files and Ray.
+`BeamEngine` is this project's search. `TransformersEngine` is `transformers.generate`, batched with left
+padding. That is the reference that the search must equal, and the way out for settings and models that the
+search does not cover.
+
+Refuses to know files and Ray.
+
+Source: https://huggingface.co/docs/transformers/main_classes/text_generation
 """
 
 import logging
@@ -29,20 +34,23 @@ _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
 
 
 class Engine(Protocol):
-    """Whatever turns prompts into texts. `name`: how, in words."""
+    """An object that generates texts for prompts."""
 
     @property
     def name(self) -> str:
-        """How texts are made."""
+        """Return how texts are generated, in words."""
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
-        """(index, text, new tokens) of each prompt (token ids that start with BOS if there is one), as they are done: the new
-        tokens decoded without special tokens, stripped, and their number."""
+        """Yield (index, text, number of new tokens) of each prompt, as they are done.
+
+        A prompt is token ids, which start with BOS if the tokenizer has one. A text is the new tokens,
+        decoded without special tokens and stripped.
+        """
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an engine loads: a base and, if any, the folder of its adapter."""
+    """The model that an engine loads: a base and, if any, the PEFT folder of its adapter."""
 
     base: BaseModelSettings
     adapter: str | None = None
@@ -57,16 +65,17 @@ class BeamEngine:
     name: str
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
-        """See Engine."""
+        """Generate as Engine says."""
         for index, tokens in self.searcher.search(prompts):
             yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)
 
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """Generation by `transformers.generate`; options not in `decoding` follow its defaults.
+    """Generation by `transformers.generate`; options that are not in `decoding` follow its defaults.
 
-    attention: the model's own, which a search on the same model may have replaced; None leaves it as it is.
+    batch_rows: prompts of one batch. attention: the model's own attention, which a search on the same model
+    may have replaced; None leaves it as it is.
     """
 
     model: Any
@@ -77,7 +86,7 @@ class TransformersEngine:
     attention: str | None = None
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
-        """See Engine. A batch runs until its longest output ends."""
+        """Generate as Engine says; a batch runs until its longest output ends."""
         if self.attention is not None and self.model.config._attn_implementation != self.attention:
             self.model.set_attn_implementation(self.attention)
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
@@ -89,7 +98,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _generate(self, prompts: list[Sequence[int]]) -> list[tuple[str, int]]:
-        width, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        """Generate for one batch, padded on the left; return text and number of new tokens of each prompt."""
+        width = max(len(prompt) for prompt in prompts)
+        pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = self.tokenizer.eos_token_id
         ids = torch.full((len(prompts), width), pad)
@@ -97,7 +108,8 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        device, seed = self.model.device, self.decoding.seed
+        device = self.model.device
+        seed = self.decoding.seed
         gpus = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(gpus):  # the process's own random state stays as it is
             torch.manual_seed(secrets.randbits(63) if seed is None else seed)
@@ -110,25 +122,32 @@ class TransformersEngine:
             )
         new = out[:, width:]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        counts = (new != pad).sum(1).tolist()
+        ends = _as_tuple(self.model.generation_config.eos_token_id)
+        counts = [_tokens_until(tokens, ends) for tokens in new.tolist()]
         return [(text.strip(), count) for text, count in zip(texts, counts, strict=True)]
 
 
 def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
-    """Load an engine with its model on this process's device: the search where it equals `generate`, else `generate`."""
-    return make_engine(load_merged(served.base, served.adapter), load_tokenizer(served.base.name), decoding)
+    """Load an engine with its model on this process's device.
+
+    It is the search where that equals `transformers.generate`, else `transformers.generate`. Raises
+    InputError if base or adapter can't be loaded.
+    """
+    model = load_merged(served.base, served.adapter)
+    return make_engine(model, load_tokenizer(served.base.name), decoding)
 
 
 def make_engine(
     model: Any, tokenizer: Any, decoding: DecodingSettings, attention: str | None = None
 ) -> Engine:
-    """Make the engine for a loaded model, which the search quickens; its name says why it is `generate`, if it is.
+    """Make the engine for a loaded model.
 
-    Outputs end at the tokenizer's EOS, which answers end with in training, as well as where the model's generation
-    config says. `attention`: the model's own, if other engines work with the same model.
+    It is the search, which replaces modules of the model by faster ones, unless its settings or the model
+    need `transformers.generate`; then the engine's name says why. Outputs end at the tokenizer's EOS, with
+    which answers end in training, as well as where the model's generation config says. `attention` is the
+    model's own, if other engines work with the same model.
     """
-    ends = model.generation_config.eos_token_id
-    known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    known = _as_tuple(model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id]))
     attention = attention or model.config._attn_implementation
     try:
@@ -137,55 +156,80 @@ def make_engine(
     except torch.cuda.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _log.warning("using transformers.generate: %s", reason)
-        rows, name = _GENERATE_ROWS[model.device.type], f"transformers.generate ({reason})"
-        return TransformersEngine(model, tokenizer, decoding, rows, name, attention)
-    weights = describe_weights(model)
+        return TransformersEngine(
+            model=model,
+            tokenizer=tokenizer,
+            decoding=decoding,
+            batch_rows=_GENERATE_ROWS[model.device.type],
+            name=f"transformers.generate ({reason})",
+            attention=attention,
+        )
+    name = f"beam engine, {describe_weights(model)}"
     quicken(model)
-    return BeamEngine(BeamSearcher(model, rules, decoding.seed), tokenizer, f"beam engine, {weights}")
+    return BeamEngine(searcher=BeamSearcher(model, rules, decoding.seed), tokenizer=tokenizer, name=name)
+
+
+def _tokens_until(tokens: list[int], ends: tuple[int, ...]) -> int:
+    """Count the tokens up to the first that ends an output, that one included."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return place + 1
+    return len(tokens)
+
+
+def _as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return the EOS tokens of a generation config, which may be one, several or none."""
+    if tokens is None:
+        return ()
+    return (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
 
 def _try_out(model: Any, rules: SearchRules) -> None:
-    """Two short prompts through template, prefill and two steps: some families show only here that their attention can't be served."""
+    """Search with two short prompts, through prefix, prefill and two decode steps.
+
+    Some models show only here, by an error, that the search's attention can't serve them.
+    """
     short = replace(rules, max_new_tokens=2, min_new_tokens=0)
     dict(BeamSearcher(model, short, seed=0).search([(0, 0, 1, 1), (0, 0, 0, 1)]))
 
 
 def generate_options(decoding: DecodingSettings) -> dict[str, Any]:
-    """`decoding` as keywords of `transformers.generate`, which fills in the rest from the model and its own defaults."""
+    """Return the keywords of `transformers.generate` that `decoding` sets.
+
+    It fills in the others from the model and its own defaults.
+    """
     return decoding.model_dump(exclude_none=True, exclude={"seed"})
 
 
 def search_rules(model: Any, decoding: DecodingSettings) -> SearchRules:
-    """The rules by which `generate` would search with this model. Raises ValueError for settings that the search lacks."""
+    """Return the rules by which `transformers.generate` would search with this model.
+
+    Raises ValueError for settings that this project's search lacks.
+    """
     config, _ = model._prepare_generation_config(None, **generate_options(decoding))
     mode = config.get_generation_mode().value
     if mode not in ("greedy_search", "sample", "beam_search"):
         raise ValueError(f"{mode.replace('_', ' ')} is not one of its ways")
     processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
-    warpers = tuple(
-        one
-        for one in processors
-        if isinstance(one, (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper))
-    )
-    others = [
-        type(one).__name__
-        for one in processors
-        if one not in warpers and not isinstance(one, MinNewTokensLengthLogitsProcessor)
-    ]
+    warpers = []
+    others = []
+    for processor in processors:
+        if isinstance(processor, (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)):
+            warpers.append(processor)
+        elif not isinstance(processor, MinNewTokensLengthLogitsProcessor):
+            others.append(type(processor).__name__)
     if others or config.stop_strings or config.max_time:
-        raise ValueError(
-            f"the model's generation config asks for {', '.join(others) or 'stop strings or a time limit'}"
-        )
-    eos = config.eos_token_id if config.eos_token_id is not None else ()
+        asked_for = ", ".join(others) or "stop strings or a time limit"
+        raise ValueError(f"the model's generation config asks for {asked_for}")
     return SearchRules(
         num_beams=config.num_beams,
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=config.min_new_tokens or 0,
-        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos),
+        eos_tokens=_as_tuple(config.eos_token_id),
         length_penalty=config.length_penalty,
         early_stopping=config.early_stopping,
         do_sample=config.do_sample,
-        warpers=warpers,
+        warpers=tuple(warpers),
     )

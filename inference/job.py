@@ -1,6 +1,9 @@
-"""Owns one batch job: an input file -> an ordered output file, with what failed and what it was made of beside it.
+"""Owns one batch job: from an input file to an ordered output file.
 
-Rows are kept in a work folder as they come; a job that was stopped goes on from there. Refuses to know the registry.
+Beside the output it writes what failed (PATH.errors.json) and what the output was made of (PATH.meta.json).
+Rows are kept in a work folder as they are done, and a job that was stopped goes on from there.
+
+Refuses to know the registry.
 """
 
 import fcntl
@@ -18,6 +21,7 @@ from inference.predictions import Journal, beside, work_folder, write_prediction
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
+from qlora.data.examples import Example
 from qlora.files import write_json
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.provenance import package_versions
@@ -25,7 +29,11 @@ from qlora.provenance import package_versions
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job did: all rows, those generated now, those that failed, seconds, the engine, and scores if the input has outputs."""
+    """The result of a job.
+
+    num_generated: rows that this run generated, which a resumed job has fewer of. scores: chrF, BLEU and
+    exact matches, if the input has outputs to compare with.
+    """
 
     num_rows: int
     num_generated: int
@@ -37,7 +45,11 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands: rows and tokens done now, rows to do now, seconds since an engine was ready."""
+    """The progress of a job's present run.
+
+    num_done, num_tokens: rows and tokens that this run generated so far. num_rows: rows that it has to
+    generate. seconds: time since an engine was ready.
+    """
 
     num_done: int
     num_tokens: int
@@ -45,21 +57,21 @@ class Progress:
     seconds: float
 
     def __str__(self) -> str:
-        rate, left = (
-            self.num_done / self.seconds,
-            self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done),
-        )
+        rows_per_second = self.num_done / self.seconds
+        tokens_per_second = self.num_tokens / self.seconds
+        seconds_left = self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done)
         return (
-            f"{self.num_done}/{self.num_rows} rows, {rate:.2f} rows/s, {self.num_tokens / self.seconds:.0f} tokens/s, "
-            f"{left:.0f} s left"
+            f"{self.num_done}/{self.num_rows} rows, {rows_per_second:.2f} rows/s, "
+            f"{tokens_per_second:.0f} tokens/s, {seconds_left:.0f} s left"
         )
 
 
 @contextmanager
 def open_job(source: Path, output: Path) -> Iterator[RowStore]:
-    """The checked rows of an input, held for one job on this output; at a clean end the work folder stays for `run_job`.
+    """Provide the checked rows of an input, within, to one job on this output.
 
-    Raises InputError for bad rows, and if another job is at work on the same output.
+    The work folder stays, for `run_job` to remove or a later job to resume. Raises InputError for bad rows,
+    and if another job is at work on the same output.
     """
     if output.is_dir():
         raise InputError(output, "is a folder; name a file")
@@ -92,8 +104,9 @@ def run_job(
 ) -> JobResult:
     """Generate what is missing and write the output, PATH.meta.json and, if rows failed, PATH.errors.json.
 
-    `facts` name the model for PATH.meta.json and for `resume`, which refuses the rows of a job with other facts, prompt,
-    settings or input. `plan` is called when there is work: it connects Ray.
+    `facts` identify the model, for PATH.meta.json and for `resume`. `plan` connects Ray, and is called only
+    if there is work. `progress` is called after each batch. Raises InputError if rows that are to be resumed
+    belong to a job with other facts, prompt, settings or input, and if the model can't be loaded.
     """
     settings = {
         "model": facts,
@@ -104,9 +117,13 @@ def run_job(
     }
     folder = work_folder(output)
     journal = Journal(folder, settings, len(rows), resume=resume)
-    missing, started = journal.missing(), time.monotonic()
-    first_row_seconds, ready = None, float("inf")
-    num_tokens, workers, engines = 0, 0, set[str]()
+    missing = journal.missing()
+    started = time.monotonic()
+    ready = float("inf")  # when the first engine began to generate
+    first_row_seconds = None
+    num_tokens = 0
+    workers = 0
+    engines: set[str] = set()
     if missing:
         pool = plan()
         workers = pool.num_workers
@@ -117,16 +134,23 @@ def run_job(
             journal.append(report.results)
             num_tokens += report.num_tokens
             engines.add(report.engine)
-            num_done = journal.num_done - len(rows) + len(missing)
-            progress(Progress(num_done, num_tokens, len(missing), max(1e-9, time.monotonic() - ready)))
-    seconds, generating = time.monotonic() - started, max(0.0, time.monotonic() - ready)
-    engine, scores = "; ".join(sorted(engines)) or None, Scores()
-    errors = write_predictions(
-        output,
-        rows,
-        journal,
-        lambda example, text: scores.add(text, example.output) if example.output else None,
-    )
+            present = Progress(
+                num_done=journal.num_done - len(rows) + len(missing),
+                num_tokens=num_tokens,
+                num_rows=len(missing),
+                seconds=max(1e-9, time.monotonic() - ready),
+            )
+            progress(present)
+    seconds = time.monotonic() - started
+    generating = max(0.0, time.monotonic() - ready)
+    engine = "; ".join(sorted(engines)) or None
+    scores = Scores()
+
+    def score(example: Example, text: str) -> None:
+        if example.output:
+            scores.add(text, example.output)
+
+    errors = write_predictions(output, rows, journal, score)
     summary = scores.summary() if scores.count else None
     write_json(
         beside(output, "meta"),
@@ -154,15 +178,23 @@ def run_job(
     )
     journal.close()
     shutil.rmtree(folder)
-    return JobResult(len(rows), len(missing), len(errors), seconds, engine, summary)
+    return JobResult(
+        num_rows=len(rows),
+        num_generated=len(missing),
+        num_failed=len(errors),
+        seconds=seconds,
+        engine=engine,
+        scores=summary,
+    )
 
 
 def model_facts(work: Work, model: str | None, revision: str | None) -> dict[str, Any]:
     """Return what identifies the model of a job: its URI in the registry, its base and its adapter.
 
-    The adapter is told by its content, a local base by its files' sizes and times of change.
+    The adapter is identified by its content, a local base by its files' sizes and times of change.
     """
-    base, adapter = work.served.base, work.served.adapter
+    base = work.served.base
+    adapter = work.served.adapter
     files = sorted(Path(base.name).glob("*.safetensors")) if Path(base.name).is_dir() else []
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {

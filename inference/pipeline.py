@@ -1,7 +1,15 @@
-"""Owns the Ray Data pipeline: row numbers -> rows -> prompts -> a pool of engines -> results as they are done.
+"""Owns the Ray Data pipeline: from row numbers to prompts, a pool of engines, and results as they are done.
 
-Only windows of row numbers are in the plan. A window's text is fetched from the driver's node when its turn comes, tokenised
-by a task, ordered by length and handed to the pool in batches: no process holds all rows. Refuses to know the output.
+    numbers of rows --> Tokenise --> blocks of batch_rows prompts --> EngineActor (a pool) --> Report
+         a window       one actor                                     on GPUs or CPUs          to the driver
+
+Only windows of row numbers are in the plan. The text of a window's rows is fetched from the driver's node
+when its turn comes, tokenised, ordered by length and handed to the pool in batches: no process holds all
+rows. Ray Data runs the stages at the same time, and runs a batch again if its worker dies.
+
+Refuses to know the output.
+
+Source: https://docs.ray.io/en/latest/data/batch_inference.html
 """
 
 import logging
@@ -25,15 +33,15 @@ from qlora.data.prompts import Prompt, encode_prompt, too_long_problem
 from qlora.lora.peft_folder import AdapterFiles
 
 _WINDOW_ROWS = 4096
-_FEWEST_ROWS, _MOST_ROWS = {"cpu": 8, "gpu": 128}, {"cpu": 64, "gpu": 512}  # of a batch
-# of a worker, so that a small job too shows where it stands and can go on from there
-_BATCHES = 4
+_FEWEST_ROWS = {"cpu": 8, "gpu": 128}  # of a batch
+_MOST_ROWS = {"cpu": 64, "gpu": 512}  # of a batch
+_BATCHES = 4  # of a worker, so that a small job too shows its progress and can go on from there
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job does with every row. A prompt over `max_prompt_tokens` fails its row."""
+    """The work of a job on every row. A prompt of more than `max_prompt_tokens` fails its row."""
 
     served: ServedModel
     prompt: Prompt
@@ -43,7 +51,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Report:
-    """One batch's results, the tokens that were generated for it, by which engine, and how long that took."""
+    """One batch's results, the number of tokens generated for it, the engine's name, and the time it took."""
 
     results: list[Result]
     num_tokens: int
@@ -52,7 +60,7 @@ class Report:
 
 
 class RowReader:
-    """Serves rows of a RowStore from the node where its file is."""
+    """A server of a RowStore's rows, on the node where their file is."""
 
     def __init__(self, rows: RowStore):
         self.rows = rows
@@ -63,14 +71,18 @@ class RowReader:
 
 
 class Tokenise:
-    """A window of row numbers -> prompts, longest first, or errors."""
+    """A task from windows of row numbers to prompts, longest first, or errors."""
 
     def __init__(self, work: Work, reader: Any):
-        self.work, self.reader = work, reader
+        self.work = work
+        self.reader = reader
         self.tokenizer = load_tokenizer(work.served.base.name)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Turn column `numbers` (one window a row) into `index`, `prompt` (token ids, none for a failed row), `error`."""
+        """Turn column `numbers`, a window a row, into `index`, `prompt` and `error`.
+
+        A prompt is token ids, none for a row that failed; an error is empty for any other row.
+        """
         found = []
         for window in batch["numbers"]:
             numbers = [int(number) for number in window]
@@ -87,8 +99,8 @@ class Tokenise:
 class EngineActor:
     """A worker of the pool: one engine, loaded once.
 
-    An InputError on loading it comes back in columns of its own (`is_refused`, `refused_where`, `refused_problem`):
-    raised here, it would reach people as a worker's death.
+    An InputError on loading it comes back in columns of its own (`is_refused`, `refused_where`,
+    `refused_problem`): raised here, it would reach people as a worker's death.
     """
 
     def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, files: AdapterFiles | None):
@@ -103,33 +115,42 @@ class EngineActor:
             self.refusal = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Turn columns of Tokenise into `index`, `text`, `error`, `num_tokens`, `engine`, `seconds` and the refusal."""
-        started, count = time.monotonic(), len(batch["index"])
-        texts, num_tokens = [""] * count, [0] * count
+        """Turn columns of Tokenise into `index`, `text`, `error`, `num_tokens` and what all rows share.
+
+        They share `engine`, `seconds` and the refusal.
+        """
+        started = time.monotonic()
+        count = len(batch["index"])
+        texts = [""] * count
+        num_tokens = [0] * count
         errors = [str(error) for error in batch["error"]]
         if self.refusal is None:
             rows = [row for row, error in enumerate(errors) if not error]
-            outputs = self._generate([[int(token) for token in batch["prompt"][row]] for row in rows])
+            prompts = [[int(token) for token in batch["prompt"][row]] for row in rows]
+            outputs = self._generate(prompts)
             for row, output in zip(rows, outputs, strict=True):
                 texts[row], num_tokens[row], errors[row] = output
+        name = "" if self.refusal else self.engine.name
+        where = str(self.refusal.where) if self.refusal else ""
+        problem = self.refusal.problem if self.refusal else ""
         return {
             "index": batch["index"],
             "text": texts,
             "error": errors,
             "num_tokens": num_tokens,
-            "engine": ["" if self.refusal else self.engine.name] * count,
+            "engine": [name] * count,
             "seconds": [time.monotonic() - started] * count,
             "is_refused": [self.refusal is not None] * count,
-            "refused_where": [str(self.refusal.where) if self.refusal else ""] * count,
-            "refused_problem": [self.refusal.problem if self.refusal else ""] * count,
+            "refused_where": [where] * count,
+            "refused_problem": [problem] * count,
         }
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
-        """Return (text, tokens, error) of each prompt.
+        """Return (text, number of new tokens, error) of each prompt.
 
-        If the batch fails, its prompts are tried one by one, so that only what fails alone is lost. Raises the error
-        if that is all of them, or if the GPU is out of order: then nothing here is the rows' fault, and the job
-        stops with what is done kept.
+        If the batch fails, its prompts are tried one by one, so that only what fails alone is lost. Raises
+        the batch's error if all of them fail, or if the GPU is out of order: then it is not the rows' fault,
+        and the job stops, keeping what is done.
         """
         if not prompts:
             return []
@@ -138,10 +159,11 @@ class EngineActor:
             return [found[index] for index in range(len(prompts))]
         except (RuntimeError, ValueError) as error:
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises again what no later call can get over
+                torch.cuda.synchronize()  # raises the error again if it left the GPU unusable
             if len(prompts) == 1:
                 lines = str(error).strip().splitlines()
-                return [("", 0, f"{type(error).__name__}: {lines[0] if lines else 'no message'}")]
+                message = lines[0] if lines else "no message"
+                return [("", 0, f"{type(error).__name__}: {message}")]
             found_alone = [self._generate([prompt])[0] for prompt in prompts]
             if all(failure for *_, failure in found_alone):
                 raise
@@ -150,7 +172,10 @@ class EngineActor:
 
 @contextmanager
 def _local_adapter(served: ServedModel, files: AdapterFiles | None) -> Iterator[ServedModel]:
-    """Give what to load on this node within, the adapter from its files. Errors name the folder that people know."""
+    """Provide the model to load on this node, within, with its adapter in a folder of this node.
+
+    An InputError that is raised within names the adapter's own folder, which users know.
+    """
     if served.adapter is None or files is None:
         yield served
         return
@@ -164,44 +189,48 @@ def _local_adapter(served: ServedModel, files: AdapterFiles | None) -> Iterator[
 
 @dataclass(frozen=True)
 class Pool:
-    """How many engines, each on a GPU of its own or on a share of a node's CPUs."""
+    """A number of engines, each on a GPU of its own or on a share of a node's CPUs."""
 
     num_workers: int
     on_gpu: bool
 
 
 def plan_pool(local: dict[str, float], num_workers: int | None = None, device: str | None = None) -> Pool:
-    """One engine a GPU of the connected Ray, or one a node if there are no GPUs, unless told otherwise. `local`: what a Ray that
-    can't grow has; {} for a cluster. `device`: "cpu" or "gpu".
+    """Plan one engine for each GPU of the connected Ray, or for each node if there are no GPUs.
 
-    A cluster without any CPU to work on is one whose nodes are still to come, as an autoscaler's: engines ask for a GPU there.
-    Raises InputError for a GPU that will never come.
+    `num_workers` and `device` ("cpu" or "gpu") overrule that. `local` is the resources of a Ray that can't
+    grow, {} for a cluster. A cluster without a CPU to work on is one whose nodes are still to come, from an
+    autoscaler: engines ask for a GPU there. Raises InputError for a GPU that will never come.
     """
     resources = ray.cluster_resources()
     num_gpus = int(resources.get("GPU", 0))
-    on_gpu = device == "gpu" if device else num_gpus > 0 or resources.get("CPU", 0) < 1
+    has_no_nodes_yet = resources.get("CPU", 0) < 1
+    on_gpu = device == "gpu" if device else num_gpus > 0 or has_no_nodes_yet
     if local and on_gpu and not num_gpus:
         raise InputError(
             "--device",
             "gpu was asked for, but this machine has none; leave it out, or name a cluster in RAY_ADDRESS",
         )
-    return Pool(num_workers or max(1, num_gpus if on_gpu else len(_cpus_of_nodes())), on_gpu)
+    if not num_workers:
+        num_workers = max(1, num_gpus if on_gpu else len(_cpus_of_nodes()))
+    return Pool(num_workers=num_workers, on_gpu=on_gpu)
 
 
 def _cpus_of_nodes() -> dict[str, int]:
-    """Whole CPUs of each node that has any."""
+    """Return the whole CPUs of each node that has any, by the node's id."""
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}
     return {node: count for node, count in cpus.items() if count}
 
 
 def _cpus_of_this_node() -> int:
+    """Return the whole CPUs of this process's node, at least one."""
     return _cpus_of_nodes().get(ray.get_runtime_context().get_node_id(), 1)
 
 
 def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool) -> Iterator[Report]:
-    """Generate for the rows with these numbers (ascending); yields results batch by batch, as they are done.
+    """Generate for the rows with these numbers, which ascend; yield the report of each batch as it is done.
 
-    Needs a connected Ray. Raises InputError if the model can't be had.
+    Needs a connected Ray. Raises InputError if the model can't be loaded.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -213,16 +242,23 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
         if batch["is_refused"][0]:
             raise InputError(batch["refused_where"][0], batch["refused_problem"][0])
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
-        results = [
-            (index, None if error else text, error or None)
+        results: list[Result] = [
+            (index, None, error) if error else (index, text, None)
             for index, text, error in zip(*columns, strict=True)
         ]
-        num_tokens, seconds = int(batch["num_tokens"].sum()), float(batch["seconds"].max())
-        yield Report(results, num_tokens, str(batch["engine"][0]), seconds)
+        yield Report(
+            results=results,
+            num_tokens=int(batch["num_tokens"].sum()),
+            engine=str(batch["engine"][0]),
+            seconds=float(batch["seconds"].max()),
+        )
 
 
 def _dataset(work: Work, rows: RowStore, windows: list[dict[str, Any]], pool: Pool) -> Dataset:
-    """Plan the pipeline. Operators ask for small shares of CPUs: on one core, all must fit side by side."""
+    """Plan the pipeline.
+
+    Its operators ask for small shares of a CPU: on one core, all must run side by side.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reader_class = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4)
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(

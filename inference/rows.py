@@ -1,6 +1,9 @@
 """Owns the input rows of a job: checked one by one, and kept where any of them can be read again.
 
-No step holds the text of all rows: what is kept in memory is ids and byte offsets.
+No step holds the text of all rows: a checked row is written to a file, one JSON list a line, and only ids
+(while rows are checked) and byte offsets are kept in memory.
+
+Refuses to know prompts and models.
 """
 
 import hashlib
@@ -15,7 +18,11 @@ from qlora.data.examples import Example, checked_examples
 
 @dataclass(frozen=True)
 class RowStore:
-    """Checked rows in a JSONL file of our own: `offsets` has where each begins. `digest`: SHA-256 of ids, instructions, outputs."""
+    """Checked rows in a JSON Lines file.
+
+    offsets: the byte where each row begins. digest: SHA-256 (hexadecimal) of ids, instructions and outputs.
+    has_outputs: true if every row has one.
+    """
 
     path: Path
     offsets: "array[int]"
@@ -31,19 +38,23 @@ class RowStore:
 
     def read_some(self, numbers: Sequence[int]) -> list[Example]:
         """Read the rows with these numbers, ascending, and no others."""
-        examples, at = [], -1
+        examples = []
+        next_number = -1  # of the row that the file stands at
         with open(self.path, "rb") as file:
             for number in numbers:
-                if number != at:
+                if number != next_number:
                     file.seek(self.offsets[number])
-                examples.append(Example(*json.loads(file.readline())))
-                at = number + 1
+                identifier, instruction, output = json.loads(file.readline())
+                examples.append(Example(id=identifier, instruction=instruction, output=output))
+                next_number = number + 1
         return examples
 
 
 def store_rows(path: Path, folder: Path) -> RowStore:
-    """Check all rows of a file and keep them in `folder`. Raises InputError as qlora.data.examples does."""
-    offsets, digest, has_outputs = array("q"), hashlib.sha256(), True
+    """Check all rows of a file and keep them in `folder`. Raises InputError as `load_examples` does."""
+    offsets = array("q")
+    digest = hashlib.sha256()
+    has_outputs = True
     kept = folder / "rows.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with open(kept, "wb") as file:
@@ -54,4 +65,4 @@ def store_rows(path: Path, folder: Path) -> RowStore:
             digest.update(line)
             file.write(line)
             has_outputs = has_outputs and example.output is not None
-    return RowStore(kept, offsets, digest.hexdigest(), has_outputs)
+    return RowStore(path=kept, offsets=offsets, digest=digest.hexdigest(), has_outputs=has_outputs)

@@ -1,33 +1,41 @@
-"""Owns how outputs compare with references: chrF, BLEU and exact matches, by sacrebleu, without holding any text.
+"""Owns how outputs compare with references: chrF, BLEU and exact matches, without holding any text.
 
-Source: https://github.com/mjpost/sacrebleu; BLEU splits Chinese characters (tokenizer `zh`).
+BLEU counts word sequences that output and reference share, chrF character sequences. Both are computed by
+sacrebleu, from sums of statistics of single sentences, so that no text is kept. BLEU splits Chinese
+characters (tokenizer `zh`).
+
+Refuses to know where texts come from.
+
+Source: https://github.com/mjpost/sacrebleu
 """
 
 from sacrebleu.metrics import BLEU, CHRF
 
 
 class Scores:
-    """Sums of sentence statistics."""
+    """Sums of the statistics of sentences."""
 
     def __init__(self) -> None:
         self._metrics = {"chrf": CHRF(), "bleu": BLEU(tokenize="zh")}
         self._sums: dict[str, list[int]] = {}
-        self.count = self._exact = 0
+        self.count = 0
+        self._num_exact = 0
 
     def add(self, output: str, reference: str) -> None:
-        """Take in one output and what it should be."""
+        """Count one output and its reference."""
         self.count += 1
-        self._exact += output == reference.strip()
+        self._num_exact += output == reference.strip()
         for name, metric in self._metrics.items():
             statistics = metric._extract_corpus_statistics([output], [[reference]])[0]
-            self._sums[name] = [
-                a + b for a, b in zip(self._sums.get(name, [0] * len(statistics)), statistics, strict=True)
-            ]
+            sums = self._sums.get(name, [0] * len(statistics))
+            self._sums[name] = [total + one for total, one in zip(sums, statistics, strict=True)]
 
     def summary(self) -> dict[str, float]:
-        """Corpus chrF and BLEU (0 to 100) and the share of exact matches; needs at least one row."""
-        scores = {
-            name: round(metric._compute_score_from_stats(self._sums[name]).score, 2)
-            for name, metric in self._metrics.items()
-        }
-        return {**scores, "exact_match": round(self._exact / self.count, 4), "count": self.count}
+        """Return corpus chrF and BLEU (0 to 100), the share of exact matches and the count.
+
+        Needs at least one output.
+        """
+        scores: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            scores[name] = round(metric._compute_score_from_stats(self._sums[name]).score, 2)
+        return {**scores, "exact_match": round(self._num_exact / self.count, 4), "count": self.count}

@@ -1,4 +1,9 @@
-"""Owns the loss of a packed batch: the negative log-likelihood of every answer token, from logits at scored positions only.
+"""Owns the loss of a packed batch: the negative log-likelihood (NLL) of every answer token.
+
+Only answer tokens are scored, as usual in instruction tuning, so the head computes logits only where it
+predicts one: with long prompts that saves most of its work and memory.
+
+Refuses to know adapters.
 
 Shapes: A scored positions, V vocabulary.
 """
@@ -11,13 +16,15 @@ from torch import Tensor
 
 from qlora.packed.stream import PackedBatch
 
-_LOGIT_ROWS = 64  # so many rows of logits at a time become probabilities: float32 copies stay in cache
+_LOGIT_ROWS = (
+    64  # rows of logits that are converted to float32 at a time, so that the copies stay in the cache
+)
 
 
 def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
     """Return the negative log-likelihood in nats of every answer token: [A], float32.
 
-    `model` has packed attention (qlora.packed.attention).
+    `model` must have packed attention (qlora.packed.attention).
     """
     out = model(
         input_ids=batch.input_ids_T[None],
@@ -26,7 +33,7 @@ def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
         use_cache=False,
         logits_to_keep=batch.predictors_A,
     )
-    logits_AV = out.logits.squeeze(0)  # the gradient of [0] is a copy
+    logits_AV = out.logits.squeeze(0)  # squeeze, since the gradient of [0] is a copy
     if torch.is_grad_enabled():
         return F.cross_entropy(logits_AV.float(), batch.targets_A, reduction="none")
     pieces = zip(logits_AV.split(_LOGIT_ROWS), batch.targets_A.split(_LOGIT_ROWS), strict=True)
@@ -34,5 +41,6 @@ def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def _nll(logits_AV: Tensor, targets_A: Tensor) -> Tensor:
+    """Compute the NLL of targets without gradients: log-sum-exp of the logits minus the target's logit."""
     scored_A = logits_AV.gather(1, targets_A[:, None])[:, 0]
     return logits_AV.float().logsumexp(-1) - scored_A.float()

@@ -1,7 +1,10 @@
-"""Owns checkpoints: a folder with the adapter in PEFT's layout, the optimizer's tensors and the position, a manifest last.
+"""Owns checkpoints: a folder with the adapter in PEFT's layout, the optimizer's tensors and the position.
 
-A folder without a manifest, or whose files differ from it, is no checkpoint: a kill at any moment leaves either the whole
-or nothing. Only safetensors and JSON are read back.
+The last file is a manifest with the SHA-256 of every other. A folder without a manifest, or whose files
+differ from it, is no checkpoint: so a kill at any moment leaves either the whole or nothing. Only safetensors
+and JSON are read back, and neither can run code.
+
+Refuses to know when a checkpoint is due and where it is kept.
 """
 
 import hashlib
@@ -16,16 +19,22 @@ from torch import Tensor
 from qlora.lora.peft_folder import AdapterContent
 from qlora.training import Training
 
-ADAPTER, OPTIMIZER, POSITION, MANIFEST = "adapter", "optimizer.safetensors", "position.json", "manifest.json"
+ADAPTER = "adapter"
+OPTIMIZER = "optimizer.safetensors"
+POSITION = "position.json"
+MANIFEST = "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A folder is not a whole checkpoint."""
+    """A folder that is not a whole checkpoint."""
 
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint is made of, in memory: to be written while the device does other work. It holds until the trial's next step."""
+    """A checkpoint in memory, to be written while the device does other work.
+
+    On a CPU its tensors are the trial's own, so it holds only until the trial's next step.
+    """
 
     adapter: AdapterContent
     optimizer: dict[str, Tensor]
@@ -33,12 +42,12 @@ class CheckpointContent:
 
     @classmethod
     def of(cls, training: Training) -> "CheckpointContent":
-        """All that `load_checkpoint` needs to go on exactly."""
+        """Collect all that `load_checkpoint` needs to go on exactly."""
         tensors, position = training.state()
         return cls(
-            training.bank.content(training.adapter),
-            {name: tensor.cpu() for name, tensor in tensors.items()},
-            position,
+            adapter=training.bank.content(training.adapter),
+            optimizer={name: tensor.cpu() for name, tensor in tensors.items()},
+            position=position,
         )
 
     def write(self, folder: Path) -> None:
@@ -46,7 +55,8 @@ class CheckpointContent:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         self.adapter.write(folder / ADAPTER)
-        save_file({name: tensor.contiguous() for name, tensor in self.optimizer.items()}, folder / OPTIMIZER)
+        tensors = {name: tensor.contiguous() for name, tensor in self.optimizer.items()}
+        save_file(tensors, folder / OPTIMIZER)
         (folder / POSITION).write_text(json.dumps(self.position, indent=1), encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
         manifest = {str(path.relative_to(folder)): _digest(path) for path in files}
@@ -64,9 +74,9 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     Raises CheckpointError for a folder that is not whole, ValueError for another run's checkpoint.
     """
     verify_checkpoint(folder)
-    training.load_state(
-        load_file(folder / OPTIMIZER), json.loads((folder / POSITION).read_text(encoding="utf-8"))
-    )
+    tensors = load_file(folder / OPTIMIZER)
+    position = json.loads((folder / POSITION).read_text(encoding="utf-8"))
+    training.load_state(tensors, position)
     training.bank.load(training.adapter, folder / ADAPTER)
 
 
@@ -83,5 +93,6 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 (hexadecimal) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

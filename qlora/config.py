@@ -1,6 +1,10 @@
-"""Owns the typed settings and the one error that users see. Refuses to know torch, Ray and MLflow, so it imports at once.
+"""Owns the typed settings and the one error that users see.
 
-Every settings class is frozen and forbids unknown keys: a misspelt key is an error, never a silent default.
+Settings are pydantic models (https://docs.pydantic.dev). Every settings class is frozen and forbids unknown
+keys: a misspelt key is an error, never a silent default. The defaults of `TrialSettings` are a complete
+training recipe, so this file is also where to see which hyperparameters there are.
+
+Refuses to know torch, Ray and MLflow, so that it imports at once.
 """
 
 from collections.abc import Callable
@@ -24,31 +28,45 @@ MAX_SEED = 2**32 - 1  # what NumPy's and every other generator takes
 
 
 class InputError(ValueError):
-    """Bad input or configuration. Its text is the one line a user sees: `<file>[:<row or key>]: <problem and mend>`."""
+    """Bad input or configuration, which the user can mend.
+
+    Its text is the one line that the user sees: `<file>[:<row or key>]: <problem and mend>`.
+    """
 
     def __init__(self, where: object, problem: str):
         super().__init__(f"{where}: {' '.join(problem.split())}")
-        self.where, self.problem = where, problem
+        self.where = where
+        self.problem = problem
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
-        """Pickled by its two parts, so that it crosses from a worker to the driver."""
+        """Return what pickle rebuilds the error from: its two parts.
+
+        So it can cross from a worker to the driver.
+        """
         return type(self), (str(self.where), self.problem)
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, and an unknown key is an error."""
+    """Base class of all settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def parse_stages(epochs: int | str) -> tuple[int, ...]:
-    """Epochs of each stage: 2 -> (2,), "1+1+3" -> (1, 1, 3). Raises ValueError for anything else."""
+    """Return the epochs of each stage: 2 -> (2,), "1+1+3" -> (1, 1, 3).
+
+    Raises ValueError for anything else.
+    """
     parts = str(epochs).split("+")
-    if isinstance(epochs, bool) or not all(
-        part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts
-    ):
+    are_counts = all(_is_whole_number(part) and int(part) > 0 for part in parts)
+    if isinstance(epochs, bool) or not are_counts:
         raise ValueError(f"epochs must be a positive integer or stages such as '1+1+3', not {epochs!r}")
     return tuple(int(part) for part in parts)
+
+
+def _is_whole_number(text: str) -> bool:
+    """Tell whether a text has nothing but the digits 0 to 9, apart from white space around them."""
+    return text.strip().isascii() and text.strip().isdigit()
 
 
 def _check_epochs(epochs: int | str) -> int | str:
@@ -57,7 +75,7 @@ def _check_epochs(epochs: int | str) -> int | str:
 
 
 def _number_from_text(value: Any) -> Any:
-    """YAML 1.1 reads 3e-5 (no dot) as text; take it as the number that was meant."""
+    """Convert text to the number that was meant: YAML 1.1 reads 3e-5, which has no dot, as text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -67,24 +85,25 @@ def _number_from_text(value: Any) -> Any:
 
 
 def _epochs_from_text(value: Any) -> Any:
-    """Take 2.0 and "2", as samplers and YAML may have them, as the whole number that was meant."""
+    """Convert 2.0 and "2", which samplers and YAML may give, to the whole number that was meant."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return (
-        int(value)
-        if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit()
-        else value
-    )
+    if isinstance(value, str) and _is_whole_number(value):
+        return int(value)
+    return value
 
 
 def _list_from_text(value: Any) -> Any:
-    """Take one name as a list of one."""
-    return (value,) if isinstance(value, str) and value != "all-linear" else value
+    """Convert a single name to a list of one."""
+    is_one_name = isinstance(value, str) and value != "all-linear"
+    return (value,) if is_one_name else value
 
 
 def _expanded_home(name: Any) -> Any:
-    """Take ~ as the user's folder."""
-    return str(Path(name).expanduser()) if isinstance(name, str) and name.startswith("~") else name
+    """Expand a leading ~ to the user's home folder."""
+    if isinstance(name, str) and name.startswith("~"):
+        return str(Path(name).expanduser())
+    return name
 
 
 LocalPath = Annotated[str, BeforeValidator(_expanded_home)]
@@ -94,7 +113,10 @@ Modules = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_li
 
 
 class BaseModelSettings(Settings):
-    """The frozen model. `name` is `smollm2-135m-instruct`, a local folder or a hub id `name[@revision]`."""
+    """Settings of the frozen base model.
+
+    `name` is `smollm2-135m-instruct`, a local folder or a hub id `name[@revision]`.
+    """
 
     name: LocalPath = Field(DEFAULT_BASE, min_length=1)
     quantization: Literal["nf4", "none"] = "nf4"
@@ -102,7 +124,11 @@ class BaseModelSettings(Settings):
 
 
 class TrialSettings(Settings):
-    """One configuration of a training run. Defaults are the report's (r 64, alpha 16, dropout 0.1, 3e-5, batch 2 x 8)."""
+    """Settings of one training run.
+
+    The defaults are the report's: rank 64, alpha 16, dropout 0.1, learning rate 3e-5, batches of 2 x 8
+    examples.
+    """
 
     learning_rate: Number = Field(3e-5, gt=0, le=1)
     lora_r: int = Field(64, ge=1, le=1024)
@@ -120,12 +146,12 @@ class TrialSettings(Settings):
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Epochs of each stage; every stage has its own fresh optimizer and schedule."""
+        """Return the epochs of each stage; every stage has its own fresh optimizer and schedule."""
         return parse_stages(self.epochs)
 
 
 class DecodingSettings(Settings):
-    """How text is generated. What is not named here follows transformers' defaults."""
+    """Settings of text generation. What is not named here follows transformers' defaults."""
 
     num_beams: int = Field(3, ge=1)
     max_new_tokens: int = Field(128, ge=1)
@@ -140,9 +166,8 @@ class DecodingSettings(Settings):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        given = [
-            name for name in ("top_p", "top_k", "temperature", "seed") if getattr(self, name) is not None
-        ]
+        of_sampling = ("top_p", "top_k", "temperature", "seed")
+        given = [name for name in of_sampling if getattr(self, name) is not None]
         if given and not self.do_sample:
             raise ValueError(f"{', '.join(given)} needs do_sample")
         if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
@@ -153,7 +178,7 @@ class DecodingSettings(Settings):
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
-    """The dotted key and the plain words of a validation error's first problem."""
+    """Return the dotted key and the plain words of a validation error's first problem."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -162,7 +187,10 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
 
 
 def validated(where: object, build: Callable[[], T]) -> T:
-    """Run `build`, turning pydantic's ValidationError into an InputError that names file and key."""
+    """Run `build` and return its result.
+
+    Raises InputError, naming file and key, for pydantic's ValidationError.
+    """
     try:
         return build()
     except ValidationError as error:

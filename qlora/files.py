@@ -1,4 +1,10 @@
-"""Owns reading and writing files whole: a reader sees the old file or the new one, never a part."""
+"""Owns reading and writing whole files: a reader sees the old file or the new one, never a part of one.
+
+A file is replaced by writing a neighbour, flushing it to disk and renaming it: POSIX promises that a rename
+within a folder is atomic (https://pubs.opengroup.org/onlinepubs/9799919799/functions/rename.html).
+
+Refuses to know what files mean.
+"""
 
 import json
 import os
@@ -11,7 +17,7 @@ from qlora.config import InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` with the text in one move, making its folder if need be."""
+    """Replace `path` with the text in one move, and make its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with open(unfinished, "w", encoding="utf-8") as file:
@@ -29,8 +35,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:
     """Read the mapping of a YAML file.
 
-    Raises InputError: with the words of `missing` if there is no such file, and for what is no YAML mapping or
-    holds a key twice.
+    Raises InputError if there is no such file (with `missing` as its text), if the content is no YAML
+    mapping, and if a key stands twice.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
@@ -49,10 +55,11 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, told to refuse a key that stands twice: the last one would win without a word."""
+    """PyYAML's safe loader, made to refuse a key that stands twice: PyYAML itself keeps the last one."""
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    """Build a mapping as PyYAML does. Raises yaml.MarkedYAMLError at the second of two equal keys."""
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]

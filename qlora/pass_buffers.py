@@ -1,9 +1,13 @@
-"""Owns what a recorded pass reads: buffers of a rounded size, and how a pass of any smaller size is written into them.
+"""Owns what a recorded pass reads: buffers of a rounded size, and writing a pass of a smaller size into them.
 
-A stream is padded by a tail: a row of its own, behind the last, to which no adapter and no answer belongs. Plain
-NumPy: the same bytes on any machine. Refuses to know CUDA.
+A CUDA graph has fixed shapes and addresses, while passes differ in size. So sizes are rounded up, one graph
+serves all passes of a rounded size, and each pass is padded to it. The padding is a tail: a row of its own,
+behind the last one, which has no adapter, and whose scored positions have no weight in the loss. All buffers
+lie in one block of memory, so that one copy fills them.
 
-Shapes: T stream tokens, A scored positions, P prefix tokens, as rounded.
+Plain NumPy, with the same bytes on any machine. Refuses to know CUDA.
+
+Shapes: T stream tokens, A scored positions, P prefix tokens, all as rounded.
 """
 
 from dataclasses import dataclass
@@ -21,9 +25,12 @@ _ALIGNMENT_BYTES = 16
 
 @dataclass(frozen=True)
 class PassSize:
-    """What a recording has room for, and what its kernels were made for.
+    """The room that a recording has, and what its kernels are made for.
 
-    longest: of a row with its prefix, where a window might hide something. num_layers: that any adapter targets.
+    tokens, answers, rows, parts, prefix_tokens: how many of each fit. longest_*: the tokens of the longest
+    row, part and prefix that fit. longest: tokens of the longest row with its prefix, which matters to models
+    with a sliding window. rank: the rank that kernels calculate with. num_layers: linear layers that any
+    adapter targets.
     """
 
     tokens: int
@@ -42,24 +49,26 @@ class PassSize:
 
     @property
     def kernels(self) -> tuple[int, ...]:
-        """Return what kernels are compiled for."""
+        """Return what kernels are compiled for: sizes with equal values share compiled kernels."""
         splits = num_splits(self.num_tiles)
-        return (self.rank, self.has_dropout, self.is_training, splits, min(self.parts, 2), self.num_layers)
+        one_or_more_parts = min(self.parts, 2)
+        return (self.rank, self.has_dropout, self.is_training, splits, one_or_more_parts, self.num_layers)
 
     @property
     def num_tiles(self) -> int:
-        """Return the tiles that all parts may need."""
+        """Return the number of tiles that all parts may need: each part may fill its last one partly."""
         return -(-self.tokens // TILE_TOKENS) + self.parts
 
     @classmethod
     def of(cls, work: Pass, bank: AdapterBank) -> "PassSize":
-        """Round a pass up to a size: 3 % more tokens on average."""
+        """Round a pass up to a size, which has 3 % more tokens on average."""
         layout = work.layout
         rows, in_parts, prefixes = stretch_lengths(layout.parts)
-        num_prefix, num_tokens = int(prefixes.sum()), layout.num_tokens
-        prefix_tokens = _up_to(num_prefix, 64)
+        num_tokens = layout.num_tokens
+        num_prefix_tokens = int(prefixes.sum())
+        prefix_tokens = _up_to(num_prefix_tokens, 64)
         grain = max(128, 2 ** (num_tokens.bit_length() - 5))
-        tokens = _up_to(num_tokens + prefix_tokens - num_prefix, grain)
+        tokens = _up_to(num_tokens + prefix_tokens - num_prefix_tokens, grain)
         tail = tokens - num_tokens
         # Lengths of stretches are limits of a kernel's grid, where what is empty costs nearly nothing.
         longest_row = _power_of_2(max(int(rows.max()), tail, 1024))
@@ -83,8 +92,8 @@ class PassSize:
 
 
 def buffer_fields(size: PassSize) -> dict[str, tuple[Any, int, int]]:
-    """Lay out one block of memory: name -> (NumPy type, first byte, end)."""
-    parts = size.parts + 1  # one more, which is always empty
+    """Lay the buffers out in one block of memory: name -> (NumPy type, first byte, end)."""
+    parts = size.parts + 1  # one more, for the tail, which has no adapter
     lengths = {
         "ids": (np.int64, size.tokens),
         "positions": (np.int64, size.tokens),
@@ -102,7 +111,8 @@ def buffer_fields(size: PassSize) -> dict[str, tuple[Any, int, int]]:
         "weights": (np.float32, size.answers),
         "alone": (np.bool_, size.tokens),
     }
-    fields, start = {}, 0
+    fields = {}
+    start = 0
     for name, (kind, length) in lengths.items():
         end = start + length * np.dtype(kind).itemsize
         fields[name] = (kind, start, end)
@@ -111,12 +121,13 @@ def buffer_fields(size: PassSize) -> dict[str, tuple[Any, int, int]]:
 
 
 def block_bytes(size: PassSize) -> int:
-    """Return the bytes of a size's block."""
-    return _up_to(max(end for _, _, end in buffer_fields(size).values()), _ALIGNMENT_BYTES)
+    """Return the number of bytes of a size's block."""
+    end = max(end for _, _, end in buffer_fields(size).values())
+    return _up_to(end, _ALIGNMENT_BYTES)
 
 
 def buffer_views(size: PassSize, block: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the buffers in a block of bytes, by name."""
+    """Return the buffers of a block of bytes as arrays, by name."""
     return {name: block[start:end].view(kind) for name, (kind, start, end) in buffer_fields(size).items()}
 
 
@@ -131,25 +142,32 @@ def filled_block(size: PassSize, work: Pass) -> np.ndarray:
 
 
 def _fill_tokens(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
-    layout, num_tokens, num_answers = work.layout, work.layout.num_tokens, len(work.layout.targets_A)
+    """Write tokens and scored positions; the tail has positions of its own, from 0 on."""
+    layout = work.layout
+    num_tokens = layout.num_tokens
+    num_answers = len(layout.targets_A)
     at["ids"][:num_tokens] = layout.ids_T
     at["positions"][:num_tokens] = layout.positions_T
     at["positions"][num_tokens:] = np.arange(size.tokens - num_tokens)
     at["predictors"][:num_answers] = layout.predictors_A
-    at["predictors"][num_answers:] = np.arange(size.answers - num_answers)  # one place for all would be slow
+    # Unused answers are predicted from different places: in the backward, one place for all would be slow.
+    at["predictors"][num_answers:] = np.arange(size.answers - num_answers)
     at["targets"][:num_answers] = layout.targets_A
     if work.weights is not None:
         at["weights"][:num_answers] = work.answer_weights()
 
 
 def _fill_stretches(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
-    num_tokens, parts = work.layout.num_tokens, work.layout.parts
+    """Write the bounds of rows, parts and prefixes, and what the tail adds to them."""
+    num_tokens = work.layout.num_tokens
+    parts = work.layout.parts
     rows, in_parts, prefixes = (bounds_of(lengths) for lengths in stretch_lengths(parts))
     at["rows"][: len(rows)] = rows
     at["rows"][len(rows) :] = size.tokens  # the tail is the row behind the last
-    for name, bounds, end in (("parts", in_parts, size.tokens), ("prefixes", prefixes, size.prefix_tokens)):
+    with_ends = (("parts", in_parts, size.tokens), ("prefixes", prefixes, size.prefix_tokens))
+    for name, bounds, end in with_ends:
         at[name][: len(bounds)] = bounds
-        at[name][len(bounds) :] = bounds[-1]
+        at[name][len(bounds) :] = bounds[-1]  # parts that the pass does not have are empty
         at[name][-1] = end  # the tail is the last part, behind the empty ones
     places, alone = prefix_places(parts)
     at["places"][: len(places)] = places
@@ -159,6 +177,7 @@ def _fill_stretches(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> No
 
 
 def _fill_tables(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
+    """Write the tables of the LoRA kernels, with tiles for the tail."""
     spans = [(part.start, part.end) for part in work.layout.parts]
     tiles, bounds, limits, keys, factors = pass_arrays(spans, work.dropouts)
     starts = np.arange(work.layout.num_tokens, size.tokens, TILE_TOKENS)
@@ -176,8 +195,10 @@ def _fill_tables(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
 
 
 def _up_to(count: int, grain: int) -> int:
+    """Round up to a multiple of the grain."""
     return -(-count // grain) * grain
 
 
 def _power_of_2(count: int) -> int:
+    """Round up to a power of two."""
     return 1 << max(0, count - 1).bit_length()

@@ -1,7 +1,10 @@
-"""Owns passes: groups of examples, each with its adapter -> the NLL of their answer tokens, and the adapters' gradients.
+"""Owns passes: from groups of examples, each with its adapter, to answer tokens' NLL and adapters' gradients.
 
-On a GPU a pass may be played back from a recording (qlora.recorded_passes); results are those of the pass that
-launches each kernel, up to rounding. Refuses to know schedules, metrics and trials.
+A pass is one forward, and in training one backward, of the base over one stream, in which each group's tokens
+go through the group's own adapter. On a GPU a pass may be replayed from a recording (qlora.recorded_passes);
+its results are, up to rounding, those of a pass that launches each kernel.
+
+Refuses to know schedules, metrics and trials.
 
 Shapes: A scored positions.
 """
@@ -22,9 +25,10 @@ from qlora.packed.stream import Layout
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass works on: a stream, each part's adapter and dropout.
+    """The work of one pass: a stream, and each part's adapter and dropout.
 
-    weights: in training, that of each part's answers in the loss; None without gradients.
+    weights: the weight of each part's answer tokens in the loss, in training; None if no gradients are
+    wanted.
     """
 
     layout: Layout
@@ -33,7 +37,7 @@ class Pass:
     weights: Sequence[float] | None
 
     def answer_weights(self) -> np.ndarray:
-        """Return the weight of every scored position: [A] float32."""
+        """Return the weight of every scored position: [A] float32. Only for passes with weights."""
         return np.repeat(np.array(self.weights, np.float32), self.layout.num_answers)
 
 
@@ -47,14 +51,14 @@ def run_pass(
 ) -> tuple[Layout, Tensor]:
     """Run one pass over groups, each under its adapter (None: the bare base).
 
-    Returns the stream and the NLL of its answer tokens [A]. With weights, one a group, the gradient of the weighted
-    sum of NLLs is added to the adapters' gradients. `largest`: tokens of the largest pass of the step that this one
-    belongs to, if there are others.
+    Returns the stream and the NLL of its answer tokens [A]. With weights, one for each group, the gradient of
+    the weighted sum of NLLs is added to the adapters' gradients. `largest` is the number of tokens of the
+    largest pass of the step that this one belongs to, if there are others.
     """
-    work = Pass(lay_out(groups, bank.device), adapters, dropouts, weights)
+    work = Pass(layout=lay_out(groups, bank.device), adapters=adapters, dropouts=dropouts, weights=weights)
     if any(adapter is not None for adapter in adapters) and bank.has_kernels:
         if bank.recorder is None:
-            from qlora.recorded_passes import Recorder  # imports this module
+            from qlora.recorded_passes import Recorder  # not above, since that module imports this one
 
             bank.recorder = Recorder(bank)
         nll_A = bank.recorder.run(work, max(largest, work.layout.num_tokens))
@@ -64,7 +68,7 @@ def run_pass(
 
 
 def launch(bank: AdapterBank, work: Pass) -> Tensor:
-    """Run a pass kernel by kernel; returns the NLL of its answer tokens [A]."""
+    """Run a pass kernel by kernel; return the NLL of its answer tokens [A]."""
     batch = on_device(work.layout, bank.device)
     with bank.routed(batch, work.adapters, work.dropouts):
         if work.weights is None:

@@ -1,10 +1,14 @@
 """Owns the metric: public perplexity, the mean over examples of exp(mean NLL of the answer tokens and EOS).
 
-Each example counts once, however long its answer, and its value does not depend on what it was batched with.
+Perplexity is the number of equally likely tokens among which a model is as unsure. Each example counts once,
+however long its answer, and its value does not depend on what it was batched with.
+
+Refuses to know training.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +22,12 @@ from qlora.packed.packing import FEWEST_PASS_TOKENS, Group, lay_out, next_pass, 
 from qlora.packed.stream import Layout
 from qlora.passes import run_pass
 
-_EVALUATION_PASSES = 4  # an evaluation keeps no activations: its passes hold so many times what training's do
-Shrink = Callable[[int], int | None]
+_EVALUATION_PASSES = 4  # an evaluation keeps no activations, so its passes hold four times what training's do
+Shrink = Callable[[int], int | None]  # from a budget that ran out of memory to a smaller one, if there is any
 
 
 def halved(budget_tokens: int) -> int | None:
-    """Free a GPU's cached memory and return half of a budget; None below which memory is no matter of passes."""
+    """Free a GPU's cached memory and return half of a budget, or None if the half is too small for a pass."""
     torch.cuda.empty_cache()
     return budget_tokens // 2 if budget_tokens >= 2 * FEWEST_PASS_TOKENS else None
 
@@ -36,8 +40,8 @@ def example_perplexities(
 ) -> list[float]:
     """Measure the perplexity of each example, in their order.
 
-    `model` has packed attention (see qlora.packed.attention) and is put in eval mode. `budget_tokens` is what a
-    training pass may hold. `progress(done, total)` is called after each pass.
+    `model` must have packed attention (qlora.packed.attention) and is put in eval mode. `budget_tokens` is
+    what a training pass may hold. `progress(done, total)` is called after each pass.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -55,10 +59,15 @@ def adapter_perplexities(
     budget_tokens: int,
     shrink: Shrink = halved,
 ) -> list[list[float]]:
-    """Measure each example's perplexity under each request's adapter (None: the bare base), in passes that they share."""
+    """Measure each example's perplexity under its request's adapter, in passes that requests share.
+
+    A request is an adapter (None: the bare base) and its examples. `budget_tokens` is what a training pass
+    may hold.
+    """
 
     def score(groups: Sequence[Group], owners: Sequence[int]) -> tuple[Layout, Tensor]:
-        return run_pass(bank, groups, [requests[owner][0] for owner in owners], [None] * len(owners))
+        adapters = [requests[owner][0] for owner in owners]
+        return run_pass(bank, groups, adapters, dropouts=[None] * len(owners))
 
     return score_together([examples for _, examples in requests], budget_tokens, score, shrink=shrink)
 
@@ -73,8 +82,8 @@ def score_together(
 ) -> list[list[float]]:
     """Measure the perplexities of several requests' examples.
 
-    `score` runs one pass over groups, each with the request that it belongs to. Out of memory goes on in smaller
-    passes with what is not scored yet: `shrink` gives the new budget for the old one. Raises
+    `score` runs one pass over groups, given the index of each group's request. If it runs out of memory, what
+    is not scored yet is scored in smaller passes, whose budget `shrink` gives. Raises
     torch.cuda.OutOfMemoryError if it gives none.
     """
     values: list[dict[int, float]] = [{} for _ in requests]
@@ -103,15 +112,12 @@ def score_together(
 
 
 def mean_perplexity(perplexities: Sequence[float]) -> float:
-    """Return the mean over examples."""
+    """Return the mean over examples, which is the public perplexity."""
     return sum(perplexities) / len(perplexities)
 
 
 def _unscored(examples: Sequence[EncodedExample], done: dict[int, float], budget_tokens: int) -> list[Group]:
-    """Split what is not scored into groups, whose names are still the examples' places among all."""
+    """Split the examples that are not scored into groups, whose names are places among all examples."""
     left = [index for index in range(len(examples)) if index not in done]
     groups = split_by_budget([examples[index] for index in left], budget_tokens)
-    return [
-        Group(group.examples, group.prefix_length, tuple(left[name] for name in group.names))
-        for group in groups
-    ]
+    return [replace(group, names=tuple(left[name] for name in group.names)) for group in groups]

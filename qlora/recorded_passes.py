@@ -1,7 +1,11 @@
-"""Owns recorded passes: CUDA graphs of rounded sizes, made when a size first comes up, and played back.
+"""Owns recorded passes: CUDA graphs of rounded sizes, recorded when a size first comes up, and replayed.
 
-A pass over a small model waits for its launches: a linear layer costs a host a millisecond of Python and launches,
-forward and backward, whatever its size. A graph has none of them.
+A pass over a small model waits for its launches: a linear layer costs the host a millisecond of Python and
+kernel launches, forward and backward, whatever its size. A CUDA graph is recorded once and launched as a
+whole, without any of them. It reads fixed buffers (qlora.pass_buffers), into which each pass is written
+before it is replayed.
+
+Refuses to know schedules, metrics and trials.
 
 Shapes: A scored positions.
 Source: https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
@@ -27,17 +31,18 @@ from qlora.pass_buffers import PassSize, block_bytes, buffer_fields, filled_bloc
 from qlora.passes import Pass
 
 _log = logging.getLogger(__name__)
-# Tokens times parameters of a linear layer: above that, a host launches faster than a GPU works.
+# Tokens times parameters of a linear layer, above which a host launches faster than a GPU works.
 _LAUNCH_BOUND = 2e11
 _MOST_RECORDINGS = 64
 _FIRST_PAUSE_PASSES = 256  # after out of memory; every further pause is twice as long
 
 
 class Recorder:
-    """Recordings of a bank's passes, in one pool of memory: they never run at the same time.
+    """The recordings of a bank's passes, which share a pool of memory: they never run at the same time.
 
-    What can't be recorded is launched, and so are all passes of steps that are large enough to keep a GPU at work:
-    launched passes don't share that pool, so the recordings are given back.
+    A pass that can't be recorded is launched kernel by kernel. So are all passes of steps that are large
+    enough to keep a GPU at work: launched passes can't use the pool's memory, so then the recordings are
+    given back.
     """
 
     def __init__(self, bank: AdapterBank):
@@ -48,16 +53,19 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # an allocator reuses memory on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
-        self._is_off, self._is_at_large_steps = False, False
-        self._pause_passes, self._next_pause_passes = 0, _FIRST_PAUSE_PASSES
+        self._is_off = False
+        self._is_at_large_steps = False
+        self._pause_passes = 0  # passes that are still to be launched before the next one is recorded
+        self._next_pause_passes = _FIRST_PAUSE_PASSES
         self.seconds = {"compiling": 0.0, "recording": 0.0}
 
     def run(self, work: Pass, largest: int) -> Tensor | None:
-        """Play a pass and return its NLL [A]; None if it has to be launched kernel by kernel.
+        """Replay a pass and return its NLL [A]; return None if it has to be launched kernel by kernel.
 
-        `largest`: tokens of its step's largest pass.
+        `largest` is the number of tokens of its step's largest pass.
         """
-        if self._is_off or self._is_paused() or self._is_large(largest, work.weights is not None):
+        is_training = work.weights is not None
+        if self._is_off or self._is_paused() or self._is_large(largest, is_training):
             return None
         size = PassSize.of(work, self._bank)
         if size in self._refused:
@@ -65,12 +73,12 @@ class Recorder:
         recording = self._recordings.pop(size, None) or self._recorded(size, work)
         if recording is None:
             return None
-        self._recordings[size] = recording  # last in order: the first is the one not played for longest
+        self._recordings[size] = recording  # last in order, so the first is the one not replayed for longest
         return recording.play(work)
 
     @property
     def num_recordings(self) -> int:
-        """Count the sizes that are recorded."""
+        """Count the recordings that are kept, one for each size."""
         return len(self._recordings)
 
     def stop(self) -> None:
@@ -79,14 +87,16 @@ class Recorder:
         self._give_back()
 
     def pause(self) -> bool:
-        """Give the recordings' memory back and record none for a while; returns whether there were any."""
-        had = bool(self._recordings)
-        if had:
-            self._pause_passes, self._next_pause_passes = self._next_pause_passes, 2 * self._next_pause_passes
+        """Give the recordings' memory back and record none for a while; tell whether there were any."""
+        had_recordings = bool(self._recordings)
+        if had_recordings:
+            self._pause_passes = self._next_pause_passes
+            self._next_pause_passes *= 2
         self._give_back()
-        return had
+        return had_recordings
 
     def _is_paused(self) -> bool:
+        """Tell whether a pass falls into a pause, and count it."""
         if self._pause_passes == 0:
             return False
         self._pause_passes -= 1
@@ -95,15 +105,22 @@ class Recorder:
         return True
 
     def _is_large(self, largest: int, is_training: bool) -> bool:
+        """Tell whether a pass belongs to a step that is large enough to keep a GPU at work.
+
+        Training that is at large steps leaves them only for steps of half that size, so that sizes around the
+        limit don't make it record and give back in turn.
+        """
         if not is_training:  # holds little memory either way
             return largest > self._most_tokens
-        was = self._is_at_large_steps
-        self._is_at_large_steps = largest > self._most_tokens / (2 if was else 1)
-        if self._is_at_large_steps and not was:
+        was_at_large_steps = self._is_at_large_steps
+        most_tokens = self._most_tokens / 2 if was_at_large_steps else self._most_tokens
+        self._is_at_large_steps = largest > most_tokens
+        if self._is_at_large_steps and not was_at_large_steps:
             self._give_back()
         return self._is_at_large_steps
 
     def _recorded(self, size: PassSize, work: Pass) -> "_Recording | None":
+        """Record a size, given its first pass; return None if that fails, and don't try again."""
         if len(self._recordings) == _MOST_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]
         try:
@@ -122,13 +139,14 @@ class Recorder:
             self._refused.add(size)
             self._give_back()
         except Exception as error:
-            # A model that waits for the GPU: the allocator may be left in the middle of a recording.
+            # The model waits for the GPU, which can't be recorded. The allocator may be left half way.
             _log.warning("passes are recorded no more: %s", _first_line(error))
             self.stop()
         return None
 
     @contextmanager
     def _counted(self, work: str) -> Iterator[None]:
+        """Add the time that is spent within to the seconds of this kind of work."""
         started = time.monotonic()
         try:
             yield
@@ -136,6 +154,7 @@ class Recorder:
             self.seconds[work] += time.monotonic() - started
 
     def _give_back(self) -> None:
+        """Free the recordings and their memory."""
         self._recordings.clear()
         self._pool = torch.cuda.graph_pool_handle()  # a pool goes with its last recording
         torch.cuda.empty_cache()
@@ -150,25 +169,25 @@ class _Recording:
         buffers = _tensor_views(size, self._block)
         self._batch = recorded_batch(size, buffers)
         self._pass_tables = recorded_pass_tables(size, buffers)
-        nobody = [[None] * (size.parts + 1)] * bank.num_layers
-        self._bank_tables = make_bank_tables(nobody, bank.device, size.rank)
+        no_adapters = [[None] * (size.parts + 1)] * bank.num_layers
+        self._bank_tables = make_bank_tables(no_adapters, bank.device, size.rank)
         self._weights_A = buffers["weights"]
         self._graph = torch.cuda.CUDAGraph()
         self._nll_A = self._weights_A
 
     def rehearse(self, stream: torch.cuda.Stream) -> None:
-        """Run the pass once without adapters, which compiles its kernels: that can't be done within a recording."""
+        """Run the pass once without adapters, to compile its kernels: a recording can't contain that."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._work()
         torch.cuda.synchronize()
 
     def record(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        """Record the pass, whose kernels are compiled."""
+        """Record the pass, whose kernels are compiled, in a pool of memory."""
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # within, nothing that is kept for other passes can be had
-        collects = gc.isenabled()
-        gc.disable()  # another recording that is freed meanwhile would spoil this one
+        torch.cuda.empty_cache()  # while recording, the allocator can't free what it keeps for other passes
+        was_collecting = gc.isenabled()
+        gc.disable()  # a recording that is freed meanwhile would spoil this one
         try:
             with torch.cuda.stream(stream):
                 self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -177,11 +196,11 @@ class _Recording:
                 finally:
                     self._graph.capture_end()
         finally:
-            if collects:
+            if was_collecting:
                 gc.enable()
 
     def play(self, work: Pass) -> Tensor:
-        """Run a pass; returns its NLL [A]."""
+        """Replay a pass; return its NLL [A]."""
         self.fill(work)
         unused = [None] * (self._size.parts + 1 - len(work.adapters))
         self._bank_tables.copy_(self._bank.tables_of([*work.adapters, *unused]))
@@ -189,14 +208,20 @@ class _Recording:
         return self._nll_A[: len(work.layout.targets_A)].clone()
 
     def fill(self, work: Pass) -> None:
-        """Put a pass into the buffers."""
+        """Write a pass into the buffers."""
         host = torch.from_numpy(filled_block(self._size, work))
         self._block.copy_(host.pin_memory(), non_blocking=True)
 
     def _work(self) -> Tensor:
+        """Run the pass in its buffers, as `qlora.passes.launch` does; return its NLL [A]."""
         # The anchor belongs to the stream that it is made on.
         anchor = torch.zeros((), device=self._bank.device, requires_grad=self._size.is_training)
-        route = Route(anchor, lambda layer: [], self._pass_tables, self._bank_tables.layers)
+        route = Route(
+            anchor=anchor,
+            parts_at=lambda layer: [],
+            pass_tables=self._pass_tables,
+            layer_tables=self._bank_tables.layers,
+        )
         with self._bank.switch.on_route(route), torch.autograd.set_multithreading_enabled(False):
             if not self._size.is_training:
                 with torch.no_grad():
@@ -208,7 +233,7 @@ class _Recording:
 
 
 def recorded_batch(size: PassSize, buffers: dict[str, Tensor]) -> PackedBatch:
-    """Return the batch that a recording of a size works on, in its buffers."""
+    """Return the batch that a recording of a size works on; its tensors are the recording's buffers."""
     stretches = Stretches(
         rows=buffers["rows"],
         parts=buffers["parts"],
@@ -231,7 +256,7 @@ def recorded_batch(size: PassSize, buffers: dict[str, Tensor]) -> PackedBatch:
 
 
 def recorded_pass_tables(size: PassSize, buffers: dict[str, Tensor]) -> PassTables:
-    """Return the kernels' tables of a recording of a size, in its buffers."""
+    """Return the kernels' tables of a recording of a size; their tensors are the recording's buffers."""
     return PassTables(
         num_tiles=size.num_tiles,
         num_parts=size.parts,
@@ -245,15 +270,20 @@ def recorded_pass_tables(size: PassSize, buffers: dict[str, Tensor]) -> PassTabl
 
 
 def launch_bound_tokens(mean_parameters: float) -> int:
-    """Return the tokens of a pass up to which a host is slower than a GPU, for linear layers of so many parameters."""
+    """Return the most tokens of a pass for which a host launches more slowly than a GPU works.
+
+    `mean_parameters` is the mean number of parameters of the model's linear layers.
+    """
     return int(_LAUNCH_BOUND / max(1.0, mean_parameters))
 
 
 def _tensor_views(size: PassSize, block: Tensor) -> dict[str, Tensor]:
-    return {
-        name: block[start:end].view(getattr(torch, np.dtype(kind).name))
-        for name, (kind, start, end) in buffer_fields(size).items()
-    }
+    """Return the buffers of a block of bytes as tensors, by name."""
+    views = {}
+    for name, (kind, start, end) in buffer_fields(size).items():
+        dtype = getattr(torch, np.dtype(kind).name)
+        views[name] = block[start:end].view(dtype)
+    return views
 
 
 def _first_line(error: Exception) -> str:

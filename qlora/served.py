@@ -1,7 +1,12 @@
-"""Owns the model that is served and evaluated: base and adapter as one, merged into dequantised weights if memory allows.
+"""Owns the model that is served and evaluated: base and adapter as one.
 
-The dequantised weights are the NF4 values, so that what was tuned is what is served; a step then costs no
-dequantising.
+LoRA's product can be merged into the weight it belongs to, W + scale * B A, so that an adapter costs nothing
+in inference. If memory allows, that is done on dequantised weights. They are the NF4 values, so that an
+adapter is served on what it was tuned on, and no step has to dequantise them.
+
+Refuses to know generation.
+
+Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
 """
 
 from typing import Any
@@ -16,9 +21,10 @@ from qlora.lora.peft_folder import load_adapter
 
 
 def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:
-    """Load the base with the adapter of a PEFT folder, if any, in eval mode on this process's device, quickened.
+    """Load the base with the adapter of a PEFT folder, if any, and replace modules by faster ones.
 
-    Raises InputError if either can't be had or they don't fit each other.
+    The model is in eval mode, on this process's device. Raises InputError if base or adapter can't be loaded,
+    or if they don't fit each other.
     """
     model = load_merged(base, adapter)
     quicken(model)
@@ -26,9 +32,9 @@ def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:
 
 
 def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
-    """Load as `load_served` does, in transformers' own modules.
+    """Load as `load_served` does, but with transformers' own modules.
 
-    If memory is short, the adapter stays apart on the NF4 base.
+    If memory is short, the base stays in NF4 and the adapter apart.
     """
     model: Any = dequantised_if_it_fits(load_base(base))
     if adapter is None:
@@ -40,13 +46,16 @@ def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
 
 
 def describe_weights(model: nn.Module) -> str:
-    """Say in words what is served: merged weights, or an NF4 base with its adapter apart."""
+    """Describe in words what is served: merged weights, or an NF4 base with its adapter apart."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return "NF4 weights, adapter apart" if is_nf4(model) else f"merged {dtype} weights"
 
 
 def quicken(model: nn.Module) -> None:
-    """Replace modules by faster ones with the same results, for inference only: norms on a GPU, linear layers on a CPU."""
+    """Replace modules by faster ones with the same results: norms on a GPU, linear layers on a CPU.
+
+    This is for inference only: the linear layers have no backward.
+    """
     if next(model.parameters()).is_cuda:
         fuse_norms(model)
     elif torch.backends.mkldnn.is_available():
@@ -55,14 +64,15 @@ def quicken(model: nn.Module) -> None:
             for name, module in model.named_modules()
             if type(module) is nn.Linear and module.weight.dtype == torch.float32
         ]
-        for name in names:  # one by one, so that no more than one weight stands twice
+        for name in names:  # one by one, so that no more than one weight is in memory twice
             model.set_submodule(name, PackedLinear(model.get_submodule(name)))
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in float32 whose weight stands in oneDNN's blocked layout, which no product has to make anew.
+    """A linear layer in float32 whose weight is kept in oneDNN's blocked layout.
 
-    On CPUs without AVX512 a product with few rows takes about two thirds of the time, the head's half of it.
+    So no product has to bring it into that layout again. On CPUs without AVX512 a product with few rows takes
+    about two thirds of the time, and the head's product half of it.
     """
 
     def __init__(self, linear: Any):

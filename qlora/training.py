@@ -1,8 +1,13 @@
-"""Owns training one adapter: data order, schedule by stages, one optimizer step, and the state that resumes it exactly.
+"""Owns training an adapter: data order, stages, optimizer steps, and the state that resumes it exactly.
 
-A stage is a stretch of epochs with a fresh optimizer and schedule ("1+1+3" has three); the adapter goes on. Everything
-random is a function of (seed, epoch) or (seed, step), so a resumed run needs no generator state. Refuses to know Ray, files
-and the metric.
+The optimizer is AdamW (https://arxiv.org/abs/1711.05101) over the adapter's weights as one vector, with
+gradients clipped by their norm. A stage is a stretch of epochs with a fresh optimizer and schedule ("1+1+3"
+has three); the adapter's weights go on. Several trials take their steps together, in shared passes.
+
+Everything random is a function of (seed, epoch) or (seed, step), so that a resumed run needs no generator
+state.
+
+Refuses to know Ray, files and the metric.
 """
 
 import math
@@ -22,13 +27,17 @@ from qlora.passes import run_pass
 
 
 class DivergedError(RuntimeError):
-    """The loss stopped being a finite number."""
+    """A loss or gradient that is not a finite number."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw: mean NLL over its answer tokens, the learning rate it used, effective tokens, gradient norm
-    before clipping."""
+    """The numbers of one optimizer step.
+
+    loss: mean NLL in nats over the batch's answer tokens. learning_rate: the one that the step used.
+    num_tokens: prompt and answer tokens of the batch's examples. grad_norm: norm of the gradient before
+    clipping.
+    """
 
     loss: float
     learning_rate: float
@@ -38,18 +47,21 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Timetable:
-    """Where steps stand in a trial's schedule. Steps count from 0; `total_steps` optimizer steps make the whole schedule."""
+    """A trial's schedule in steps, which are counted from 0."""
 
     steps_per_epoch: int
     stages: tuple[int, ...]
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all stages."""
+        """Count the optimizer steps of all stages."""
         return self.steps_per_epoch * sum(self.stages)
 
     def stage_of(self, step: int) -> tuple[int, int]:
-        """(stage, first step of that stage) for the step about to be taken."""
+        """Return the stage that a step belongs to, and that stage's first step.
+
+        Raises ValueError for a step behind the schedule's last.
+        """
         first = 0
         for stage, epochs in enumerate(self.stages):
             end = first + epochs * self.steps_per_epoch
@@ -59,22 +71,24 @@ class Timetable:
         raise ValueError(f"step {step} lies behind the schedule's {self.total_steps}")
 
     def epochs_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Return how many epochs are done after `step` steps."""
         return step / self.steps_per_epoch
 
     def percent_at(self, step: int) -> float:
-        """Percent of the trial's own schedule done after `step` steps."""
+        """Return what percentage of the trial's own schedule is done after `step` steps."""
         return 100 * step / self.total_steps
 
 
 def make_timetable(num_examples: int, settings: TrialSettings) -> Timetable:
-    """The timetable of a trial on `num_examples` training examples; an epoch's last batch may be short."""
+    """Make the timetable of a trial on so many training examples; an epoch's last batch may be short."""
     return Timetable(math.ceil(num_examples / settings.batch_size), settings.stages)
 
 
 class Training:
-    """One adapter in training on a bank's base, in passes of its own or shared with other trials (`advance_together`). `weights`: see
-    AdapterBank.attach."""
+    """One adapter in training on a bank's base.
+
+    It advances in passes of its own (`advance`), or in passes shared with other trials (`advance_together`).
+    """
 
     def __init__(
         self,
@@ -83,7 +97,10 @@ class Training:
         settings: TrialSettings,
         weights: Tensor | None = None,
     ):
-        self.bank, self.examples, self.settings = bank, examples, settings
+        """Attach a new adapter to the bank; `weights` are its initial ones, if they are drawn already."""
+        self.bank = bank
+        self.examples = examples
+        self.settings = settings
         self.timetable = make_timetable(len(examples), settings)
         self.adapter = bank.attach(settings, weights)
         self.step = 0
@@ -91,19 +108,21 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the whole schedule is done."""
+        """Tell whether the whole schedule is done."""
         return self.step >= self.timetable.total_steps
 
     def advance(self, budget_tokens: int) -> StepResult:
-        """Take one optimizer step on the next batch, in passes of at most `budget_tokens`. Raises DivergedError if its loss or gradient
-        is not finite."""
+        """Take one optimizer step on the next batch, in passes of at most `budget_tokens`.
+
+        Raises DivergedError if its loss or gradient is not finite.
+        """
         result = advance_together([self], budget_tokens)[0]
         if isinstance(result, StepResult):
             return result
         raise result
 
     def batch_at(self, step: int) -> list[EncodedExample]:
-        """The examples of a step: each epoch is a fresh permutation, a function of seed and epoch."""
+        """Return the examples of a step. Each epoch is a fresh permutation, a function of seed and epoch."""
         epoch, position = divmod(step, self.timetable.steps_per_epoch)
         generator = torch.Generator().manual_seed(_mix(self.settings.seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).tolist()
@@ -111,7 +130,7 @@ class Training:
         return [self.examples[index] for index in order[start : start + self.settings.batch_size]]
 
     def start_step(self) -> list[EncodedExample]:
-        """The next batch, with gradients at zero and a new stage's optimizer if one begins."""
+        """Return the next batch; set gradients to zero and, if a new stage begins, make its optimizer."""
         stage, first_step = self.timetable.stage_of(self.step)
         if self.step == first_step and stage > 0:
             self._start_stage()
@@ -119,10 +138,14 @@ class Training:
         return self.batch_at(self.step)
 
     def finish_step(self, loss: float, grad_norm: float, num_tokens: int) -> StepResult:
-        """Clip, step and count, with the gradients of the whole batch in place. Raises DivergedError."""
+        """Clip the gradients of the whole batch, which are in place, take the step and count it.
+
+        Raises DivergedError if loss or gradient is not finite; then nothing has changed.
+        """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
-                f"diverged at step {self.step}: loss {loss}, gradient norm {grad_norm}; try a lower learning rate"
+                f"diverged at step {self.step}: loss {loss}, gradient norm {grad_norm}; "
+                "try a lower learning rate"
             )
         learning_rate = self.schedule.get_last_lr()[0]
         if grad_norm + 1e-6 > self.settings.max_grad_norm:
@@ -131,10 +154,10 @@ class Training:
         self.schedule.step()
         self.adapter.refresh()
         self.step += 1
-        return StepResult(loss, learning_rate, num_tokens, grad_norm)
+        return StepResult(loss=loss, learning_rate=learning_rate, num_tokens=num_tokens, grad_norm=grad_norm)
 
     def begin_at(self, step: int) -> None:
-        """Take a step that begins a stage for the next one: the stage's optimizer and schedule are fresh, the adapter is as it is."""
+        """Go to a step that begins a stage, with a fresh optimizer and schedule and the adapter as it is."""
         assert self.timetable.stage_of(step)[1] == step, (
             "a stage begins with a fresh optimizer; elsewhere a checkpoint is needed"
         )
@@ -142,18 +165,27 @@ class Training:
         self._start_stage()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(optimizer tensors, position) of a run between two steps. At the end there are no tensors: no step is left for them."""
-        return {} if self.finished else dict(self.optimizer.state[self._parameter]), {
+        """Return the state of a run between two steps: the optimizer's tensors, and its position.
+
+        At the end there are no tensors, since no step is left to use them.
+        """
+        tensors = {} if self.finished else dict(self.optimizer.state[self._parameter])
+        position = {
             "step": self.step,
             "settings": self.settings.model_dump(mode="json"),
             "num_examples": len(self.examples),
             "schedule": self.schedule.state_dict(),
         }
+        return tensors, position
 
     def load_state(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
-        """Go on from `state()`; the adapter's weights are loaded elsewhere. Raises ValueError for another run's state."""
-        mine = self.settings.model_dump(mode="json"), len(self.examples)
-        if (position["settings"], position["num_examples"]) != mine:
+        """Restore what `state` returned; the adapter's weights are loaded elsewhere.
+
+        Raises ValueError for the state of a run with other settings or data.
+        """
+        has_same_settings = position["settings"] == self.settings.model_dump(mode="json")
+        has_same_data = position["num_examples"] == len(self.examples)
+        if not (has_same_settings and has_same_data):
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
@@ -162,17 +194,18 @@ class Training:
                 key: value.to(self._counts_on(key)) for key, value in tensors.items()
             }
         self.schedule.load_state_dict(position["schedule"])
-        for group, learning_rate in zip(
-            self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
-        ):
+        learning_rates = self.schedule.get_last_lr()
+        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate
 
     def _counts_on(self, key: str) -> torch.device:
-        return torch.device("cpu") if key == "step" and not self._fused else self.bank.device
+        """Return the device of a tensor of the optimizer's state: unless fused, AdamW counts on the CPU."""
+        is_on_cpu = key == "step" and not self._fused
+        return torch.device("cpu") if is_on_cpu else self.bank.device
 
     def _start_stage(self) -> None:
-        # takes seconds to load, which a driver need not wait for
-        from transformers import get_scheduler
+        """Make the optimizer and the schedule of the stage that the step is in."""
+        from transformers import get_scheduler  # takes seconds to load, which a driver need not wait for
 
         stage, _ = self.timetable.stage_of(min(self.step, self.timetable.total_steps - 1))
         steps = self.timetable.stages[stage] * self.timetable.steps_per_epoch
@@ -185,7 +218,7 @@ class Training:
             weight_decay=self.settings.weight_decay,
             fused=self._fused,
         )
-        # The state that the first step would make, made now: a step must not run out of memory half done.
+        # The state that the first step would make is made now: a step must not run out of memory half done.
         self.optimizer.state[self._parameter] = {
             "step": torch.zeros((), device=self._counts_on("step")),
             "exp_avg": torch.zeros_like(self.adapter.weights),
@@ -200,11 +233,12 @@ class Training:
 
 
 def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[StepResult | Exception]:
-    """Take one optimizer step of each of several trials on one bank, in shared passes of at most `budget_tokens`.
+    """Take one optimizer step of each of several trials on one bank, in shared passes.
 
-    Each trial's result is what it would be alone: its loss is the mean over all answer tokens of its own batch,
-    however the passes split it; nothing of it depends on the others. A trial that diverged, or whose optimizer
-    failed, has the error in place of a result. Raises, before any trial has stepped, what a shared pass raises.
+    A pass has at most `budget_tokens`. Each trial's result is what it would be alone: its loss is the mean
+    over all answer tokens of its own batch, however passes split it, and nothing of it depends on the other
+    trials. A trial that diverged, or whose optimizer failed, has the error in place of a result. What a
+    shared pass raises is raised before any trial has stepped.
     """
     batches = [training.start_step() for training in trainings]
     losses = _accumulate_gradients(trainings, batches, budget_tokens)
@@ -216,7 +250,7 @@ def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[
         try:
             num_tokens = sum(example.num_tokens for example in batch)
             results.append(training.finish_step(loss, grad_norm, num_tokens))
-        except Exception as error:  # belongs to this trial: the others' steps are as they should be
+        except Exception as error:  # it is this trial's alone: the others' steps are as they should be
             results.append(error.with_traceback(None))
     return results
 
@@ -224,20 +258,21 @@ def advance_together(trainings: Sequence[Training], budget_tokens: int) -> list[
 def _accumulate_gradients(
     trainings: Sequence[Training], batches: Sequence[Sequence[EncodedExample]], budget_tokens: int
 ) -> list[Tensor]:
-    """Run the passes of a step, which add to the adapters' gradients; returns each trial's loss, on the device."""
+    """Run the passes of a step, which add to adapters' gradients; return each trial's loss, on the device."""
     bank = trainings[0].bank
     queues = [deque(split_by_budget(batch, budget_tokens)) for batch in batches]
     num_answers = [sum(len(example.answer) for example in batch) for batch in batches]
     losses = [torch.zeros((), device=bank.device) for _ in trainings]
-    largest = min(budget_tokens, sum(group.num_tokens for queue in queues for group in queue))
+    num_tokens = sum(group.num_tokens for queue in queues for group in queue)
+    largest = min(budget_tokens, num_tokens)
     while any(queues):
         owners, groups = next_pass(queues, budget_tokens)
-        there = [trainings[owner] for owner in owners]
-        adapters = [training.adapter for training in there]
-        dropouts = [
-            make_dropout(training.adapter, group, training.step)
-            for training, group in zip(there, groups, strict=True)
-        ]
+        adapters = []
+        dropouts = []
+        for owner, group in zip(owners, groups, strict=True):
+            training = trainings[owner]
+            adapters.append(training.adapter)
+            dropouts.append(make_dropout(training.adapter, group, training.step))
         weights = [1 / num_answers[owner] for owner in owners]
         layout, nll_A = run_pass(bank, groups, adapters, dropouts, weights, largest)
         for owner, weight, part_A in zip(owners, weights, nll_A.split(layout.num_answers), strict=True):
@@ -246,5 +281,5 @@ def _accumulate_gradients(
 
 
 def _mix(seed: int, count: int) -> int:
-    """One generator seed for each (seed, count), distinct for counts below 2**32."""
+    """Combine a seed and a count to one seed of a generator, distinct for counts below 2**32."""
     return (seed << 32 | count) % 2**63

@@ -143,11 +143,14 @@ def positive_int(text: str) -> int:
 positive_int.__name__ = "whole number"
 
 
-def folder_name(name: str) -> str:
-    """Return a name that a folder under results/ can have. Raises InputError for any other."""
+def folder_name(name: str, option: str = "--name") -> str:
+    """Return a name that a folder under results/ can have.
+
+    Raises InputError, naming the option, for any other.
+    """
     if not _FOLDER_NAME.fullmatch(name):
         raise InputError(
-            "--name",
+            option,
             f"{name!r} can't be a name; use up to 200 letters, digits, dots, dashes and underscores, "
             "a letter or digit first",
         )

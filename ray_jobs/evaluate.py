@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qlora.config import InputError
 from ray_jobs.cli import CommandParser, add_model_options, model_options, show_progress
 from workflows.session import run
 
@@ -28,16 +29,20 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
     arguments = parser.parse_args()
 
+    output = Path(arguments.output)
+    if output.is_dir():
+        raise InputError(output, "is a folder; name a file")
     from qlora.data.examples import examples_digest, load_examples
 
     examples = load_examples(arguments.data, need_output=True)
     from qlora.base.model import load_config, load_tokenizer
     from qlora.data.prompts import encode_examples
+    from qlora.packed.attention import check_base
     from workflows.model_choice import choose_model
 
     model_choice = choose_model(model_options(arguments, arguments.adapter))
     base, prompt = model_choice.base, model_choice.prompt
-    load_config(base.name)
+    check_base(load_config(base.name), base.name)
     encoded = encode_examples(load_tokenizer(base.name), prompt, examples, arguments.data)
     for line in model_choice.overridden:
         print(line)
@@ -71,7 +76,6 @@ def main() -> None:
         "perplexities": {example.id: value for example, value in zip(examples, values, strict=True)},
         "settings": settings,
     }
-    output = Path(arguments.output)
     write_json(output, result)
     if model_choice.registered is not None:
         from tracking.registry import note_use

@@ -18,7 +18,8 @@ def main() -> None:
     arguments = _arguments()
     from workflows.sweep.folder import plan_sweep, reopen_sweep
 
-    name = folder_name(arguments.resume or arguments.name or Path(arguments.space).stem)
+    option = "--resume" if arguments.resume else "--name"
+    name = folder_name(arguments.resume or arguments.name or Path(arguments.space).stem, option)
     folder = RESULTS_FOLDER / name
     if arguments.resume:
         sweep = reopen_sweep(folder)

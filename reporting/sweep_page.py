@@ -140,8 +140,8 @@ def _page(sweep: SweepReport) -> str:
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
         f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot))}</p>',
-        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them and "
-        f"saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
+        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them "
+        f"and saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
         _links(sweep.links),
         "<h2>Ranking</h2>",
         _table(order, names),
@@ -187,12 +187,11 @@ def _coordinates(seen: Sequence[TrialReport], names: Sequence[str]) -> str:
 def _importance(trials: Sequence[TrialReport], num_seen: int) -> str:
     shares = importance(trials)
     if not shares:
-        return (
-            f'<p class="note">Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say.</p>'
-        )
+        words = f"Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say."
+        return f'<p class="note">{words}</p>'
     caption = (
-        f"Share of each setting in explaining the first perplexity that the {num_seen} trials reported (random "
-        "forest, permutation importance). With so few trials this is a hint, not a proof."
+        f"Share of each setting in explaining the first perplexity that the {num_seen} trials reported "
+        "(random forest, permutation importance). With so few trials this is a hint, not a proof."
     )
     return figure(importance_bars({_label(name): share for name, share in shares.items()}), caption)
 

@@ -16,6 +16,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which then needs no GPU
+
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -130,24 +134,18 @@ def write_rows(tmp_path: Path):
     return write
 
 
+def copy_project(folder: Path) -> None:
+    """Copy what commands need: results/ and mlruns/ of the working tree stay as they are."""
+    rooms = ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs")
+    for name in (*rooms, "prompts", "deploy"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_base):
-    """A copy of the project with a space of its own: results/ and mlruns/ of the working tree stay as they
-    are.
-    """
+    """A copy of the project with a space of its own."""
     folder = tmp_path_factory.mktemp("project")
-    for name in (
-        "qlora",
-        "tuning",
-        "inference",
-        "tracking",
-        "reporting",
-        "workflows",
-        "ray_jobs",
-        "prompts",
-        "deploy",
-    ):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_project(folder)
     words = "春夏秋冬東西南北山水風雲日月星辰"
     rows = [
         {
@@ -159,7 +157,9 @@ def project(tmp_path_factory, tiny_base):
     ]
     (folder / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
     (folder / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+    (folder / "plain.yaml").write_text('template: "問：{instruction} 答："', encoding="utf-8")
     space = {
+        "prompt": "plain.yaml",
         "base_model": {"name": str(tiny_base), "quantization": "none"},
         "data": {"train": "train.json", "public": "public.json"},
         "trial": {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0},

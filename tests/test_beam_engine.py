@@ -136,7 +136,7 @@ def test_what_the_search_lacks_is_left_to_generate():
 
 
 def test_what_was_tuned_is_what_is_served(tiny_base, tmp_path):
-    """The served weights are the NF4 values with the adapter added, not the weights from before quantisation."""
+    """The served weights are the NF4 values with the adapter added, not those from before quantisation."""
     settings = BaseModelSettings(name=str(tiny_base))
     adapted = peft_adapter(load_base(settings), TrialSettings(lora_r=4, lora_dropout=0.0))
     for name, parameter in adapted.named_parameters():

@@ -12,11 +12,10 @@ from oracles import padded_loss
 from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
 
-from qlora import passes
+from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
 from qlora.config import DecodingSettings
 from qlora.lora.bank import AdapterBank
-from qlora.lora.products import Dropout, LayerPart
 from qlora.packed.attention import use_packed_attention
 from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
 from qlora.packed.packing import pack, pack_groups, whole_group
@@ -95,108 +94,6 @@ def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, nu
         assert (own.double() - other).norm() < 1e-2 * other.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_equal_plain_pytorch(dtype):
-    """Products and gradients of adapters of several ranks, one of which leaves the layer alone, with and
-    without dropout. The masks differ by design, so the kernels' own are read off an adapter that copies
-    its input.
-    """
-    width_in, width_out, ranks = 96, 80, (4, 33, 0, 64)
-    bounds = ((0, 50), (50, 51), (51, 150), (150, 300))
-    generator = torch.Generator(CUDA).manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, device=CUDA).to(dtype)
-
-    parts = [
-        None
-        if r == 0
-        else LayerPart(
-            *bound,
-            randn(r, width_in),
-            randn(width_out, r),
-            torch.zeros(r, width_in, device=CUDA),
-            torch.zeros(width_out, r, device=CUDA),
-            0.5 + r / 50,
-            None,
-        )
-        for r, bound in zip(ranks, bounds, strict=True)
-    ]
-    dropouts = [Dropout(0.3, 7, 2, (0, 1), (20, 30)), None, None, Dropout(0.1, 8, 2, (0, 5), (100, 50))]
-    x, dy = randn(300, width_in), randn(300, width_out)
-    for dropped in (False, True):
-        tables = lora_kernels.pass_tables_on(CUDA, bounds, dropouts if dropped else [None] * 4)
-        (layer,) = lora_kernels.make_layer_tables([parts], CUDA).layers
-        mask = dropped_inputs(bounds, dropouts if dropped else [None] * 4, x)
-        y, dx = (
-            torch.zeros(300, width_out, dtype=dtype, device=CUDA),
-            torch.zeros(300, width_in, dtype=dtype, device=CUDA),
-        )
-        low = lora_kernels.add_lora(x, y, tables, layer, 5)
-        lora_kernels.lora_backward(x, dy, dx, low, tables, layer, 5)
-        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        for part in filter(None, parts):
-            here = slice(part.start, part.end)
-            xd, a, b, grad = (
-                x[here].double() * mask[here],
-                part.a.double(),
-                part.b.double(),
-                dy[here].double(),
-            )
-            expected = {
-                "y": part.scale * xd @ a.T @ b.T,
-                "dx": part.scale * (grad @ b @ a) * mask[here],
-                "a": part.scale * (grad @ b).T @ xd,
-                "b": part.scale * grad.T @ (xd @ a.T),
-            }
-            for name, found in {"y": y[here], "dx": dx[here], "a": part.a_grad, "b": part.b_grad}.items():
-                assert (found.double() - expected[name]).norm() <= tolerance * expected[name].norm(), (
-                    name,
-                    dropped,
-                )
-            part.a_grad.zero_()
-            part.b_grad.zero_()
-        assert not y[51:150].any()
-        new_y, new_dx = torch.full_like(y, torch.nan), torch.full_like(dx, torch.nan)
-        low = lora_kernels.add_lora(x, new_y, tables, layer, 5, is_new=True)
-        lora_kernels.lora_backward(x, dy, new_dx, low, tables, layer, 5, is_new=True)
-        assert torch.equal(new_y, y) and torch.equal(new_dx, dx), (
-            "what is put into new memory is what is added to zeros"
-        )
-        for part in filter(None, parts):
-            part.a_grad.zero_()
-            part.b_grad.zero_()
-        if dropped:
-            assert (mask[150:] == 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
-            assert (mask[:50] == 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
-            assert (mask[50:150] == 1).all()
-
-
-def dropped_inputs(bounds, dropouts, x):
-    """The kernels' dropout factors of every input: an adapter whose A is the identity hands them on."""
-    width = x.shape[1]
-    rank = 128
-    eye = torch.eye(rank, width, device=CUDA)
-    parts = [
-        LayerPart(
-            *bound,
-            eye,
-            torch.zeros(8, rank, device=CUDA),
-            torch.zeros_like(eye),
-            torch.zeros(8, rank, device=CUDA),
-            1.0,
-            None,
-        )
-        for bound in bounds
-    ]
-    (layer,) = lora_kernels.make_layer_tables([parts], CUDA).layers
-    ones = torch.ones(x.shape, device=CUDA)
-    tables = lora_kernels.pass_tables_on(CUDA, bounds, dropouts)
-    return lora_kernels.add_lora(ones, torch.zeros(x.shape[0], 8, device=CUDA), tables, layer, 5)[
-        :, :width
-    ].double()
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_trials_together_equal_trials_alone_on_a_gpu(family):
     """In float32, where nothing hides behind rounding; in training that moves, with dropout."""
@@ -225,7 +122,7 @@ def test_recorded_passes_equal_launched_ones():
     numbers, gradients = {}, {}
     for is_recorded in (False, True):
         bank = gpu_bank("llama", torch.bfloat16)
-        bank.recorder = passes.Recorder(bank)
+        bank.recorder = recorded_passes.Recorder(bank)
         if not is_recorded:
             bank.recorder.stop()
         trainings, numbers[is_recorded], gradients[is_recorded] = {}, [], []
@@ -262,7 +159,7 @@ def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch)
     from test_bank import TRIALS
 
     bank = gpu_bank("llama", torch.bfloat16)
-    monkeypatch.setattr(passes, "_LAUNCH_BOUND", 400 * bank.mean_parameters)
+    monkeypatch.setattr(recorded_passes, "_LAUNCH_BOUND", 400 * bank.mean_parameters)
     trainings = [
         Training(bank, random_examples(10, seed=number, shared=10 + number), TRIALS[number])
         for number in range(4)
@@ -283,7 +180,7 @@ def test_a_pass_that_cannot_be_recorded_is_launched():
     losses = []
     for is_recorded in (False, True):
         bank = gpu_bank("llama")
-        bank.recorder = passes.Recorder(bank)
+        bank.recorder = recorded_passes.Recorder(bank)
         if not is_recorded:
             bank.recorder.stop()
         training = Training(bank, random_examples(10), TRIALS[0])

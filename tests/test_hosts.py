@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 import ray
 from conftest import random_examples
@@ -33,6 +34,14 @@ def host_process(hosts) -> int:
     return ray.get(host_of_my_device(hosts).process_id.remote())
 
 
+def wait_for_its_end(process: int) -> None:
+    """Until a process is gone; a test that waits for ever has failed."""
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     space = Space.model_validate(
         {
@@ -60,7 +69,7 @@ def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     first = processes()
     assert first[0] == first[1] != first[2] == first[3]
     os.kill(first[0], signal.SIGKILL)
-    time.sleep(2)
+    wait_for_its_end(first[0])
     second = processes()
     assert second[0] == second[1] not in first
     assert second[2:] == first[2:]

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "deploy": {"qlora", "inference"},
     "examples": {"qlora"},
     "benchmarks": LOWER | {"workflows"},
-    "docs": {"tracking"},
+    "docs": {"tracking", "workflows"},
 }
 OWNER = {"ray.tune": {"tuning"}, "ray.data": {"inference"}, "mlflow": {"tracking", "deploy", "docs"}}
 HEAVY = ("torch", "ray", "mlflow", "transformers", "peft")

@@ -4,6 +4,7 @@ starts.
 
 import json
 import os
+import shutil
 import sys
 from unittest.mock import patch
 
@@ -219,6 +220,40 @@ SPACES = {
         "reduction_factor",
     ),
     "an unknown scheduler": (lambda s: s.update(scheduler={"type": "pbt"}), "scheduler"),
+    "fractions as ranks": (
+        lambda s: s["search"].update(lora_r={"uniform": [4, 64]}),
+        "search.lora_r.uniform draws fractions",
+    ),
+    "log fractions as ranks": (
+        lambda s: s["search"].update(lora_r={"loguniform": [4, 64]}),
+        "search.lora_r.loguniform draws fractions",
+    ),
+    "a rounded rank of zero": (
+        lambda s: s["search"].update(lora_r={"quniform": [0.3, 8, 1]}),
+        "search.lora_r: 0",
+    ),
+    "a rounded half rank": (
+        lambda s: s["search"].update(lora_r={"quniform": [1, 8, 0.5]}),
+        "search.lora_r.quniform draws fractions",
+    ),
+    "a dropout rounded to one": (
+        lambda s: s["search"].update(lora_dropout={"quniform": [0, 0.96, 0.1]}),
+        "search.lora_dropout: 1",
+    ),
+    "no bounds": (lambda s: s["search"].update(lora_dropout={"randn": [0.1, 0.1]}), "randn has no bounds"),
+    "no bounds, rounded": (
+        lambda s: s["search"].update(lora_r={"qrandn": [8, 2, 1]}),
+        "qrandn has no bounds",
+    ),
+    "fractions of epochs": (
+        lambda s: s["search"].update(epochs={"uniform": [1, 3]}),
+        "search.epochs.uniform draws fractions",
+    ),
+    "a seed that is too large": (lambda s: s.update(seed=2**32), "seed"),
+    "a trial's seed that is too large": (lambda s: s.update(trial={"seed": 2**32}), "trial.seed"),
+    "half a trial a GPU": (lambda s: s.update(trials_per_gpu=0), "auto or a whole number"),
+    "a model name that MLflow refuses": (lambda s: s.update(registered_model=".."), "can't be a name"),
+    "a model name with a quote": (lambda s: s.update(registered_model="o'clock"), "can't be a name"),
     "no samples": (lambda s: s.update(num_samples=0), "num_samples"),
     "no data": (lambda s: s.pop("data"), "data"),
     "an unknown prompt": (lambda s: s.update(prompt="nosuch"), "no prompt named 'nosuch'"),
@@ -242,6 +277,37 @@ def test_tune_refuses_bad_spaces(case, tune):
     assert problem in tune(change)
 
 
+def test_a_key_that_stands_twice_is_refused(tune, capsys, monkeypatch, tmp_path):
+    """The last one would win without a word."""
+    path = tmp_path / "twice.yaml"
+    path.write_text(
+        "data: {train: a, public: b}\nsearch:\n  lora_r: {choice: [4]}\n  lora_r: {choice: [8]}\n"
+    )
+    error = refused(ray_jobs.tune, capsys, monkeypatch, "--space", path, "--name", "x")
+    assert f"{path}:line 4: is not valid YAML: the key 'lora_r' stands twice" in error
+
+
+def test_a_space_file_whose_name_can_be_no_models_is_refused(tune, capsys, monkeypatch, tmp_path, write_rows):
+    data = str(write_rows(GOOD))
+    path = tmp_path / "a:b.yaml"
+    space = {"data": {"train": data, "public": data}, "search": {"lora_r": {"choice": [4]}}}
+    path.write_text(yaml.safe_dump(space), encoding="utf-8")
+    error = refused(ray_jobs.tune, capsys, monkeypatch, "--space", path, "--name", "x")
+    assert "set registered_model" in error
+
+
+def test_a_number_of_too_many_digits_is_refused(evaluate, infer, tmp_path):
+    for text in ('[{"id": "a", "n": %s}]', '{"id": "a", "n": %s}'):
+        path = tmp_path / ("digits.json" if text[0] == "[" else "digits.jsonl")
+        path.write_text(text % ("9" * 5000), encoding="utf-8")
+        for run in (evaluate, infer):
+            assert "line 1: holds a number of too many digits" in run(path)
+
+
+def test_the_output_of_evaluate_has_to_be_a_file(evaluate, write_rows, tmp_path):
+    assert "is a folder" in evaluate(write_rows(GOOD), "--output", tmp_path)
+
+
 def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
     assert "must read dotted.key=value" in tune(lambda s: None, "--set", "num_samples")
     assert "num_samples" in tune(lambda s: None, "--set", "num_samples=none")
@@ -254,7 +320,7 @@ def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
     assert "--space FILE" in alone()
     assert "no such file" in alone("--space", tmp_path / "nosuch.yaml", "--name", "x")
     assert "there is no sweep 'nosuch'" in alone("--resume", "nosuch")
-    assert "letters, digits" in alone("--resume", "../x")
+    assert "--resume: '../x' can't be a name" in alone("--resume", "../x")
     assert "give it alone" in alone("--resume", "x", "--dry-run")
     (tmp_path / "bad.yaml").write_text("a: [1", encoding="utf-8")
     assert "is not valid YAML" in alone("--space", tmp_path / "bad.yaml", "--name", "x")
@@ -311,6 +377,11 @@ def test_bad_bases_and_adapters_are_refused(capsys, monkeypatch, write_rows, tmp
     assert "is no base model" in with_base("--base-model", "a/b/c")
     assert "can't be loaded" in with_base("--base-model", "nobody/nothing@0123")
     assert "is missing" in with_base()
+    at_folder = tmp_path / "model@home"
+    shutil.copytree(tiny_base, at_folder)
+    assert "is missing" not in with_base("--base-model", at_folder, "--prompt", "nosuch"), (
+        "an @ in a path is one"
+    )
     assert "has no adapter_config.json" in with_base("--adapter", tmp_path / "empty")
     assert "must read models:/NAME@ALIAS" in with_base("--adapter", "models:/x")
     adapter = tmp_path / "adapter"
@@ -373,7 +444,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused(evaluate, write_rows):
 def test_batch_infer_refuses_bad_options(infer, write_rows, tmp_path):
     data = write_rows(GOOD)
     assert "give --model URI" in infer(data, base=False)
-    assert "leave --base-model" in infer(data, "--model", "models:/x@champion")
+    assert "both name an adapter" in infer(data, "--model", "models:/x@champion", "--adapter", tmp_path)
     assert "num_beams" in infer(data, "--num-beams", "0")
     assert "max_new_tokens" in infer(data, "--max-new-tokens", "0")
     assert "no room" in infer(data, "--max-new-tokens", "4096")

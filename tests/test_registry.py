@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
@@ -144,6 +143,52 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base
             wrong()
 
 
+def test_perplexities_are_compared_under_one_tokenizer_only(store, tiny_base):
+    def register(number, perplexity, **facts):
+        run, uri = logged(store, tiny_base, f"words{number}", seed=number)
+        return registry.register("words", uri, run, perplexity, "d", facts)
+
+    first = register(20, 5.0, tokenizer_digest="one", base_model="a")
+    other = register(21, 1.0, tokenizer_digest="two", base_model="a")
+    same = register(22, 4.0, tokenizer_digest="one", base_model="b")
+    assert [one.is_champion for one in (first, other, same)] == [True, False, True]
+    assert "has another tokenizer" in other.reason
+    untold = register(23, 1.0, base_model="c")
+    assert not untold.is_champion, "a version that does not say has to have the same base"
+
+
+def test_an_adapter_that_is_no_better_than_its_base_is_never_champion(store, tiny_base):
+    def register(number, perplexity):
+        run, uri = logged(store, tiny_base, f"weak{number}", seed=number)
+        return registry.register("weak", uri, run, perplexity, "d", {"zero_shot_public_perplexity": "5.0"})
+
+    for number, perplexity in ((30, 5.0), (31, 7.0), (32, float("nan"))):
+        found = register(number, perplexity)
+        assert not found.is_champion
+        assert "no better than the base alone, which has 5" in found.reason
+    assert not registry.promote("weak", "1").is_champion
+    with pytest.raises(InputError, match=r"weak has no champion: none of its versions .* models:/weak/3"):
+        registry.fetch_adapter("models:/weak@champion")
+    assert register(33, 4.9).is_champion
+    assert registry.fetch_adapter("models:/weak@champion").model_uri == "models:/weak/4"
+
+
+def test_a_version_knows_how_it_is_served_and_says_so(store, tiny_base):
+    run, uri = logged(store, tiny_base, "served", seed=40)
+    facts = {"base_model": str(tiny_base), "quantization": "none", "zero_shot_public_perplexity": "9.0"}
+    registered = registry.register("served", uri, run, 5.0, "d", facts)
+    found = registry.fetch_adapter(registered.model_uri)
+    assert (found.base_model, found.quantization) == (str(tiny_base), "none")
+    assert (
+        found.prompt is not None and found.prompt.read_text() == (PROMPT_FOLDER / "default.yaml").read_text()
+    )
+    by_id = registry.fetch_adapter(uri)
+    assert (by_id.base_model, by_id.quantization) == (str(tiny_base), "none"), "its own settings say so, too"
+    description = runs.connect().get_model_version("served", "1").description
+    for words in ("Champion: the first champion", "**5**", "base alone 9", "--model models:/served/1"):
+        assert words in description
+
+
 def test_a_champion_that_was_made_by_hand_can_be_gone_back_to(store, tiny_base):
     run, uri = logged(store, tiny_base, "by-hand", seed=8)
     registry.register("hand", uri, run, 5.0, "d", {})
@@ -183,7 +228,7 @@ def test_a_sweeps_runs_and_files(store, tmp_path):
     )
     tracker.note({"hardware": "two cores"}, [tmp_path / "report.html"])
     with tracker.system_metrics():
-        time.sleep(0.5)
+        pass
     tracker.end("FINISHED", {"zero_shot_public_perplexity": 9.0})
     client = runs.connect()
     run = client.get_run(tracker.parent_run_id)
@@ -193,5 +238,9 @@ def test_a_sweeps_runs_and_files(store, tmp_path):
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"train.json", "public.json"}
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]
     assert runs.start_sweep("night", "id", "team", {}, {}).parent_run_id == tracker.parent_run_id
+    again = runs.start_sweep("night", "another id", "team", {}, {})
+    assert again.parent_run_id != tracker.parent_run_id, "an old name does not lead into old runs"
+    opened = client.get_experiment(tracker.experiment_id)
+    assert opened.tags["mlflow.experimentKind"] == "custom_model_development"
     with pytest.raises(Exception, match="models:/"):
         registry.fetch_adapter("models:/nobody@champion")

@@ -1,4 +1,4 @@
-"""What batch inference keeps: rows read in pieces, a journal of what is done, outputs in order, their scores."""
+"""What batch inference keeps: rows read in pieces, a journal, outputs in order, their scores."""
 
 import json
 from pathlib import Path
@@ -118,3 +118,45 @@ def test_scores_of_equal_and_of_unrelated_texts():
     assert same.summary() == {"chrf": 100.0, "bleu": 100.0, "exact_match": 1.0, "count": 2}
     assert other.summary()["exact_match"] == 0
     assert other.summary()["chrf"] < 10
+
+
+def test_what_is_broken_is_told_before_the_rest_is_read(tmp_path, monkeypatch):
+    """A list that breaks off in its first row is not read to its end, however long it is."""
+    monkeypatch.setattr(json_rows, "_PIECE_BYTES", 1 << 10)
+    path = tmp_path / "broken.json"
+    path.write_text('[{"id": "a" "instruction": "b"},\n' + '{"id": "c", "instruction": "d"},\n' * 100_000)
+    read = []
+    whole = json_rows._Text._more
+
+    def counting(self) -> bool:
+        found = whole(self)
+        read.append(self._file.tell())
+        return found
+
+    monkeypatch.setattr(json_rows._Text, "_more", counting)
+    with pytest.raises(InputError, match="line 1: is not valid JSON: Expecting ',' delimiter at column 13"):
+        store_rows(path, tmp_path / "work")
+    assert max(read) < 10_000 < path.stat().st_size
+
+
+def test_a_quote_that_is_missing_does_not_take_the_memory_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "_PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr(json_rows, "_MOST_ROW_BYTES", 1 << 14)
+    path = tmp_path / "open.json"
+    path.write_text('[{"id": "a", "instruction": "' + "x" * 200_000)
+    with pytest.raises(InputError, match="line 1: begins a row of more than"):
+        store_rows(path, tmp_path / "work")
+    lines = tmp_path / "open.jsonl"
+    lines.write_text('{"id": "a"}\n{"id": "' + "x" * 200_000)
+    with pytest.raises(InputError, match="begins a row of more than"):
+        list(json_rows.read_rows(lines))
+
+
+def test_scattered_rows_are_read_alone(tmp_path):
+    rows = store_rows(write(tmp_path / "in.json", ROWS), tmp_path / "work")
+    wanted = [2, 3, 17, 30]
+    content = bytearray(rows.path.read_bytes())
+    for number in set(range(len(ROWS))) - set(wanted):  # whoever reads these stumbles
+        content[rows.offsets[number]] = ord("!")
+    rows.path.write_bytes(content)
+    assert [row.id for row in rows.read_some(wanted)] == [ROWS[number]["id"] for number in wanted]

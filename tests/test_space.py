@@ -172,3 +172,43 @@ def test_epochs_saved_count_what_stopping_spared():
         record("c", 1.0, status="failed"),
     ]
     assert share_of_epochs_saved(records) == pytest.approx(3 / 12)
+
+
+def test_numbers_given_as_text_are_numbers():
+    space = load_space(
+        "search_spaces/quickstart.yaml",
+        [
+            "search.lora_r={choice: ['4', '8']}",
+            "trial.batch_size='2'",
+            "search.epochs={choice: ['2', 1.0, '1+1']}",
+        ],
+    )
+    assert space.search["lora_r"] == {"choice": [4, 8]}
+    assert space.trial["batch_size"] == 2
+    assert space.search["epochs"] == {"choice": [2, 1, "1+1"]}
+
+
+def test_one_target_module_may_stand_alone():
+    space = load_space("search_spaces/quickstart.yaml", ["trial.target_modules=q_proj"])
+    assert space.trial_settings({}).target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize("key", ["lora_r", "lora_alpha", "epochs"])
+@pytest.mark.parametrize(
+    "sampler",
+    [{"randint": [1, 9]}, {"qrandint": [2, 8, 2]}, {"lograndint": [1, 9]}, {"quniform": [1, 8, 1]}],
+    ids=lambda sampler: next(iter(sampler)),
+)
+def test_what_a_sampler_draws_is_what_a_trial_takes(key, sampler):
+    """A thousand draws of Ray Tune's own samplers; those that could be refused are refused before."""
+    space = load_space("search_spaces/quickstart.yaml", [f"search.{key}={sampler}"])
+    draws = {tune_space(space)[key].sample() for _ in range(1000)}
+    assert len(draws) > 2
+    for value in draws:
+        space.trial_settings({key: value})
+
+
+def test_a_home_folder_is_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    space = load_space("search_spaces/quickstart.yaml", ["data.train=~/train.json", "base_model.name=~/base"])
+    assert (space.data.train, space.base_model.name) == (f"{tmp_path}/train.json", f"{tmp_path}/base")

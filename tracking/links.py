@@ -1,16 +1,17 @@
 """Owns links into MLflow's pages: addresses that open on what people compare, for whatever server is used.
 
-`root`: where the pages are (`pages_root`), or "" for a link within them.
+`root`: where the pages are (`pages_root`), or "" for a link within them. Every link names the workflow, since
+MLflow's pages open on generative AI by themselves.
 """
 
-import json
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
 
 _LOCAL_PAGES = "http://127.0.0.1:5000/"  # where `make ui` serves the embedded store
-_BEST = "metrics.`best_public_perplexity`"
+_TRAINING = {"workflowType": "machine_learning"}
+_CHARTS = {**_TRAINING, "compareRunsMode": "CHART"}
+_BEST_FIRST = {"orderByKey": "metrics.`best_public_perplexity`", "orderByAsc": "true"}
 
 
 def pages_root() -> str:
@@ -19,41 +20,31 @@ def pages_root() -> str:
     That is the tracking server's address, without a password, or that of `make ui`.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return (
-        f"{without_password(uri).rstrip('/')}/" if uri.startswith(("http://", "https://")) else _LOCAL_PAGES
-    )
+    is_server = uri.startswith(("http://", "https://"))
+    return f"{without_password(uri).rstrip('/')}/" if is_server else _LOCAL_PAGES
 
 
 def trials_link(experiment_id: str, root: str) -> str:
     """Return the page that draws an experiment's runs as charts, best first."""
-    query = urllib.parse.urlencode(
-        {
-            "workflowType": "machine_learning",
-            "orderByKey": _BEST,
-            "orderByAsc": "true",
-            "compareRunsMode": "CHART",
-        }
-    )
+    return f"{root}#/experiments/{experiment_id}/runs?{urllib.parse.urlencode({**_CHARTS, **_BEST_FIRST})}"
+
+
+def comparison_link(experiment_id: str, view: str, root: str) -> str:
+    """Return the page that compares a sweep's trials over the searched settings; see tracking.views."""
+    query = urllib.parse.urlencode({**_CHARTS, "viewStateShareKey": view})
     return f"{root}#/experiments/{experiment_id}/runs?{query}"
-
-
-def comparison_link(experiment_id: str, run_ids: Sequence[str], root: str) -> str:
-    """Return the page that compares runs over their parameters and metrics."""
-    query = urllib.parse.urlencode(
-        {"runs": json.dumps(list(run_ids)), "experiments": json.dumps([experiment_id])}
-    )
-    return f"{root}#/compare-runs?{query}"
 
 
 def run_link(experiment_id: str, run_id: str, root: str) -> str:
     """Return the page of a run."""
-    return f"{root}#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{root}#/experiments/{experiment_id}/runs/{run_id}?{urllib.parse.urlencode(_TRAINING)}"
 
 
 def version_link(model_uri: str, root: str) -> str:
     """Return the page of a registered version, models:/NAME/VERSION."""
     name, _, number = model_uri.removeprefix("models:/").rpartition("/")
-    return f"{root}#/models/{urllib.parse.quote(name)}/versions/{number}"
+    page = f"#/models/{urllib.parse.quote(name)}/versions/{number}"
+    return f"{root}{page}?{urllib.parse.urlencode(_TRAINING)}"
 
 
 def without_password(uri: str) -> str:

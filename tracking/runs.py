@@ -22,15 +22,9 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _SWEEP, _SWEEP_ID, _TRIAL, _STATUS = "sweep", "sweep_id", "trial_id", "trial_status"
 _PARENT = "mlflow.parentRunId"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's pages know what to open with
-# What people compare stands in front; the rest of a point is drawn in groups of its own.
+# What people compare stands in front. MLflow's pages draw the group `system` last, in a tab of its own.
 _COMPARED = ("public_perplexity", "training_loss")
-_GROUPS = {
-    "epoch": "progress",
-    "schedule_percent": "progress",
-    "learning_rate": "progress",
-    "tokens_per_second": "speed",
-    "peak_memory_gib": "speed",
-}
+_BEHIND = ("epoch", "schedule_percent", "learning_rate", "tokens_per_second", "peak_memory_gib")
 _TERMINAL = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
@@ -145,6 +139,8 @@ class SweepTracker:
     def system_metrics(self) -> Iterator[None]:
         """Draw, within, this machine's load, memory and GPUs on the parent run, every ten seconds."""
         monitor = SystemMetricsMonitor(self.parent_run_id, resume_logging=True, tracking_uri=tracking_uri())
+        monitor.collect_metrics()
+        monitor.publish_metrics(monitor.aggregate_metrics())  # now, not only after the first interval
         monitor.start()
         try:
             yield
@@ -227,7 +223,7 @@ def _metrics(record: TrialRecord) -> list[Metric]:
     values = {key: newest[key] for key in _COMPARED}
     if record.best is not None:
         values["best_public_perplexity"] = record.best["public_perplexity"]
-    values |= {f"{group}/{key}": newest[key] for key, group in _GROUPS.items()}
+    values |= {f"system/{key}": newest[key] for key in _BEHIND}
     found = [Metric(key, value, now_ms, int(newest["step"])) for key, value in values.items()]
     of_epoch = _at_epochs_end(record.curve)
     return found + [Metric(key, value, now_ms, round(newest["epoch"])) for key, value in of_epoch.items()]

@@ -187,7 +187,8 @@ class Host:
                 seat.fail(error.with_traceback(None))
                 continue
             seat.goal = None
-            metrics = {**_metrics(seat.work, mean_perplexity(found)), "perplexities": found}
+            metrics = _metrics(seat.work, mean_perplexity(found))
+            metrics |= {"perplexities": found, "host_notes": self.notes()}
             self._writers.submit(_settle, seat.reply, partial(_written, content, Path(seat.folder), metrics))
 
     def _attach(
@@ -227,7 +228,7 @@ class Host:
             seat.fail(RuntimeError("the trial was detached"))
 
 
-def _metrics(work: TrialWork, perplexity: float) -> dict[str, float]:
+def _metrics(work: TrialWork, perplexity: float) -> dict[str, Any]:
     training, seen = work.training, work.seen
     on_gpu = training.bank.device.type == "cuda"
     return {

@@ -4,10 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from qlora.base.model import attention_shape, linear_layers
+from qlora.base.model import attention_shape, linear_layers, skeleton
 from qlora.config import TrialSettings
 from qlora.lora.bank import is_targeted
 
@@ -45,8 +42,7 @@ class ModelSize:
 
 def model_size(config: Any) -> ModelSize:
     """Measure a model of this config that has no weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config)
     text, shape, layers = config.get_text_config(), attention_shape(config), linear_layers(model)
     linear = sum(math.prod(widths) for widths in layers.values())
     return ModelSize(

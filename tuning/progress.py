@@ -76,8 +76,8 @@ def ranking(records: Sequence[TrialRecord], zero_shot: float) -> str:
     stopped = sum(record.status == "stopped" for record in records)
     return (
         f"{table(records, zero_shot, limit=len(records))}\n"
-        f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} trials "
-        f"and saved {saved:.0%} of the full-length epochs"
+        f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} "
+        f"trials and saved {saved:.0%} of the full-length epochs"
     )
 
 

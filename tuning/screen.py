@@ -20,10 +20,15 @@ class SweepScreen:
 
     def __init__(self, num_trials: int, zero_shot: float):
         self._num_trials, self._zero_shot = num_trials, zero_shot
+        self._notes: list[str] = []
         self._started_at = self._shown_at = time.monotonic()
         self._live = (
             Live(console=Console(file=sys.stdout), auto_refresh=False) if sys.stdout.isatty() else None
         )
+
+    def note(self, notes: Sequence[str]) -> None:
+        """Show what people should know of how the work goes, each thing once."""
+        self._notes = list(dict.fromkeys([*self._notes, *notes]))
 
     def update(self, records: Sequence[TrialRecord]) -> None:
         """Show the trials if it is time to."""
@@ -41,6 +46,7 @@ class SweepScreen:
         self._shown_at = time.monotonic()
         elapsed_seconds = self._shown_at - self._started_at
         lines = [table(records, self._zero_shot), headline(records, self._num_trials, elapsed_seconds)]
+        lines += [f"note: {note}" for note in self._notes]
         if self._live is None:
             print("", *lines, sep="\n", flush=True)
             return

@@ -128,6 +128,13 @@ class Space(Settings):
     storage: str | None = None
     seed: int = Field(42, ge=0, le=MAX_SEED)
 
+    @field_validator("trials_per_gpu", mode="before")
+    @classmethod
+    def _count_fits(cls, count: Any) -> Any:
+        if count in ("auto", None) or (str(count).isdigit() and int(count) > 0):
+            return count
+        raise ValueError(f"must be auto or a whole number of at least 1, not {count!r}")
+
     @field_validator("registered_model")
     @classmethod
     def _name_fits(cls, name: str | None) -> str | None:

@@ -66,6 +66,7 @@ class SweepCallback(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record a point of a trial's curve."""
+        self._screen.note(result.get("host_notes", ()))
         if "public_perplexity" in result:
             point = {key: float(result[key]) for key in _POINT}
             self._put(self._ledger.records[trial.trial_id].with_point(point, result["perplexities"]))

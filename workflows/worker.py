@@ -20,6 +20,7 @@ from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from tracking.registry import fetch_adapter
 from tuning.host_directory import my_device
+from workflows.session import FailedError
 
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype
 
@@ -141,13 +142,13 @@ def prove(
     """Prove that a logged adapter is the one that was measured.
 
     What the tracking server gives back is loaded in the worker's process and must give the reported
-    perplexity. Raises RuntimeError if it does not.
+    perplexity. Raises FailedError if it does not.
     """
     files = AdapterFiles.read(fetch_adapter(model_uri).folder)
     values, dtype = worker.do(measure_perplexities, base, files, list(public))
     found = mean_perplexity(values)
     if not math.isclose(found, expected, rel_tol=_TOLERANCES[dtype]):
-        raise RuntimeError(
+        raise FailedError(
             f"{model_uri} gives public perplexity {found:.5g} when it is loaded back, not the reported "
             f"{expected:.5g}; it is not registered"
         )

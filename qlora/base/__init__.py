@@ -1,1 +1,7 @@
-"""The frozen model: its name (reference), its device, itself (model), and what is fused in it on GPUs."""
+"""Owns the frozen base model. Read in this order:
+
+reference   from a base's name to a folder or a hub id
+device      the device of this process, its dtype and its free memory
+model       from a reference to one frozen model in NF4, its tokenizer and its shape
+fused       one kernel in place of several, on GPUs
+"""

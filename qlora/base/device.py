@@ -1,4 +1,7 @@
-"""Owns the device that this process computes on: which one, in what dtype, how much memory is free, what kernels it has.
+"""Owns the device that this process computes on: which it is, its dtype, its free memory, its kernels.
+
+bfloat16 has float32's range in half the bytes, and GPUs have units for it; most CPUs have none
+(https://arxiv.org/abs/1905.12322).
 
 Refuses to know models.
 """
@@ -22,9 +25,10 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(settings: BaseModelSettings, device: torch.device) -> torch.dtype:
-    """Return the dtype that products are computed in: bfloat16 on GPUs that have it, else float32.
+    """Return the dtype that a model computes in: bfloat16 on GPUs that have it, else float32.
 
-    float32 is also the faster one on CPUs without bfloat16 units.
+    float32 is also the faster one on CPUs without bfloat16 units. A dtype that `settings` name is taken as it
+    is.
     """
     if settings.dtype != "auto":
         return torch.float32 if settings.dtype == "float32" else torch.bfloat16
@@ -33,9 +37,9 @@ def compute_dtype(settings: BaseModelSettings, device: torch.device) -> torch.dt
 
 
 def default_token_budget() -> int:
-    """Return the tokens of one pass that fit a device comfortably.
+    """Return the number of tokens of one pass that fits this process's device comfortably.
 
-    On a CPU small passes are also the fastest: memory stays warm.
+    On a CPU small passes are also the fastest: their memory stays in the cache.
     """
     return _GPU_PASS_TOKENS if default_device().type == "cuda" else CPU_PASS_TOKENS
 
@@ -43,8 +47,8 @@ def default_token_budget() -> int:
 def free_bytes(device: torch.device) -> int:
     """Return the memory in bytes that this process may still take on a device.
 
-    On a GPU: what is unallocated. On a CPU: what is available without swapping, within the limit of a
-    container (cgroup v2).
+    On a GPU this is what torch has not allocated. On a CPU it is what is available without swapping, within
+    the limit of a container (cgroup v2).
     """
     if device.type == "cuda":
         unallocated = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -52,18 +56,24 @@ def free_bytes(device: torch.device) -> int:
     memory = Path("/proc/meminfo").read_text().splitlines()
     available = next(line for line in memory if line.startswith("MemAvailable"))
     free = int(available.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (most := limit.read_text().strip()) != "max":
         statistics = dict(
             line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
         )
-        cached_files = int(statistics.get("inactive_file", "0"))  # which give way
+        cached_files = int(
+            statistics.get("inactive_file", "0")
+        )  # freed by the kernel when memory is asked for
         free = min(free, int(most) - int(used.read_text()) + cached_files)
     return max(0, free)
 
 
 def triton_module(name: str) -> Any:
-    """Import a module of Triton kernels; return None where Triton is missing: it comes with CUDA builds of torch."""
+    """Import a module of Triton kernels; return None where Triton is missing.
+
+    Triton comes with CUDA builds of torch.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module(name)

@@ -1,8 +1,14 @@
 """Owns what is fused on GPUs: chains of small kernels in transformers' models become one kernel each.
 
-RMSNorm modules become torch's own, replaced as PEFT and bitsandbytes replace linear layers, only if the replacement computes
-the same on a random input; a family whose norm differs (Gemma scales by 1 + weight) keeps its own. For training, the rotary
-embedding and the gated MLP are Liger's (https://github.com/linkedin/Liger-Kernel), where that package is installed.
+A small kernel spends more time on moving its operands to and from memory than on arithmetic; fusing a chain
+of them moves the operands once. RMSNorm modules are replaced by one that calls torch's own kernel, in the way
+PEFT and bitsandbytes replace linear layers, and only if the replacement computes the same on a random input:
+a family whose norm differs (Gemma scales by 1 + weight) keeps its own. For training, the rotary embedding and
+the gated MLP are Liger's, where that package is installed.
+
+Refuses to know adapters.
+
+Source: Liger Kernel, https://github.com/linkedin/Liger-Kernel
 """
 
 import importlib.util
@@ -15,14 +21,19 @@ from torch import Tensor, nn
 
 
 class FusedRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside. Source: https://arxiv.org/abs/1910.07467."""
+    """Root mean square normalisation: x / sqrt(mean(x^2) + eps) * weight, in float32 inside.
+
+    Source: https://arxiv.org/abs/1910.07467.
+    """
 
     def __init__(self, weight: nn.Parameter, eps: float):
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight = weight
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., n] -> [..., n], in x's dtype; autocast would go through float32."""
+        """Normalise x [..., n] -> [..., n], in x's dtype."""
+        # Autocast would convert x to float32 and give float32 back.
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -31,9 +42,10 @@ _log = logging.getLogger(__name__)
 
 
 def fuse_for_training(model: Any) -> None:
-    """Norms, and Liger's rotary embedding and gated MLP for the families that Liger knows.
+    """Replace norms, and the rotary embedding and gated MLP of the families that Liger knows.
 
-    Liger puts its rotary embedding into the family's module in transformers: all models of the family in this process get it.
+    Liger puts its rotary embedding into the family's module in transformers, so all models of the family in
+    this process get it.
     """
     fuse_norms(model)
     if importlib.util.find_spec("liger_kernel") is None:
@@ -54,42 +66,36 @@ def fuse_for_training(model: Any) -> None:
 
 
 def _turns_whole_heads(config: Any) -> bool:
-    """Whether the rotary embedding turns all of a head: Liger's does not know another."""
+    """Tell whether the rotary embedding turns all channels of a head: Liger knows only that kind."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
-    return (
-        getattr(text, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
-    ) == 1.0
+    turned = getattr(text, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
+    return turned == 1.0
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Replace a model's RMSNorm modules where that changes nothing beyond rounding; returns how many were."""
-    fused = {
-        name: replacement
-        for name, module in model.named_modules()
-        if (replacement := _replacement(module)) is not None
-    }
+    """Replace a model's RMSNorm modules where that changes nothing beyond rounding; return how many were."""
+    fused = {}
+    for name, module in model.named_modules():
+        replacement = _replacement(module)
+        if replacement is not None:
+            fused[name] = replacement
     for name, replacement in fused.items():
         model.set_submodule(name, replacement)
     return len(fused)
 
 
 def _replacement(module: nn.Module) -> FusedRMSNorm | None:
-    weight, eps = (
-        getattr(module, "weight", None),
-        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-    )
-    if (
-        not type(module).__name__.endswith("RMSNorm")
-        or not isinstance(weight, nn.Parameter)
-        or weight.dim() != 1
-        or eps is None
-    ):
+    """Return the fused norm for a module, or None if it is no RMSNorm or one that computes something else."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or eps is None:
+        return None
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return None
     fused = FusedRMSNorm(weight, eps)
+    rounding = 4 * torch.finfo(weight.dtype).eps
     with torch.no_grad():
         x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-        same = torch.allclose(
-            fused(x).float(), module(x).float(), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6
-        )
-    return fused if same else None
+        is_same = torch.allclose(fused(x).float(), module(x).float(), rtol=rounding, atol=1e-6)
+    return fused if is_same else None

@@ -1,7 +1,11 @@
-"""Owns the base model: a name -> one frozen model on a device, its tokenizer, and its shape as its config has it.
+"""Owns the base model: from a name to one frozen model on a device, its tokenizer, and its shape.
 
-The model is quantised to NF4 unless told otherwise; its NF4 values can be dequantised once, which saves every
-pass that work. Safetensors only, no remote code. Refuses to know adapters and training.
+QLoRA trains adapters on a base in NF4: 4-bit numbers whose 16 levels are the quantiles of a normal
+distribution, which is how weights are distributed, with one scale for each block of 64 weights. A matrix
+product dequantises the weights first. If memory allows, they can be dequantised once, which saves every pass
+that work and gives the same results. Safetensors only, no remote code.
+
+Refuses to know adapters and training.
 
 Source: QLoRA, https://arxiv.org/abs/2305.14314
 """
@@ -26,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """A decoder's layers, query heads, key-value heads (fewer if queries are grouped) and the width of a head."""
+    """The shape of a decoder's attention; if queries are grouped, there are fewer key-value heads."""
 
     num_layers: int
     num_heads: int
@@ -35,28 +39,36 @@ class AttentionShape:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a BASE. Raises InputError if it can't be had, or has no EOS token to end answers with."""
+    """Load the tokenizer of a base.
+
+    Raises InputError if it can't be loaded, or has no EOS token to end answers with.
+    """
     reference = resolve_base(name)
     tokenizer = _from_pretrained(AutoTokenizer, name, reference)
     if tokenizer.eos_token_id is None:
         raise InputError(
             name,
-            "its tokenizer has no EOS token, so answers would not end; add eos_token to tokenizer_config.json",
+            "its tokenizer has no EOS token, so answers would not end; "
+            "add eos_token to tokenizer_config.json",
         )
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return the SHA-256 (hexadecimal) of what tokens there are: perplexities per token compare under equal ones only."""
+    """Return the SHA-256 (hexadecimal) of a tokenizer's vocabulary.
+
+    Perplexities per token can be compared only between models with the same vocabulary.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items())
     content = [vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
 def load_config(name: str) -> Any:
-    """Load the base's transformers config, without its weights.
+    """Load a base's transformers config, without its weights.
 
-    Raises InputError unless transformers knows its architecture as a causal language model, without remote code.
+    Raises InputError unless transformers itself, without remote code, has its architecture as a causal
+    language model.
     """
     config = _from_pretrained(AutoConfig, name, resolve_base(name))
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -67,22 +79,28 @@ def load_config(name: str) -> Any:
 
 
 def base_revision(config: Any) -> str | None:
-    """Return the hub commit that a config was loaded from; None for a local or embedded base."""
+    """Return the hub commit that a config was loaded from, or None for a local or embedded base."""
     return getattr(config, "_commit_hash", None)
 
 
 def attention_shape(config: Any) -> AttentionShape:
-    """Read a model's attention off its config."""
+    """Return the shape of attention that a model's config describes."""
     text = config.get_text_config()
     num_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-    return AttentionShape(text.num_hidden_layers, num_heads, num_kv_heads, head_dim)
+    return AttentionShape(
+        num_layers=text.num_hidden_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
 
 
 def load_base(settings: BaseModelSettings, device: torch.device | None = None) -> PreTrainedModel:
-    """Load the frozen model in eval mode on `device`. Raises InputError if it can't be had."""
-    reference, device = resolve_base(settings.name), device or default_device()
+    """Load the frozen model in eval mode on `device`, else on this process's.
+
+    Raises InputError if it can't.
+    """
+    reference = resolve_base(settings.name)
+    device = device or default_device()
     dtype = compute_dtype(settings, device)
     model = _from_pretrained(
         AutoModelForCausalLM,
@@ -98,7 +116,7 @@ def load_base(settings: BaseModelSettings, device: torch.device | None = None) -
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """List the linear layers that an adapter may target, all but the head: name -> (inputs, outputs)."""
+    """Return the linear layers that an adapter may target, all but the head: name -> (inputs, outputs)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return {
         name: (module.in_features, module.out_features)
@@ -107,25 +125,32 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def keep_gradients_on_cpu(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first eval forward on AVX512-BF16 CPUs.
+def skeleton(config: Any) -> PreTrainedModel:
+    """Build a model of this config without weights, to look at."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
-    The repacked form (bitsandbytes 0.50) has no backward: every later gradient through the base is None, with a
-    warning only. Training that evaluates in between would go on with wrong gradients.
+
+def keep_gradients_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first eval forward on CPUs with AVX512-BF16.
+
+    The repacked form (bitsandbytes 0.50) has no backward: every later gradient through the base is None, with
+    no more than a warning. Training that evaluates in between would go on with wrong gradients.
     """
     for module in _nf4_layers(model):
         module.support_avx512bf16_for_cpu = False
 
 
 def is_nf4(model: nn.Module) -> bool:
-    """Tell whether a model has linear layers in NF4."""
+    """Tell whether any linear layer of a model is in NF4."""
     return bool(_nf4_layers(model))
 
 
 def dequantised_if_it_fits(model: Any) -> Any:
-    """Return a model with its NF4 values in its own dtype, if that takes less than half of the free memory.
+    """Dequantise a model's NF4 weights to its own dtype, if that takes less than half of the free memory.
 
-    Else the model as it is. What was tuned on NF4 is thus what is served, and no pass dequantises.
+    Return the model, dequantised or as it is. The weights still have NF4's values, so that an adapter is
+    served on what it was tuned on, and no pass has to dequantise them.
     """
     layers = _nf4_layers(model)
     if not layers:
@@ -133,13 +158,11 @@ def dequantised_if_it_fits(model: Any) -> Any:
     needed = sum(module.in_features * module.out_features for module in layers) * model.dtype.itemsize
     free = free_bytes(model.device)
     fits = 2 * needed < free
-    _log.info(
-        "%s: dequantised weights need %.1f GiB of %.1f free",
-        "dequantised" if fits else "kept in NF4",
-        needed / 2**30,
-        free / 2**30,
-    )
-    return model.dequantize().requires_grad_(False).eval() if fits else model
+    outcome = "dequantised" if fits else "kept in NF4"
+    _log.info("%s: dequantised weights need %.1f GiB of %.1f free", outcome, needed / 2**30, free / 2**30)
+    if not fits:
+        return model
+    return model.dequantize().requires_grad_(False).eval()
 
 
 def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -152,12 +175,13 @@ def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _nf4_layers(model: nn.Module) -> list[Any]:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit  # takes seconds to load
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def _from_pretrained(auto_class: Any, name: str, reference: BaseReference, **options: Any) -> Any:
+    """Load with one of transformers' Auto classes. Raises InputError, naming the base, if that fails."""
     try:
         return auto_class.from_pretrained(
             reference.location,
@@ -168,4 +192,5 @@ def _from_pretrained(auto_class: Any, name: str, reference: BaseReference, **opt
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         lines = str(error).strip().splitlines()
-        raise InputError(name, f"can't be loaded: {lines[0] if lines else repr(error)}") from error
+        reason = lines[0] if lines else repr(error)
+        raise InputError(name, f"can't be loaded: {reason}") from error

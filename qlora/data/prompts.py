@@ -1,8 +1,14 @@
-"""Owns prompts: a YAML template, optional shots, one instruction -> prompt text -> token ids.
+"""Owns prompts: from a YAML template, optional shots and one instruction to prompt text and its token ids.
 
-A template file holds `template` (with {instruction} once, and {shots} if it takes shots) and, with {shots}, `shot`, the
-text of one shot with {number}, {instruction} and {output}. Placeholders are filled in one pass, so braces inside data stay
-as they are. A prompt is always tokenised whole: tokenising parts can give other ids than the whole.
+A template file holds `template`, with {instruction} once and, if it takes shots, {shots}. With {shots} it
+also holds `shot`, the text of one shot with {number}, {instruction} and {output}. Shots are solved examples
+in front of the instruction, from which a model learns the task in context (few-shot prompting,
+https://arxiv.org/abs/2005.14165).
+
+Placeholders are filled in one pass, so that braces inside data stay as they are. A prompt is always tokenised
+as a whole: tokenising its parts can give other ids.
+
+Refuses to know models.
 """
 
 import hashlib
@@ -24,7 +30,7 @@ _PLACEHOLDER = re.compile(r"\{(instruction|output|number|shots)\}")
 
 
 class PromptTemplate(Settings):
-    """What a file of prompts/ holds."""
+    """The content of a file of prompts/."""
 
     description: str = ""
     template: str
@@ -33,27 +39,21 @@ class PromptTemplate(Settings):
     @model_validator(mode="after")
     def _placeholders_fit(self) -> Self:
         names = _PLACEHOLDER.findall(self.template)
-        if (
-            names.count("instruction") != 1
-            or set(names) - {"instruction", "shots"}
-            or names.count("shots") > 1
-        ):
+        unknown = set(names) - {"instruction", "shots"}
+        if names.count("instruction") != 1 or names.count("shots") > 1 or unknown:
             raise ValueError("template must hold {instruction} once, and may hold {shots} once")
         if ("shots" in names) != (self.shot is not None):
             raise ValueError("{shots} in template and the key shot belong together: give both or neither")
         in_shot = set(_PLACEHOLDER.findall(self.shot or ""))
-        if self.shot is not None and not {"instruction", "output"} <= in_shot <= {
-            "number",
-            "instruction",
-            "output",
-        }:
+        required = {"instruction", "output"}
+        if self.shot is not None and not required <= in_shot <= required | {"number"}:
             raise ValueError("shot must hold {instruction} and {output}, and may hold {number}")
         return self
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template with its shots filled in: renders any instruction."""
+    """A template and its shots, which render any instruction."""
 
     name: str
     template: PromptTemplate
@@ -73,13 +73,16 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 (hexadecimal) of the text that surrounds instructions, whatever the template's name."""
+        """Return the SHA-256 (hexadecimal) of the text around instructions, without the template's name."""
         return hashlib.sha256(self.render(_ANY_INSTRUCTION).encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Token ids of one example: `prompt` starts with BOS if the tokenizer has one, `answer` ends with EOS (before the cut)."""
+    """The token ids of one example.
+
+    `prompt` starts with BOS if the tokenizer has one; `answer` ends with EOS unless the example was cut.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -87,12 +90,14 @@ class EncodedExample:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and answer tokens together."""
+        """Count the tokens of prompt and answer."""
         return len(self.prompt) + len(self.answer)
 
 
 def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Path | None = None) -> Prompt:
-    """Load the prompt of `prompts/NAME.yaml` (or of a YAML file), with the last examples of a training file as shots.
+    """Load the prompt of `prompts/NAME.yaml`, or of the YAML file that `name` is the path of.
+
+    Its shots are the last `num_shots` examples of the training file `shots_from`.
 
     Raises InputError for an unknown or malformed template and for shots that don't fit it.
     """
@@ -105,7 +110,10 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
             path, "takes no shots; choose a prompt with {shots}, such as few-shot, or leave --shots out"
         )
     if template.shot is not None and not num_shots:
-        raise InputError(path, "needs shots; give --shots N --shots-from FILE")
+        raise InputError(
+            path,
+            "needs shots; give --shots N --shots-from FILE where a command has them, or choose another prompt",
+        )
     if bool(num_shots) != (shots_from is not None):
         raise InputError(path, "--shots N and --shots-from FILE belong together; give both or neither")
     if shots_from is None:
@@ -119,12 +127,16 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
 
 
 def prompt_file(name: str) -> Path:
-    """Return where a prompt's template is: a YAML file, or the name of one in `prompts/`."""
-    return Path(name) if name.endswith((".yaml", ".yml")) else PROMPT_FOLDER / f"{name}.yaml"
+    """Return the path of a prompt's template: `name` is a YAML file, or the name of one in `prompts/`."""
+    is_path = name.endswith((".yaml", ".yml"))
+    return Path(name) if is_path else PROMPT_FOLDER / f"{name}.yaml"
 
 
 def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Tokenise a prompt: [BOS if the tokenizer has one] + ids of the whole text, without other special tokens."""
+    """Tokenise a prompt: BOS if the tokenizer has one, then the ids of the whole text.
+
+    No other special tokens are added.
+    """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return (*bos, *_plain_ids(tokenizer, text))
 
@@ -136,9 +148,9 @@ def encode_examples(
     source: object,
     max_length_tokens: int = MAX_LENGTH_TOKENS,
 ) -> list[EncodedExample]:
-    """Tokenise examples with answers: prompt ids + answer ids + EOS, cut at `max_length_tokens`.
+    """Tokenise examples with answers: prompt ids, answer ids and EOS, cut at `max_length_tokens`.
 
-    Raises InputError (naming `source` and the row) if the cut leaves no answer token to score.
+    Raises InputError, naming `source` and the row, if the cut leaves no answer token to score.
     """
     encoded = []
     for number, example in enumerate(examples):
@@ -157,12 +169,12 @@ def encode_examples(
 
 
 def too_long_problem(num_tokens: int, max_prompt_tokens: int) -> str | None:
-    """Say what is wrong with a prompt of so many tokens if it leaves no room to generate; None if nothing is."""
+    """Describe what is wrong with a prompt that leaves no room to generate; return None for one that fits."""
     if num_tokens <= max_prompt_tokens:
         return None
     return (
-        f"the prompt has {num_tokens} tokens, but the model has room for {max_prompt_tokens} before the new ones; "
-        "shorten it or lower --max-new-tokens"
+        f"the prompt has {num_tokens} tokens, but the model has room for {max_prompt_tokens} "
+        "before the new ones; shorten it or lower --max-new-tokens"
     )
 
 

@@ -1,13 +1,15 @@
-"""Owns the AdapterBank: many trials' LoRA adapters on one frozen base, trained and evaluated in one pass over one stream.
+"""Owns the AdapterBank: many trials' adapters on one frozen base, trained and evaluated in shared passes.
 
-LoRA (https://arxiv.org/abs/2106.09685) adds to a frozen layer y = x W' the product scale * x A' B' of two narrow
-matrices, A [r, in] and B [out, r], with scale = alpha / r; B starts at zero, so that a new adapter changes nothing.
-Every linear layer that an adapter targets becomes a BankedLinear (qlora.lora.banked_linear). An adapter's weights
-are one flat float32 vector, and so are its gradients: an optimizer step is a few launches, however many layers there
-are.
+A sweep trains one base with many settings. Only the adapters (qlora.lora.adapter) differ, so the base is
+loaded once, and the tokens of all trials go through it together; each part of the stream goes through its own
+trial's adapter. Every linear layer that an adapter targets becomes a BankedLinear (qlora.lora.banked_linear),
+which does that.
 
-PEFT's layout goes in and out, and a fresh adapter is the one that PEFT would draw. Refuses to know schedules and
-data.
+Adapters are loaded and saved in PEFT's layout, and a fresh adapter is the one that PEFT would draw.
+
+Refuses to know schedules and data.
+
+Source: mLoRA, https://arxiv.org/abs/2312.02515
 """
 
 import math
@@ -26,6 +28,7 @@ from qlora.base.fused import fuse_for_training
 from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
 from qlora.base.reference import split_revision
 from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.lora.adapter import Adapter, Place, lay_out_matrices
 from qlora.lora.banked_linear import BankedLinear, Route, Switch, kernels
 from qlora.lora.peft_folder import WEIGHTS, AdapterContent
 from qlora.lora.products import MAX_GPU_RANK, Dropout, LayerPart
@@ -34,57 +37,15 @@ from qlora.packed.attention import use_packed_attention
 from qlora.packed.packing import Group
 from qlora.packed.stream import PackedBatch
 
-_ALIGNMENT = 16  # elements: every matrix begins where vector loads may
-
-
-@dataclass(eq=False)
-class Adapter:
-    """One trial's LoRA weights on a bank.
-
-    weights and gradients: [n] float32, all matrices end to end. served: the weights in the model's dtype, the same tensor if
-    that is float32; `refresh` makes them follow. layers: for each targeted layer (A, B) as places in those vectors.
-    """
-
-    settings: TrialSettings
-    weights: Tensor
-    gradients: Tensor
-    served: Tensor
-    layers: dict[str, tuple["_Place", "_Place"]]
-
-    @property
-    def scale(self) -> float:
-        """What a LoRA product is multiplied by."""
-        return self.settings.lora_alpha / self.settings.lora_r
-
-    def refresh(self) -> None:
-        """Bring what the model multiplies with up to the weights."""
-        if self.served is not self.weights:
-            self.served.copy_(self.weights)
-
-    def matrices(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Views of the weights, or of a copy of them, under PEFT's names, A [r, in] and B [out, r]."""
-        return {
-            f"base_model.model.{layer}.lora_{letter}.weight": place.of(
-                self.weights if weights is None else weights
-            )
-            for layer, places in self.layers.items()
-            for letter, place in zip("AB", places, strict=True)
-        }
-
-
-@dataclass(frozen=True)
-class _Place:
-    start: int
-    shape: tuple[int, int]
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
-
 
 @dataclass(eq=False)
 class AdapterBank:
-    """Adapters on one base, which has packed attention. `base_name` is what saved adapters say they were trained on. A layer has the
-    same number whatever adapters there are: its dropout depends on it."""
+    """Adapters on one base, which has packed attention.
+
+    base_name: the base that saved adapters name. layers: the linear layers that any adapter targets. A
+    layer's number is its place among all linear layers, whatever adapters there are: its dropout depends on
+    it.
+    """
 
     model: PreTrainedModel
     base_name: str
@@ -92,62 +53,80 @@ class AdapterBank:
     switch: Switch = field(default_factory=Switch)
     recorder: Any = None  # a qlora.recorded_passes.Recorder, once there is a pass to record
     mean_parameters: float = 0.0  # of a linear layer
-    # (in, out) of each layer that an adapter may target
+    # The widths (in, out) of each layer that an adapter may target.
     _linear: dict[str, tuple[int, int]] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], BankTables] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._linear = linear_layers(self.model)
-        self.mean_parameters = sum(map(math.prod, self._linear.values())) / max(1, len(self._linear))
+        num_parameters = sum(math.prod(widths) for widths in self._linear.values())
+        self.mean_parameters = num_parameters / max(1, len(self._linear))
 
     @property
     def device(self) -> torch.device:
-        """Where base and adapters are."""
+        """Return the device of base and adapters."""
         return self.model.device
 
     @property
     def num_layers(self) -> int:
-        """Linear layers that an adapter may target."""
+        """Count the linear layers that an adapter may target."""
         return len(self._linear)
 
     @property
     def has_kernels(self) -> bool:
-        """Whether adapters' products are the GPU's kernels."""
+        """Tell whether adapters' products are computed by the GPU's kernels."""
         return kernels is not None and self.device.type == "cuda"
 
     def fresh_weights(self, settings: TrialSettings) -> Tensor:
-        """Those of a new adapter, [n] float32 on the CPU: B = 0, so that it starts equal to the base; A drawn from `settings.seed` alone,
-        as PEFT draws it. Slow (10 ns a weight), and any thread may do it while others train.
+        """Return the initial weights of a new adapter, [n] float32 on the CPU.
 
-        Raises InputError if no linear layer has one of the target names.
+        B is 0, so that the adapter starts equal to the base; A is drawn from `settings.seed` alone, as PEFT
+        draws it. This is slow (10 ns a weight), and any thread may do it while others train. Raises
+        InputError if one of the target modules names no linear layer, and on a GPU for a rank that its
+        kernels don't take.
         """
-        layers, length = self._places(settings)
-        weights, generator = torch.zeros(length), torch.Generator().manual_seed(settings.seed)
-        # PEFT makes both layers, each drawing its weights, and then draws A anew
+        layers = self._places(settings)
+        weights = torch.zeros(max((b.end for _, b in layers.values()), default=0))
+        generator = torch.Generator().manual_seed(settings.seed)
         for a, b in layers.values():
+            # PEFT makes two linear layers, which draw their own weights, and then draws A anew.
             for matrix in (torch.empty(a.shape), torch.empty(b.shape), a.of(weights)):
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         return weights
 
     def attach(self, settings: TrialSettings, weights: Tensor | None = None) -> Adapter:
-        """A new adapter. `weights`: its `fresh_weights`, if they are there already. Raises InputError as that does."""
-        layers, _ = self._places(settings)
-        weights = (self.fresh_weights(settings) if weights is None else weights).to(self.device)
+        """Put a new adapter on the base.
+
+        `weights` are its `fresh_weights`, if they are there already. Raises InputError as `fresh_weights`
+        does.
+        """
+        layers = self._places(settings)
+        if weights is None:
+            weights = self.fresh_weights(settings)
+        weights = weights.to(self.device)
         for name in layers:
             self._make_banked(name)
-        served = weights if self.model.dtype == torch.float32 else weights.to(self.model.dtype)
-        return Adapter(settings, weights, torch.zeros_like(weights), served, layers)
+        return Adapter(
+            settings=settings,
+            weights=weights,
+            gradients=torch.zeros_like(weights),
+            served=weights if self.model.dtype == torch.float32 else weights.to(self.model.dtype),
+            layers=layers,
+        )
 
     def detach(self, adapter: Adapter) -> None:
-        """Forget what was kept for an adapter; its memory goes with its last reference."""
-        self._tables = {key: tables for key, tables in self._tables.items() if id(adapter) not in key}
+        """Forget what is kept for an adapter. Its memory is freed with the last reference to it."""
+        self._tables = {key: tables for key, tables in self._tables.items() if adapter.number not in key}
 
     @contextmanager
     def routed(
         self, batch: PackedBatch, adapters: Sequence[Adapter | None], dropouts: Sequence[Dropout | None]
     ) -> Iterator[None]:
-        """Within: the model's layers add the i-th adapter's products (None: nothing) to the tokens of the batch's i-th part, with its
-        dropout."""
+        """Route the model's layers, within, through the adapters of a batch's parts.
+
+        Layers add the i-th adapter's products (None: nothing), with the i-th dropout, to the tokens of the
+        batch's i-th part.
+        """
         assert len(adapters) == len(batch.parts)
         bounds = tuple((part.start, part.end) for part in batch.parts)
         anchor = torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
@@ -159,37 +138,45 @@ class AdapterBank:
             }
 
         def parts_at(layer: str) -> list[LayerPart]:
-            found = (
-                _layer_part(adapter, layer, *bound, dropout)
-                for adapter, bound, dropout in zip(adapters, bounds, dropouts, strict=True)
-            )
-            return [part for part in found if part is not None]
+            found = []
+            for adapter, (start, end), dropout in zip(adapters, bounds, dropouts, strict=True):
+                part = None if adapter is None else adapter.part_at(layer, start, end, dropout)
+                if part is not None:
+                    found.append(part)
+            return found
 
         with self.switch.on_route(Route(anchor, parts_at, **tables)):
             yield
 
     def tables_of(self, adapters: Sequence[Adapter | None]) -> BankTables:
-        """The kernels' tables of these adapters at all layers, kept until one of them is detached. GPUs only."""
-        key = tuple(id(adapter) for adapter in adapters)
+        """Return the kernels' tables of these adapters at all layers. GPUs only.
+
+        They are kept until one of the adapters is detached.
+        """
+        key = tuple(-1 if adapter is None else adapter.number for adapter in adapters)
         if key not in self._tables:
-            parts = [
-                [_layer_part(adapter, name, 0, 0, None) for adapter in adapters] for name in self._linear
-            ]
-            self._tables[key] = make_bank_tables(parts, self.device)
+            layers = []
+            for name in self._linear:
+                layers.append([None if one is None else one.part_at(name) for one in adapters])
+            self._tables[key] = make_bank_tables(layers, self.device)
         return self._tables[key]
 
     def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write a PEFT folder."""
+        """Write an adapter's PEFT folder. Raises OSError."""
         self.content(adapter).write(folder)
 
     def content(self, adapter: Adapter) -> AdapterContent:
-        """Of an adapter's PEFT folder; on a CPU the matrices are the adapter's own, not copies."""
-        from peft import LoraConfig
+        """Return the content of an adapter's PEFT folder.
+
+        On a CPU its matrices are the adapter's own, not copies.
+        """
+        from peft import LoraConfig  # takes seconds to load
 
         name, revision = split_revision(self.base_name)
-        leaves = {layer.rpartition(".")[2] for layer in adapter.layers}
-        are_all = sum(name.rpartition(".")[2] in leaves for name in self._linear) == len(adapter.layers)
-        targets = sorted(leaves if are_all else adapter.layers)
+        # Targets are given by the ends of their names (q_proj) if no other layer has them, else in full.
+        ends = {layer.rpartition(".")[2] for layer in adapter.layers}
+        num_named = sum(layer.rpartition(".")[2] in ends for layer in self._linear)
+        targets = sorted(ends if num_named == len(adapter.layers) else adapter.layers)
         config = LoraConfig(
             r=adapter.settings.lora_r,
             lora_alpha=adapter.settings.lora_alpha,  # type: ignore[arg-type]
@@ -204,48 +191,57 @@ class AdapterBank:
         return AdapterContent(config, adapter.matrices(adapter.weights.cpu()))
 
     def load(self, adapter: Adapter, folder: Path) -> None:
-        """Take over the weights of a PEFT folder. Raises InputError if they are not this adapter's."""
-        found, matrices = load_file(folder / WEIGHTS), adapter.matrices()
+        """Load the weights of a PEFT folder into an adapter.
+
+        Raises InputError if they are of other layers or of another rank.
+        """
+        found = load_file(folder / WEIGHTS)
+        matrices = adapter.matrices()
         if _shapes(found) != _shapes(matrices):
             raise InputError(folder, "holds an adapter of other layers or another rank")
         for name, matrix in matrices.items():
             matrix.copy_(found[name])
         adapter.refresh()
 
-    def _places(self, settings: TrialSettings) -> tuple[dict[str, tuple[_Place, _Place]], int]:
+    def _places(self, settings: TrialSettings) -> dict[str, tuple[Place, Place]]:
+        """Lay out an adapter's matrices: the places of A and B of each targeted layer. Raises InputError."""
         if settings.lora_r > MAX_GPU_RANK and self.device.type == "cuda":
             raise InputError("lora_r", f"{settings.lora_r} is more than the {MAX_GPU_RANK} that a GPU takes")
         unknown = unknown_targets(settings.target_modules, list(self._linear))
         if unknown:
             raise InputError("target_modules", unknown)
-        layers, end = {}, 0
-        for name, (num_in, num_out) in self._linear.items():
-            if is_targeted(name, settings.target_modules):
-                places = []
-                for shape in ((settings.lora_r, num_in), (num_out, settings.lora_r)):
-                    places.append(_Place(end, shape))
-                    end += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
-                layers[name] = (places[0], places[1])
-        return layers, end
+        targeted = {
+            layer: widths
+            for layer, widths in self._linear.items()
+            if is_targeted(layer, settings.target_modules)
+        }
+        return lay_out_matrices(targeted, settings.lora_r)
 
     def _make_banked(self, name: str) -> None:
+        """Replace a linear layer of the model by a BankedLinear, unless it is one."""
         if name not in self.layers:
-            self.layers[name] = BankedLinear(
-                self.model.get_submodule(name), self.switch, name, list(self._linear).index(name)
-            )
+            index = list(self._linear).index(name)
+            self.layers[name] = BankedLinear(self.model.get_submodule(name), self.switch, name, index)
             self.model.set_submodule(name, self.layers[name])
 
 
 def is_targeted(name: str, wanted: Any) -> bool:
-    """Whether a linear layer is among the target modules, by its whole name or the end of it."""
+    """Tell whether a linear layer is among the target modules, by its whole name or the end of it."""
     return wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted)
 
 
 def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
-    """What is wrong with target modules, if one of them names no linear layer (the head is none); else None."""
+    """Describe what is wrong with target modules; return None if each of them names a linear layer.
+
+    The head is none of these.
+    """
     if wanted == "all-linear":
         return None
-    missing = [one for one in wanted if not any(is_targeted(name, (one,)) for name in linear)]
+
+    def names_a_layer(target: str) -> bool:
+        return any(is_targeted(name, (target,)) for name in linear)
+
+    missing = [target for target in wanted if not names_a_layer(target)]
     if not missing:
         return None
     there = sorted({name.rpartition(".")[2] for name in linear})
@@ -253,8 +249,10 @@ def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
 
 
 def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> AdapterBank:
-    """A base ready for many adapters, on this process's device unless another is given, its NF4 values dequantised once if memory
-    allows. Raises InputError if it can't be had."""
+    """Load a base that is ready for many adapters, on this process's device unless another is given.
+
+    Its NF4 values are dequantised once if memory allows. Raises InputError if the base can't be loaded.
+    """
     model = dequantised_if_it_fits(load_base(base, device))
     use_packed_attention(model)
     if model.device.type == "cuda":
@@ -263,37 +261,18 @@ def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> Ad
 
 
 def make_dropout(adapter: Adapter, group: Group, step: int) -> Dropout | None:
-    """The masks of a group in a step of its trial; None for an adapter without dropout."""
+    """Return the dropout masks of a group in a step of its trial; None for an adapter without dropout."""
     if adapter.settings.lora_dropout == 0:
         return None
-    lengths = (group.prefix_length, *(example.num_tokens - group.prefix_length for example in group.examples))
+    suffix_lengths = [example.num_tokens - group.prefix_length for example in group.examples]
     return Dropout(
-        adapter.settings.lora_dropout,
-        adapter.settings.seed,
-        step,
-        (0, *(name + 1 for name in group.names)),
-        lengths,
+        p=adapter.settings.lora_dropout,
+        seed=adapter.settings.seed,
+        step=step,
+        names=(0, *(name + 1 for name in group.names)),  # 0 is the prefix
+        lengths=(group.prefix_length, *suffix_lengths),
     )
 
 
 def _shapes(matrices: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in matrices.items()}
-
-
-def _layer_part(
-    adapter: Adapter | None, name: str, start: int, end: int, dropout: Dropout | None
-) -> LayerPart | None:
-    places = adapter.layers.get(name) if adapter else None
-    if adapter is None or places is None:
-        return None
-    a, b = places
-    return LayerPart(
-        start,
-        end,
-        a.of(adapter.served),
-        b.of(adapter.served),
-        a.of(adapter.gradients),
-        b.of(adapter.gradients),
-        adapter.scale,
-        dropout,
-    )

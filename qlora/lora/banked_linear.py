@@ -1,7 +1,16 @@
-"""Owns linear layers with the products of many adapters: the base's product over the whole stream, then each part's LoRA product over
-its own tokens (qlora.lora.products; on a GPU qlora.lora.kernels).
+"""Owns linear layers with the products of many adapters.
 
-All layers of a model share a switch, which says on what route a pass goes. Refuses to know adapters' settings and files.
+A layer computes the base's product over the whole stream, and each part's LoRA product over that part's own
+tokens (qlora.lora.products; on a GPU qlora.lora.kernels). All layers of a model share a switch, which holds
+the route of the pass that the model is in: which tokens go through which adapter.
+
+Layers that read the same input (queries, keys and values; the two halves of a gated MLP) are computed
+together, by one autograd function, so that the gradients of that input are accumulated in place by matrix
+products.
+
+Refuses to know adapters' settings and files.
+
+Shapes: T stream tokens, I (IN) and O (OUT) a layer's widths.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +31,12 @@ kernels = triton_module("qlora.lora.kernels")
 
 @dataclass(frozen=True)
 class Route:
-    """Which tokens of a pass go through which adapter: the parts that have one at a layer, by its name, or, for the kernels, tables of
-    the pass and of each layer. anchor: a scalar that requires a gradient if adapters do, since they are no inputs of autograd's."""
+    """The adapters that each token of a pass goes through.
+
+    parts_at: a layer's name -> the parts whose adapter targets the layer. pass_tables, layer_tables: the same
+    for the kernels, which use these if they are given. anchor: a scalar that requires a gradient if adapters
+    do; they are no inputs of the autograd function themselves.
+    """
 
     anchor: Tensor
     parts_at: Callable[[str], list[LayerPart]]
@@ -33,7 +46,11 @@ class Route:
 
 @dataclass(eq=False)
 class Switch:
-    """The route of the pass that a model is in, none between passes, and which layers read the same input."""
+    """The route of the pass that a model is in, and the layers that read the same input.
+
+    The route is None between passes. The first layer that reads an input is the leader of all that do; they
+    are known from the second pass on.
+    """
 
     route: Route | None = None
     _siblings: dict[str, list["BankedLinear"]] = field(default_factory=dict)
@@ -42,21 +59,25 @@ class Switch:
 
     @contextmanager
     def on_route(self, route: Route) -> Iterator[None]:
-        """Within: the model's layers follow a route."""
+        """Route the model's layers, within, through the adapters that a route names."""
         assert self.route is None
         self.route = route
         try:
             yield
         finally:
-            self.route, self._leader = None, None
+            self.route = None
+            self._leader = None
             self._ready.clear()
 
     def product(self, layer: "BankedLinear", x: Tensor) -> Tensor:
-        """A layer's product on the route, with those of the layers that were seen to read the very same x after it (queries, keys
-        and values; a gated MLP's two halves): together they need no sum of their inputs' gradients."""
+        """Compute a layer's product on the route, x [..., IN] -> [..., OUT].
+
+        With it are computed those of its siblings, the layers that were seen to read the very same x after
+        it. Together they need no sum of their inputs' gradients.
+        """
         assert self.route is not None
-        read, y = self._ready.pop(layer.name, (None, None))
-        if y is not None and read is x:
+        ready_for, y = self._ready.pop(layer.name, (None, None))
+        if y is not None and ready_for is x:
             return y
         if self._leader is not None and self._leader[1] is x:
             siblings = self._siblings[self._leader[0].name]
@@ -66,25 +87,30 @@ class Switch:
             self._leader = (layer, x)
         together = self._siblings.setdefault(layer.name, [layer])
         y, *others = _Banked.apply(x, self.route.anchor, tuple(together), self.route)
-        self._ready.update((other.name, (x, one)) for other, one in zip(together[1:], others, strict=True))
+        for sibling, product in zip(together[1:], others, strict=True):
+            self._ready[sibling.name] = (x, product)
         return y  # type: ignore[no-any-return]
 
 
 class BankedLinear(nn.Module):
-    """A frozen linear layer of the base, in NF4 or not, and the adapters' products that its switch's route asks for."""
+    """A frozen linear layer of the base, in NF4 or not, and the adapters' products on its switch's route."""
 
     def __init__(self, base: Any, switch: "Switch", name: str, index: int):
         super().__init__()
-        self.base, self.name, self.index = base, name, index
+        self.base = base
+        self.name = name
+        self.index = index
         self.in_features, self.out_features = base.in_features, base.out_features
         self._switch = switch
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., IN] -> [..., OUT]."""
-        return self.base(x) if self._switch.route is None else self._switch.product(self, x)  # type: ignore[no-any-return]
+        """Multiply x [..., IN] -> [..., OUT]; between passes by the base alone."""
+        if self._switch.route is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        return self._switch.product(self, x)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The base's weight [OUT, IN], dequantised if need be."""
+        """Return the base's weight [OUT, IN], dequantised to `dtype` if it is in NF4."""
         state = getattr(self.base.weight, "quant_state", None)
         if state is None:
             return self.base.weight  # type: ignore[no-any-return]
@@ -94,42 +120,51 @@ class BankedLinear(nn.Module):
 
 
 class _Banked(torch.autograd.Function):
-    """y = x W' + bias + LoRA products, of one or several layers that read x. A, B get their gradients here, beside autograd: they would
-    be as many inputs as adapters."""
+    """The function y = x W' + bias + LoRA products of one or several layers that read x.
+
+    A and B get their gradients in the backward, beside autograd: as inputs of the function there would be two
+    for each layer and adapter.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, layers: tuple[BankedLinear, ...], route: Route
     ) -> tuple[Tensor, ...]:
-        ctx.layers, ctx.route, ctx.kept = layers, route, []
+        ctx.layers = layers
+        ctx.route = route
+        ctx.kept = []  # what products.add_lora returned for each layer
         ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1])
-        outs, lows = [], []
+        outs = []
+        lows_TR = []  # what kernels.add_lora returned for each layer
         for layer in layers:
-            weight, bias = layer.weight(x.dtype), layer.base.bias
+            weight = layer.weight(x.dtype)
+            bias = layer.base.bias
             if route.pass_tables is None:
                 y_TO = F.linear(x_TI, weight, bias)
                 ctx.kept.append(products.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index))
-            else:  # LoRA products first: what is there, a matrix product adds to at no cost
-                y_TO = (
-                    x_TI.new_empty(len(x_TI), layer.out_features)
-                    if bias is None
-                    else F.linear(x_TI, weight, bias)
-                )
+            else:
+                # LoRA products come first where they can: a matrix product adds to what is there at no cost.
+                is_new = bias is None
+                if is_new:
+                    y_TO = x_TI.new_empty(len(x_TI), layer.out_features)
+                else:
+                    y_TO = F.linear(x_TI, weight, bias)
                 tables = route.layer_tables[layer.index]
-                lows.append(
-                    kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=bias is None)
-                )
-                if bias is None:
+                low_TR = kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=is_new)
+                lows_TR.append(low_TR)
+                if is_new:
                     y_TO.addmm_(x_TI, weight.t())
             outs.append(y_TO.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x_TI, *lows)
+        ctx.save_for_backward(x_TI, *lows_TR)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        route, (x_TI, *lows) = ctx.route, ctx.saved_tensors
-        dx_TI, shape = None, next(grad.shape[:-1] for grad in grads if grad is not None)
+        route: Route = ctx.route
+        x_TI, *lows_TR = ctx.saved_tensors
+        shape = next(grad.shape[:-1] for grad in grads if grad is not None)
+        dx_TI = None
         for number, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
             if grad is None:
                 continue
@@ -147,7 +182,7 @@ class _Banked(torch.autograd.Function):
                     x_TI,
                     dy_TO,
                     dx_TI,
-                    lows[number],
+                    lows_TR[number],
                     route.pass_tables,
                     route.layer_tables[layer.index],
                     layer.index,

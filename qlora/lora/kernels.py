@@ -1,9 +1,15 @@
-"""Owns the LoRA products of many adapters over one stream as three Triton kernels: the mathematics of qlora.lora.products on a GPU.
+"""Owns the LoRA products of many adapters over one stream as three Triton kernels, for GPUs.
 
-A program works on a tile of tokens of one part, finds that part's weights through a table of addresses, and makes dropout
-masks itself, from a hash of (the token's key, the layer, the column): no loop over adapters, no stored mask.
+The mathematics is that of qlora.lora.products. A program works on a tile of tokens of one part, finds that
+part's weights through a table of addresses (qlora.lora.tables), and makes dropout masks itself, from a hash
+of the token's key, the layer and the column. So there is no loop over adapters and no stored mask, as in
+Punica's grouped kernels.
 
-Shapes: T stream tokens, K columns of a wide tensor, R the largest rank, as a power of two.
+Refuses to know models.
+
+Source: Punica, https://arxiv.org/abs/2310.18547
+Shapes: T stream tokens, I and O a layer's widths, K columns of a wide tensor (I or O), R the largest rank, as
+a power of two.
 """
 
 from typing import Any
@@ -15,17 +21,21 @@ from torch import Tensor
 
 from qlora.lora.tables import TILE_TOKENS, LayerTables, PassTables, num_splits, padded_rank
 
-# slices: alignment means nothing
+# These are slices of larger tensors: how one pass's are aligned says nothing of the next one's.
 _TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]
 
 
 def add_lora(
     x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, is_new: bool = False
 ) -> Tensor:
-    """Add every part's LoRA product to y in place, or put it there if y `is_new`, unwritten memory, with zeros where there is none;
-    returns low [T, R]."""
-    low_TR = _down(x_TI, layer.a, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
-    _up(y_TO, low_TR, layer.b, tables, layer, salt, along_rows=False, dropout=False, is_new=is_new)
+    """Add every part's LoRA product to y in place; return low [T, R] for `lora_backward`.
+
+    If y `is_new`, it is unwritten memory: products are written to it, and zeros where an adapter leaves the
+    layer alone.
+    """
+    at = (tables, layer, salt)
+    low_TR = _down(x_TI, layer.a, *at, along_rows=True, dropout=tables.has_dropout)
+    _up(y_TO, low_TR, layer.b, *at, along_rows=False, dropout=False, is_new=is_new)
     return low_TR
 
 
@@ -40,22 +50,16 @@ def lora_backward(
     *,
     is_new: bool = False,
 ) -> None:
-    """Add to the gradients of every part's A and B, and of x if it is given, in place; or put x's there if it `is_new`."""
-    dlow_TR = _down(dy_TO, layer.b, tables, layer, salt, along_rows=False, dropout=False)
-    _grad(dy_TO, low_TR, layer.b_grad, tables, layer, salt, along_rows=False, dropout=False)
-    _grad(x_TI, dlow_TR, layer.a_grad, tables, layer, salt, along_rows=True, dropout=tables.has_dropout)
+    """Add to the gradients of every part's A and B, and to dx if it is given, in place.
+
+    If dx `is_new`, it is unwritten memory: the gradient of x is written to it.
+    """
+    at = (tables, layer, salt)
+    dlow_TR = _down(dy_TO, layer.b, *at, along_rows=False, dropout=False)
+    _grad(dy_TO, low_TR, layer.b_grad, *at, along_rows=False, dropout=False)
+    _grad(x_TI, dlow_TR, layer.a_grad, *at, along_rows=True, dropout=tables.has_dropout)
     if dx_TI is not None:
-        _up(
-            dx_TI,
-            dlow_TR,
-            layer.a,
-            tables,
-            layer,
-            salt,
-            along_rows=True,
-            dropout=tables.has_dropout,
-            is_new=is_new,
-        )
+        _up(dx_TI, dlow_TR, layer.a, *at, along_rows=True, dropout=tables.has_dropout, is_new=is_new)
 
 
 def _down(
@@ -68,12 +72,12 @@ def _down(
     along_rows: bool,
     dropout: bool,
 ) -> Tensor:
-    """scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
-    (num_tokens, num_columns), rank = wide_TK.shape, padded_rank(layer.max_rank)
+    """Return scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
+    num_tokens, num_columns = wide_TK.shape
+    rank = padded_rank(layer.max_rank)
     splits = num_splits(tables.num_tiles)
-    low_STR = torch.empty(
-        splits, num_tokens, rank, dtype=torch.float32 if splits > 1 else wide_TK.dtype, device=wide_TK.device
-    )
+    dtype = torch.float32 if splits > 1 else wide_TK.dtype
+    low_STR = torch.empty(splits, num_tokens, rank, dtype=dtype, device=wide_TK.device)
     _down_kernel[(tables.num_tiles, splits)](
         wide_TK,
         weights,
@@ -81,20 +85,12 @@ def _down(
         tables.tiles,
         layer.ranks,
         layer.scales,
-        tables.keys_T,
-        tables.drop_limits,
-        tables.keep_factors,
-        salt,
+        *_dropout_inputs(tables, salt),
         num_columns,
         num_tokens,
-        **_options(wide_TK),
-        BLOCK_T=TILE_TOKENS,
+        **_options(wide_TK, rank, along_rows, dropout),
         BLOCK_K=64,
-        BLOCK_R=rank,
-        ALONG_ROWS=along_rows,
-        DROPOUT=dropout,
         SPLITS=splits,
-        num_warps=4,
         num_stages=4 if rank <= 64 else 3,
     )
     return low_STR[0] if splits == 1 else low_STR.sum(0).to(wide_TK.dtype)
@@ -112,8 +108,9 @@ def _up(
     dropout: bool,
     is_new: bool,
 ) -> None:
-    """wide += dropped(low times weights) in place, or wide = that."""
-    num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
+    """Add dropped(low times weights) to wide in place, or write it there if wide `is_new`."""
+    num_columns = wide_TK.shape[1]
+    rank = low_TR.shape[1]
     block = 128 if rank <= 128 else 64
     _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
         wide_TK,
@@ -121,19 +118,11 @@ def _up(
         low_TR,
         tables.tiles,
         layer.ranks,
-        tables.keys_T,
-        tables.drop_limits,
-        tables.keep_factors,
-        salt,
+        *_dropout_inputs(tables, salt),
         num_columns,
-        **_options(wide_TK),
-        BLOCK_T=TILE_TOKENS,
+        **_options(wide_TK, rank, along_rows, dropout),
         BLOCK_K=block,
-        BLOCK_R=rank,
-        ALONG_ROWS=along_rows,
-        DROPOUT=dropout,
         IS_NEW=is_new,
-        num_warps=4,
     )
 
 
@@ -148,8 +137,9 @@ def _grad(
     along_rows: bool,
     dropout: bool,
 ) -> None:
-    """gradients += low' times dropped(wide), part by part."""
-    num_columns, rank = wide_TK.shape[1], low_TR.shape[1]
+    """Add low' times dropped(wide) to the gradients, part by part."""
+    num_columns = wide_TK.shape[1]
+    rank = low_TR.shape[1]
     block = 64 if rank <= 64 and tables.num_parts > 1 else 32
     _grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
         wide_TK,
@@ -157,29 +147,34 @@ def _grad(
         gradients,
         tables.bounds,
         layer.ranks,
-        tables.keys_T,
-        tables.drop_limits,
-        tables.keep_factors,
-        salt,
+        *_dropout_inputs(tables, salt),
         num_columns,
-        **_options(wide_TK),
-        BLOCK_T=TILE_TOKENS,
+        **_options(wide_TK, rank, along_rows, dropout),
         BLOCK_K=block,
-        BLOCK_R=rank,
-        ALONG_ROWS=along_rows,
-        DROPOUT=dropout,
-        num_warps=4,
         num_stages=3,
     )
 
 
-def _options(tensor: Tensor) -> dict[str, Any]:
-    return {"PRECISION": "ieee" if tensor.dtype == torch.float32 else "tf32"}
+def _dropout_inputs(tables: PassTables, salt: int) -> tuple[Any, ...]:
+    """Return what masks are made from, as the kernels take it: keys, limits, factors, salt."""
+    return tables.keys_T, tables.drop_limits, tables.keep_factors, salt
+
+
+def _options(wide_TK: Tensor, rank: int, along_rows: bool, dropout: bool) -> dict[str, Any]:
+    """Return the options that all three kernels are compiled with."""
+    return {
+        "PRECISION": "ieee" if wide_TK.dtype == torch.float32 else "tf32",
+        "BLOCK_T": TILE_TOKENS,
+        "BLOCK_R": rank,
+        "ALONG_ROWS": along_rows,
+        "DROPOUT": dropout,
+        "num_warps": 4,
+    }
 
 
 @triton.jit
 def _hash(x):  # type: ignore[no-untyped-def]
-    """The finaliser of MurmurHash3 (public domain): every input bit flips every output bit with probability near a half."""
+    """Hash by MurmurHash3's finaliser (public domain): an input bit flips an output bit half of the time."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13
@@ -190,8 +185,11 @@ def _hash(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
-    """[tokens, columns]: whether dropout keeps an element. Tokens and columns are hashed well, once each; their pairs with half a
-    finaliser, since a kernel's time is these operations."""
+    """Tell which elements dropout keeps: [tokens, columns] bool.
+
+    Tokens and columns are hashed by the whole finaliser, once each; their pairs by half of it, since these
+    operations are what a kernel spends its time on.
+    """
     x = _hash(keys ^ salt.to(tl.uint32))[:, None] ^ _hash(columns.to(tl.uint32) + 0x9E3779B9)[None, :]
     x *= 0x85EBCA6B
     x ^= x >> 15

@@ -1,7 +1,12 @@
-"""Owns PEFT folders: what one says of its base, PEFT's model of it, for serving, and an adapter as files in memory.
+"""Owns PEFT folders: adapters on disk and as files in memory, in the layout that PEFT reads and writes.
+
+A folder holds adapter_config.json, with the rank, alpha, target modules and the base's name, and
+adapter_model.safetensors, with the matrices A and B of every targeted layer under the layer's name. So
+adapters that are trained here load in PEFT, and PEFT's adapters are served here.
 
 Refuses to know training and the tracking server.
-Source of the layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import hashlib
@@ -20,34 +25,33 @@ from transformers import PreTrainedModel
 
 from qlora.config import InputError
 
-if (
-    TYPE_CHECKING
-):  # PEFT takes seconds to load, which a command that only starts others' work need not wait for
+if TYPE_CHECKING:  # PEFT takes seconds to load; a command that only starts others' work need not wait for it
     from peft import LoraConfig, PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as the files of its PEFT folder, by name: what travels between processes and machines."""
+    """An adapter as the files of its PEFT folder, by name, which travel between processes and machines."""
 
     contents: Mapping[str, bytes]
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Read a PEFT folder. Raises OSError."""
+        """Read a PEFT folder. Raises OSError if a file is missing."""
         return cls({name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)})
 
     def write(self, folder: str | Path) -> None:
-        """Write a PEFT folder, making it if need be. Raises OSError."""
+        """Write a PEFT folder, and make it if there is none. Raises OSError."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.contents.items():
             (Path(folder) / name).write_bytes(content)
 
     @contextmanager
     def in_folder(self) -> Iterator[Path]:
-        """Give a folder that holds the adapter within."""
+        """Write the adapter to a temporary folder, and provide that folder within."""
         with tempfile.TemporaryDirectory() as folder:
             self.write(folder)
             yield Path(folder)
@@ -69,7 +73,7 @@ class AdapterContent:
     matrices: dict[str, Tensor]
 
     def write(self, folder: Path) -> None:
-        """Write what `PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors."""
+        """Write the files that `PeftModel.from_pretrained` reads, and make the folder if there is none."""
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(folder))
         matrices = {name: tensor.contiguous() for name, tensor in self.matrices.items()}
@@ -77,7 +81,10 @@ class AdapterContent:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
-    """Load the adapter of a PEFT folder onto its base. Raises InputError if it doesn't fit the base."""
+    """Load the adapter of a PEFT folder onto its base, as PEFT's model.
+
+    Raises InputError if it doesn't fit.
+    """
     check_adapter(folder)
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -86,8 +93,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(folder, f"doesn't fit this base: {_first_reason(error)}") from error
     held = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    odd = sorted(name for name in set(_matrix_names(folder)) ^ held if ".lora_" in name)
-    if odd:  # PEFT passes over them
+    on_one_side = held.symmetric_difference(_matrix_names(folder))
+    odd = sorted(name for name in on_one_side if ".lora_" in name)
+    if odd:  # PEFT itself passes over them
         raise InputError(
             folder, f"doesn't fit this base: {len(odd)} matrices are on one side only, such as {odd[0]}"
         )
@@ -95,7 +103,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
 
 
 def check_adapter(folder: str | Path) -> dict[str, Any]:
-    """Return the content of adapter_config.json. Raises InputError unless the folder holds a LoRA in safetensors."""
+    """Return the content of adapter_config.json.
+
+    Raises InputError unless the folder holds a LoRA adapter in safetensors.
+    """
     path = Path(folder)
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -117,7 +128,10 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
 
 
 def adapter_base(folder: str | Path) -> str:
-    """Return the BASE, `name[@revision]`, that an adapter was trained on. Raises InputError if it names none."""
+    """Return the base, `name[@revision]`, that an adapter was trained on.
+
+    Raises InputError if it names none.
+    """
     config = check_adapter(folder)
     if not config.get("base_model_name_or_path"):
         raise InputError(Path(folder) / CONFIG, "names no base_model_name_or_path; give --base-model too")
@@ -131,7 +145,7 @@ def _matrix_names(folder: str | Path) -> list[str]:
 
 
 def _first_reason(error: Exception) -> str:
-    """Return the first line of an error that says something: torch's begin with a heading."""
+    """Return the first line of an error that is no heading, with which torch's errors begin."""
     for line in str(error).splitlines():
         if line.strip() and not line.endswith(":"):
             return line.strip()

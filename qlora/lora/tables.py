@@ -1,8 +1,14 @@
-"""Owns what the LoRA kernels (qlora.lora.kernels) look up: where the parts of a pass lie, and each layer's adapters by address.
+"""Owns what the LoRA kernels look up: where the parts of a pass lie, and each layer's adapters by address.
 
-Plain NumPy and torch, so that it is made and tested on any machine.
+A grouped kernel gives each of its programs a tile of tokens, and the program finds in tables whose tokens
+they are and where that adapter's matrices are in memory: no copy gathers the adapters, whatever their ranks.
+This is the grouped matrix product of Triton's tutorial
+(https://triton-lang.org/main/getting-started/tutorials/08-grouped-gemm.html).
 
-Shapes: T stream tokens, L layers, N adapters.
+Plain NumPy and torch, so that tables can be made and tested on any machine. Refuses to know the kernels
+(qlora.lora.kernels).
+
+Shapes: T stream tokens, L layers, N adapters, 4 the matrices A, B and their gradients.
 """
 
 from collections.abc import Sequence
@@ -17,17 +23,18 @@ from qlora.lora.products import Dropout, LayerPart
 
 TILE_TOKENS = 64
 _MATRICES = ("a", "b", "a_grad", "b_grad")
-_LEAST_RANK = 16  # of a matrix product on tensor cores
+_LEAST_RANK = 16  # what a matrix product on tensor cores takes
 _PROGRAMS = 1056  # eight for each of an H100's processors
 _MOST_SPLITS = 4  # pieces that a sum over columns is cut into
 
 
 @dataclass(frozen=True)
 class PassTables:
-    """What kernels need to know of a pass.
+    """A pass as kernels see it.
 
-    tiles: (part, first token, end) of each. bounds: (first token, end) of each part. keys_T: of each token, for
-    dropout. drop_limits: a hash below a part's is dropped. keep_factors: 1 / (1 - p) of each part.
+    tiles: (part, first token, end) of each tile of tokens. bounds: (first token, end) of each part. keys_T: a
+    number for each token, which dropout hashes. drop_limits: a part drops hashes below its limit.
+    keep_factors: 1 / (1 - p) of each part.
     """
 
     num_tiles: int
@@ -42,7 +49,10 @@ class PassTables:
 
 @dataclass(frozen=True)
 class LayerTables:
-    """One layer's adapters: addresses of A, B and their gradients, rank (0 where a layer is left alone), scale."""
+    """One layer's adapters: addresses of A, B and their gradients, ranks and scales.
+
+    An adapter's rank is 0 where it leaves the layer alone.
+    """
 
     a: Tensor
     b: Tensor
@@ -66,14 +76,22 @@ class BankTables:
     def layers(self) -> tuple[LayerTables, ...]:
         """Split the tables by layer."""
         found = []
-        for layer, rank in enumerate(self.max_ranks):
+        for layer, max_rank in enumerate(self.max_ranks):
             a, b, a_grad, b_grad = self.addresses_L4N[layer].unbind(0)
-            tables = LayerTables(a, b, a_grad, b_grad, self.ranks_LN[layer], self.scales_LN[layer], rank)
+            tables = LayerTables(
+                a=a,
+                b=b,
+                a_grad=a_grad,
+                b_grad=b_grad,
+                ranks=self.ranks_LN[layer],
+                scales=self.scales_LN[layer],
+                max_rank=max_rank,
+            )
             found.append(tables)
         return tuple(found)
 
     def copy_(self, other: "BankTables") -> None:
-        """Take over another's addresses, ranks and scales, in place."""
+        """Copy the addresses, ranks and scales of other tables of the same shape into these, in place."""
         self.addresses_L4N.copy_(other.addresses_L4N)
         self.ranks_LN.copy_(other.ranks_LN)
         self.scales_LN.copy_(other.scales_LN)
@@ -82,18 +100,22 @@ class BankTables:
 def make_pass_tables(
     device: torch.device, bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]
 ) -> PassTables:
-    """Make the tables of one pass, moved to the device in two copies."""
+    """Make the tables of one pass, moved to the device in two copies.
+
+    `bounds` is (first token, end) of each part, `dropouts` the dropout of each part, if any.
+    """
     *integers, factors = pass_arrays(bounds, dropouts)
     whole = torch.from_numpy(np.concatenate(integers))
     if device.type == "cuda":
         whole = whole.pin_memory()
-    tiles, in_parts, limits, keys = whole.to(device, non_blocking=True).split([len(one) for one in integers])
+    moved = whole.to(device, non_blocking=True)
+    tiles, part_bounds, limits, keys_T = moved.split([len(one) for one in integers])
     return PassTables(
         num_tiles=len(tiles) // 3,
         num_parts=len(bounds),
         tiles=tiles,
-        bounds=in_parts,
-        keys_T=keys,
+        bounds=part_bounds,
+        keys_T=keys_T,
         drop_limits=limits,
         keep_factors=torch.from_numpy(factors).to(device),
         has_dropout=any(dropout is not None for dropout in dropouts),
@@ -103,18 +125,23 @@ def make_pass_tables(
 def pass_arrays(
     bounds: Sequence[tuple[int, int]], dropouts: Sequence[Dropout | None]
 ) -> tuple[np.ndarray, ...]:
-    """Return (tiles, bounds, drop limits, token keys) int64 and keep factors float32, as PassTables has them."""
-    tiles = [
-        (part, start, end)
-        for part, (first, end) in enumerate(bounds)
-        for start in range(first, end, TILE_TOKENS)
-    ]
-    keys = [
-        np.zeros(end - first, np.int64) if dropout is None else dropout.token_keys().astype(np.int64)
-        for (first, end), dropout in zip(bounds, dropouts, strict=True)
-    ]
-    limits = [0 if dropout is None else round(dropout.p * 2**32) for dropout in dropouts]
-    factors = [1.0 if dropout is None else 1 / (1 - dropout.p) for dropout in dropouts]
+    """Return the arrays of PassTables: tiles, bounds, drop limits and token keys, then keep factors.
+
+    All are int64 but the keep factors, which are float32.
+    """
+    tiles: list[tuple[int, int, int]] = []
+    for part, (first, end) in enumerate(bounds):
+        tiles += [(part, start, end) for start in range(first, end, TILE_TOKENS)]
+    keys, limits, factors = [], [], []
+    for (first, end), dropout in zip(bounds, dropouts, strict=True):
+        if dropout is None:
+            keys.append(np.zeros(end - first, np.int64))
+            limits.append(0)
+            factors.append(1.0)
+        else:
+            keys.append(dropout.token_keys().astype(np.int64))
+            limits.append(round(dropout.p * 2**32))
+            factors.append(1 / (1 - dropout.p))
     return (
         np.array(tiles, np.int64).flatten(),
         np.array(bounds, np.int64).flatten(),
@@ -127,29 +154,37 @@ def pass_arrays(
 def make_bank_tables(
     layers: Sequence[Sequence[LayerPart | None]], device: torch.device, least_rank: int = 1
 ) -> BankTables:
-    """Make the tables of all layers, each with an entry an adapter, None where it leaves the layer alone.
+    """Make the tables of all layers.
 
-    Kernels calculate with `least_rank` at least.
+    Each layer has an entry for each adapter, None where the adapter leaves the layer alone. `least_rank` is
+    the least that kernels calculate with, whatever the adapters' ranks.
     """
-    addresses = [
-        [[0 if part is None else getattr(part, name).data_ptr() for part in parts] for name in _MATRICES]
-        for parts in layers
-    ]
-    ranks = [[0 if part is None else part.a.shape[0] for part in parts] for parts in layers]
-    scales = [[0.0 if part is None else part.scale for part in parts] for parts in layers]
+    addresses, ranks, scales = [], [], []
+    for parts in layers:
+        addresses.append([[_address(part, name) for part in parts] for name in _MATRICES])
+        ranks.append([0 if part is None else part.a.shape[0] for part in parts])
+        scales.append([0.0 if part is None else part.scale for part in parts])
     return BankTables(
-        torch.tensor(addresses, device=device),
-        torch.tensor(ranks, device=device),
-        torch.tensor(scales, device=device),
-        tuple(max(*one, least_rank) for one in ranks),
+        addresses_L4N=torch.tensor(addresses, device=device),
+        ranks_LN=torch.tensor(ranks, device=device),
+        scales_LN=torch.tensor(scales, device=device),
+        max_ranks=tuple(max(*of_layer, least_rank) for of_layer in ranks),
     )
 
 
 def num_splits(num_tiles: int) -> int:
-    """Return the pieces that a sum over columns is cut into, so that there is work for all processors."""
+    """Return the number of pieces that a sum over columns is cut into, so that all processors have work."""
     return min(_MOST_SPLITS, max(1, _PROGRAMS // num_tiles))
 
 
 def padded_rank(rank: int) -> int:
-    """Return the rank that kernels calculate with: a power of two."""
+    """Round a rank up to what kernels calculate with: a power of two, at least 16."""
     return max(_LEAST_RANK, 1 << max(0, rank - 1).bit_length())
+
+
+def _address(part: LayerPart | None, name: str) -> int:
+    """Return where a matrix of an adapter is in memory; 0 if the adapter leaves the layer alone."""
+    if part is None:
+        return 0
+    matrix: Tensor = getattr(part, name)
+    return matrix.data_ptr()

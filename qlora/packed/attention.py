@@ -1,10 +1,17 @@
-"""Owns attention over a PackedBatch, registered with transformers' AttentionInterface under the name `packed`.
+"""Owns attention over a PackedBatch, which transformers' AttentionInterface knows under the name `packed`.
 
-The model's own code stays as it is: it calls `packed_attention` where it would call its SDPA or flash attention, and hands
-down the batch as the keyword `packed`. Exact for causal decoders whose tokens meet only in attention: full or sliding
-window, grouped queries, soft-capped scores. Everything else is refused by `use_packed_attention`.
+The model's own code stays as it is: it calls `packed_attention` where it would call SDPA or FlashAttention,
+and hands down the batch as the keyword `packed`. On GPUs the work is done by qlora.packed.flash_attention,
+where that supports the model; else rows of similar length are laid out as padded grids, and each grid attends
+with a mask.
 
-Shapes: T stream, P prefix, S tokens of all rows, B a bucket's tokens, N its rows, L its longest, H heads, K key-value heads, D head width.
+Results are exact for causal decoders whose tokens meet only in attention: full or sliding window, grouped
+queries, soft-capped scores. `refuse_inexact` refuses every other model.
+
+Refuses to know how a stream is made.
+
+Shapes: T stream tokens, P prefix tokens, S tokens of all rows, B a bucket's tokens, N its rows, L its longest
+row, H heads, K key-value heads, D head width.
 Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -17,37 +24,55 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from qlora.base.model import skeleton
+from qlora.config import InputError
 from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
 from qlora.packed.stream import Bucket, PackedBatch, Rows
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and a packed stream's shapes change every step.
+# Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and shapes change every step.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Make `model(input_ids, position_ids, packed=batch)` attend over a PackedBatch. Raises what `refuse_inexact` raises."""
+    """Make `model(input_ids, position_ids, packed=batch)` attend over a PackedBatch.
+
+    Raises ValueError as `refuse_inexact` does.
+    """
     refuse_inexact(model)
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", _no_mask)
     model.set_attn_implementation("packed")
 
 
+def check_base(config: Any, name: str) -> None:
+    """Raise InputError, naming the base, for a config whose model `use_packed_attention` would refuse."""
+    try:
+        refuse_inexact(skeleton(config))
+    except ValueError as error:
+        raise InputError(name, str(error)) from None
+
+
 def refuse_inexact(model: PreTrainedModel) -> None:
-    """Raise ValueError for a family whose results would not be exact under our attention: tokens that meet outside attention
-    (state space or linear attention layers, chunked attention), attention that bypasses AttentionInterface, dropout inside
-    attention."""
-    config, family = model.config.get_text_config(), model.config.model_type
+    """Raise ValueError for a model whose results would not be exact under this project's attention.
+
+    Refused are tokens that meet outside attention (state space and linear attention layers, chunked
+    attention), attention that bypasses AttentionInterface, and dropout inside attention.
+    """
+    config = model.config.get_text_config()
+    family = model.config.model_type
     other_layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
         raise ValueError(
-            f"{family} models don't use transformers' AttentionInterface; choose a decoder that does, such as Llama"
+            f"{family} models don't use transformers' AttentionInterface; "
+            "choose a decoder that does, such as Llama"
         )
     if getattr(model, "_is_stateful", False) or other_layers:
+        kinds = ", ".join(sorted(other_layers)) or "state space"
         raise ValueError(
-            f"{family} layers of type {', '.join(sorted(other_layers)) or 'state space'} mix tokens outside causal "
-            "attention, so a packed stream would not be exact; choose a model with plain attention"
+            f"{family} layers of type {kinds} mix tokens outside causal attention, so a packed stream "
+            "would not be exact; choose a model with plain attention"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(
@@ -68,9 +93,10 @@ def packed_attention(
     packed: PackedBatch | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
+    """Attend over the stream, in place of transformers' own attention functions.
 
-    Raises ValueError if the batch did not arrive or the model asks for something that is not computed here.
+    query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None). Raises ValueError if the batch did
+    not arrive, or if the model asks for something that is not computed here.
     """
     if packed is None:
         raise ValueError(
@@ -79,47 +105,35 @@ def packed_attention(
         )
     refused = [name for name in REFUSED_KEYWORDS if others.get(name) is not None]
     if refused or attention_mask is not None:
-        raise ValueError(
-            f"packed attention doesn't compute {', '.join(refused) or 'an explicit mask'}; choose another model family"
-        )
+        asked_for = ", ".join(refused) or "an explicit mask"
+        raise ValueError(f"packed attention doesn't compute {asked_for}; choose another model family")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # the gradient of [0] is a copy
+    # squeeze, since the gradient of [0] is a copy
     q_THD, k_TKD, v_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if supports(q_THD, packed.longest, sliding_window, softcap):
         return flash_attend_stream(q_THD, k_TKD, v_TKD, packed.stretches, scale)[None], None
     if packed.known_stretches is not None:
         raise ValueError("a recorded pass needs FlashAttention, which doesn't compute this model's attention")
-    outs_BHD = []
+    nothing = slice(0, 0)
+    outs_SHD = []
     for part in packed.parts:
-        prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)
-        if part.prefix.num_tokens:
-            outs_BHD.append(
-                attend_rows(
-                    q_THD[prefix],
-                    k_TKD[prefix],
-                    v_TKD[prefix],
-                    k_TKD[:0],
-                    v_TKD[:0],
-                    part.prefix,
+        prefix = slice(part.start, part.suffix_start)
+        suffixes = slice(part.suffix_start, part.end)
+        for own, behind, rows in ((prefix, nothing, part.prefix), (suffixes, prefix, part.suffixes)):
+            if rows.num_tokens:
+                out_SHD = attend_rows(
+                    q_THD[own],
+                    k_TKD[own],
+                    v_TKD[own],
+                    k_TKD[behind],
+                    v_TKD[behind],
+                    rows,
                     scale,
                     sliding_window,
                     softcap,
                 )
-            )
-        outs_BHD.append(
-            attend_rows(
-                q_THD[suffix],
-                k_TKD[suffix],
-                v_TKD[suffix],
-                k_TKD[prefix],
-                v_TKD[prefix],
-                part.suffixes,
-                scale,
-                sliding_window,
-                softcap,
-            )
-        )
-    return torch.cat(outs_BHD)[None], None
+                outs_SHD.append(out_SHD)
+    return torch.cat(outs_SHD)[None], None
 
 
 def attend_rows(
@@ -133,12 +147,13 @@ def attend_rows(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention [S, H, D] of rows, one behind the other, each behind the one prefix (P may be 0)."""
-    if not torch.is_grad_enabled() and supports(
-        q_SHD, rows.prefix_length + rows.longest, sliding_window, softcap
-    ):
+    """Attend from consecutive rows, each behind the same prefix (P may be 0): [S, H, D]."""
+    longest = rows.prefix_length + rows.longest
+    if not torch.is_grad_enabled() and supports(q_SHD, longest, sliding_window, softcap):
         return flash_attend(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale)
-    groups, start, outs_BHD = q_SHD.shape[1] // k_SKD.shape[1], 0, []
+    groups = q_SHD.shape[1] // k_SKD.shape[1]
+    start = 0
+    outs_BHD = []
     for bucket in rows.buckets:
         end = start + bucket.num_tokens
         q_NHLD, k_NKLD, v_NKLD = (to_rows(tensor[start:end], bucket) for tensor in (q_SHD, k_SKD, v_SKD))
@@ -156,15 +171,15 @@ def attend_rows(
 
 
 def to_rows(tensor_BHD: Tensor, bucket: Bucket) -> Tensor:
-    """A bucket's tokens [B, H, D] -> rows [N, H, L, D], zero where a row is short. index_copy, since its backward is a plain
-    index_select; advanced indexing would accumulate."""
+    """Lay a bucket's tokens [B, H, D] out as rows [N, H, L, D], zero where a row is short."""
     grid = tensor_BHD.new_zeros(bucket.num_rows * bucket.row_length, *tensor_BHD.shape[1:])
+    # The backward of index_copy is a plain index_select; advanced indexing would accumulate.
     rows = grid.index_copy(0, bucket.slots_B, tensor_BHD)
     return rows.unflatten(0, (bucket.num_rows, bucket.row_length)).transpose(1, 2)
 
 
 def _behind_prefix(prefix_PKD: Tensor, rows_NKLD: Tensor, groups: int) -> Tensor:
-    """Every row's keys (or values) behind the shared prefix's, one a query head: [N, H, P + L, D]."""
+    """Put every row's keys (or values) behind the prefix's, one for each query head: [N, H, P + L, D]."""
     shared = prefix_PKD.transpose(0, 1)[None].expand(rows_NKLD.shape[0], -1, -1, -1)
     return torch.cat([shared, rows_NKLD], dim=2).repeat_interleave(groups, dim=1)
 
@@ -172,6 +187,10 @@ def _behind_prefix(prefix_PKD: Tensor, rows_NKLD: Tensor, groups: int) -> Tensor
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
+    """Attend within a padded grid: [N, H, L, D].
+
+    Soft-capped scores are computed step by step, as Gemma 2 does.
+    """
     if softcap is None:
         with sdpa_kernel(_KERNELS):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
@@ -181,4 +200,4 @@ def _attend(
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask twin: a PackedBatch carries its own."""
+    """Make no mask, in place of transformers' own mask functions: attention masks a PackedBatch itself."""

@@ -1,10 +1,15 @@
-"""Owns attention of rows behind a shared prefix by torch's FlashAttention kernels: no padding, no masks, no copied prefix.
+"""Owns attention of rows behind a shared prefix by FlashAttention: no padding, no masks, no copied prefix.
 
-A token attends causally to its own row and fully to its part's prefix; the two softmaxes are joined by their log-sum-exps.
-The backward of both is FlashAttention's own, given the joined output and log-sum-exp, which are what a single kernel over
-all keys would have kept: so both are exact. Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.
+A token attends causally to its own row and fully to its part's prefix. These are two calls of the kernel,
+over different keys. A softmax over all keys follows from the two: FlashAttention also returns the log-sum-exp
+of the scores, and the outputs are averaged in proportion to the exponentials of their log-sum-exps. The
+backward of both calls is FlashAttention's own, given the joined output and log-sum-exp. Those are what a
+single kernel over all keys would have kept, so gradients are exact too.
 
-Shapes: T tokens of a stream, S tokens of rows, P prefix, H heads, K key-value heads, D head width.
+Refuses to know models.
+
+Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1.
+Shapes: T tokens of a stream, S tokens of rows, P prefix tokens, H heads, K key-value heads, D head width.
 """
 
 from typing import Any
@@ -18,8 +23,11 @@ _MAX_HEAD_WIDTH = 256
 
 
 def supports(q_SHD: Tensor, longest: int, sliding_window: int | None, softcap: float | None) -> bool:
-    """Whether the kernels compute this: 16-bit numbers on a GPU since Ampere, scores that are not capped, no window that hides
-    anything of the longest row with its prefix (in tokens)."""
+    """Tell whether the kernels compute this attention.
+
+    They take 16-bit numbers, on GPUs since Ampere, and know neither soft-capped scores nor a window. So a
+    window must hide nothing: `longest` is the number of tokens of the longest row with its prefix.
+    """
     width = q_SHD.shape[-1]
     return (
         q_SHD.is_cuda
@@ -36,82 +44,126 @@ def supports(q_SHD: Tensor, longest: int, sliding_window: int | None, softcap: f
 def flash_attend(
     q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, k_PKD: Tensor, v_PKD: Tensor, rows: Rows, scale: float
 ) -> Tensor:
-    """Attention [S, H, D] of rows behind one prefix that is stored apart (P may be 0). Without gradients."""
+    """Attend from rows behind one prefix that is stored apart (P may be 0): [S, H, D], without gradients."""
     out, lse_HS = _forward(
-        q_SHD, k_SKD, v_SKD, rows.bounds, rows.bounds, rows.longest, rows.longest, True, scale
+        q_SHD,
+        k_SKD,
+        v_SKD,
+        queries=rows.bounds,
+        keys=rows.bounds,
+        most_queries=rows.longest,
+        most_keys=rows.longest,
+        causal=True,
+        scale=scale,
     )
     if not rows.prefix_length:
         return out
-    one, prefix = rows.as_one, rows.prefix_row
-    behind = _forward(
-        q_SHD, k_PKD, v_PKD, one.bounds, prefix.bounds, one.longest, prefix.longest, False, scale
+    prefix_out, prefix_lse_HS = _forward(
+        q_SHD,
+        k_PKD,
+        v_PKD,
+        queries=rows.as_one.bounds,
+        keys=rows.prefix_row.bounds,
+        most_queries=rows.as_one.longest,
+        most_keys=rows.prefix_row.longest,
+        causal=False,
+        scale=scale,
     )
-    return _joined(out, lse_HS, *behind)[0]
+    out, _ = _joined(out, lse_HS, prefix_out, prefix_lse_HS)
+    return out
 
 
 def flash_attend_stream(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, stretches: Stretches, scale: float
 ) -> Tensor:
-    """Attention [T, H, D] over a packed stream, differentiable."""
+    """Attend over a packed stream: [T, H, D], differentiable."""
     return _FlashStream.apply(q_THD, k_TKD, v_TKD, stretches, scale)  # type: ignore[no-any-return]
 
 
 class _FlashStream(torch.autograd.Function):
-    """Tokens that look at no prefix are shielded: their scores there count as minus infinity, and their gradients as nothing."""
+    """Attention over a stream, with its gradient.
+
+    All tokens of a part query its prefix, which is simplest for the kernel. Tokens that must not look at it
+    are shielded: there the scores' log-sum-exp counts as minus infinity in the forward, which gives the
+    prefix no weight, and as infinity in the backward, which makes gradients zero.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, at: Stretches, scale: float) -> Tensor:
-        out, lse_HT = _forward(q, k, v, at.rows, at.rows, at.longest_row, at.longest_row, True, scale)
+        out, lse_HT = _forward(
+            q,
+            k,
+            v,
+            queries=at.rows,
+            keys=at.rows,
+            most_queries=at.longest_row,
+            most_keys=at.longest_row,
+            causal=True,
+            scale=scale,
+        )
         if at.longest_prefix:
-            places = at.prefix_places_P
-            behind, lse_behind_HT = _forward(
+            prefix_out, prefix_lse_HT = _forward(
                 q,
-                k.index_select(0, places),
-                v.index_select(0, places),
-                at.parts,
-                at.prefixes,
-                at.longest_part,
-                at.longest_prefix,
-                False,
-                scale,
+                k.index_select(0, at.prefix_places_P),
+                v.index_select(0, at.prefix_places_P),
+                queries=at.parts,
+                keys=at.prefixes,
+                most_queries=at.longest_part,
+                most_keys=at.longest_prefix,
+                causal=False,
+                scale=scale,
             )
-            out, lse_HT = _joined(out, lse_HT, behind, lse_behind_HT.masked_fill_(at.alone_T, -torch.inf))
+            prefix_lse_HT.masked_fill_(at.alone_T, -torch.inf)
+            out, lse_HT = _joined(out, lse_HT, prefix_out, prefix_lse_HT)
         ctx.save_for_backward(q, k, v, out, lse_HT)
-        ctx.at, ctx.scale = at, scale
+        ctx.at = at
+        ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_HT = ctx.saved_tensors
-        at, scale, grad = ctx.at, ctx.scale, grad.contiguous()
+        at: Stretches = ctx.at
+        grad = grad.contiguous()
         dq, dk, dv = _backward(
-            grad, q, k, v, out, lse_HT, at.rows, at.rows, at.longest_row, at.longest_row, True, scale
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse_HT,
+            queries=at.rows,
+            keys=at.rows,
+            most_queries=at.longest_row,
+            most_keys=at.longest_row,
+            causal=True,
+            scale=ctx.scale,
         )
         if at.longest_prefix:
             places = at.prefix_places_P
-            more_q, *more = _backward(
+            prefix_dq, prefix_dk, prefix_dv = _backward(
                 grad,
                 q,
                 k.index_select(0, places),
                 v.index_select(0, places),
                 out,
                 lse_HT.masked_fill(at.alone_T, torch.inf),
-                at.parts,
-                at.prefixes,
-                at.longest_part,
-                at.longest_prefix,
-                False,
-                scale,
+                queries=at.parts,
+                keys=at.prefixes,
+                most_queries=at.longest_part,
+                most_keys=at.longest_prefix,
+                causal=False,
+                scale=ctx.scale,
             )
-            dq.add_(more_q)
-            for whole, part in zip((dk, dv), more, strict=True):
-                # index_add_ would accumulate atomically
-                whole.index_copy_(0, places, whole.index_select(0, places).add_(part))
+            dq.add_(prefix_dq)
+            for whole, more in ((dk, prefix_dk), (dv, prefix_dv)):
+                # Places differ from each other; index_add_, which can't know that, would add atomically.
+                whole.index_copy_(0, places, whole.index_select(0, places).add_(more))
         return dq, dk, dv, None, None
 
 
 def _joined(out: Tensor, lse_HS: Tensor, other_out: Tensor, other_lse_HS: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions of the same queries over different keys as one over all keys."""
+    """Join attentions of the same queries over different keys to one over all keys: output, log-sum-exp."""
     share_SH1 = (other_lse_HS - lse_HS).sigmoid().t()[..., None]
     return out.lerp(other_out, share_SH1.to(out.dtype)), torch.logaddexp(lse_HS, other_lse_HS)
 
@@ -120,6 +172,7 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     queries: Tensor,
     keys: Tensor,
     most_queries: int,
@@ -127,7 +180,10 @@ def _forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp [H, S]) of each stretch of queries over its stretch of keys, given by their bounds."""
+    """Attend from each stretch of queries to its stretch of keys; return output and log-sum-exp [H, S].
+
+    `queries` and `keys` are the stretches' bounds, `most_queries` and `most_keys` the lengths of the longest.
+    """
     out, lse_HS, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, queries, keys, most_queries, most_keys, 0.0, causal, False, scale=scale
     )
@@ -141,6 +197,7 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse_HS: Tensor,
+    *,
     queries: Tensor,
     keys: Tensor,
     most_queries: int,
@@ -148,6 +205,7 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `_forward` for queries, keys and values."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]
         grad,

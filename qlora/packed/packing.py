@@ -1,4 +1,8 @@
-"""Owns packing: examples -> groups that fit a budget -> one stream (qlora.packed.stream), the prefix that their prompts share stored once.
+"""Owns packing: from examples to groups that fit a token budget, and from groups to one stream.
+
+A budget bounds the tokens of one pass, and with them its memory. Examples are sorted by length and cut into
+groups; the prefix that all prompts of a group share is stored once, as in prefix caching for inference
+(https://arxiv.org/abs/2312.07104). Groups of several trials may share a pass.
 
 Refuses to know models.
 """
@@ -13,14 +17,15 @@ import torch
 from qlora.data.prompts import EncodedExample
 from qlora.packed.stream import Layout, PackedBatch, Part, Rows
 
-FEWEST_PASS_TOKENS = 64  # of a pass: below that, out of memory is not a matter of passes
+FEWEST_PASS_TOKENS = 64  # below that, smaller passes are no remedy for out of memory
 
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that go through a model together, behind the first `prefix_length` tokens, which their prompts share.
+    """Examples that go through a model together, behind the prefix that their prompts share.
 
-    names: what each example is called in its step; the same example has the same name however a step is split.
+    prefix_length: tokens of that prefix. names: a number for each example, its place among the examples of
+    its step; it is the same however the step is split into groups.
     """
 
     examples: tuple[EncodedExample, ...]
@@ -29,44 +34,58 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Stream tokens."""
-        return self.prefix_length + sum(example.num_tokens - self.prefix_length for example in self.examples)
+        """Count the tokens that the group takes in a stream."""
+        suffix_lengths = (example.num_tokens - self.prefix_length for example in self.examples)
+        return self.prefix_length + sum(suffix_lengths)
 
 
 def shared_prefix_length(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all prompts begin with, leaving every prompt at least one token of its own: the first answer token is
-    predicted from that one."""
-    # in lexicographic order, what these two share, all share
+    """Count the tokens that all prompts begin with, at most all but one of the shortest prompt.
+
+    Every prompt keeps a token of its own because the first answer token is predicted from its last one.
+    """
+    # All prompts lie between these two in lexicographic order, so what these two share, all share.
     first, last = min(prompts), max(prompts)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-    )
-    return min(shared, min(map(len, prompts)) - 1)
+    shared = 0
+    for first_token, last_token in zip(first, last, strict=False):
+        if first_token != last_token:
+            break
+        shared += 1
+    shortest = min(len(prompt) for prompt in prompts)
+    return min(shared, shortest - 1)
 
 
 def pack(examples: Sequence[EncodedExample], device: torch.device | str = "cpu") -> PackedBatch:
-    """One PackedBatch of all examples, in their order, behind all that their prompts share. Every example must have a prompt and an
-    answer token."""
+    """Pack all examples, in their order, into a PackedBatch of one part.
+
+    Every example must have a prompt token and an answer token.
+    """
     return pack_groups([whole_group(examples)], device)
 
 
 def whole_group(examples: Sequence[EncodedExample]) -> Group:
-    """All examples as one group."""
+    """Return all examples as one group."""
     return Group(
-        tuple(examples),
-        shared_prefix_length([example.prompt for example in examples]),
-        tuple(range(len(examples))),
+        examples=tuple(examples),
+        prefix_length=shared_prefix_length([example.prompt for example in examples]),
+        names=tuple(range(len(examples))),
     )
 
 
 def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
-    """A part for each group. `device`: where what parts hold will be used."""
+    """Lay groups out as a stream on the host, a part for each group.
+
+    `device` is where the tensors that parts compute of themselves will be used.
+    """
     device = torch.device(device)
     ids: list[int] = []
-    positions, predictors = [], []
-    parts, num_answers, answers_N = [], [], []
+    positions: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
+    answer_lengths_N: list[int] = []
+    parts: list[Part] = []
     for group in groups:
-        p, start = group.prefix_length, len(ids)
+        p = group.prefix_length
+        start = len(ids)
         ids += group.examples[0].prompt[:p]
         positions.append(np.arange(p))
         for example in group.examples:
@@ -77,41 +96,48 @@ def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layo
             ids += example.answer
             positions.append(np.arange(p, example.num_tokens))
             predictors.append(np.arange(len(ids) - len(example.answer) - 1, len(ids) - 1))
-            answers_N.append(len(example.answer))
-        lengths = tuple(example.num_tokens - p for example in group.examples)
-        parts.append(Part(start, Rows((p,), 0, device), Rows(lengths, p, device)))
-        num_answers.append(sum(answers_N[len(answers_N) - len(group.examples) :]))
-    ids_T, predictors_A = np.array(ids), np.concatenate(predictors)
+            answer_lengths_N.append(len(example.answer))
+        prefix = Rows((p,), 0, device)
+        suffixes = Rows(tuple(example.num_tokens - p for example in group.examples), p, device)
+        parts.append(Part(start, prefix, suffixes))
+    ids_T = np.array(ids)
+    predictors_A = np.concatenate(predictors)
     return Layout(
-        ids_T,
-        np.concatenate(positions),
-        predictors_A,
-        ids_T[predictors_A + 1],
-        np.repeat(np.arange(len(answers_N)), answers_N),
-        tuple(parts),
-        tuple(num_answers),
+        ids_T=ids_T,
+        positions_T=np.concatenate(positions),
+        predictors_A=predictors_A,
+        targets_A=ids_T[predictors_A + 1],
+        rows_A=np.repeat(np.arange(len(answer_lengths_N)), answer_lengths_N),
+        parts=tuple(parts),
+        num_answers=tuple(sum(len(one.answer) for one in group.examples) for group in groups),
     )
 
 
 def pack_groups(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedBatch:
-    """One PackedBatch with a part for each group."""
+    """Pack groups into a PackedBatch with a part for each group."""
     return on_device(lay_out(groups, device), device)
 
 
 def on_device(layout: Layout, device: torch.device | str) -> PackedBatch:
-    """A layout's batch, moved in one copy."""
+    """Move a layout to a device, in one copy."""
     arrays = (layout.ids_T, layout.positions_T, layout.predictors_A, layout.targets_A)
     whole = torch.from_numpy(np.concatenate(arrays)).to(device)
     ids_T, positions_T, predictors_A, targets_A = whole.split([len(array) for array in arrays])
-    return PackedBatch(ids_T, positions_T, predictors_A, targets_A, layout.parts, layout.longest)
+    return PackedBatch(
+        input_ids_T=ids_T,
+        position_ids_T=positions_T,
+        predictors_A=predictors_A,
+        targets_A=targets_A,
+        parts=layout.parts,
+        longest=layout.longest,
+    )
 
 
 def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> list[Group]:
-    """`examples` in groups whose streams fit the budget, each behind the prefix that all of them share; an example's name is its
-    index.
+    """Split examples into groups whose streams fit the budget, each behind the prefix that all share.
 
-    Longest first, so that rows of a group are of like length, and the first group's longest row is the longest of all. A
-    single example larger than the budget is a group of its own.
+    An example's name is its index. The longest come first, so that rows of a group are of similar length, and
+    the first group has the longest row of all. A single example larger than the budget is a group of its own.
     """
     if not examples:
         return []
@@ -126,11 +152,18 @@ def split_by_budget(examples: Sequence[EncodedExample], budget_tokens: int) -> l
             num_tokens = prefix
         groups[-1].append(index)
         num_tokens += suffix
-    return [Group(tuple(examples[index] for index in group), prefix, tuple(group)) for group in groups]
+    return [
+        Group(examples=tuple(examples[index] for index in names), prefix_length=prefix, names=tuple(names))
+        for names in groups
+    ]
 
 
 def next_pass(queues: Sequence[deque[Group]], budget_tokens: int) -> tuple[list[int], list[Group]]:
-    """Take at most one group off each queue, as long as they fit the budget together: (the queues' indices, the groups)."""
+    """Take at most one group off each queue, as long as they fit the budget together.
+
+    Returns the indices of the queues that a group was taken from, and the groups. The first group is taken
+    whatever its size, so that every call makes progress.
+    """
     owners: list[int] = []
     groups: list[Group] = []
     num_tokens = 0

@@ -21,6 +21,7 @@ from qlora.data.examples import Example, examples_digest, load_examples
 from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
 from qlora.files import write_json
 from qlora.lora.peft_folder import AdapterFiles
+from qlora.packed.attention import check_base
 from qlora.perplexity import mean_perplexity
 from workflows.study.settings import Study, name_of
 from workflows.worker import Worker, generate_texts, measure_perplexities, train_stage
@@ -48,7 +49,7 @@ class PreparedStudy:
 def prepare_study(study: Study) -> PreparedStudy:
     """Read and tokenise a study's data. Raises InputError for a base, a prompt or data that can't be had."""
     data = study.data
-    load_config(study.base_model.name)
+    check_base(load_config(study.base_model.name), study.base_model.name)
     train = load_examples(data.train, need_output=True)[: data.train_examples]
     public = load_examples(data.public, need_output=True)[: data.public_examples]
     if len(public) < study.num_predictions:

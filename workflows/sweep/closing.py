@@ -37,10 +37,9 @@ def summary_links(summary: Mapping[str, Any], root: str) -> dict[str, str]:
     experiment = summary.get("mlflow_experiment_id")
     links = {}
     if experiment is not None:
-        runs = [trial["mlflow_run_id"] for trial in summary["trials"]]
         links = {
             "trials": trials_link(experiment, root),
-            "compare": comparison_link(experiment, runs, root),
+            "compare": comparison_link(experiment, summary["mlflow_view"], root),
             "sweep": run_link(experiment, summary["mlflow_run_id"], root),
         }
     return {**links, "version": version_link(summary["best"]["model_uri"], root)}

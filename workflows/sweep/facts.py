@@ -54,8 +54,8 @@ tags: [lora, qlora]
 # LoRA adapter of trial {record.trial_id}
 
 Trained on `{space.data.train}` for the base `{space.base_model.name}` in {space.base_model.quantization}.
-Public perplexity, the mean over the examples of `{space.data.public}` of exp(mean NLL of the answer tokens and EOS):
-**{found:.5g}** after {epochs:g} epochs; the base alone has {zero_shot:.5g}. Load it with
+Public perplexity, the mean over the examples of `{space.data.public}` of exp(mean NLL of the answer tokens
+and EOS): **{found:.5g}** after {epochs:g} epochs; the base alone has {zero_shot:.5g}. Load it with
 `PeftModel.from_pretrained(base_model, folder)`; prompts are those of the template `{space.prompt}`.
 
 | setting | value |

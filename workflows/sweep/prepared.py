@@ -3,6 +3,7 @@
 Importing it loads nothing heavy; `prepare` does.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from workflows.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
     from qlora.lora.peft_folder import AdapterFiles
+    from qlora.packed.attention import check_base
     from tuning.host import SweepData
     from tuning.model_size import ModelSize
 
@@ -71,6 +73,8 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
     started.
     """
     space = sweep.space
+    if space.searcher.type == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise InputError("searcher", "optuna is not installed; pip install '.[optuna]', or use random search")
     resolve_base(space.base_model.name)
     prompt, path = load_prompt(space.prompt), prompt_file(space.prompt)
     train = load_examples(space.data.train, need_output=True)[: space.data.train_examples]
@@ -97,12 +101,19 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
 
     space = sweep.space
     config = load_config(space.base_model.name)
+    check_base(config, space.base_model.name)
+    size = model_size(config)
+    if not size.layers:
+        problem = (
+            f"{config.model_type} has no linear layers that an adapter could target; choose another base"
+        )
+        raise InputError(space.base_model.name, problem)
     tokenizer = load_tokenizer(space.base_model.name)
     return PreparedSweep(
         space,
         inputs,
         train=encode_examples(tokenizer, inputs.prompt, inputs.train, space.data.train),
         public=encode_examples(tokenizer, inputs.prompt, inputs.public, space.data.public),
-        base=BaseFacts(model_size(config), base_revision(config), tokenizer_digest(tokenizer)),
+        base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer)),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
     )

@@ -9,6 +9,7 @@ from tracking.links import pages_root
 from tracking.logged_model import ModelFiles, log_model
 from tracking.registry import Registration, register
 from tracking.runs import SweepTracker, start_sweep
+from tracking.views import save_comparison
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED
 from tuning.sweep import BestAdapter
@@ -90,6 +91,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the sweep's summary, as summary.json has it."""
     assert best.record.best is not None
+    settings = list(dict.fromkeys([*REPORTED, *sweep.space.search]))
     return {
         "sweep": sweep.name,
         "space": sweep.space_file,
@@ -107,6 +109,7 @@ def summarise(
         "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
         "mlflow_experiment_id": tracker.experiment_id,
         "mlflow_run_id": tracker.parent_run_id,
+        "mlflow_view": save_comparison(tracker.experiment_id, sweep.name, tracker.parent_run_id, settings),
     }
 
 

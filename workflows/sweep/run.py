@@ -76,7 +76,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             best = keep_best_adapter(sweep.space, sweep.folder)
             assert best.record.best is not None
             metrics["best_public_perplexity"] = best.record.best["public_perplexity"]
-            metrics["epochs_saved"] = share_of_epochs_saved(records)
+            metrics["system/epochs_saved"] = share_of_epochs_saved(records)
             registered = register_best(
                 sweep,
                 prepared,
@@ -93,7 +93,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         status = "KILLED"
         raise
     finally:
-        tracker.end(status, {**metrics, "seconds": time.monotonic() - started.began})
+        tracker.end(status, {**metrics, "system/seconds": time.monotonic() - started.began})
 
 
 def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Plan:

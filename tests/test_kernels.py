@@ -1,0 +1,158 @@
+"""The Triton kernels compute what the plain ways do: on a GPU as they are, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+from inference.beam_search import SearchRules, SearchState
+from inference.cached_attention import DecodePass
+from inference.kv_cache import KVCache
+from qlora.lora.products import Dropout, LayerPart
+from qlora.lora.tables import make_bank_tables, make_pass_tables
+
+lora_kernels = pytest.importorskip("qlora.lora.kernels", reason="pip install triton")
+decode_kernel = pytest.importorskip("inference.decode_kernel", reason="pip install triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+BOUNDS = ((0, 50), (50, 51), (51, 150), (150, 300))
+RANKS = (4, 33, 0, 64)
+WIDTH_IN, WIDTH_OUT, NUM_TOKENS, LAYER = 96, 80, 300, 5
+DROPOUTS = [Dropout(0.3, 7, 2, (0, 1), (20, 30)), None, None, Dropout(0.1, 8, 2, (0, 5), (100, 50))]
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def parts_of(dtype: torch.dtype) -> list[LayerPart | None]:
+    """Adapters of several ranks, one of which leaves the layer alone."""
+    parts: list[LayerPart | None] = []
+    for number, (rank, bound) in enumerate(zip(RANKS, BOUNDS, strict=True)):
+        if rank == 0:
+            parts.append(None)
+            continue
+        a, b = (
+            randn(*shape, dtype=dtype, seed=10 + 2 * number + i)
+            for i, shape in enumerate(((rank, WIDTH_IN), (WIDTH_OUT, rank)))
+        )
+        a_grad, b_grad = (torch.zeros(one.shape, device=DEVICE) for one in (a, b))
+        parts.append(LayerPart(*bound, a, b, a_grad, b_grad, 0.5 + rank / 50, None))
+    return parts
+
+
+def dropped_inputs(dropouts, x: torch.Tensor) -> torch.Tensor:
+    """The kernels' dropout factors of every input, which differ by design from the plain way's.
+
+    An adapter whose A is the identity hands them on.
+    """
+    eye = torch.eye(128, x.shape[1], device=DEVICE)
+    parts = []
+    for bound in BOUNDS:
+        b = torch.zeros(8, 128, device=DEVICE)
+        parts.append(LayerPart(*bound, eye, b, torch.zeros_like(eye), torch.zeros_like(b), 1.0, None))
+    (layer,) = make_bank_tables([parts], DEVICE).layers
+    tables = make_pass_tables(DEVICE, BOUNDS, dropouts)
+    ones, out = torch.ones(x.shape, device=DEVICE), torch.zeros(x.shape[0], 8, device=DEVICE)
+    return lora_kernels.add_lora(ones, out, tables, layer, LAYER)[:, : x.shape[1]].double()
+
+
+@pytest.mark.parametrize("dropouts", [[None] * 4, DROPOUTS], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.bfloat16,
+            marks=pytest.mark.skipif(
+                DEVICE.type == "cpu", reason="the interpreter reads bfloat16 as integers"
+            ),
+        ),
+    ],
+)
+def test_products_and_gradients_equal_the_formula(dtype, dropouts):
+    """Against float64, to the dtype's rounding; what is put into new memory is what is added to zeros."""
+    parts = parts_of(dtype)
+    x, dy = (
+        randn(NUM_TOKENS, WIDTH_IN, dtype=dtype, seed=1),
+        randn(NUM_TOKENS, WIDTH_OUT, dtype=dtype, seed=2),
+    )
+    tables = make_pass_tables(DEVICE, BOUNDS, dropouts)
+    (layer,) = make_bank_tables([parts], DEVICE).layers
+    mask = dropped_inputs(dropouts, x)
+    y, dx = (torch.zeros(NUM_TOKENS, width, dtype=dtype, device=DEVICE) for width in (WIDTH_OUT, WIDTH_IN))
+    low = lora_kernels.add_lora(x, y, tables, layer, LAYER)
+    lora_kernels.lora_backward(x, dy, dx, low, tables, layer, LAYER)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for part in filter(None, parts):
+        here = slice(part.start, part.end)
+        xd, grad = x[here].double() * mask[here], dy[here].double()
+        a, b = part.a.double(), part.b.double()
+        expected = {
+            "y": part.scale * xd @ a.T @ b.T,
+            "dx": part.scale * (grad @ b @ a) * mask[here],
+            "a": part.scale * (grad @ b).T @ xd,
+            "b": part.scale * grad.T @ (xd @ a.T),
+        }
+        found = {"y": y[here], "dx": dx[here], "a": part.a_grad, "b": part.b_grad}
+        for name in expected:
+            error = (found[name].double() - expected[name]).norm()
+            assert error <= tolerance * expected[name].norm(), name
+    assert not y[51:150].any(), "nobody's tokens get nothing"
+    new_y, new_dx = torch.full_like(y, torch.nan), torch.full_like(dx, torch.nan)
+    low = lora_kernels.add_lora(x, new_y, tables, layer, LAYER, is_new=True)
+    lora_kernels.lora_backward(x, dy, new_dx, low, tables, layer, LAYER, is_new=True)
+    assert torch.equal(new_y, y) and torch.equal(new_dx, dx)
+
+
+def test_dropout_drops_its_share():
+    mask = dropped_inputs(DROPOUTS, torch.ones(NUM_TOKENS, WIDTH_IN))
+    assert (mask[150:] == 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert (mask[:50] == 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (mask[50:150] == 1).all()
+
+
+@pytest.mark.parametrize(("sliding_window", "softcap"), [(None, None), (9, None), (None, 5.0)])
+@pytest.mark.parametrize("prefix_length", [0, 7])
+def test_the_decode_kernel_equals_plain_attention(sliding_window, softcap, prefix_length):
+    """Template, prompts of unequal length, histories of beams that have crossed, to float32's rounding."""
+    slots, beams, steps, kv_heads, heads, width, longest = 3, 2, 6, 2, 4, 16, 5
+    state = SearchState.empty(slots, SearchRules(beams, steps), DEVICE)
+    state.done_E.zero_()
+    state.steps_E.copy_(torch.tensor([0, 3, 5], device=DEVICE))
+    state.ancestry_EKT.copy_(
+        torch.tensor([[0, 0, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]], device=DEVICE).expand(slots, -1, -1)
+    )
+    for slot, step in enumerate((0, 3, 5)):
+        state.ancestry_EKT[slot, :, step] = torch.arange(beams, device=DEVICE)
+    shapes = {
+        "prefix": (2, 1, kv_heads, prefix_length, width),
+        "prompts": (2, 1, slots, kv_heads, longest, width),
+        "fed": (2, 1, slots, kv_heads, steps, beams, width),
+    }
+    stores = {name: randn(*shape, dtype=torch.float32, seed=7) for name, shape in shapes.items()}
+    cache = KVCache(**stores, own_E=torch.tensor([5, 0, 3], device=DEVICE))
+    query = randn(slots * beams, heads, width, dtype=torch.float32, seed=8)
+    key, value = (randn(slots * beams, kv_heads, width, dtype=torch.float32, seed=seed) for seed in (9, 10))
+    found = decode_kernel.decode_attention(
+        query,
+        key,
+        value,
+        cache.prefix[:, 0],
+        cache.prompts[:, 0],
+        cache.fed[:, 0],
+        cache.own_E,
+        state.steps_E,
+        state.ancestry_EKT,
+        0.25,
+        sliding_window,
+        softcap,
+    )
+    plain = DecodePass(
+        KVCache(**{name: one.cpu() for name, one in stores.items()}, own_E=cache.own_E.cpu()),
+        state.keep(torch.arange(slots, device=DEVICE)),
+        steps,
+    )
+    plain.state = SearchState(**{name: one.cpu() for name, one in vars(plain.state).items()})
+    expected = plain.attend(0, query.cpu(), key.cpu(), value.cpu(), 0.25, sliding_window, softcap)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,161 @@
+"""What a recorded pass reads is what the launched pass works on: buffers filled by NumPy, on a CPU."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_examples, tiny_model
+from test_bank import TRIALS
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from qlora.answer_nll import answer_nll
+from qlora.lora import banked_linear
+from qlora.lora.bank import AdapterBank, make_dropout
+from qlora.lora.banked_linear import Route
+from qlora.lora.tables import make_bank_tables
+from qlora.packed.packing import lay_out, whole_group
+from qlora.pass_buffers import PassSize, block_bytes, buffer_fields, buffer_views, filled_block
+from qlora.passes import Pass, launch
+from qlora.recorded_passes import recorded_batch, recorded_pass_tables
+
+CPU = torch.device("cpu")
+
+
+def dense_attention(
+    module, query, key, value, mask, scaling=None, packed=None, **others
+) -> tuple[Tensor, None]:
+    """Attention over a whole stream, its mask read off the stretches alone, as FlashAttention reads them."""
+    at, tokens = packed.stretches, query.shape[2]
+    place = torch.arange(tokens)
+    row, part = (
+        torch.searchsorted(bounds, place, right=True) - 1 for bounds in (at.rows.long(), at.parts.long())
+    )
+    seen = (row[:, None] == row[None]) & (place[:, None] >= place[None])
+    for number in range(len(at.parts) - 1):
+        prefix = at.prefix_places_P[at.prefixes[number] : at.prefixes[number + 1]]
+        looks = (part == number) & ~at.alone_T
+        seen[:, prefix] |= looks[:, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.fixture
+def bank() -> AdapterBank:
+    AttentionInterface.register("dense", dense_attention)
+    AttentionMaskInterface.register("dense", lambda *_, **__: None)
+    model = tiny_model("llama")
+    model.set_attn_implementation("dense")
+    return AdapterBank(model, "tiny")
+
+
+def pass_over(bank: AdapterBank, numbers: tuple[int, ...], weights: tuple[float, ...] | None) -> Pass:
+    """A pass over a group a trial, one of which shares no prefix; with weights also dropout."""
+    groups = [whole_group(random_examples(4 + n, seed=n, shared=10 + 9 * n)) for n in numbers]
+    groups[-1] = replace(groups[-1], prefix_length=0)
+    adapters = [bank.attach(TRIALS[n]) for n in numbers]
+    for number, adapter in enumerate(adapters):
+        adapter.weights.normal_(std=0.05, generator=torch.Generator().manual_seed(number))
+        adapter.refresh()
+    dropouts = [
+        make_dropout(adapter, group, 3) if weights else None
+        for adapter, group in zip(adapters, groups, strict=True)
+    ]
+    return Pass(lay_out(groups), adapters, dropouts, weights)
+
+
+def buffers_of(size: PassSize, work: Pass) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(one) for name, one in buffer_views(size, filled_block(size, work)).items()}
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1, 2), (0, 1, 3)])
+def test_the_base_scores_a_filled_buffer_as_it_scores_the_stream(bank, numbers):
+    """Without adapters: ids, positions, who attends to whom, what is scored. The tail changes nothing."""
+    work = pass_over(bank, numbers, None)
+    size = PassSize.of(work, bank)
+    batch = recorded_batch(size, buffers_of(size, work))
+    assert batch.num_tokens > work.layout.num_tokens
+    with torch.no_grad():
+        found = answer_nll(bank.model, batch)[: len(work.layout.targets_A)]
+    bare = replace(work, adapters=[None] * len(numbers))
+    torch.testing.assert_close(found, launch(bank, bare), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 0.25, 0.125)])
+def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights, monkeypatch):
+    """NLL and, in training, the gradients of every adapter, with the kernels in Triton's interpreter.
+
+    Dropout is off, since kernels draw masks of their own; its keys are looked at below.
+    """
+    kernels = pytest.importorskip("qlora.lora.kernels", reason="pip install triton")
+    monkeypatch.setattr(banked_linear, "kernels", kernels)
+    work = pass_over(bank, (0, 1, 3), weights)
+    work = replace(work, dropouts=[None] * 3)
+    size = PassSize.of(work, bank)
+    buffers = buffers_of(size, work)
+    unused = [None] * (size.parts + 1 - len(work.adapters))
+    tables = make_bank_tables([[None] * (size.parts + 1)] * bank.num_layers, CPU, size.rank)
+    tables.copy_(bank.tables_of([*work.adapters, *unused]))
+    anchor = torch.zeros((), requires_grad=bool(weights))
+    route = Route(anchor, lambda layer: [], recorded_pass_tables(size, buffers), tables.layers)
+    with bank.switch.on_route(route), torch.set_grad_enabled(bool(weights)):
+        nll_A = answer_nll(bank.model, recorded_batch(size, buffers))
+        if weights:
+            (nll_A * buffers["weights"]).sum().backward()
+    recorded = [adapter.gradients.clone() for adapter in work.adapters]
+    for adapter in work.adapters:
+        adapter.gradients.zero_()
+    torch.testing.assert_close(
+        nll_A[: len(work.layout.targets_A)].detach(), launch(bank, work), rtol=1e-4, atol=1e-4
+    )
+    for found, adapter in zip(recorded, work.adapters, strict=True):
+        assert (found - adapter.gradients).norm() <= 1e-4 * max(1.0, adapter.gradients.norm())
+        assert adapter.gradients.norm() > 0 or not weights
+
+
+def test_tables_name_every_tokens_adapter_and_dropout(bank):
+    work = pass_over(bank, (0, 1, 3), (1.0, 1.0, 1.0))
+    size = PassSize.of(work, bank)
+    at = buffer_views(size, filled_block(size, work))
+    owners = np.full(size.tokens, -1)
+    for part, first, end in at["tiles"].reshape(-1, 3):
+        owners[first : min(end, first + 64)] = part
+    for number, part in enumerate(work.layout.parts):
+        assert (owners[part.start : part.end] == number).all()
+        assert tuple(at["bounds"][2 * number : 2 * number + 2]) == (part.start, part.end)
+    assert (owners[work.layout.num_tokens :] == size.parts).all(), "the tail is nobody's"
+    p = [TRIALS[n].lora_dropout for n in (0, 1, 3)]
+    assert at["limits"][:3] == pytest.approx([one * 2**32 for one in p], abs=1)
+    assert at["factors"][:3] == pytest.approx([1 / (1 - one) for one in p])
+    keys = np.concatenate(
+        [
+            np.zeros(part.end - part.start) if dropout is None else dropout.token_keys()
+            for part, dropout in zip(work.layout.parts, work.dropouts, strict=True)
+        ]
+    )
+    assert (at["keys"][: work.layout.num_tokens] == keys).all()
+    assert size.has_dropout
+
+
+def test_a_block_holds_its_buffers_side_by_side(bank):
+    size = PassSize.of(pass_over(bank, (0, 2), None), bank)
+    fields = list(buffer_fields(size).values())
+    for (_, _, end), (kind, start, _) in itertools.pairwise(fields):
+        assert end <= start and start % np.dtype(kind).itemsize == 0
+    assert fields[-1][2] <= block_bytes(size)
+
+
+def test_like_passes_have_one_size(bank):
+    """A recording is played for many passes: sizes are rounded, so that few come up."""
+    sizes = set()
+    for seed in range(12):
+        group = whole_group(random_examples(8, seed=seed, shared=20))
+        adapter = bank.attach(TRIALS[0])
+        sizes.add(PassSize.of(Pass(lay_out([group]), [adapter], [None], None), bank))
+    assert len(sizes) <= 4

@@ -1,0 +1,48 @@
+"""Owns MLflow's pages of the embedded store: says where to look, then serves them on loopback.
+
+python -m tracking.ui [--port 5000]
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from tracking.links import trials_link, version_link
+from tracking.registry import CHAMPION
+from tracking.runs import PROJECT_ROOT, connect, tracking_uri
+
+
+def main() -> None:
+    """Print the pages that open on what counts, then become MLflow's server."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: 5000)")
+    port = parser.parse_args().port
+    lines = pages(connect(), f"http://127.0.0.1:{port}/")
+    print("\n".join(lines or ["nothing is recorded yet; run make tune first"]), flush=True)
+    artifacts = PROJECT_ROOT / "mlruns" / "artifacts"
+    arguments = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    arguments += ["--backend-store-uri", tracking_uri(), "--default-artifact-root", str(artifacts)]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = str(Path(sys.executable).with_name("mlflow"))
+    os.execve(server, [server, "server", *arguments], environment)
+
+
+def pages(client: MlflowClient, root: str) -> list[str]:
+    """List the pages of every experiment with runs, and of every registered model's champion, one a line."""
+    lines = []
+    for experiment in client.search_experiments():
+        if client.search_runs([experiment.experiment_id], max_results=1):
+            lines.append(f"{experiment.name:<20} trials    {trials_link(experiment.experiment_id, root)}")
+    for model in client.search_registered_models():
+        if number := model.aliases.get(CHAMPION):
+            lines.append(f"{model.name:<20} champion  {version_link(f'models:/{model.name}/{number}', root)}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

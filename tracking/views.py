@@ -1,0 +1,69 @@
+"""Owns the view in which MLflow's pages compare a sweep's trials: settings and perplexity, then curves.
+
+MLflow keeps a shared view as a tag of its experiment, in the words of its own pages (3.17), and a link names
+the tag.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tracking.runs import connect
+
+_TAG = "mlflow.sharedViewState."
+_SETTINGS, _CURVES = "settings", "curves"
+
+
+def save_comparison(experiment_id: str, sweep: str, parent_run_id: str, settings: Sequence[str]) -> str:
+    """Save the view that compares the trials of a sweep over some settings; returns its name, for a link."""
+    name = f"sweep-{parent_run_id}"
+    best = "best_public_perplexity"
+    axes = {"selectedParams": list(settings), "selectedMetrics": [best], "showAllRuns": True}
+    state = {
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
+        "orderByKey": f"metrics.`{best}`",
+        "orderByAsc": True,
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,  # sections stay in this order
+        "compareRunSections": [
+            _section(_SETTINGS, f"Sweep {sweep}: settings and best public perplexity", columns=1),
+            _section(_CURVES, "Curves over optimizer steps", columns=3),
+        ],
+        "compareRunCharts": [
+            _chart("PARALLEL", _SETTINGS, "axes", **axes),
+            _chart("BAR", _CURVES, "best", metricKey=best),
+            _line("public_perplexity"),
+            _line("training_loss"),
+        ],
+    }
+    connect().set_experiment_tag(experiment_id, f"{_TAG}{name}", json.dumps(state))
+    return name
+
+
+def _section(section: str, name: str, columns: int) -> dict[str, Any]:
+    return {
+        "uuid": section,
+        "name": name,
+        "columns": columns,
+        "cardHeight": 360,
+        "display": True,
+        "isReordered": False,
+        "deleted": False,
+        "isGenerated": False,
+    }
+
+
+def _line(metric: str) -> dict[str, Any]:
+    return _chart("LINE", _CURVES, metric, metricKey=metric, selectedMetricKeys=[metric])
+
+
+def _chart(kind: str, section: str, name: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "uuid": f"{section}-{name}",
+        "metricSectionId": section,
+        "runsCountToCompare": 20,
+        "deleted": False,
+        "isGenerated": False,
+        **settings,
+    }
