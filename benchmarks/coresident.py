@@ -30,13 +30,12 @@ from benchmarks.packed_stream import padded_backward
 from benchmarks.report import print_report, synchronize
 from qlora.base.device import default_token_budget
 from qlora.base.fused import fuse_for_training
-from qlora.base.model import load_base, load_tokenizer
+from qlora.base.model import dequantised_if_it_fits, load_base, load_tokenizer
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
 from qlora.data.prompts import EncodedExample, encode_examples, load_prompt
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
-from qlora.served import dequantised_if_it_fits
 from qlora.training import StepResult, Training, advance_together
 
 _PEFT_WARM_UP = 3 if torch.cuda.is_available() else 1  # kernels are compiled in the first steps

@@ -32,19 +32,28 @@ class TrialRecord(Protocol):
     """The part of a trial's record that is logged."""
 
     @property
-    def trial_id(self) -> str: ...
+    def trial_id(self) -> str:
+        """Return Ray Tune's id of the trial."""
+
     @property
-    def config(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]:
+        """Return all settings of the trial."""
+
     @property
-    def status(self) -> str: ...
+    def status(self) -> str:
+        """Return how the trial stands: pending, running, finished, stopped or failed."""
+
     @property
-    def curve(self) -> tuple[dict[str, float], ...]: ...
+    def curve(self) -> tuple[dict[str, float], ...]:
+        """Return one point an evaluation, by ascending step."""
+
     @property
-    def best(self) -> dict[str, float] | None: ...
+    def best(self) -> dict[str, float] | None:
+        """Return the point with the lowest public perplexity."""
+
     @property
-    def error(self) -> str | None: ...
-    @property
-    def reason(self) -> str: ...
+    def reason(self) -> str:
+        """Say why the trial ended before its time."""
 
 
 def tracking_uri() -> str:

@@ -112,7 +112,8 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
     if template.shot is not None and not num_shots:
         raise InputError(
             path,
-            "needs shots; give --shots N --shots-from FILE where a command has them, or choose another prompt",
+            "needs shots; give --shots N --shots-from FILE where a command has them, or choose another "
+            "prompt",
         )
     if bool(num_shots) != (shots_from is not None):
         raise InputError(path, "--shots N and --shots-from FILE belong together; give both or neither")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,7 +90,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+        with torch.random.fork_rng():  # PEFT draws weights before it reads those of the folder
+            adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(folder, f"doesn't fit this base: {_first_reason(error)}") from error
     held = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))

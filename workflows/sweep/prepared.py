@@ -104,9 +104,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     check_base(config, space.base_model.name)
     size = model_size(config)
     if not size.layers:
-        problem = (
-            f"{config.model_type} has no linear layers that an adapter could target; choose another base"
-        )
+        problem = f"{config.model_type} has no linear layers for an adapter to target; choose another base"
         raise InputError(space.base_model.name, problem)
     tokenizer = load_tokenizer(space.base_model.name)
     return PreparedSweep(

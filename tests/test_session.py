@@ -1,0 +1,159 @@
+"""How a command ends and what it leaves on the screen and in its process."""
+
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_examples, tiny_model
+from test_beam_engine import prompts
+from test_training import tiny_bank
+
+from inference.beam_engine import BeamSearcher
+from inference.beam_search import SearchRules
+from inference.engine import TransformersEngine
+from qlora.base.model import load_config
+from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
+from qlora.served import load_served
+from qlora.training import Training
+from tuning.device import this_device
+from tuning.ledger import TrialRecord
+from tuning.model_size import model_size
+from tuning.screen import SweepScreen
+from workflows import session
+from workflows.session import FailedError, StoppedError
+from workflows.sweep import facts
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a.json:row 1", "has no id"), 2, "error: a.json:row 1: has no id"),
+        (StoppedError("go on with --resume x"), 3, "stopped: go on with --resume x"),
+        (FailedError("the proof was refused"), 1, "failed: the proof was refused"),
+        (KeyboardInterrupt(), 3, "stopped: by the keyboard"),
+    ],
+)
+def test_a_command_ends_as_its_contract_says(error, code, line, capsys, monkeypatch):
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr(session, "_prepare_environment", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        session.run(main)
+    assert end.value.code == code
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(line)
+    assert "\n" not in said
+
+
+@pytest.mark.ray
+def test_ray_starts_and_kills_in_silence():
+    """Neither its greeting nor what it tells of actors killed on purpose; other words get through."""
+    code = """
+import os, sys, time
+from workflows import session
+session._prepare_environment()
+session.connect_ray()
+import ray
+from ray._private import worker
+actor = ray.remote(num_cpus=0)(type("Sleeper", (), {"sleep": lambda self: time.sleep(60)})).remote()
+task = actor.sleep.remote()
+for line in ("Task X was killed by ray.kill", "a node is out of memory"):
+    worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, False)
+print("own words", file=sys.stderr)
+ray.kill(actor)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stderr == "own words\n"
+    assert "out of memory" in found.stdout
+    assert "ray.kill" not in found.stdout
+
+
+def test_the_process_keeps_its_random_state(tiny_base, tmp_path, tokenizer):
+    """Training, serving, searching, sampling, measuring: none of it moves what callers draw from."""
+    with torch.random.fork_rng([]):
+        bank, model = tiny_bank(), tiny_model("llama")
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    training = Training(bank, random_examples(6), TrialSettings(lora_r=4, batch_size=4))
+    training.advance(10_000)
+    bank.base_name = str(tiny_base)
+    bank.save(training.adapter, tmp_path)
+    load_served(BaseModelSettings(name=str(tiny_base)), str(tmp_path))
+    model_size(load_config(str(tiny_base)))
+    this_device("cpu")
+    for rules in (SearchRules(2, 3, eos_tokens=(2,)), SearchRules(1, 3, eos_tokens=(2,), do_sample=True)):
+        dict(BeamSearcher(model, rules).search(prompts()[:3]))
+    sampling = DecodingSettings(num_beams=1, max_new_tokens=3, do_sample=True)
+    list(TransformersEngine(model, tokenizer, sampling, 8, attention="sdpa").generate(prompts()[:3]))
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch):
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(facts.getpass, "getuser", nobody)
+    assert facts.user_name() == str(os.getuid())
+
+
+RECORDS = [TrialRecord("a", {"epochs": 1}, "running"), TrialRecord("b", {"epochs": 2}, "pending")]
+
+
+def test_a_table_is_printed_where_there_is_no_terminal(capsys):
+    screen = SweepScreen(2, 9.0)
+    screen.update(RECORDS)
+    assert capsys.readouterr().out == "", "not more often than every twenty seconds"
+    screen.note(["out of memory: passes of 64 tokens from here on"] * 2)
+    screen.close(RECORDS)
+    out = capsys.readouterr().out
+    assert "0/2 trials ended, 1 running" in out
+    assert out.count("note: out of memory") == 1
+    assert "\x1b" not in out
+
+
+def test_a_table_is_redrawn_in_place_on_a_terminal():
+    """A whole screen of frames leaves one table behind: each frame moves back over the one before."""
+    code = """
+import time
+from tests.test_session import RECORDS
+from tuning import screen
+screen._SECONDS_BETWEEN_FRAMES = 0
+show = screen.SweepScreen(2, 9.0)
+for _ in range(5):
+    show.update(RECORDS)
+show.close(RECORDS)
+"""
+    shown = in_a_terminal([sys.executable, "-c", code])
+    assert shown.count("0/2 trials ended") >= 5
+    ups = shown.count("\x1b[1A")
+    assert ups >= 4 * (shown.rpartition("0/2")[0].count("\n") // 6)
+    assert "\x1b[2K" in shown
+
+
+def in_a_terminal(command: list[str]) -> str:
+    """What a command writes on a pseudo-terminal."""
+    import pty
+
+    shown = []
+
+    def read(descriptor: int) -> bytes:
+        data = os.read(descriptor, 1024)
+        shown.append(data)
+        return data
+
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TERM": "xterm", "COLUMNS": "160"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        assert pty.spawn(command, read) == 0
+    return b"".join(shown).decode()
