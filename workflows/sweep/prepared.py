@@ -17,7 +17,6 @@ from workflows.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
     from qlora.lora.peft_folder import AdapterFiles
-    from qlora.packed.attention import check_base
     from tuning.host import SweepData
     from tuning.model_size import ModelSize
 
@@ -97,6 +96,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     from qlora.base.model import base_revision, load_config, load_tokenizer, tokenizer_digest
     from qlora.data.prompts import encode_examples
     from qlora.lora.peft_folder import AdapterFiles
+    from qlora.packed.attention import check_base
     from tuning.model_size import model_size
 
     space = sweep.space
