@@ -173,8 +173,11 @@ def project(tmp_path_factory, tiny_base):
     return folder
 
 
-def command(project: Path, script: str, *arguments: str, **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": ""}
+def command(
+    project: Path, script: str, *arguments: str, env: dict[str, str] | None = None, **options
+) -> subprocess.Popen:
+    """Start a command of the project; `env` is added to this process's environment."""
+    environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": "", **(env or {})}
     return subprocess.Popen(
         [sys.executable, f"ray_jobs/{script}.py", *arguments],
         cwd=project,

@@ -16,60 +16,62 @@ import pytest
 
 
 @contextmanager
+def object_store(name: str) -> Iterator[dict[str, str]]:
+    """Within: the environment by which clients reach an S3-like store that has a bucket of this name.
+
+    Needs the extra `servers`, or the test is skipped.
+    """
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port())
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+    client.create_bucket(Bucket=name)
+    try:
+        yield {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        }
+    finally:
+        server.stop()
+
+
+@contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
     """Within: the address of a server whose state is in the folder.
 
     Needs the extra `servers`, or the test is skipped.
     """
     pgserver = pytest.importorskip("pgserver", reason="pip install '.[servers]'")
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     database = pgserver.get_server(folder / "postgres")
-    bucket = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port())
-    bucket.start()
-    host, port = bucket.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name="us-east-1",
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-    ).create_bucket(Bucket="models")
     uri = f"http://127.0.0.1:{free_port()}"
-    with open(folder / "server.log", "w") as log:
-        server = subprocess.Popen(
-            [
-                Path(sys.executable).with_name("mlflow"),
-                "server",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                uri.rpartition(":")[2],
-                "--workers",
-                "1",
-                "--backend-store-uri",
-                database.get_uri().replace("postgresql://", "postgresql+psycopg2://"),
-                "--artifacts-destination",
-                "s3://models",
-            ],
-            env={
-                **os.environ,
-                **keys,
-                "MLFLOW_S3_ENDPOINT_URL": f"http://{host}:{port}",
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            },
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_for(uri, server, folder)
-        yield uri
-    finally:
-        server.terminate()
-        server.wait(30)
-        bucket.stop()
-        database.cleanup()
+    store = database.get_uri().replace("postgresql://", "postgresql+psycopg2://")
+    command = [Path(sys.executable).with_name("mlflow"), "server", "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", uri.rpartition(":")[2]]
+    command += ["--backend-store-uri", store, "--artifacts-destination", "s3://models"]
+    with object_store("models") as keys, open(folder / "server.log", "w") as log:
+        environment = {
+            **os.environ,
+            **keys,
+            "MLFLOW_S3_ENDPOINT_URL": keys["AWS_ENDPOINT_URL"],
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(uri, server, folder)
+            yield uri
+        finally:
+            server.terminate()
+            server.wait(30)
+            database.cleanup()
 
 
 def wait_for(uri: str, server: subprocess.Popen, folder: Path) -> None:

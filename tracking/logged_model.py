@@ -97,6 +97,13 @@ def log_model(
     return f"models:/{logged.model_id}"
 
 
+def withdraw_model(run_id: str, model_uri: str) -> None:
+    """Take back a model that `log_model` gave: the run's next one is logged anew."""
+    client = connect()
+    client.delete_tag(run_id, _MODEL_ID)
+    client.delete_logged_model(model_uri.removeprefix("models:/"))
+
+
 def fetch_model(source: str) -> FetchedModel:
     """Bring a model's files to this machine, if they are not here.
 

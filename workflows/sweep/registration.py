@@ -6,14 +6,14 @@ from typing import Any
 from qlora.files import write_json, write_text
 from reporting.sweep_page import verdict, write_sweep_page
 from tracking.links import pages_root
-from tracking.logged_model import ModelFiles, log_model
+from tracking.logged_model import ModelFiles, log_model, withdraw_model
 from tracking.registry import Registration, register
 from tracking.runs import SweepTracker, start_sweep
 from tracking.views import save_comparison
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED
 from tuning.sweep import BestAdapter
-from workflows.session import PROJECT_ROOT
+from workflows.session import PROJECT_ROOT, FailedError
 from workflows.sweep.closing import summary_links
 from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder
@@ -46,7 +46,7 @@ def register_best(
 ) -> Registration:
     """Log the best adapter and register it if `prove` (given its URI and perplexity) lets it pass.
 
-    `base_digest`: see qlora.base.reference.
+    `base_digest`: see qlora.base.reference. Raises what `prove` raises; what was logged is then withdrawn.
     """
     assert best.record.best is not None
     space, digests = sweep.space, prepared.inputs.digests
@@ -77,7 +77,11 @@ def register_best(
     )
     metadata = {**known, "public_digest": digests["public"], "public_perplexity": perplexity}
     uri = log_model(run_id, files, settings, prepared.inputs.public[0].instruction, metadata)
-    prove(uri, perplexity)
+    try:
+        prove(uri, perplexity)
+    except FailedError:
+        withdraw_model(run_id, uri)  # or every resume would find it again
+        raise
     return register(sweep.model_name, uri, run_id, perplexity, digests["public"], known)
 
 

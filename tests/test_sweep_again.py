@@ -1,0 +1,157 @@
+"""A sweep taken up again: with Optuna's draws, after its files changed, with a damaged adapter, under its old
+name, from another sweep's adapter, with its checkpoints in an S3-like store.
+"""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import command
+from safetensors.torch import load_file, save_file
+from servers import object_store
+
+pytestmark = pytest.mark.ray
+FEW = ("--set", "num_samples=3", "--set", "search.epochs={choice: [2]}")
+RATES = {"uniform": [1e-4, 3e-2]}
+
+
+def tune(project: Path, *arguments: str, status: int = 0, **environment: str) -> str:
+    """Run the command to its end; returns what it printed."""
+    process = command(project, "tune", *arguments, env=environment)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == status, out
+    return out
+
+
+def summary(project: Path, name: str) -> dict:
+    return json.loads((project / "results" / name / "summary.json").read_text())
+
+
+def sweep_runs(project: Path) -> dict[str, str]:
+    """Status of every run of a sweep itself, by run id."""
+    query = (
+        "select run_uuid, status from runs join tags using (run_uuid) where key = 'kind' and value = 'sweep'"
+    )
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        return dict(store.execute(query))
+
+
+def versions(project: Path) -> int:
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        return store.execute("select count(*) from model_versions").fetchone()[0]
+
+
+@pytest.fixture(scope="module")
+def drawn(project):
+    """A finished sweep whose learning rates Optuna draws."""
+    rates = f"search.learning_rate={json.dumps(RATES)}"
+    tune(
+        project,
+        "--space",
+        "space.yaml",
+        "--name",
+        "drawn",
+        *FEW,
+        "--set",
+        rates,
+        "--set",
+        "searcher.type=optuna",
+    )
+    return summary(project, "drawn")
+
+
+@pytest.fixture
+def unfinished(project, drawn):
+    """The sweep as if it had been stopped before its registration."""
+    path = project / "results/drawn/summary.json"
+    content = path.read_text()
+    path.unlink()
+    yield project
+    path.write_text(content)
+
+
+def test_optuna_draws_the_trials(project, drawn):
+    """The learning rates are those that Optuna's own sampler gives with this seed."""
+    rates = [trial["config"]["learning_rate"] for trial in drawn["trials"]]
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=42))
+    space = {"learning_rate": optuna.distributions.FloatDistribution(*RATES["uniform"])}
+    assert sorted(rates) == sorted(study.ask(space).params["learning_rate"] for _ in rates)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("plain.yaml", "問", "題"), ("public.json", "春", "夏"), ("train.json", "春", "夏")],
+)
+def test_a_sweep_of_changed_files_does_not_go_on(unfinished, name, old, new):
+    path = unfinished / name
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(old, new).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
+        out = tune(unfinished, "--resume", "drawn", status=2)
+    finally:
+        path.write_text(before)
+    assert f"{name}: changed since the sweep started" in out
+
+
+def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, drawn):
+    """Its file was damaged after its evaluation; once it is whole again, the sweep ends as it would have."""
+    folder = project / "results/damaged"
+    shutil.copytree(project / "results/drawn", folder, ignore=shutil.ignore_patterns("summary.json", "best"))
+    content = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**content, "sweep": "damaged", "sweep_id": "damaged"}))
+    trial, file = drawn["best"]["trial_id"], "checkpoint_*/adapter/adapter_model.safetensors"
+    (path,) = (folder / "ray").glob(f"*{trial}*/{file}")
+    whole, before, runs = path.read_bytes(), versions(project), set(sweep_runs(project))
+    save_file({name: 3 * tensor for name, tensor in load_file(path).items()}, path)
+    last = tune(project, "--resume", "damaged", status=1).splitlines()[-1]
+    assert last.startswith("failed: ")
+    assert "when it is loaded back, not the reported" in last
+    assert versions(project) == before
+    assert not (folder / "summary.json").exists()
+    (run,) = set(sweep_runs(project)) - runs
+    assert sweep_runs(project)[run] == "FAILED"
+    path.write_bytes(whole)
+    tune(project, "--resume", "damaged")
+    assert sweep_runs(project)[run] == "FINISHED"
+    assert summary(project, "damaged")["best"]["public_perplexity"] == drawn["best"]["public_perplexity"]
+    assert versions(project) == before + 1
+
+
+def test_trials_go_on_from_another_sweeps_adapter(project, drawn):
+    """Trials that learn next to nothing end where that adapter stood."""
+    idle = ("--set", "search.learning_rate={choice: [1.0e-9]}", "--set", "num_samples=1")
+    start = drawn["best"]["model_uri"]
+    tune(project, "--space", "space.yaml", "--name", "on", *FEW, *idle, "--continue-from", start)
+    found = summary(project, "on")
+    assert found["zero_shot"] == drawn["zero_shot"]
+    assert found["best"]["public_perplexity"] == pytest.approx(drawn["best"]["public_perplexity"], rel=1e-3)
+    assert found["best"]["public_perplexity"] < 0.99 * found["zero_shot"]
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        query = "select value from model_version_tags where key = 'continued_from'"
+        assert store.execute(query).fetchall() == [(start,)]
+
+
+def test_a_sweep_under_an_old_name_has_runs_of_its_own(project, drawn):
+    old = sweep_runs(project)
+    shutil.rmtree(project / "results/drawn")
+    tune(project, "--space", "space.yaml", "--name", "drawn", *FEW)
+    new = summary(project, "drawn")
+    assert new["mlflow_run_id"] not in old
+    assert {trial["mlflow_run_id"] for trial in new["trials"]}.isdisjoint(
+        trial["mlflow_run_id"] for trial in drawn["trials"]
+    )
+    assert {run: status for run, status in sweep_runs(project).items() if run in old} == old
+
+
+@pytest.mark.slow
+def test_checkpoints_may_be_in_an_object_store(project):
+    with object_store("checkpoints") as environment:
+        storage = "storage=s3://checkpoints/sweeps"
+        tune(project, "--space", "space.yaml", "--name", "away", *FEW, "--set", storage, **environment)
+    found = summary(project, "away")
+    assert len(found["trials"]) == 3
+    assert not (project / "results/away/ray").exists()
+    assert (project / "results/away/best/adapter_model.safetensors").exists()
