@@ -190,3 +190,22 @@ def test_every_option_explains_itself(command):
     assert options
     for option in options:
         assert len(option.split()) > 4, option
+
+
+def test_the_table_of_behaviours_names_files_that_exist():
+    """Each row of docs/modules.md: behaviour, modules, tests (or a dash)."""
+    rows = [
+        line.strip("|").split("|")
+        for line in (ROOT / "docs/modules.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|") and "`" in line
+    ]
+    named = [re.findall(r"`([^`]+)`", cell) for row in rows for cell in row[1:]]
+    files = {file for cell in named for file in cell}
+    assert all(len(row) == 3 and re.findall(r"`[^`]+`", row[1]) for row in rows)
+    assert not [file for file in sorted(files) if not (ROOT / file).is_file()]
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_stands_in_the_table_of_behaviours(path):
+    table = (ROOT / "docs/modules.md").read_text(encoding="utf-8")
+    assert path.name == "__init__.py" or f"`{path.relative_to(ROOT)}`" in table

@@ -44,6 +44,15 @@ def versions(project: Path) -> int:
         return store.execute("select count(*) from model_versions").fetchone()[0]
 
 
+def unregistered_copy(project: Path, name: str) -> Path:
+    """A copy of the sweep `drawn`, with an id of its own, that was stopped before its registration."""
+    folder = project / "results" / name
+    shutil.copytree(project / "results/drawn", folder, ignore=shutil.ignore_patterns("summary.json", "best"))
+    content = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**content, "sweep": name, "sweep_id": name}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def drawn(project):
     """A finished sweep whose learning rates Optuna draws."""
@@ -98,10 +107,7 @@ def test_a_sweep_of_changed_files_does_not_go_on(unfinished, name, old, new):
 
 def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, drawn):
     """Its file was damaged after its evaluation; once it is whole again, the sweep ends as it would have."""
-    folder = project / "results/damaged"
-    shutil.copytree(project / "results/drawn", folder, ignore=shutil.ignore_patterns("summary.json", "best"))
-    content = json.loads((folder / "sweep.json").read_text())
-    (folder / "sweep.json").write_text(json.dumps({**content, "sweep": "damaged", "sweep_id": "damaged"}))
+    folder = unregistered_copy(project, "damaged")
     trial, file = drawn["best"]["trial_id"], "checkpoint_*/adapter/adapter_model.safetensors"
     (path,) = (folder / "ray").glob(f"*{trial}*/{file}")
     whole, before, runs = path.read_bytes(), versions(project), set(sweep_runs(project))
@@ -118,6 +124,13 @@ def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, dra
     assert sweep_runs(project)[run] == "FINISHED"
     assert summary(project, "damaged")["best"]["public_perplexity"] == drawn["best"]["public_perplexity"]
     assert versions(project) == before + 1
+
+
+def test_a_sweep_whose_state_is_lost_does_not_start_afresh(project, drawn):
+    folder = unregistered_copy(project, "lost")
+    shutil.rmtree(folder / "ray")
+    out = tune(project, "--resume", "lost", status=2)
+    assert "its state is damaged and lost trials that had run" in out.splitlines()[-1]
 
 
 def test_trials_go_on_from_another_sweeps_adapter(project, drawn):
