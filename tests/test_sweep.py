@@ -253,12 +253,13 @@ def test_the_last_lines_and_the_page_lead_to_what_counts(project, sweep):
         note = store.execute(
             "select value from tags where key = 'mlflow.note.content' and run_uuid = ?", (run,)
         ).fetchone()[0]
-        description = store.execute("select description from model_versions where name = 'tiny'").fetchone()[
-            0
-        ]
+        versions = store.execute("select description from model_versions where name = 'tiny'").fetchall()
+        stages = [value for (value,) in store.execute("select value from params where key = 'stages'")]
+    description = versions[0][0]
     assert tags["mlflow.experimentKind"] == "custom_model_development"
     axes = json.loads(tags[f"mlflow.sharedViewState.sweep-{run}"])["compareRunCharts"][0]
-    assert axes["selectedParams"] == ["learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs"]
+    assert axes["selectedParams"] == ["learning_rate", "lora_r", "lora_alpha", "lora_dropout", "stages"]
+    assert {value[0] for value in stages} == {"["}, "no value of an axis is a number where others are texts"
     assert axes["selectedMetrics"] == ["best_public_perplexity"]
     assert f"(#/experiments/{experiment}/runs?" in note
     assert "Champion: the first champion of this model." in description
@@ -286,6 +287,7 @@ def test_people_see_a_finished_sweep_in_the_ui(project, sweep, tmp_path):
         assert all(words not in text for text in texts.values())
     assert "Sort: best_public_perplexity" in texts["trials"]
     assert "settings and best public perplexity" in texts["compare"]
+    assert "[2]" in texts["compare"] and "[1, 1]" in texts["compare"], "an axis shows all values"
     assert "public_perplexity" in texts["compare"] and "training_loss" in texts["compare"]
     assert f"Trial {best['trial_id']} is best" in texts["sweep"]
     assert "epoch_public_perplexity" in texts["trial"]

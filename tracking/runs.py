@@ -18,7 +18,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from qlora.config import parse_stages
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+STAGES = "stages"  # a trial's epochs as a list: parallel axes take "1+1" and "2" for a text and a number
 _SWEEP, _SWEEP_ID, _TRIAL, _STATUS = "sweep", "sweep_id", "trial_id", "trial_status"
 _PARENT = "mlflow.parentRunId"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's pages know what to open with
@@ -123,7 +126,8 @@ class SweepTracker:
             if found is None:
                 name, tags = f"{self.sweep}-{record.trial_id}", {_SWEEP: self.sweep, **known}
                 found = client.create_run(self.experiment_id, run_name=name, tags=tags)
-                _log_params(client, found.info.run_id, record.config, "ray_jobs/tune.py")
+                stages = list(parse_stages(record.config["epochs"]))
+                _log_params(client, found.info.run_id, {**record.config, STAGES: stages}, "ray_jobs/tune.py")
             self.run_ids[record.trial_id] = found.info.run_id
             history = client.get_metric_history(found.info.run_id, "public_perplexity")
             self.logged_steps[record.trial_id] = max((metric.step for metric in history), default=-1)

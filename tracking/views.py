@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tracking.runs import connect
+from tracking.runs import STAGES, connect
 
 _TAG = "mlflow.sharedViewState."
 _SETTINGS, _CURVES = "settings", "curves"
@@ -18,7 +18,8 @@ def save_comparison(experiment_id: str, sweep: str, parent_run_id: str, settings
     """Save the view that compares the trials of a sweep over some settings; returns its name, for a link."""
     name = f"sweep-{parent_run_id}"
     best = "best_public_perplexity"
-    axes = {"selectedParams": list(settings), "selectedMetrics": [best], "showAllRuns": True}
+    params = [STAGES if setting == "epochs" else setting for setting in settings]
+    axes = {"selectedParams": params, "selectedMetrics": [best], "showAllRuns": True}
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
         "orderByKey": f"metrics.`{best}`",

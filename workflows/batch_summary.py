@@ -28,11 +28,16 @@ def note_prediction(
 ) -> None:
     """Log a run in the model's experiment, with the job's meta file."""
     scores = {key: value for key, value in (result.scores or {}).items() if isinstance(value, int | float)}
+    counts = {
+        "rows": result.num_rows,
+        "rows_failed": result.num_failed,
+        "rows_scored": scores.pop("count", 0),
+    }
     settings = decoding.model_dump(exclude_none=True)
     note_use(
         model,
         "prediction",
         {"input": source, "output": output, "prompt": prompt, **settings},
-        {"rows": result.num_rows, "rows_failed": result.num_failed, **scores},
+        {**scores, **{f"system/{name}": count for name, count in counts.items()}},
         [output.with_name(f"{output.name}.meta.json")],
     )
