@@ -244,6 +244,33 @@ def test_out_of_memory_in_an_evaluation_shrinks_its_passes(data, tmp_path, monke
     )
 
 
+def test_an_evaluation_that_never_fits_fails(data, monkeypatch):
+    """Passes shrink once down to the smallest; a host that then went on would never answer."""
+
+    def no_room(*arguments, **options):
+        raise torch.cuda.OutOfMemoryError("no room at all")
+
+    host = Host(data, 1)
+    monkeypatch.setattr(qlora.perplexity, "run_pass", no_room)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        host.zero_shot()
+    monkeypatch.undo()
+    assert len(host.zero_shot()) == len(data.public)
+
+
+def test_a_trial_is_answered_when_its_report_fails(data, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ZeroDivisionError("in a trial's metrics")
+
+    monkeypatch.setattr(tuning.host, "_metrics", broken)
+    host = Host(data, 1)
+    with pytest.raises(ZeroDivisionError):
+        run(host, "t", CONFIGS[0], tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "later").mkdir()
+    assert run(host, "t", CONFIGS[0], tmp_path / "later")[-1]["schedule_percent"] == 100
+
+
 def test_a_full_disk_is_one_trials_failure(data, tmp_path, monkeypatch):
     whole_write = tuning.host.CheckpointContent.write
 

@@ -229,7 +229,7 @@ SPACES = {
         "search.lora_r.loguniform draws fractions",
     ),
     "a rounded rank of zero": (
-        lambda s: s["search"].update(lora_r={"quniform": [0.3, 8, 1]}),
+        lambda s: s["search"].update(lora_r={"quniform": [0, 8, 1]}),
         "search.lora_r: 0",
     ),
     "a rounded half rank": (
@@ -237,7 +237,7 @@ SPACES = {
         "search.lora_r.quniform draws fractions",
     ),
     "a dropout rounded to one": (
-        lambda s: s["search"].update(lora_dropout={"quniform": [0, 0.96, 0.1]}),
+        lambda s: s["search"].update(lora_dropout={"quniform": [0, 1, 0.1]}),
         "search.lora_dropout: 1",
     ),
     "no bounds": (lambda s: s["search"].update(lora_dropout={"randn": [0.1, 0.1]}), "randn has no bounds"),

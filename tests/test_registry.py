@@ -117,6 +117,8 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base
         registry.fetch_adapter("models:/course@champion").model_uri == better.model_uri == "models:/course/3"
     )
     assert registry.fetch_adapter("models:/course@challenger").model_uri == "models:/course/4"
+    description = runs.connect().get_model_version("course", "1").description
+    assert description.startswith("Not champion: version 3 took its place.")
     assert not registry.promote("course", "2").is_champion
     assert registry.roll_back("course").model_uri == "models:/course/1"
     assert registry.fetch_adapter("models:/course@champion").model_uri == "models:/course/1"
@@ -196,6 +198,13 @@ def test_a_champion_that_was_made_by_hand_can_be_gone_back_to(store, tiny_base):
     run, uri = logged(store, tiny_base, "by-register", seed=9)
     assert registry.register("hand", uri, run, 4.0, "d", {}).is_champion
     assert registry.roll_back("hand").model_uri == "models:/hand/1"
+    run, uri = logged(store, tiny_base, "by-alias", seed=10)
+    registry.register("hand", uri, run, 9.0, "d", {})
+    runs.connect().set_registered_model_alias("hand", "champion", "3")
+    rolled = registry.roll_back("hand")
+    assert (rolled.model_uri, rolled.reason) == ("models:/hand/1", "rolled back from version 3")
+    runs.connect().delete_model_version_tag("hand", "3", "public_perplexity")
+    assert "no public perplexity is known of it" in registry.promote("hand", "3").reason
 
 
 def test_uses_are_linked_to_the_version_that_made_them(store, tiny_base):

@@ -140,6 +140,22 @@ show.close(RECORDS)
     assert "\x1b[2K" in shown
 
 
+def test_the_terminal_is_given_back_whatever_happens():
+    code = """
+from tests.test_session import RECORDS
+from tuning import screen
+screen._SECONDS_BETWEEN_FRAMES = 0
+show = screen.SweepScreen(2, 9.0)
+try:
+    show.update(RECORDS)
+    raise OSError("the tracking server went away")
+except OSError:
+    show.stop()
+"""
+    shown = in_a_terminal([sys.executable, "-c", code])
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
 def in_a_terminal(command: list[str]) -> str:
     """What a command writes on a pseudo-terminal."""
     import pty

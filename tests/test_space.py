@@ -2,18 +2,21 @@
 the ledger.
 """
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray import tune
 
+from qlora.config import InputError
 from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
-from tuning.samplers import SAMPLERS
+from tuning.samplers import SAMPLERS, sampled_values
 from tuning.space import Asha, NoEarlyStopping, load_space, tune_space
 from tuning.sweep import RestoredASHA
+from workflows.sweep.folder import reopen_sweep
 
 SPACES = sorted(Path("search_spaces").glob("*.yaml"))
 
@@ -196,7 +199,14 @@ def test_one_target_module_may_stand_alone():
 @pytest.mark.parametrize("key", ["lora_r", "lora_alpha", "epochs"])
 @pytest.mark.parametrize(
     "sampler",
-    [{"randint": [1, 9]}, {"qrandint": [2, 8, 2]}, {"lograndint": [1, 9]}, {"quniform": [1, 8, 1]}],
+    [
+        {"randint": [1, 9]},
+        {"qrandint": [2, 8, 2]},
+        {"qrandint": [1, 8, 1]},
+        {"lograndint": [1, 9]},
+        {"quniform": [1, 8, 1]},
+        {"qlograndint": [4, 64, 4]},
+    ],
     ids=lambda sampler: next(iter(sampler)),
 )
 def test_what_a_sampler_draws_is_what_a_trial_takes(key, sampler):
@@ -206,6 +216,30 @@ def test_what_a_sampler_draws_is_what_a_trial_takes(key, sampler):
     assert len(draws) > 2
     for value in draws:
         space.trial_settings({key: value})
+    assert (min(draws), max(draws)) == tuple(sampled_values(space.search[key]))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [{"qrandint": [1, 64, 4]}, {"quniform": [0.05, 0.5, 0.1]}, {"randint": [1, ".inf"]}],
+    ids=lambda sampler: str(*sampler.items()),
+)
+def test_bounds_that_ray_tune_or_optuna_would_not_keep_are_refused(sampler):
+    with pytest.raises(InputError, match=r"must be a multiple of q|takes the numbers"):
+        load_space(
+            "search_spaces/quickstart.yaml", [f"search.lora_alpha={sampler}".replace("'.inf'", ".inf")]
+        )
+
+
+@pytest.mark.parametrize("sampler", [{"qrandint": [1, 64, 4]}, {"qrandn": [8, 2, 1]}], ids=str)
+def test_a_sweep_from_before_keeps_the_samplers_it_started_with(sampler, tmp_path):
+    space = load_space("search_spaces/quickstart.yaml", []).model_dump(mode="json")
+    content = {"space_file": "a.yaml", "digests": {}, "space": {**space, "search": {"lora_r": sampler}}}
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    stored = reopen_sweep(tmp_path).space
+    assert stored.search == {"lora_r": sampler}
+    assert tune_space(stored)["lora_r"].sample() > 0
+    assert sampled_values(sampler)
 
 
 def test_a_home_folder_is_one(monkeypatch, tmp_path):

@@ -221,6 +221,15 @@ def test_options_override_a_version_and_say_so(project, sweep):
     assert "quantization nf4, in place of none" in out
     settings = json.loads((project / "out/other.json").read_text())["settings"]
     assert (settings["prompt"], settings["quantization"]) == ("default", "nf4")
+    before = (project / "plain.yaml").read_text()
+    (project / "plain.yaml").write_text(before.replace("問", "題"))
+    try:
+        out = finished(command(project, "evaluate", *asked, "--prompt", "plain.yaml"))
+    finally:
+        (project / "plain.yaml").write_text(before)
+    assert (
+        "prompt plain.yaml as it reads now, in place of its text which models:/tiny/1 is served with" in out
+    )
 
 
 def test_a_finished_sweep_is_not_run_again(project, sweep):

@@ -49,4 +49,4 @@ def version_link(model_uri: str, root: str) -> str:
 
 def without_password(uri: str) -> str:
     """Return an address without the name and password that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return re.sub(r"//[^/]*@", "//", uri)

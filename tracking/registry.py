@@ -88,13 +88,16 @@ def roll_back(name: str) -> Registration:
     """Give the alias back to the champion before the present one. Raises InputError if there was none."""
     client = connect()
     _registered(client, name)
-    history = _history(client, name)
+    champion, history = _champion(client, name), _history(client, name)
+    if champion is not None and str(champion.version) not in history[-1:]:
+        history.append(str(champion.version))  # the alias was set by other means
     if len(history) < 2:
         raise InputError(f"models:/{name}", "had no champion before the present one")
     client.set_registered_model_tag(name, _HISTORY, json.dumps(history[:-1]))
     client.set_registered_model_alias(name, CHAMPION, history[-2])
     result = Registration(f"models:/{name}/{history[-2]}", True, f"rolled back from version {history[-1]}")
     _describe(client, name, _version(client, name, history[-2]), result)
+    _describe_dethroned(client, name, champion, history[-2])
     return result
 
 
@@ -257,6 +260,7 @@ def _crowned_if_better(client: MlflowClient, name: str, version: ModelVersion) -
         before = _history(client, name) or ([str(champion.version)] if champion else [])
         client.set_registered_model_tag(name, _HISTORY, json.dumps([*before, str(version.version)]))
         client.set_registered_model_alias(name, CHAMPION, version.version)
+        _describe_dethroned(client, name, champion, str(version.version))
     result = Registration(f"models:/{name}/{version.version}", is_champion, reason)
     _describe(client, name, version, result)
     return result
@@ -266,6 +270,8 @@ def _judge(champion: ModelVersion | None, version: ModelVersion) -> tuple[bool, 
     """Decide whether a version becomes (or stays) champion; returns that and why."""
     if champion is not None and champion.version == version.version:
         return True, "it is the champion already"
+    if "public_perplexity" not in version.tags:
+        return False, "no public perplexity is known of it; register adapters with ray_jobs/tune.py"
     ours = float(version.tags["public_perplexity"])
     zero_shot = float(version.tags.get("zero_shot_public_perplexity", "inf"))
     if not ours < zero_shot:
@@ -297,11 +303,17 @@ def _same_tokenizer(one: ModelVersion, other: ModelVersion) -> bool:
     return one.tags.get("base_model") == other.tags.get("base_model")
 
 
+def _describe_dethroned(client: MlflowClient, name: str, before: ModelVersion | None, successor: str) -> None:
+    if before is not None:
+        reason = f"version {successor} took its place"
+        _describe(client, name, before, Registration(f"models:/{name}/{before.version}", False, reason))
+
+
 def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Registration) -> None:
     """Write a version's description: verdict, figures, usage."""
     tags, uri = version.tags, result.model_uri
     verdict = f"{'Champion' if result.is_champion else 'Not champion'}: {result.reason}."
-    figures = f"Public perplexity **{float(tags['public_perplexity']):.5g}**"
+    figures = f"Public perplexity **{float(tags.get('public_perplexity', 'nan')):.5g}**"
     if "zero_shot_public_perplexity" in tags:
         figures += f", the base alone {float(tags['zero_shot_public_perplexity']):.5g}"
     usage = (

@@ -10,20 +10,23 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from tracking.links import trials_link, version_link
+from tracking.links import pages_root, trials_link, version_link
 from tracking.registry import CHAMPION
 from tracking.runs import PROJECT_ROOT, connect, tracking_uri
 
 
 def main() -> None:
-    """Print the pages that open on what counts, then become MLflow's server."""
+    """Print the pages that open on what counts, then become MLflow's server where there is none."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default: 5000)")
     port = parser.parse_args().port
-    lines = pages(connect(), f"http://127.0.0.1:{port}/")
+    has_server = tracking_uri().startswith(("http://", "https://"))
+    lines = pages(connect(), pages_root() if has_server else f"http://127.0.0.1:{port}/")
     print("\n".join(lines or ["nothing is recorded yet; run make tune first"]), flush=True)
+    if has_server:
+        return
     artifacts = PROJECT_ROOT / "mlruns" / "artifacts"
     arguments = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     arguments += ["--backend-store-uri", tracking_uri(), "--default-artifact-root", str(artifacts)]

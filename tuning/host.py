@@ -183,13 +183,14 @@ class Host:
                 continue
             try:
                 content = CheckpointContent.of(seat.work.training)
+                metrics = _metrics(seat.work, mean_perplexity(found))
+                metrics |= {"perplexities": found, "host_notes": self.notes()}
+                written = partial(_written, content, Path(seat.folder), metrics)
+                self._writers.submit(_settle, seat.reply, written)
             except Exception as error:  # memory may be short for the copy: that is this trial's failure
                 seat.fail(error.with_traceback(None))
-                continue
-            seat.goal = None
-            metrics = _metrics(seat.work, mean_perplexity(found))
-            metrics |= {"perplexities": found, "host_notes": self.notes()}
-            self._writers.submit(_settle, seat.reply, partial(_written, content, Path(seat.folder), metrics))
+            else:
+                seat.goal = None
 
     def _attach(
         self,

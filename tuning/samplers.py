@@ -4,6 +4,7 @@ Their names and meanings are Ray Tune's: https://docs.ray.io/en/latest/tune/api/
 is refused if any of its draws could be refused later, by the settings of a trial.
 """
 
+import math
 from typing import Any
 
 from pydantic import ValidationError
@@ -92,7 +93,7 @@ def _checked_range(where: str, name: str, arguments: list[Any]) -> list[Any]:
         numbers = [float(value) for value in arguments if not isinstance(value, bool)]
     except (TypeError, ValueError):
         numbers = []
-    if len(numbers) != len(names) or len(arguments) != len(names):
+    if len(numbers) != len(names) or len(arguments) != len(names) or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{where}.{name} takes the numbers [{', '.join(names)}], not {arguments!r}")
     if "int" in name and any(number != int(number) for number in numbers):
         raise ValueError(f"{where}.{name} takes whole numbers, not {arguments!r}")
@@ -102,6 +103,10 @@ def _checked_range(where: str, name: str, arguments: list[Any]) -> list[Any]:
         raise ValueError(f"{where}.{name}: lower must be above 0")
     if names[-1] == "q" and numbers[-1] <= 0:
         raise ValueError(f"{where}.{name}: q must be above 0")
+    if names[-1] == "q":
+        for bound in numbers[:2]:
+            if not math.isclose(bound / numbers[-1], round(bound / numbers[-1])):
+                raise ValueError(f"{where}.{name}: {bound:g} must be a multiple of q, {numbers[-1]:g}")
     return [int(number) for number in numbers] if "int" in name else numbers
 
 
@@ -110,12 +115,12 @@ def _draws_whole_numbers(name: str, numbers: list[Any]) -> bool:
 
 
 def _extreme_draws(name: str, numbers: list[Any]) -> list[Any]:
-    """Return the least and the greatest draw.
+    """Return the least and the greatest draw: plain integers and those with q = 1 stay below upper.
 
-    Rounded draws are multiples of q, and plain integers stay below upper.
+    Of samplers without bounds, which sweeps from before may have, the mean.
     """
+    if name in _UNBOUNDED:
+        return numbers[:1]
     low, high = numbers[:2]
-    if SAMPLERS[name][-1] == "q":
-        q = numbers[2]
-        return [round(low / q) * q, round(high / q) * q]
-    return [low, high - 1 if "int" in name else high]
+    step = 1 if "int" in name else 0
+    return [low, high - step if numbers[2:] in ([], [1]) else high]

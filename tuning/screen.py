@@ -27,7 +27,7 @@ class SweepScreen:
         )
 
     def note(self, notes: Sequence[str]) -> None:
-        """Show what people should know of how the work goes, each thing once."""
+        """Keep what people should know of how the work goes, each thing once, for the next table."""
         self._notes = list(dict.fromkeys([*self._notes, *notes]))
 
     def update(self, records: Sequence[TrialRecord]) -> None:
@@ -39,17 +39,23 @@ class SweepScreen:
     def close(self, records: Sequence[TrialRecord]) -> None:
         """Show the trials for the last time."""
         self._show(records)
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back."""
         if self._live is not None:
             self._live.stop()
 
     def _show(self, records: Sequence[TrialRecord]) -> None:
         self._shown_at = time.monotonic()
         elapsed_seconds = self._shown_at - self._started_at
-        lines = [table(records, self._zero_shot), headline(records, self._num_trials, elapsed_seconds)]
-        lines += [f"note: {note}" for note in self._notes]
+        trials = table(records, self._zero_shot)
+        words = [headline(records, self._num_trials, elapsed_seconds)]
+        words += [f"note: {note}" for note in self._notes]
         if self._live is None:
-            print("", *lines, sep="\n", flush=True)
+            print("", trials, *words, sep="\n", flush=True)
             return
         if not self._live.is_started:
             self._live.start()
-        self._live.update(Text("\n".join(["", *lines]), no_wrap=True, overflow="ellipsis"), refresh=True)
+        lines = ["", *words, trials]  # what doesn't fit on a low terminal is cut at its end
+        self._live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)

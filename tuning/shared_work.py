@@ -72,7 +72,7 @@ class SharedWork:
             values.update(zip(places, found, strict=True))
             return [None] * len(places)
 
-        errors = self._together(measure, range(len(adapters)))
+        errors = self._together(measure, range(len(adapters)), shrinks_itself=True)
         return [values[place] if error is None else error for place, error in enumerate(errors)]
 
     @contextmanager
@@ -104,14 +104,21 @@ class SharedWork:
         return errors
 
     def _together(
-        self, work: Callable[[Any], list[Exception | None]], members: Sequence[Any]
+        self,
+        work: Callable[[Any], list[Exception | None]],
+        members: Sequence[Any],
+        *,
+        shrinks_itself: bool = False,
     ) -> list[Exception | None]:
-        """Do work for all members at once, or for each alone if that fails; returns what each failed with."""
+        """Do work for all members at once, or for each alone if that fails; returns what each failed with.
+
+        Work that `shrinks_itself` has tried the smallest passes when it is out of memory.
+        """
         while True:
             try:
                 return work(members)
             except torch.cuda.OutOfMemoryError as error:
-                if self._shrink():
+                if not shrinks_itself and self._shrink():
                     continue
                 failure: Exception = error
             except Exception as error:  # whatever it is, it belongs to a member, and the others go on
@@ -120,7 +127,7 @@ class SharedWork:
             if len(members) == 1:
                 return [failure.with_traceback(None)]  # a traceback would keep activations
             self._note(f"a shared pass failed and was tried trial by trial: {_first_line(failure)}")
-            return [self._together(work, [member])[0] for member in members]
+            return [self._together(work, [member], shrinks_itself=shrinks_itself)[0] for member in members]
 
     def _shrink(self) -> bool:
         """Give recordings back or, if there are none, halve the tokens of a pass.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config import (
     MAX_SEED,
@@ -23,6 +23,7 @@ from qlora.config import (
 from qlora.files import read_yaml
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
 
+STORED = "stored"  # the context of a space that was checked when its sweep began
 REPORTED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs")
 _NAME = re.compile(r"\w[\w. -]{0,198}\w|\w", re.ASCII)
 _GPU_PARTS = 10_000  # Ray counts shares of a GPU in ten thousandths
@@ -142,7 +143,11 @@ class Space(Settings):
 
     @field_validator("search")
     @classmethod
-    def _samplers_fit(cls, search: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _samplers_fit(
+        cls, search: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        if info.context == STORED:
+            return search
         if not search:
             raise ValueError("search is empty; give at least one setting a sampler")
         return {key: checked_sampler(key, sampler) for key, sampler in search.items()}

@@ -47,7 +47,10 @@ def run_sweep(
         tuner = _restored_tuner(experiment, trainable, callback, scheduler)
     else:
         tuner = _new_tuner(space, experiment, trainable, callback, scheduler)
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        callback.give_screen_back()
     return list(Ledger(folder / "trials").records.values())
 
 

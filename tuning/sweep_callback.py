@@ -26,7 +26,7 @@ _POINT = (
 
 
 class SweepObserver(Protocol):
-    """Who wants to know what trials do, the tracking server for one."""
+    """Anything that is told what trials do, such as the tracking server."""
 
     def trial_changed(self, record: TrialRecord) -> None:
         """Take in that a trial started, reported a point (the last of its curve) or ended."""
@@ -89,6 +89,10 @@ class SweepCallback(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Leave the last table on the screen."""
         self._screen.close(self._records())
+
+    def give_screen_back(self) -> None:
+        """Leave the terminal as it was, however the sweep ended."""
+        self._screen.stop()
 
     def _records(self) -> Sequence[TrialRecord]:
         return list(self._ledger.records.values())

@@ -80,16 +80,20 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     prompt = _prompt(options, version)
     overridden = []
     if version is not None:
+        served, digest = f"which {version.model_uri} is served with", version.tags.get("prompt_digest")
         own = {
             "base model": (version.base_model, options.base_model),
             "quantization": (version.quantization, options.quantization),
-            "prompt": (version.tags.get("prompt"), _asked_prompt(options)),
         }
         for name, (registered, asked) in own.items():
             if asked is not None and registered is not None and asked != registered:
-                overridden.append(
-                    f"{name} {asked}, in place of {registered}, which {version.model_uri} is served with"
-                )
+                overridden.append(f"{name} {asked}, in place of {registered}, {served}")
+        named, asked = version.tags.get("prompt"), _asked_prompt(options)
+        if asked is not None and named is not None:
+            if asked != named and prompt.digest != digest:
+                overridden.append(f"prompt {asked}, in place of {named}, {served}")
+            elif digest is not None and prompt.digest != digest:
+                overridden.append(f"prompt {asked} as it reads now, in place of its text {served}")
     return ModelChoice(base, adapter, prompt, tuple(overridden))
 
 

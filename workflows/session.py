@@ -46,7 +46,7 @@ class StoppedError(Exception):
 
 
 class FailedError(Exception):
-    """Work came to its end and did not succeed; the text says why. Nothing is to be resumed."""
+    """Work came to its end and did not succeed; the text says why."""
 
 
 def run(main: Callable[[], None]) -> NoReturn:

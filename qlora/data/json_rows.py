@@ -33,8 +33,8 @@ def read_rows(path: Path) -> Iterator[Any]:
                 yield from _list_items(path, file)
     except FileNotFoundError:
         raise InputError(path, "no such file; check the path") from None
-    except UnicodeDecodeError as error:
-        raise InputError(path, f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise InputError(path, "is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise InputError(path, f"can't be read: {error.strerror}") from None
     except RecursionError:

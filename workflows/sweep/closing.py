@@ -34,12 +34,13 @@ def summary_links(summary: Mapping[str, Any], root: str) -> dict[str, str]:
 
     A page that a summary from before does not name is left out.
     """
-    experiment = summary.get("mlflow_experiment_id")
-    links = {}
+    experiment, view = summary.get("mlflow_experiment_id"), summary.get("mlflow_view")
+    links: dict[str, str | None] = {}
     if experiment is not None:
         links = {
             "trials": trials_link(experiment, root),
-            "compare": comparison_link(experiment, summary["mlflow_view"], root),
+            "compare": comparison_link(experiment, view, root) if view else None,
             "sweep": run_link(experiment, summary["mlflow_run_id"], root),
         }
-    return {**links, "version": version_link(summary["best"]["model_uri"], root)}
+    links["version"] = version_link(summary["best"]["model_uri"], root)
+    return {name: link for name, link in links.items() if link}

@@ -21,7 +21,7 @@ from typing import Any
 
 from qlora.config import InputError, validated
 from qlora.files import write_json, write_text
-from tuning.space import Space, checked_name, load_space
+from tuning.space import STORED, Space, checked_name, load_space
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def reopen_sweep(folder: Path) -> SweepFolder:
     return SweepFolder(
         folder,
         content["space_file"],
-        validated(path, lambda: Space.model_validate(content["space"])),
+        validated(path, lambda: Space.model_validate(content["space"], context=STORED)),
         sweep_id=content.get("sweep_id"),
         digests=content["digests"],
         start=(started_from, folder / "start") if started_from else None,

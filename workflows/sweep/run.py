@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -33,6 +31,8 @@ from workflows.sweep.registration import publish, register_best, summarise, trac
 from workflows.sweep.start import StartedHosts
 from workflows.worker import Worker, prove
 
+_ZERO_SHOT = "zero_shot.json"
+
 
 def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) -> None:
     """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
@@ -55,16 +55,13 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
     begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
-    with ThreadPoolExecutor(1) as aside:
-        measured = aside.submit(
-            _zero_shot, sweep, lambda: ray.get(ask_all_devices(hosts, shares, "zero_shot"))[0]
-        )
-        tracker = track(sweep, prepared, device.name)
+    measured = _ask_zero_shot(sweep, hosts, shares)
+    tracker = track(sweep, prepared, device.name)  # while hosts measure
     status: str = "FAILED"
     metrics: dict[str, float] = {}
     try:
         with tracker.system_metrics():
-            zero_shot = metrics["zero_shot_public_perplexity"] = measured.result()
+            zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
             records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, resume=resume)
             if not _all_ended(sweep, records):
@@ -100,11 +97,16 @@ def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Pla
     return make_plan(prepared.space, prepared.train, prepared.public, prepared.base.size, device, num_devices)
 
 
-def _zero_shot(sweep: SweepFolder, measure: Callable[[], list[float]]) -> float:
+def _ask_zero_shot(sweep: SweepFolder, hosts: Any, shares: dict[str, float]) -> list[Any]:
+    """Ask hosts for the base's perplexity of each public example, if the sweep doesn't know it yet."""
+    return [] if (sweep.folder / _ZERO_SHOT).exists() else ask_all_devices(hosts, shares, "zero_shot")
+
+
+def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
     """Return the base's public perplexity, measured once a sweep."""
-    path = sweep.folder / "zero_shot.json"
-    if not path.exists():
-        write_json(path, {"public_perplexity": mean_perplexity(measure())})
+    path = sweep.folder / _ZERO_SHOT
+    if measured:
+        write_json(path, {"public_perplexity": mean_perplexity(ray.get(measured)[0])})
     return json.loads(path.read_text(encoding="utf-8"))["public_perplexity"]  # type: ignore[no-any-return]
 
 
