@@ -10,8 +10,12 @@ from pathlib import Path
 import optuna
 import pytest
 from conftest import command
+from ray import tune as tune_library
 from safetensors.torch import load_file, save_file
 from servers import object_store
+
+from tuning.ledger import Ledger
+from tuning.restored_checkpoints import mend_checkpoints
 
 pytestmark = pytest.mark.ray
 FEW = ("--set", "num_samples=3", "--set", "search.epochs={choice: [2]}")
@@ -131,6 +135,33 @@ def test_a_sweep_whose_state_is_lost_does_not_start_afresh(project, drawn):
     shutil.rmtree(folder / "ray")
     out = tune(project, "--resume", "lost", status=2)
     assert "its state is damaged and lost trials that had run" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["a newer one is there", "none is left"])
+def test_a_trial_goes_on_from_a_checkpoint_that_exists(project, drawn, left):
+    """Ray's state names checkpoint N, deleted when N + 1 came, just before the driver was killed."""
+    folder = unregistered_copy(project, f"stale-{left}")
+    best = drawn["best"]
+    records = Ledger(folder / "trials").records
+    for path in (folder / "ray").glob(f"*{best['trial_id']}*/checkpoint_*"):
+        if left:
+            path.rename(path.with_name("checkpoint_000007"))
+        else:
+            shutil.rmtree(path)
+    trials = {trial.trial_id: trial for trial in tune_library.ExperimentAnalysis(str(folder / "ray")).trials}
+    others = {name: trial.checkpoint.path for name, trial in trials.items() if name != best["trial_id"]}
+    for name, trial in trials.items():
+        mend_checkpoints(trial, records[name])
+    assert {name: trials[name].checkpoint.path for name in others} == others
+    trial = trials[best["trial_id"]]
+    if not left:
+        assert trial.checkpoint is None
+        assert not trial.run_metadata.checkpoint_manager.best_checkpoint_results
+        return
+    assert Path(trial.checkpoint.path).name == "checkpoint_000007"
+    (kept,) = trial.run_metadata.checkpoint_manager.best_checkpoint_results
+    assert kept.metrics["public_perplexity"] == records[best["trial_id"]].curve[-1]["public_perplexity"]
+    assert trial.storage.current_checkpoint_index == 7
 
 
 def test_trials_go_on_from_another_sweeps_adapter(project, drawn):

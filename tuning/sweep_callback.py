@@ -10,6 +10,7 @@ from ray import tune
 
 from qlora.config import InputError
 from tuning.ledger import Ledger, TrialRecord
+from tuning.restored_checkpoints import mend_checkpoints
 from tuning.screen import SweepScreen
 from tuning.space import Space
 
@@ -43,17 +44,22 @@ class SweepCallback(tune.Callback):
         self._folder, self._space, self._observer = folder, space, observer
         self._screen = SweepScreen(space.num_trials, zero_shot)
         self._ledger = Ledger(folder / "trials")
+        self._has_begun = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Notice a state of Ray's that lost trials. Raises InputError."""
+        """Notice a state of Ray's that lost trials, or their checkpoints. Raises InputError."""
         if trials and set(self._ledger.records) - {trial.trial_id for trial in trials}:
             raise InputError(
                 self._folder / "ray",
                 "its state is damaged and lost trials that had run; start a new sweep under another --name",
             )
+        if not self._has_begun:
+            self._has_begun = True
+            for trial in trials:
+                mend_checkpoints(trial, self._ledger.records.get(trial.trial_id))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""
