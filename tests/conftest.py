@@ -4,15 +4,19 @@ Nothing is fetched, nothing is mocked.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if "gpu" not in " ".join(sys.argv).replace("not gpu", ""):  # the other tests see the same everywhere: no GPU
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
@@ -36,6 +40,10 @@ from transformers import (
 from qlora.data.prompts import EncodedExample
 
 ROOT = Path(__file__).resolve().parent.parent
+# Triton before 3.9 can't interpret with NumPy of today ("only 0-dimensional arrays can be converted").
+HAS_KERNELS = importlib.util.find_spec("triton") is not None and (
+    torch.cuda.is_available() or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
+)
 SIZE = {
     "vocab_size": 300,
     "hidden_size": 64,

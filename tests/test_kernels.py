@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import HAS_KERNELS
 
 from inference.beam_search import SearchRules, SearchState
 from inference.cached_attention import DecodePass
@@ -9,8 +10,11 @@ from inference.kv_cache import KVCache
 from qlora.lora.products import Dropout, LayerPart
 from qlora.lora.tables import make_bank_tables, make_pass_tables
 
-lora_kernels = pytest.importorskip("qlora.lora.kernels", reason="pip install triton")
-decode_kernel = pytest.importorskip("inference.decode_kernel", reason="pip install triton")
+if not HAS_KERNELS:
+    pytest.skip("pip install 'triton>=3.9'", allow_module_level=True)
+from inference import decode_kernel
+from qlora.lora import kernels as lora_kernels
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import random_examples, tiny_model
+from conftest import HAS_KERNELS, random_examples, tiny_model
 from test_bank import TRIALS
 from torch import Tensor
 from transformers import AttentionInterface
@@ -93,7 +93,10 @@ def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights
 
     Dropout is off, since kernels draw masks of their own; its keys are looked at below.
     """
-    kernels = pytest.importorskip("qlora.lora.kernels", reason="pip install triton")
+    if not HAS_KERNELS:
+        pytest.skip("pip install 'triton>=3.9'")
+    from qlora.lora import kernels
+
     monkeypatch.setattr(banked_linear, "kernels", kernels)
     work = pass_over(bank, (0, 1, 3), weights)
     work = replace(work, dropouts=[None] * 3)
