@@ -267,7 +267,7 @@ def test_outputs_end_where_answers_end_in_training(engine_name):
 
 
 @pytest.mark.ray
-def test_a_pool_has_one_engine_an_accelerator():
+def test_a_pool_has_one_engine_an_accelerator(monkeypatch):
     """A GPU each, wherever they are; a node each where there are none; a GPU from an autoscaler that has
     started no node yet.
     """
@@ -276,6 +276,7 @@ def test_a_pool_has_one_engine_an_accelerator():
 
     from inference.pipeline import Pool, plan_pool
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray checks what its nodes claim to have
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
