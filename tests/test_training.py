@@ -13,6 +13,7 @@ from conftest import random_examples, tiny_model
 from oracles import loop_perplexities, padded_loss, peft_adapter
 from safetensors.torch import load_file
 
+import qlora.perplexity
 from qlora.base.model import load_base
 from qlora.base.reference import base_digest
 from qlora.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -213,3 +214,24 @@ def test_damaged_weights_are_told_in_one_line(tiny_base, tmp_path):
     with pytest.raises(InputError, match="can't be loaded") as refusal:
         load_base(BaseModelSettings(name=str(copied), quantization="none"), torch.device("cpu"))
     assert "\n" not in str(refusal.value)
+
+
+def test_out_of_memory_shrinks_the_passes_of_a_served_model(monkeypatch):
+    """The closing proof measures so: what is scored stays scored, and the smallest pass may still fail."""
+    model, examples, tried, most = tiny_model("llama"), random_examples(40, seed=3), [], 400
+    use_packed_attention(model)
+    expected = example_perplexities(model, examples, 10_000)
+    whole = qlora.perplexity.lay_out
+
+    def short_of_memory(groups, device):
+        tried.append(sum(group.num_tokens for group in groups))
+        if tried[-1] > most:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return whole(groups, device)
+
+    monkeypatch.setattr(qlora.perplexity, "lay_out", short_of_memory)
+    assert example_perplexities(model, examples, 10_000) == pytest.approx(expected, rel=1e-4)
+    assert max(tried) > most >= tried[-1]
+    most = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        example_perplexities(model, examples, 10_000)
