@@ -8,28 +8,74 @@ Refuses to know what files mean.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from qlora.config import InputError
+from qlora.failpoints import durable
+
+_UNFINISHED = ".part"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` with the text in one move, and make its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as file:
+def write_text(path: Path, text: str, point: str | None = None) -> None:
+    """Replace `path` with the text in one move, and make its folder if there is none.
+
+    `point` names it among failpoints (qlora.failpoints); by default its file name does. Raises OSError, and
+    leaves nothing unfinished behind.
+    """
+    with replacing(path, point) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` with readable JSON in one move."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+@contextmanager
+def replacing(path: Path, point: str | None = None) -> Iterator[TextIO]:
+    """Provide a text file, within, that takes the place of `path` in one move at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    try:
+        with durable(f"write {point or path.name}"), open(unfinished, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with durable(f"rename {point or path.name}"):
+            unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder and those below it.
+
+    Only for a folder that no other process writes to.
+    """
+    for path in folder.rglob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, point: str | None = None) -> None:
+    """Replace `path` with readable JSON in one move; `point` is that of `write_text`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", point)
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote.
+
+    Raises FileNotFoundError; InputError, with `mend` at its end, for a file that is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(path, f"is damaged ({error}); {mend}") from None
+    if not isinstance(content, dict):
+        raise InputError(path, f"is damaged (it holds no JSON object); {mend}")
+    return content
 
 
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:
