@@ -8,7 +8,7 @@ EXTRAS := dev,optuna$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base test test-all check tune infer study plan ui bench screenshots clean
+.PHONY: help setup base test test-all chaos check tune infer study plan ui bench screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -32,6 +32,9 @@ test: $(STAMP)  ## run the fast tests
 test-all: $(STAMP)  ## run the slow tests too, with PostgreSQL, an S3-like store and a browser
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,servers,browser]'
 	$(BIN)/python -m pytest -m 'not gpu'
+
+chaos: $(STAMP)  ## kill commands before and after every durable write, and compare; goes on where it stopped
+	$(BIN)/python tests/chaos.py
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ This is the only package that imports ray.data. Read in this order:
     decode_kernel      the attention of a decode step as a Triton kernel
     beam_engine        the loop: prompts join, are searched together, and leave when they are done
     engine             from token ids to texts, by the beam engine or by transformers
+    attempts           rows whose process died: tried apart, and given up in the end
     pipeline           rows through a pool of engines
     job                one batch job, which can be resumed
 """

@@ -1,13 +1,17 @@
 """Owns one batch job: from an input file to an ordered output file.
 
 Beside the output it writes what failed (PATH.errors.json) and what the output was made of (PATH.meta.json).
-Rows are kept in a work folder as they are done, and a job that was stopped goes on from there.
+Rows are kept in a work folder as they are done, and a job that was stopped goes on from there. The folder is
+removed last, in one move: killed anywhere before, the job is finished from it, and comes to the same files.
 
 Refuses to know the registry.
 """
 
 import fcntl
 import hashlib
+import os
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +26,8 @@ from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
 from qlora.data.examples import Example
-from qlora.files import write_json
+from qlora.failpoints import durable
+from qlora.files import remove_unfinished, write_json, write_text
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.provenance import package_versions
 
@@ -71,25 +76,74 @@ def open_job(source: Path, output: Path) -> Iterator[RowStore]:
     """Provide the checked rows of an input, within, to one job on this output.
 
     The work folder stays, for `run_job` to remove or a later job to resume. Raises InputError for bad rows,
-    and if another job is at work on the same output.
+    if another job is at work on the same output, and if something else is where the job's files belong.
     """
-    if output.is_dir():
-        raise InputError(output, "is a folder; name a file")
     folder = work_folder(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                output, "is being written by another job; wait for it or name another file"
-            ) from None
+    _check_places(output, folder)
+    with _lock(output, folder):
+        _remove_unfinished(output)
         try:
             yield store_rows(source, folder)
         except InputError:
             if not (folder / "journal.jsonl").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder, output)
             raise
+
+
+def _check_places(output: Path, folder: Path) -> None:
+    """Raise InputError for a folder where a file of the job belongs, and for a folder that can't be."""
+    for file in (output, beside(output, "errors"), beside(output, "meta")):
+        if file.is_dir():
+            raise InputError(file, "is a folder; name a file" if file == output else "is a folder; remove it")
+    for name in ("lock", "rows.jsonl", "journal.jsonl"):
+        if (folder / name).is_dir():
+            raise InputError(folder, f"holds a folder {name}, which no job has left there; remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(folder, f"can't be a folder for the job's rows: {error.strerror}") from None
+
+
+@contextmanager
+def _lock(output: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock of an output, within. Raises InputError if another job holds it, or is just done."""
+    problem = "is being written by another job; wait for it or name another file"
+    path = folder / "lock"
+    try:
+        lock = open(path, "w")  # noqa: SIM115
+    except FileNotFoundError:
+        raise InputError(output, problem) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(output, problem) from None
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            raise InputError(output, problem)  # its folder was removed meanwhile
+        yield
+
+
+def _remove_unfinished(output: Path) -> None:
+    """Remove what killed jobs on this output left half written or half removed."""
+    remove_unfinished(work_folder(output))
+    names = "|".join(
+        re.escape(path.name) for path in (output, beside(output, "errors"), beside(output, "meta"))
+    )
+    for path in output.parent.iterdir():
+        if re.fullmatch(rf"\.({names})\.\d+\.part", path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path, output: Path) -> None:
+    """Remove the work folder of an output in one move: a part of it would be no job to go on from."""
+    going = output.with_name(f".{output.name}.{os.getpid()}.part")
+    with durable("batch work folder moved"):
+        folder.rename(going)
+    with durable("batch work folder removed"):
+        shutil.rmtree(going)
 
 
 def run_job(
@@ -101,12 +155,18 @@ def run_job(
     *,
     resume: bool,
     progress: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = print,
+    record: Callable[[str, JobResult], None] = lambda job_id, result: None,
 ) -> JobResult:
     """Generate what is missing and write the output, PATH.meta.json and, if rows failed, PATH.errors.json.
 
     `facts` identify the model, for PATH.meta.json and for `resume`. `plan` connects Ray, and is called only
-    if there is work. `progress` is called after each batch. Raises InputError if rows that are to be resumed
-    belong to a job with other facts, prompt, settings or input, and if the model can't be loaded.
+    if there is work. `progress` is called after each batch, `note` with a line for people. `record` is called
+    with the job's id and result when all files are written; what it raises leaves the job to be resumed.
+
+    Raises InputError if rows that are to be resumed belong to a job with other facts, prompt, settings or
+    input, or to one that can't be told, and if the model can't be loaded; EnginesDiedError if processes die
+    again and again, without a finished row.
     """
     settings = {
         "model": facts,
@@ -116,14 +176,16 @@ def run_job(
         "longest prompt": work.max_prompt_tokens,
     }
     folder = work_folder(output)
+    job_id = _job_id(folder, resume)
     journal = Journal(folder, settings, len(rows), resume=resume)
+    if journal.damage:
+        note(journal.damage)
     missing = journal.missing()
     started = time.monotonic()
     ready = float("inf")  # when the first engine began to generate
     first_row_seconds = None
     num_tokens = 0
     workers = 0
-    engines: set[str] = set()
     if missing:
         pool = plan()
         workers = pool.num_workers
@@ -131,9 +193,8 @@ def run_job(
             if first_row_seconds is None:
                 first_row_seconds = round(time.monotonic() - started, 3)
             ready = min(ready, time.monotonic() - report.seconds)
-            journal.append(report.results)
+            journal.append(report.results, report.engine)
             num_tokens += report.num_tokens
-            engines.add(report.engine)
             present = Progress(
                 num_done=journal.num_done - len(rows) + len(missing),
                 num_tokens=num_tokens,
@@ -143,7 +204,7 @@ def run_job(
             progress(present)
     seconds = time.monotonic() - started
     generating = max(0.0, time.monotonic() - ready)
-    engine = "; ".join(sorted(engines)) or None
+    engine = "; ".join(sorted(journal.engines)) or None
     scores = Scores()
 
     def score(example: Example, text: str) -> None:
@@ -175,10 +236,10 @@ def run_job(
             "scores": summary,
             "versions": package_versions(),
         },
+        "batch meta",
     )
     journal.close()
-    shutil.rmtree(folder)
-    return JobResult(
+    result = JobResult(
         num_rows=len(rows),
         num_generated=len(missing),
         num_failed=len(errors),
@@ -186,6 +247,17 @@ def run_job(
         engine=engine,
         scores=summary,
     )
+    record(job_id, result)
+    _remove(folder, output)
+    return result
+
+
+def _job_id(folder: Path, resume: bool) -> str:
+    """Return the id that a job keeps through all of its runs."""
+    path = folder / "job_id"
+    if not (resume and path.exists()):
+        write_text(path, secrets.token_hex(16), "batch job id")
+    return path.read_text(encoding="utf-8")
 
 
 def model_facts(work: Work, model: str | None, revision: str | None) -> dict[str, Any]:

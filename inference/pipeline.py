@@ -5,7 +5,8 @@
 
 Only windows of row numbers are in the plan. The text of a window's rows is fetched from the driver's node
 when its turn comes, tokenised, ordered by length and handed to the pool in batches: no process holds all
-rows. Ray Data runs the stages at the same time, and runs a batch again if its worker dies.
+rows. Ray Data runs the stages at the same time, and runs a batch again if its worker dies; what is then to
+be done otherwise is said by `attempts`.
 
 Refuses to know the output.
 
@@ -25,6 +26,7 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset, from_items
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from inference.attempts import EnginesDiedError, Witness, Witnessed
 from inference.engine import ServedModel, load_engine
 from inference.rows import RowStore
 from qlora.base.model import load_tokenizer
@@ -36,6 +38,7 @@ _WINDOW_ROWS = 4096
 _FEWEST_ROWS = {"cpu": 8, "gpu": 128}  # of a batch
 _MOST_ROWS = {"cpu": 64, "gpu": 512}  # of a batch
 _BATCHES = 4  # of a worker, so that a small job too shows its progress and can go on from there
+_TOKENIZER, _ENGINE = "tokenizer", "engine"  # pools, as error lines name them
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
 
@@ -73,41 +76,56 @@ class RowReader:
 class Tokenise:
     """A task from windows of row numbers to prompts, longest first, or errors."""
 
-    def __init__(self, work: Work, reader: Any):
+    def __init__(self, work: Work, reader: Any, witness: Any):
         self.work = work
         self.reader = reader
-        self.tokenizer = load_tokenizer(work.served.base.name)
+        self.witnessed = Witnessed(witness, _TOKENIZER)
+        self.tokenizer = None if self.witnessed.stop else load_tokenizer(work.served.base.name)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Turn column `numbers`, a window a row, into `index`, `prompt` and `error`.
+        """Turn column `numbers`, a window a row, into `index`, `prompt`, `error` and `stop`.
 
-        A prompt is token ids, none for a row that failed; an error is empty for any other row.
+        A prompt is token ids, none for a row that failed; an error is empty for any other row. `stop` says
+        why the job has to stop, with all rows undone, or is empty.
         """
-        found = []
-        for window in batch["numbers"]:
-            numbers = [int(number) for number in window]
-            instructions = ray.get(self.reader.instructions.remote(numbers))
-            for number, instruction in zip(numbers, instructions, strict=True):
+        numbers = [int(number) for window in batch["numbers"] for number in window]
+        prompts: dict[int, list[int]] = {}
+        errors: dict[int, str] = {}
+        for piece in [] if self.witnessed.stop else self.witnessed.pieces(numbers, errors):
+            instructions = ray.get(self.reader.instructions.remote(sorted(piece)))
+            for number, instruction in zip(sorted(piece), instructions, strict=True):
                 prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
-                error = too_long_problem(len(prompt), self.work.max_prompt_tokens)
-                found.append((number, [] if error else list(prompt), error or ""))
-        found.sort(key=lambda row: (-len(row[1]), row[0]))
-        index, prompts, errors = zip(*found, strict=True)
-        return {"index": list(index), "prompt": list(prompts), "error": list(errors)}
+                if error := too_long_problem(len(prompt), self.work.max_prompt_tokens):
+                    errors[number] = error
+                else:
+                    prompts[number] = list(prompt)
+        numbers.sort(key=lambda number: (-len(prompts.get(number, [])), number))
+        return {
+            "index": numbers,
+            "prompt": [prompts.get(number, []) for number in numbers],
+            "error": [errors.get(number, "") for number in numbers],
+            "stop": [self.witnessed.stop] * len(numbers),
+        }
 
 
 class EngineActor:
     """A worker of the pool: one engine, loaded once.
 
     An InputError on loading it comes back in columns of its own (`is_refused`, `refused_where`,
-    `refused_problem`): raised here, it would reach people as a worker's death.
+    `refused_problem`), and so does that the job has to stop (`stop`): raised here, they would reach people
+    as a worker's death.
     """
 
-    def __init__(self, work: Work, on_gpu: bool, engines_per_node: int, files: AdapterFiles | None):
+    def __init__(
+        self, work: Work, on_gpu: bool, engines_per_node: int, files: AdapterFiles | None, witness: Any
+    ):
         if not on_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked for a GPU
         torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
         self.refusal: InputError | None = None
+        self.witnessed = Witnessed(witness, _ENGINE)
+        if self.witnessed.stop:
+            return
         try:
             with _local_adapter(work.served, files) as served:
                 self.engine = load_engine(served, work.decoding)
@@ -117,33 +135,44 @@ class EngineActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Turn columns of Tokenise into `index`, `text`, `error`, `num_tokens` and what all rows share.
 
-        They share `engine`, `seconds` and the refusal.
+        They share `engine`, `seconds`, the refusal and `stop`.
         """
         started = time.monotonic()
-        count = len(batch["index"])
-        texts = [""] * count
-        num_tokens = [0] * count
-        errors = [str(error) for error in batch["error"]]
-        if self.refusal is None:
-            rows = [row for row, error in enumerate(errors) if not error]
-            prompts = [[int(token) for token in batch["prompt"][row]] for row in rows]
-            outputs = self._generate(prompts)
-            for row, output in zip(rows, outputs, strict=True):
-                texts[row], num_tokens[row], errors[row] = output
-        name = "" if self.refusal else self.engine.name
+        numbers = [int(number) for number in batch["index"]]
+        count = len(numbers)
+        stop = self.witnessed.stop or str(batch["stop"][0])
+        is_idle = bool(stop) or self.refusal is not None
+        done = {} if is_idle else self._generate_all(numbers, batch["prompt"], batch["error"])
+        texts, num_tokens, errors = zip(*(done.get(number, ("", 0, "")) for number in numbers), strict=True)
+        name = "" if is_idle else self.engine.name
         where = str(self.refusal.where) if self.refusal else ""
         problem = self.refusal.problem if self.refusal else ""
         return {
-            "index": batch["index"],
-            "text": texts,
-            "error": errors,
-            "num_tokens": num_tokens,
+            "index": numbers,
+            "text": list(texts),
+            "error": list(errors),
+            "num_tokens": list(num_tokens),
             "engine": [name] * count,
             "seconds": [time.monotonic() - started] * count,
             "is_refused": [self.refusal is not None] * count,
             "refused_where": [where] * count,
             "refused_problem": [problem] * count,
+            "stop": [stop] * count,
         }
+
+    def _generate_all(self, numbers: list[int], prompts: Any, errors: Any) -> dict[int, tuple[str, int, str]]:
+        """Return (text, number of new tokens, error) of each row, by its number, without a row's death.
+
+        `prompts` and `errors` are columns of Tokenise.
+        """
+        failed = {number: str(error) for number, error in zip(numbers, errors, strict=True) if error}
+        prompt_of = dict(zip(numbers, prompts, strict=True))
+        done: dict[int, tuple[str, int, str]] = {}
+        sound = [number for number in numbers if number not in failed]
+        for piece in self.witnessed.pieces(sound, failed):
+            outputs = self._generate([[int(token) for token in prompt_of[number]] for number in piece])
+            done.update(zip(piece, outputs, strict=True))
+        return {**done, **{number: ("", 0, error) for number, error in failed.items()}}
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
         """Return (text, number of new tokens, error) of each prompt.
@@ -230,7 +259,8 @@ def _cpus_of_this_node() -> int:
 def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool) -> Iterator[Report]:
     """Generate for the rows with these numbers, which ascend; yield the report of each batch as it is done.
 
-    Needs a connected Ray. Raises InputError if the model can't be loaded.
+    Needs a connected Ray. Raises InputError if the model can't be loaded, and EnginesDiedError if processes
+    die again and again without a finished row.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -239,6 +269,8 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
     windows = [{"numbers": list(numbers[start : start + window])} for start in range(0, len(numbers), window)]
     batches = _dataset(work, rows, windows, pool).iter_batches(batch_size=None, prefetch_batches=0)
     for batch in batches:
+        if batch["stop"][0]:
+            raise EnginesDiedError(batch["stop"][0])
         if batch["is_refused"][0]:
             raise InputError(batch["refused_where"][0], batch["refused_problem"][0])
         columns = (batch["index"].tolist(), batch["text"].tolist(), batch["error"].tolist())
@@ -260,10 +292,17 @@ def _dataset(work: Work, rows: RowStore, windows: list[dict[str, Any]], pool: Po
     Its operators ask for small shares of a CPU: on one core, all must run side by side.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    reader_class = ray.remote(RowReader).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4)
+    servers: dict[str, Any] = {
+        "num_cpus": 0,
+        "scheduling_strategy": here,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+    }
+    reader = ray.remote(RowReader).options(**servers, max_concurrency=4).remote(rows)  # type: ignore[attr-defined]
+    witness = ray.remote(Witness).options(**servers).remote(_TOKENIZER, _ENGINE)  # type: ignore[attr-defined]
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
         Tokenise,
-        fn_constructor_args=(work, reader_class.remote(rows)),
+        fn_constructor_args=(work, reader, witness),
         batch_size=1,
         compute=ActorPoolStrategy(size=1),
         num_cpus=0.25,
@@ -279,7 +318,7 @@ def _dataset(work: Work, rows: RowStore, windows: list[dict[str, Any]], pool: Po
     engines_per_node = -(-pool.num_workers // max(1, len(_cpus_of_nodes())))
     return dataset.map_batches(
         EngineActor,
-        fn_constructor_args=(work, pool.on_gpu, engines_per_node, files),
+        fn_constructor_args=(work, pool.on_gpu, engines_per_node, files, witness),
         batch_size=batch_rows,
         compute=ActorPoolStrategy(size=pool.num_workers),
         num_cpus=0.25,

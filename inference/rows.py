@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.data.examples import Example, checked_examples
+from qlora.files import replacing
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,23 @@ class RowStore:
 
 
 def store_rows(path: Path, folder: Path) -> RowStore:
-    """Check all rows of a file and keep them in `folder`. Raises InputError as `load_examples` does."""
+    """Check all rows of a file and keep them in `folder`, in place of what is kept there.
+
+    Raises InputError as `load_examples` does.
+    """
     offsets = array("q")
     digest = hashlib.sha256()
     has_outputs = True
     kept = folder / "rows.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(kept, "wb") as file:
+    end = 0
+    with replacing(kept, "batch rows") as file:
         for example in checked_examples(path, need_output=False):
             content = [example.id, example.instruction, example.output]
-            line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
-            offsets.append(file.tell())
-            digest.update(line)
+            line = json.dumps(content, ensure_ascii=False) + "\n"
+            encoded = line.encode()
+            offsets.append(end)
+            digest.update(encoded)
             file.write(line)
+            end += len(encoded)
             has_outputs = has_outputs and example.output is not None
     return RowStore(path=kept, offsets=offsets, digest=digest.hexdigest(), has_outputs=has_outputs)

@@ -1,10 +1,10 @@
-"""Owns failpoints: a name for every durable write, so that a test can end the process right before or after it.
+"""Owns failpoints: names of every durable write, so that a test can end the process right before or after it.
 
-A sweep that may be killed anywhere has to be tried everywhere, so the places are enumerated: whatever outlives
-a process (a rename, an append, a request to the tracking server) is done within `durable(NAME)`. Nothing
-happens there unless $QLORA_FAILPOINTS names a folder. Then each passage is counted, over all processes of
-this machine, in FOLDER/passed/NAME, and where FOLDER/kill reads `NAME before N` or `NAME after N`, the process
-that comes there for the Nth time ends by SIGKILL, as a machine that is taken away ends it.
+A sweep that may be killed anywhere has to be tried everywhere, so the places are enumerated: whatever
+outlives a process (a rename, an append, a request to the tracking server) is done within `durable(NAME)`.
+Nothing happens there unless $QLORA_FAILPOINTS names a folder. Then each passage is counted, over all
+processes of this machine, in FOLDER/passed/NAME, and where FOLDER/kill reads `NAME before N` or `NAME after
+N`, the process that comes there for the Nth time ends by SIGKILL, as a machine that is taken away ends it.
 
 Refuses to know what is written. Source of the idea: https://www.sqlite.org/testing.html#crash_testing
 """

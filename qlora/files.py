@@ -6,8 +6,10 @@ within a folder is atomic (https://pubs.opengroup.org/onlinepubs/9799919799/func
 Refuses to know what files mean.
 """
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,9 @@ from qlora.config import InputError
 from qlora.failpoints import durable
 
 _UNFINISHED = ".part"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+_FULL_PLACE = re.compile(rf"(?:{'|'.join(_NO_SPACE_WORDS)}): '([^'\n]+)'")
 
 
 def write_text(path: Path, text: str, point: str | None = None) -> None:
@@ -60,6 +65,19 @@ def remove_unfinished(folder: Path) -> None:
 def write_json(path: Path, content: Any, point: str | None = None) -> None:
     """Replace `path` with readable JSON in one move; `point` is that of `write_text`."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", point)
+
+
+def disk_without_space(error: BaseException | None) -> str | None:
+    """Return which place is full if an error, or what it was raised from, says so; None for any other."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE and error.filename:
+            return str(error.filename)
+        text = str(error)
+        if any(words in text for words in _NO_SPACE_WORDS):  # other processes' errors come as text
+            found = _FULL_PLACE.search(text)
+            return found[1] if found else "a disk that this work writes to"
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:

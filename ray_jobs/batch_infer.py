@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,7 +21,7 @@ from ray_jobs.cli import (
     positive_int,
     show_line,
 )
-from workflows.session import EXIT_ROWS_FAILED, connect_ray, run
+from workflows.session import EXIT_ROWS_FAILED, StoppedError, check_writable, connect_ray, resume_with, run
 
 
 def main() -> None:
@@ -41,34 +42,44 @@ def main() -> None:
     for line in model.overridden:
         print(line)
 
+    from inference.attempts import EnginesDiedError
     from inference.engine import ServedModel
-    from inference.job import Progress, model_facts, open_job, run_job
+    from inference.job import JobResult, Progress, model_facts, open_job, run_job
     from inference.pipeline import Work, plan_pool
     from workflows.batch_summary import closing_words, note_prediction
 
     work = Work(ServedModel(model.base, model.adapter_folder), model.prompt, decoding, room)
     output = Path(arguments.output)
+    check_writable(output.parent, Path(tempfile.gettempdir()))
 
     def show(progress: Progress) -> None:
         if not arguments.quiet:
             show_line(str(progress), progress.num_done == progress.num_rows)
 
+    def record(job_id: str, result: JobResult) -> None:
+        if model.registered:
+            prompt = model.prompt.name
+            note_prediction(model.registered, job_id, result, decoding, arguments.input, output, prompt)
+
     with open_job(Path(arguments.input), output) as rows:
+        resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
         facts = model_facts(work, uri, base_revision(config))
         if not arguments.quiet:
             show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
-        result = run_job(
-            work,
-            rows,
-            output,
-            facts,
-            lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
-            resume=arguments.resume,
-            progress=show,
-        )
-    if model.registered:
-        note_prediction(model.registered, result, decoding, arguments.input, output, model.prompt.name)
+        try:
+            result = run_job(
+                work,
+                rows,
+                output,
+                facts,
+                lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
+                resume=arguments.resume,
+                progress=show,
+                record=record,
+            )
+        except EnginesDiedError as error:
+            raise StoppedError(str(error)) from error
     print(closing_words(result, output))
     if result.num_failed:
         sys.exit(EXIT_ROWS_FAILED)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qlora.config import InputError
 from ray_jobs.cli import CommandParser, add_model_options, model_options, show_progress
-from workflows.session import run
+from workflows.session import check_writable, resume_with, run
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     output = Path(arguments.output)
     if output.is_dir():
         raise InputError(output, "is a folder; name a file")
+    check_writable(output.parent)
     from qlora.data.examples import examples_digest, load_examples
 
     examples = load_examples(arguments.data, need_output=True)
@@ -82,6 +83,7 @@ def main() -> None:
 
         told = {key: settings[key] for key in ("data", "data_digest", "prompt", "shots")}
         metrics = {"mean_perplexity": mean, "count": len(values)}
+        resume_with(f"the result is in {output}; for its record run the same command again")
         note_use(model_choice.registered, "evaluation", told, metrics, [output])
     print(f"mean perplexity {mean:.4f} over {len(values)} examples -> {arguments.output}")
 

@@ -4,12 +4,15 @@ python ray_jobs/study.py --study studies/quick.yaml
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
-from workflows.session import RESULTS_FOLDER, connect_ray, run
+from workflows.lock import locked
+from workflows.session import PROJECT_ROOT, RESULTS_FOLDER, check_writable, connect_ray, resume_with, run
 
 
 def main() -> None:
@@ -41,13 +44,17 @@ def main() -> None:
 
     prepared, folder = prepare_study(study), RESULTS_FOLDER / "studies" / name
     steps = StudySteps(prepared, folder, lambda line: print(line, flush=True))
-    study_id = steps.claim()
-    connect_ray()
-    import ray
+    check_writable(folder, PROJECT_ROOT / "mlruns", Path(tempfile.gettempdir()))
+    with locked(folder):
+        remove_unfinished(folder)
+        study_id = steps.claim()
+        resume_with("the study can go on: run the same command again")
+        connect_ray()
+        import ray
 
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
-    print(publish_study(name, study_id, folder, prepared, found))
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
+        print(publish_study(name, study_id, folder, prepared, found))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ python ray_jobs/tune.py --space search_spaces/quickstart.yaml
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
-from workflows.session import RESULTS_FOLDER, run
+from workflows.lock import locked
+from workflows.session import PROJECT_ROOT, RESULTS_FOLDER, check_writable, run
 
 
 def main() -> None:
@@ -38,10 +41,13 @@ def main() -> None:
             return
         from workflows.sweep.start import start
 
-        started = start(sweep.space)  # hosts load their libraries while this process loads its own
-        from workflows.sweep.run import run_and_register
+        check_writable(folder, PROJECT_ROOT / "mlruns", Path(tempfile.gettempdir()))
+        with locked(folder, sweep.space.storage and f"{sweep.space.storage.rstrip('/')}/{name}"):
+            remove_unfinished(folder)
+            started = start(sweep.space)  # hosts load their libraries while this process loads its own
+            from workflows.sweep.run import run_and_register
 
-        run_and_register(sweep, inputs, started, resume=bool(arguments.resume))
+            run_and_register(sweep, inputs, started)
     from workflows.sweep.closing import closing_words
 
     summary = sweep.summary()

@@ -231,9 +231,9 @@ def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
             ]
         )
     failed = "".join(
-        f'<p class="note">{text(trial.name)} failed: {text(trial.reason)}</p>'
+        f'<p class="note">{text(trial.name)} {text(trial.status)}: {text(trial.reason)}</p>'
         for trial in order
-        if trial.status == "failed"
+        if trial.status in ("failed", "diverged")
     )
     return table(heads, rows, best=0) + failed
 

@@ -98,8 +98,8 @@ def wait_for_rows(folder: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """Processes of the pool's engines among a command's descendants."""
+def processes_of(process: subprocess.Popen, name: str) -> list[int]:
+    """Processes of Ray actors with this in their name among a command's descendants."""
     listing = subprocess.run(
         ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines()[1:]
@@ -109,7 +109,9 @@ def workers_of(process: subprocess.Popen) -> list[int]:
         return pid == process.pid or (pid in parents and descends(parents[pid]))
 
     return [
-        int(line.split()[0]) for line in listing if "EngineActor" in line and descends(int(line.split()[0]))
+        int(line.split()[0])
+        for line in listing
+        if "ray::" in line and name in line and descends(int(line.split()[0]))
     ]
 
 
@@ -120,7 +122,7 @@ def test_killed_workers_and_drivers_lose_no_finished_row(
     output = tmp_path / "out.json"
     first = infer(tiny_base, many, output)
     wait_for_rows(tmp_path, 20)
-    workers = workers_of(first)
+    workers = processes_of(first, "EngineActor")
     assert workers
     for worker in workers:
         os.kill(worker, signal.SIGKILL)

@@ -14,12 +14,13 @@ from test_training import losses
 import qlora.perplexity
 import tuning.host
 import tuning.shared_work
-from qlora.checkpoint import verify_checkpoint
+from qlora.checkpoint_files import verify_checkpoint
 from qlora.config import BaseModelSettings
 from qlora.lora.bank import load_bank
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import Training
+from tuning.checkpoints import Storage
 from tuning.host import Host, SweepData
 from tuning.space import Space
 
@@ -55,11 +56,11 @@ def data(tiny_base) -> SweepData:
 
 
 def run(
-    host: Host, name: str, config: dict, folder: Path, checkpoints: tuple[str, ...] = ()
+    host: Host, name: str, config: dict, folder: Path, checkpoint: str | None = None
 ) -> list[dict[str, float]]:
     """A trial as tuning.trial has it, without Ray."""
     found = []
-    for step in host.attach(name, f"holder of {name}", config, checkpoints):
+    for step in host.attach(name, f"holder of {name}", config, checkpoint):
         target = folder / f"{name}-{step}"
         target.mkdir()
         found.append(host.advance(name, step, str(target)))
@@ -169,9 +170,7 @@ def test_a_trial_whose_work_fails_in_company_is_the_only_one_to_fail(data, tmp_p
 
     monkeypatch.setattr(tuning.shared_work, work, without_rank_8)
     host = Host(data, 1)
-    steps = {
-        name: host.attach(name, name, config, ()) for name, config in (("a", CONFIGS[0]), ("b", CONFIGS[1]))
-    }
+    steps = {name: host.attach(name, name, config) for name, config in (("a", CONFIGS[0]), ("b", CONFIGS[1]))}
     for name in "ab":
         (tmp_path / name).mkdir()
     with ThreadPoolExecutor(2) as pool:
@@ -180,7 +179,7 @@ def test_a_trial_whose_work_fails_in_company_is_the_only_one_to_fail(data, tmp_p
             host.advance("b", steps["b"][0], str(tmp_path / "b"))
         assert good.result()["step"] == steps["a"][0]
     assert [8] in tried, "it was tried alone"
-    assert host.attach("c", "c", CONFIGS[2], ()), "the host is there for others"
+    assert host.attach("c", "c", CONFIGS[2]), "the host is there for others"
 
 
 def test_a_host_outlives_a_failure_after_out_of_memory(data, tmp_path, monkeypatch):
@@ -300,24 +299,53 @@ def test_a_failing_trial_ends_alone(data, tmp_path):
         assert sound.result()[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[1])[1], rel=1e-4)
 
 
-def test_a_trial_goes_on_from_its_newest_whole_checkpoint(data, tmp_path):
+def test_a_trial_goes_on_from_a_checkpoint(data, tmp_path):
     whole = run(Host(data, 1), "whole", CONFIGS[2], tmp_path)
     first = Host(data, 1)
-    steps = first.attach("t", "holder", CONFIGS[2], ())
-    for step in steps[:2]:
-        (tmp_path / f"t-{step}").mkdir()
-        first.advance("t", step, str(tmp_path / f"t-{step}"))
-    good, damaged = (tmp_path / f"t-{step}" for step in steps[:2])
-    verify_checkpoint(damaged)
-    (damaged / "position.json").write_text("{}")
-    rest = run(Host(data, 1), "again", CONFIGS[2], tmp_path, (str(damaged), str(good)))
+    steps = first.attach("t", "holder", CONFIGS[2])
+    first.advance("t", steps[0], str(tmp_path))
+    rest = run(Host(data, 1), "again", CONFIGS[2], tmp_path, str(tmp_path))
     assert [point["step"] for point in rest] == steps[1:]
     assert rest[-1]["public_perplexity"] == pytest.approx(whole[-1]["public_perplexity"], rel=1e-5)
 
 
+def test_a_stopped_host_keeps_where_its_trials_stand(data, tmp_path):
+    """Between two reports, too; a trial that goes on from there reports what it would have reported."""
+    long = {**CONFIGS[1], "epochs": 40}  # at a rate that does not multiply roundings
+    whole = run(Host(data, 1), "whole", long, tmp_path)
+    first, storage = Host(data, 1), Storage.at(str(tmp_path))
+    last = first.attach("t", "holder", long)[-1]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(first.advance, "t", last, str(tmp_path / "report"))
+        try:
+            while not first._seats["t"].work.seen:
+                time.sleep(0.001)
+            assert first.stop(storage) == 1
+        finally:
+            first.detach("t")
+        assert isinstance(asked.exception(), RuntimeError)
+    stopped = tmp_path / "t" / "checkpoint_stopped"
+    verify_checkpoint(stopped)
+    again = Host(data, 1)
+    assert again.attach("t", "holder", long, str(stopped))[-1] == last
+    (tmp_path / "again").mkdir()
+    found = again.advance("t", last, str(tmp_path / "again"))
+    assert found["training_loss"] == pytest.approx(mean_loss(whole), rel=1e-5)
+    assert found["public_perplexity"] == pytest.approx(whole[-1]["public_perplexity"], rel=1e-5)
+
+
+def mean_loss(curve: list[dict]) -> float:
+    """The mean training loss over all steps of a curve, whose points have that since the point before."""
+    starts = [0, *(point["step"] for point in curve)]
+    loss = sum(
+        point["training_loss"] * (point["step"] - start) for start, point in zip(starts, curve, strict=False)
+    )
+    return loss / curve[-1]["step"]
+
+
 def test_a_seat_is_given_up_when_its_holder_takes_another(data, tmp_path):
     host = Host(data, 1)
-    host.attach("old", "same holder", CONFIGS[0], ())
+    host.attach("old", "same holder", CONFIGS[0])
     reply: list[Exception] = []
 
     def advance() -> None:
@@ -328,7 +356,7 @@ def test_a_seat_is_given_up_when_its_holder_takes_another(data, tmp_path):
 
     waiting = threading.Thread(target=advance)
     waiting.start()
-    host.attach("new", "same holder", CONFIGS[1], ())
+    host.attach("new", "same holder", CONFIGS[1])
     waiting.join(timeout=60)
     assert "detached" in str(reply[0]) or "schedule" in str(reply[0])
     with pytest.raises(KeyError):

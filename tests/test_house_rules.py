@@ -40,6 +40,7 @@ BASES = {
     "torch.autograd.Function",
     "tune.Callback",
     "TrialScheduler",
+    "SearchAlgorithm",
     "PythonModel",
     "argparse.ArgumentParser",
     "yaml.SafeLoader",

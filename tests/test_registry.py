@@ -18,6 +18,7 @@ from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialS
 from qlora.data.prompts import PROMPT_FOLDER
 from ray_jobs.promote import table
 from tracking import logged_model, registry, runs
+from tracking import store as tracking_store
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [ROOT / "qlora", ROOT / "inference"]
@@ -37,15 +38,15 @@ def store(request, tmp_path_factory):
         )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        patch.setattr(runs, "PROJECT_ROOT", folder)
+        patch.setattr(tracking_store, "PROJECT_ROOT", folder)
         yield folder
     mlflow.set_tracking_uri(None)
 
 
 def logged(store, tiny_base, run_name: str, seed: int = 0) -> tuple[str, str]:
     """(run, URI) of a logged adapter that was never trained, with weights of its own."""
-    client = runs.connect()
-    run = client.create_run(runs.ensure_experiment(client, "course"), run_name=run_name).info.run_id
+    client = tracking_store.connect()
+    run = client.create_run(tracking_store.ensure_experiment(client, "course"), run_name=run_name).info.run_id
     client.log_param(run, "lora_r", 4)
     bank = tiny_bank()
     adapter = bank.attach(TrialSettings(lora_r=4, seed=seed))
@@ -117,7 +118,7 @@ def test_the_better_adapter_is_champion_and_there_is_a_way_back(store, tiny_base
         registry.fetch_adapter("models:/course@champion").model_uri == better.model_uri == "models:/course/3"
     )
     assert registry.fetch_adapter("models:/course@challenger").model_uri == "models:/course/4"
-    description = runs.connect().get_model_version("course", "1").description
+    description = tracking_store.connect().get_model_version("course", "1").description
     assert description.startswith("Not champion: version 3 took its place.")
     assert not registry.promote("course", "2").is_champion
     assert registry.roll_back("course").model_uri == "models:/course/1"
@@ -186,7 +187,7 @@ def test_a_version_knows_how_it_is_served_and_says_so(store, tiny_base):
     )
     by_id = registry.fetch_adapter(uri)
     assert (by_id.base_model, by_id.quantization) == (str(tiny_base), "none"), "its own settings say so, too"
-    description = runs.connect().get_model_version("served", "1").description
+    description = tracking_store.connect().get_model_version("served", "1").description
     for words in ("Champion: the first champion", "**5**", "base alone 9", "--model models:/served/1"):
         assert words in description
 
@@ -194,16 +195,16 @@ def test_a_version_knows_how_it_is_served_and_says_so(store, tiny_base):
 def test_a_champion_that_was_made_by_hand_can_be_gone_back_to(store, tiny_base):
     run, uri = logged(store, tiny_base, "by-hand", seed=8)
     registry.register("hand", uri, run, 5.0, "d", {})
-    runs.connect().delete_registered_model_tag("hand", "champions")
+    tracking_store.connect().delete_registered_model_tag("hand", "champions")
     run, uri = logged(store, tiny_base, "by-register", seed=9)
     assert registry.register("hand", uri, run, 4.0, "d", {}).is_champion
     assert registry.roll_back("hand").model_uri == "models:/hand/1"
     run, uri = logged(store, tiny_base, "by-alias", seed=10)
     registry.register("hand", uri, run, 9.0, "d", {})
-    runs.connect().set_registered_model_alias("hand", "champion", "3")
+    tracking_store.connect().set_registered_model_alias("hand", "champion", "3")
     rolled = registry.roll_back("hand")
     assert (rolled.model_uri, rolled.reason) == ("models:/hand/1", "rolled back from version 3")
-    runs.connect().delete_model_version_tag("hand", "3", "public_perplexity")
+    tracking_store.connect().delete_model_version_tag("hand", "3", "public_perplexity")
     assert "no public perplexity is known of it" in registry.promote("hand", "3").reason
 
 
@@ -216,8 +217,10 @@ def test_uses_are_linked_to_the_version_that_made_them(store, tiny_base):
         {"data": "public.json"},
         {"mean_perplexity": 5.1},
     )
-    client = runs.connect()
-    found = client.search_runs([runs.ensure_experiment(client, "linked")], "tags.kind = 'evaluation'")
+    client = tracking_store.connect()
+    found = client.search_runs(
+        [tracking_store.ensure_experiment(client, "linked")], "tags.kind = 'evaluation'"
+    )
     assert [
         (one.info.status, one.data.tags["model_uri"], one.data.metrics["mean_perplexity"]) for one in found
     ] == [("FINISHED", "models:/linked/1", 5.1)]
@@ -239,7 +242,7 @@ def test_a_sweeps_runs_and_files(store, tmp_path):
     with tracker.system_metrics():
         pass
     tracker.end("FINISHED", {"zero_shot_public_perplexity": 9.0})
-    client = runs.connect()
+    client = tracking_store.connect()
     run = client.get_run(tracker.parent_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["hardware"] == "two cores"

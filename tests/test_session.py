@@ -1,5 +1,6 @@
 """How a command ends and what it leaves on the screen and in its process."""
 
+import errno
 import os
 import random
 import subprocess
@@ -19,6 +20,7 @@ from qlora.base.model import load_config
 from qlora.config import BaseModelSettings, DecodingSettings, InputError, TrialSettings
 from qlora.served import load_served
 from qlora.training import Training
+from tracking.errors import TrackingAwayError
 from tuning.device import this_device
 from tuning.ledger import TrialRecord
 from tuning.model_size import model_size
@@ -35,7 +37,17 @@ from workflows.sweep.start import check_resources
         (InputError("a.json:row 1", "has no id"), 2, "error: a.json:row 1: has no id"),
         (StoppedError("go on with --resume x"), 3, "stopped: go on with --resume x"),
         (FailedError("the proof was refused"), 1, "failed: the proof was refused"),
-        (KeyboardInterrupt(), 3, "stopped: by the keyboard"),
+        (KeyboardInterrupt(), 3, "stopped: by SIGINT; run the same command again"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file"),
+            3,
+            "stopped: no space on /full/file; free some, then run the same command again",
+        ),
+        (
+            TrackingAwayError("the tracking server x can't be reached: refused"),
+            2,
+            "error: the tracking server x can't be reached: refused; start it, or set MLFLOW_TRACKING_URI",
+        ),
     ],
 )
 def test_a_command_ends_as_its_contract_says(error, code, line, capsys, monkeypatch):

@@ -110,7 +110,7 @@ def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
     for name, value in {"a": 10.0, "b": 20.0, "c": 30.0}.items():
         ledger.put(record(name, value, status="running"))
     asha = RestoredASHA(
-        tmp_path,
+        list(Ledger(tmp_path).records.values()),
         time_attr="schedule_percent",
         max_t=100,
         grace_period=25,
@@ -128,7 +128,7 @@ def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
 
     assert decide("new", 25.0) == "STOP"
     fresh = RestoredASHA(
-        tmp_path / "none",
+        [],
         time_attr="schedule_percent",
         max_t=100,
         grace_period=25,
@@ -234,7 +234,11 @@ def test_bounds_that_ray_tune_or_optuna_would_not_keep_are_refused(sampler):
 @pytest.mark.parametrize("sampler", [{"qrandint": [1, 64, 4]}, {"qrandn": [8, 2, 1]}], ids=str)
 def test_a_sweep_from_before_keeps_the_samplers_it_started_with(sampler, tmp_path):
     space = load_space("search_spaces/quickstart.yaml", []).model_dump(mode="json")
-    content = {"space_file": "a.yaml", "digests": {}, "space": {**space, "search": {"lora_r": sampler}}}
+    content = {
+        "space_file": "a.yaml",
+        "digests": {"train": "d"},
+        "space": {**space, "search": {"lora_r": sampler}},
+    }
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     stored = reopen_sweep(tmp_path).space
     assert stored.search == {"lora_r": sampler}

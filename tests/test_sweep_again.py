@@ -10,12 +10,10 @@ from pathlib import Path
 import optuna
 import pytest
 from conftest import command
-from ray import tune as tune_library
 from safetensors.torch import load_file, save_file
 from servers import object_store
 
-from tuning.ledger import Ledger
-from tuning.restored_checkpoints import mend_checkpoints
+from qlora.checkpoint_files import write_manifest
 
 pytestmark = pytest.mark.ray
 FEW = ("--set", "num_samples=3", "--set", "search.epochs={choice: [2]}")
@@ -113,9 +111,15 @@ def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, dra
     """Its file was damaged after its evaluation; once it is whole again, the sweep ends as it would have."""
     folder = unregistered_copy(project, "damaged")
     trial, file = drawn["best"]["trial_id"], "checkpoint_*/adapter/adapter_model.safetensors"
-    (path,) = (folder / "ray").glob(f"*{trial}*/{file}")
+    paths = [
+        path
+        for path in (folder / "ray").glob(f"*{trial}*/{file}")
+        if json.loads((path.parent.parent / "position.json").read_text())["step"] == drawn_best_step(drawn)
+    ]
+    (path,) = paths
     whole, before, runs = path.read_bytes(), versions(project), set(sweep_runs(project))
     save_file({name: 3 * tensor for name, tensor in load_file(path).items()}, path)
+    write_manifest(path.parent.parent)  # so that it is whole, but not what was measured
     last = tune(project, "--resume", "damaged", status=1).splitlines()[-1]
     assert last.startswith("failed: ")
     assert "when it is loaded back, not the reported" in last
@@ -124,44 +128,92 @@ def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, dra
     (run,) = set(sweep_runs(project)) - runs
     assert sweep_runs(project)[run] == "FAILED"
     path.write_bytes(whole)
+    write_manifest(path.parent.parent)
     tune(project, "--resume", "damaged")
     assert sweep_runs(project)[run] == "FINISHED"
     assert summary(project, "damaged")["best"]["public_perplexity"] == drawn["best"]["public_perplexity"]
     assert versions(project) == before + 1
 
 
-def test_a_sweep_whose_state_is_lost_does_not_start_afresh(project, drawn):
+def steps(checkpoints: Path) -> list[int]:
+    found = checkpoints.glob("checkpoint_*/position.json")
+    return sorted(json.loads(path.read_text())["step"] for path in found)
+
+
+def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
+    """Ray's state is lost, one trial stood at its first report, another had not begun."""
     folder = unregistered_copy(project, "lost")
-    shutil.rmtree(folder / "ray")
-    out = tune(project, "--resume", "lost", status=2)
-    assert "its state is damaged and lost trials that had run" in out.splitlines()[-1]
-
-
-@pytest.mark.parametrize("left", [True, False], ids=["a newer one is there", "none is left"])
-def test_a_trial_goes_on_from_a_checkpoint_that_exists(project, drawn, left):
-    """Ray's state names checkpoint N, deleted when N + 1 came, just before the driver was killed."""
-    folder = unregistered_copy(project, f"stale-{left}")
-    best = drawn["best"]
-    records = Ledger(folder / "trials").records
-    for path in (folder / "ray").glob(f"*{best['trial_id']}*/checkpoint_*"):
-        if left:
-            path.rename(path.with_name("checkpoint_000007"))
-        else:
+    for path in (folder / "ray").iterdir():
+        if path.is_file():
+            path.unlink()
+    first, second, third = sorted((folder / "trials").iterdir())
+    third.unlink()
+    record = json.loads(second.read_text())
+    kept = folder / "ray" / record["trial_id"]
+    before, last = steps(kept)
+    reached = [point for point in record["curve"] if point["step"] <= before]
+    record |= {"status": "running", "curve": reached, "ended_at": None}
+    second.write_text(json.dumps(record))
+    for path in kept.glob("checkpoint_*"):
+        if json.loads((path / "position.json").read_text())["step"] == last:
             shutil.rmtree(path)
-    trials = {trial.trial_id: trial for trial in tune_library.ExperimentAnalysis(str(folder / "ray")).trials}
-    others = {name: trial.checkpoint.path for name, trial in trials.items() if name != best["trial_id"]}
-    for name, trial in trials.items():
-        mend_checkpoints(trial, records[name])
-    assert {name: trials[name].checkpoint.path for name in others} == others
-    trial = trials[best["trial_id"]]
-    if not left:
-        assert trial.checkpoint is None
-        assert not trial.run_metadata.checkpoint_manager.best_checkpoint_results
-        return
-    assert Path(trial.checkpoint.path).name == "checkpoint_000007"
-    (kept,) = trial.run_metadata.checkpoint_manager.best_checkpoint_results
-    assert kept.metrics["public_perplexity"] == records[best["trial_id"]].curve[-1]["public_perplexity"]
-    assert trial.storage.current_checkpoint_index == 7
+    ended = first.read_text()
+    tune(project, "--resume", "lost")
+    assert first.read_text() == ended, "a trial that had ended is left alone"
+    found = {trial["trial_id"]: trial for trial in summary(project, "lost")["trials"]}
+    expected = {trial["trial_id"]: trial for trial in drawn["trials"]}
+    assert set(found) == set(expected) == {"42_00000", "42_00001", "42_00002"}
+    for name, trial in expected.items():
+        assert found[name]["config"] == trial["config"]
+        assert [point["step"] for point in found[name]["curve"]] == [
+            point["step"] for point in trial["curve"]
+        ]
+        for one, other in zip(found[name]["curve"], trial["curve"], strict=True):
+            assert one["public_perplexity"] == pytest.approx(other["public_perplexity"], rel=1e-5)
+    assert steps(kept) == [before, last]
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["the one before is whole", "none is whole"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(project, drawn, left):
+    """The trial goes on from the one before, or from its start, to the same curve."""
+    name = f"damaged-{left}"
+    folder = unregistered_copy(project, name)
+    (path,) = (folder / "trials").glob("*42_00001*")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "status": "running", "ended_at": None}))
+    newest_first = sorted((folder / "ray/42_00001").glob("checkpoint_*"), reverse=True)
+    for checkpoint in newest_first[:1] if left else newest_first:
+        (checkpoint / "adapter/adapter_model.safetensors").write_bytes(b"cut")
+    out = tune(project, "--resume", name)
+    last = record["curve"][-1]["step"]
+    assert f"note        trial 42_00001: the checkpoint of step {last:.0f} is damaged and passed over" in out
+    assert f"step {last:.0f} is damaged and passed over" in "".join(summary(project, name)["host_notes"])
+    assert f"step {last:.0f} is damaged and passed over" in (folder / "report.html").read_text()
+    again = json.loads(path.read_text())["curve"]
+    assert [point["public_perplexity"] for point in again] == pytest.approx(
+        [point["public_perplexity"] for point in record["curve"]], rel=1e-5
+    )
+
+
+def test_a_damaged_best_checkpoint_is_trained_again(project, drawn):
+    """It is verified before it is copied; the trial is set back, and the sweep goes on when it is resumed."""
+    folder = unregistered_copy(project, "cut-best")
+    trial = drawn["best"]["trial_id"]
+    for path in (folder / "ray" / trial).glob("checkpoint_*"):
+        if json.loads((path / "position.json").read_text())["step"] == drawn_best_step(drawn):
+            (path / "adapter/adapter_model.safetensors").write_bytes(b"cut")
+    last = tune(project, "--resume", "cut-best", status=3).splitlines()[-1]
+    assert last.startswith("stopped: ") and "adapter_model.safetensors is missing or damaged" in last
+    assert last.endswith("python ray_jobs/tune.py --resume cut-best")
+    tune(project, "--resume", "cut-best")
+    found = summary(project, "cut-best")["best"]
+    assert found["trial_id"] == trial
+    assert found["public_perplexity"] == pytest.approx(drawn["best"]["public_perplexity"], rel=1e-5)
+
+
+def drawn_best_step(drawn: dict) -> int:
+    (curve,) = (trial["curve"] for trial in drawn["trials"] if trial["trial_id"] == drawn["best"]["trial_id"])
+    return min(curve, key=lambda point: point["public_perplexity"])["step"]
 
 
 def test_trials_go_on_from_another_sweeps_adapter(project, drawn):

@@ -5,8 +5,9 @@ MLflow's pages open on generative AI by themselves.
 """
 
 import os
-import re
 import urllib.parse
+
+from tracking.credentials import without_password
 
 _LOCAL_PAGES = "http://127.0.0.1:5000/"  # where `make ui` serves the embedded store
 _TRAINING = {"workflowType": "machine_learning"}
@@ -45,8 +46,3 @@ def version_link(model_uri: str, root: str) -> str:
     name, _, number = model_uri.removeprefix("models:/").rpartition("/")
     page = f"#/models/{urllib.parse.quote(name)}/versions/{number}"
     return f"{root}{page}?{urllib.parse.urlencode(_TRAINING)}"
-
-
-def without_password(uri: str) -> str:
-    """Return an address without the name and password that it may hold."""
-    return re.sub(r"//[^/]*@", "//", uri)

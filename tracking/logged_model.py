@@ -12,15 +12,16 @@ from typing import Any
 import mlflow
 import pandas
 import yaml
+from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+from qlora.failpoints import durable
 from qlora.provenance import package_versions
-from tracking.runs import connect, tracking_uri
+from tracking.store import asking, connect, tracking_uri
 
-_MODEL_ID = "logged_model"
 _SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "instruction")]),
     outputs=Schema([ColSpec("string", "output")]),
@@ -54,21 +55,93 @@ class FetchedModel:
     settings: Mapping[str, str]
 
 
+@asking()
 def log_model(
     run_id: str, files: ModelFiles, settings: Mapping[str, str], example: str, metadata: Mapping[str, Any]
 ) -> str:
     """Log an adapter as an MLflow model of a run; returns its URI. The same run's model is logged once.
 
-    `settings`: base_model and quantization, which the script needs.
+    One that an ended process left unfinished is finished. `settings`: base_model and quantization, which the
+    script needs.
     """
     client = connect()
     run = client.get_run(run_id)
-    if (known := run.data.tags.get(_MODEL_ID)) is not None:
-        return f"models:/{known}"
+    known = _models_of(client, run)
+    logged = next((model for model in known if _is_ready(model)), known[0] if known else None)
+    for other in known:
+        if other is not logged:
+            _delete(client, other.model_id)
+    if logged is not None and _is_ready(logged):
+        return f"models:/{logged.model_id}"
+    if logged is None:
+        with durable("model created"):
+            logged = client.create_logged_model(
+                run.info.experiment_id, name="adapter", source_run_id=run_id, params=run.data.params
+            )
+    _upload(client, run_id, logged, files, settings, example, metadata)
+    # The run's outputs are appended to, so that a second time would show the model twice.
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if logged.model_id not in [output.model_id for output in outputs]:
+        with durable("model linked"):
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    with durable("model finalized"):
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    return f"models:/{logged.model_id}"
+
+
+@asking()
+def withdraw_model(run_id: str, model_uri: str) -> None:
+    """Take back a model that `log_model` gave, if it is still there: the run's next one is logged anew."""
+    client = connect()
+    for model in _models_of(client, client.get_run(run_id)):
+        if f"models:/{model.model_id}" == model_uri:
+            _delete(client, model.model_id)
+
+
+@asking()
+def fetch_model(source: str) -> FetchedModel:
+    """Bring a model's files to this machine, if they are not here.
+
+    A bare PEFT folder counts as a model, too.
+    """
+    root = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri()))
+    if not (root / "MLmodel").exists():
+        return FetchedModel(root, None, {})
+    flavor = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
+    artifacts = flavor["artifacts"]
+    prompt = root / artifacts["prompt"]["path"] if "prompt" in artifacts else None
+    return FetchedModel(root / artifacts["adapter"]["path"], prompt, flavor.get("config") or {})
+
+
+def _models_of(client: MlflowClient, run: Run) -> list[LoggedModel]:
+    """Return the models that a run has already, finished or not."""
+    query = f"source_run_id = '{run.info.run_id}'"
+    return list(client.search_logged_models([run.info.experiment_id], query))
+
+
+def _is_ready(model: LoggedModel) -> bool:
+    return model.status == LoggedModelStatus.READY
+
+
+def _delete(client: MlflowClient, model_id: str) -> None:
+    with durable("model deleted"):
+        client.delete_logged_model(model_id)
+
+
+def _upload(
+    client: MlflowClient,
+    run_id: str,
+    logged: LoggedModel,
+    files: ModelFiles,
+    settings: Mapping[str, str],
+    example: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Make the model's folder and bring it to the store.
+
+    It is saved, not logged by MLflow, which would load the base here to try the example.
+    """
     requirements = [f"{name}=={version.partition('+')[0]}" for name, version in package_versions().items()]
-    logged = client.create_logged_model(
-        run.info.experiment_id, name="adapter", source_run_id=run_id, params=run.data.params
-    )
     described = Model(
         artifact_path=logged.artifact_location,
         model_uuid=logged.model_id,
@@ -76,7 +149,6 @@ def log_model(
         run_id=run_id,
         metadata=dict(metadata),
     )
-    # Saved, not logged by MLflow, which would load the base here to try the example.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         mlflow.pyfunc.save_model(
@@ -90,29 +162,5 @@ def log_model(
             input_example=pandas.DataFrame({"instruction": [example]}),
             pip_requirements=requirements,
         )
-        client.log_model_artifacts(logged.model_id, str(path))
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    client.set_tag(run_id, _MODEL_ID, logged.model_id)
-    return f"models:/{logged.model_id}"
-
-
-def withdraw_model(run_id: str, model_uri: str) -> None:
-    """Take back a model that `log_model` gave: the run's next one is logged anew."""
-    client = connect()
-    client.delete_tag(run_id, _MODEL_ID)
-    client.delete_logged_model(model_uri.removeprefix("models:/"))
-
-
-def fetch_model(source: str) -> FetchedModel:
-    """Bring a model's files to this machine, if they are not here.
-
-    A bare PEFT folder counts as a model, too.
-    """
-    root = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri()))
-    if not (root / "MLmodel").exists():
-        return FetchedModel(root, None, {})
-    flavor = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
-    artifacts = flavor["artifacts"]
-    prompt = root / artifacts["prompt"]["path"] if "prompt" in artifacts else None
-    return FetchedModel(root / artifacts["adapter"]["path"], prompt, flavor.get("config") or {})
+        with durable("model logged"):
+            client.log_model_artifacts(logged.model_id, str(path))

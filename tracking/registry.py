@@ -1,39 +1,34 @@
 """Owns the registry of adapters: versions of a registered model, their aliases, models:/ URIs -> adapters.
 
-`challenger` is the newest version; `champion` is the best on the public examples it was measured on, until it
-is told otherwise; earlier champions are remembered, for the way back. Refuses to load models.
+`challenger` is the newest version; who is `champion` is decided in tracking.champion. Every command can be
+ended anywhere and be run again: what it left is found and completed. Refuses to load models.
 """
 
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelInput
+from mlflow.entities import LoggedModelInput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from qlora.config import InputError
-from tracking.links import without_password
+from qlora.failpoints import durable
+from tracking import champion
+from tracking.champion import CHAMPION, Registration
+from tracking.credentials import without_password
 from tracking.logged_model import fetch_model
-from tracking.runs import connect, ensure_experiment, tracking_uri
+from tracking.store import asking, connect, ensure_experiment, find_run, tracking_uri
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHALLENGER = "challenger"
 _URI = re.compile(r"models:/(?:(m-[0-9a-f]+)|([^/@:]+)(?:@([^/@:]+)|/(\d+)))")
-_HISTORY = "champions"
-
-
-@dataclass(frozen=True)
-class Registration:
-    """The outcome of a registration: its URI and, in words, whether it is the champion and why."""
-
-    model_uri: str
-    is_champion: bool
-    reason: str
+_READY, _UNKNOWN = "READY", "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,7 @@ class RegisteredAdapter:
     model_id: str | None
 
 
+@asking()
 def register(
     name: str,
     model_uri: str,
@@ -71,36 +67,31 @@ def register(
     tags = {"public_perplexity": repr(public_perplexity), "public_digest": public_digest, **facts}
     version = _version_of_run(client, name, run_id, tags)
     version = version or _create_version(client, name, model_uri, run_id, tags)
-    client.set_registered_model_alias(name, CHALLENGER, version.version)
-    return _crowned_if_better(client, name, version)
+    _link(client, version, model_uri)
+    with durable("alias challenger"):
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+    return champion.crown_if_better(client, name, version)
 
 
+@asking()
 def promote(name: str, number: str) -> Registration:
     """Make a version champion if it is better than the present one.
 
     Raises InputError for an unknown version.
     """
     client = connect()
-    return _crowned_if_better(client, name, _version(client, name, number))
+    return champion.crown_if_better(client, name, _version(client, name, number))
 
 
+@asking()
 def roll_back(name: str) -> Registration:
     """Give the alias back to the champion before the present one. Raises InputError if there was none."""
     client = connect()
     _registered(client, name)
-    champion, history = _champion(client, name), _history(client, name)
-    if champion is not None and str(champion.version) not in history[-1:]:
-        history.append(str(champion.version))  # the alias was set by other means
-    if len(history) < 2:
-        raise InputError(f"models:/{name}", "had no champion before the present one")
-    client.set_registered_model_tag(name, _HISTORY, json.dumps(history[:-1]))
-    client.set_registered_model_alias(name, CHAMPION, history[-2])
-    result = Registration(f"models:/{name}/{history[-2]}", True, f"rolled back from version {history[-1]}")
-    _describe(client, name, _version(client, name, history[-2]), result)
-    _describe_dethroned(client, name, champion, history[-2])
-    return result
+    return champion.roll_back(client, name)
 
 
+@asking()
 def versions(name: str) -> list[dict[str, str]]:
     """List all versions, newest first: their number, aliases and tags.
 
@@ -116,6 +107,7 @@ def versions(name: str) -> list[dict[str, str]]:
     return listed
 
 
+@asking()
 def fetch_adapter(uri: str) -> RegisteredAdapter:
     """Fetch the adapter behind models:/NAME@ALIAS, models:/NAME/VERSION or a logged model's URI.
 
@@ -127,55 +119,68 @@ def fetch_adapter(uri: str) -> RegisteredAdapter:
     model_id, name, alias, number = match.groups()
     client = connect()
     try:
-        if model_id:
-            return _fetched(uri, uri, {}, model_id)
-        if alias == CHAMPION:
-            _refuse_without_champion(client, uri, name)
-        version = (
-            client.get_model_version_by_alias(name, alias)
-            if alias
-            else client.get_model_version(name, number)
-        )
-        source = version.source
-        if source is None:
-            raise InputError(uri, "has no files; register it again")
-        logged = _URI.fullmatch(source)  # a database keeps no model_id
-        return _fetched(source, f"models:/{name}/{version.version}", version.tags, logged and logged[1])
+        with asking():  # a server that is away has nothing to do with this URI
+            if model_id:
+                return _fetched(uri, uri, {}, model_id)
+            if alias == CHAMPION:
+                _refuse_without_champion(client, uri, name)
+            version = (
+                client.get_model_version_by_alias(name, alias)
+                if alias
+                else client.get_model_version(name, number)
+            )
+            source = version.source
+            if source is None:
+                raise InputError(uri, "has no files; register it again")
+            logged = _URI.fullmatch(source)  # a database keeps no model_id
+            return _fetched(source, f"models:/{name}/{version.version}", version.tags, logged and logged[1])
     except MlflowException as error:
         raise InputError(
             uri,
             without_password(f"can't be had from {tracking_uri()}: {error.message}")
             + "; register one with ray_jobs/tune.py or set MLFLOW_TRACKING_URI",
-        ) from error
+        ) from None
 
 
+@asking()
 def note_use(
     model: RegisteredAdapter,
     kind: str,
     facts: Mapping[str, Any],
     metrics: Mapping[str, float],
     files: Sequence[Path] = (),
+    use_id: str | None = None,
 ) -> None:
-    """Log a finished run of kind `evaluation` or `prediction`, linked to the version that made it."""
+    """Log a finished run of kind `evaluation` or `prediction`, linked to the version that made it.
+
+    `use_id`: of this very use; what an ended process left of its run is completed.
+    """
     client = connect()
-    name = model.model_uri.removeprefix("models:/").partition("/")[0]
-    tags = {
-        "kind": kind,
-        "model_uri": model.model_uri,
-        **{key: str(one)[:5000] for key, one in facts.items()},
-    }
-    run = client.create_run(
-        ensure_experiment(client, name),
-        run_name=f"{kind} by {model.model_uri.removeprefix('models:/')}",
-        tags=tags,
-    )
-    if model.model_id:
-        client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
-    for key, value in metrics.items():
-        client.log_metric(run.info.run_id, key, value, model_id=model.model_id)
+    own_name = model.model_uri.removeprefix("models:/")
+    experiment_id = ensure_experiment(client, own_name.partition("/")[0])
+    known = {} if use_id is None else {"use_id": use_id}
+    tags = {"kind": kind, "model_uri": model.model_uri, **known}
+    tags |= {key: str(one)[:5000] for key, one in facts.items()}
+    run = find_run(client, experiment_id, known) if known else None
+    if run is None:
+        with durable("use noted"):
+            run = client.create_run(experiment_id, run_name=f"{kind} by {own_name}", tags=tags)
+    if run.info.status == "FINISHED":
+        return
+    run_id = run.info.run_id
+    if model.model_id and not (run.inputs and run.inputs.model_inputs):
+        with durable("use linked"):
+            client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
+    if not run.data.metrics:
+        now_ms = time.time_ns() // 1_000_000
+        values = [Metric(key, value, now_ms, 0, model_id=model.model_id) for key, value in metrics.items()]
+        with durable("use measured"):
+            client.log_batch(run_id, metrics=values)
     for file in files:
-        client.log_artifact(run.info.run_id, str(file))
-    client.set_terminated(run.info.run_id, "FINISHED")
+        with durable("artifacts logged"):
+            client.log_artifact(run_id, str(file))
+    with durable("run ended"):
+        client.set_terminated(run_id, "FINISHED")
 
 
 def is_model_uri(text: str) -> bool:
@@ -209,20 +214,28 @@ def _refuse_without_champion(client: MlflowClient, uri: str, name: str) -> None:
 def _create_version(
     client: MlflowClient, name: str, model_uri: str, run_id: str, tags: Mapping[str, str]
 ) -> ModelVersion:
-    if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
-        client.create_registered_model(name)
+    if not client.search_registered_models(f"name = '{name}'"):
+        with durable("registered model created"):
+            client.create_registered_model(name)
     model_id = model_uri.removeprefix("models:/")
-    version = client.create_model_version(name, model_uri, run_id, tags=dict(tags), model_id=model_id)
-    link = json.dumps([{"name": name, "version": version.version}])
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: link})
-    return version
+    with durable("version created"):
+        return client.create_model_version(name, model_uri, run_id, tags=dict(tags), model_id=model_id)
+
+
+def _link(client: MlflowClient, version: ModelVersion, model_uri: str) -> None:
+    """Make the logged model's page lead to its version."""
+    link = json.dumps([{"name": version.name, "version": version.version}])
+    with durable("version linked"):
+        client.set_logged_model_tags(model_uri.removeprefix("models:/"), {MLFLOW_MODEL_VERSIONS: link})
 
 
 def _version_of_run(
     client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]
 ) -> ModelVersion | None:
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.run_id == run_id and version.tags.get("public_perplexity") == tags["public_perplexity"]:
+    """Return the version that a run has already; one that never became ready is none."""
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        is_same = version.tags.get("public_perplexity") == tags["public_perplexity"]
+        if is_same and version.status == _READY:
             return version
     return None
 
@@ -231,97 +244,20 @@ def _registered(client: MlflowClient, name: str) -> Any:
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        raise InputError(
-            f"models:/{name}", "is no registered model; register one with ray_jobs/tune.py"
-        ) from error
+        if error.error_code != _UNKNOWN:
+            raise
+        problem = "is no registered model; register one with ray_jobs/tune.py"
+        raise InputError(f"models:/{name}", problem) from None
 
 
 def _version(client: MlflowClient, name: str, number: str) -> ModelVersion:
     _registered(client, name)
     try:
-        return client.get_model_version(name, number)
+        version = client.get_model_version(name, number)
     except MlflowException as error:
-        raise InputError(f"models:/{name}/{number}", "is no version of this model") from error
-
-
-def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
-    number = client.get_registered_model(name).aliases.get(CHAMPION)
-    return client.get_model_version(name, str(number)) if number else None
-
-
-def _history(client: MlflowClient, name: str) -> list[str]:
-    return json.loads(client.get_registered_model(name).tags.get(_HISTORY, "[]"))  # type: ignore[no-any-return]
-
-
-def _crowned_if_better(client: MlflowClient, name: str, version: ModelVersion) -> Registration:
-    champion = _champion(client, name)
-    is_champion, reason = _judge(champion, version)
-    if is_champion and (champion is None or champion.version != version.version):
-        before = _history(client, name) or ([str(champion.version)] if champion else [])
-        client.set_registered_model_tag(name, _HISTORY, json.dumps([*before, str(version.version)]))
-        client.set_registered_model_alias(name, CHAMPION, version.version)
-        _describe_dethroned(client, name, champion, str(version.version))
-    result = Registration(f"models:/{name}/{version.version}", is_champion, reason)
-    _describe(client, name, version, result)
-    return result
-
-
-def _judge(champion: ModelVersion | None, version: ModelVersion) -> tuple[bool, str]:
-    """Decide whether a version becomes (or stays) champion; returns that and why."""
-    if champion is not None and champion.version == version.version:
-        return True, "it is the champion already"
-    if "public_perplexity" not in version.tags:
-        return False, "no public perplexity is known of it; register adapters with ray_jobs/tune.py"
-    ours = float(version.tags["public_perplexity"])
-    zero_shot = float(version.tags.get("zero_shot_public_perplexity", "inf"))
-    if not ours < zero_shot:
-        return (
-            False,
-            f"public perplexity {ours:.4g} is no better than the base alone, which has {zero_shot:.4g}",
-        )
-    if champion is None:
-        return True, "the first champion of this model"
-    if champion.tags.get("public_digest") != version.tags.get("public_digest"):
-        return False, (
-            f"champion version {champion.version} was measured on other public examples; "
-            "measure both on one file with ray_jobs/evaluate.py"
-        )
-    if not _same_tokenizer(champion, version):
-        return False, (
-            f"champion version {champion.version} has another tokenizer, and a perplexity per token means "
-            "nothing across tokenizers; compare texts, with ray_jobs/batch_infer.py"
-        )
-    theirs = float(champion.tags["public_perplexity"])
-    return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {champion.version}"
-
-
-def _same_tokenizer(one: ModelVersion, other: ModelVersion) -> bool:
-    """Tell whether two versions read text alike; versions that don't say have to have the same base."""
-    digests = [version.tags.get("tokenizer_digest") for version in (one, other)]
-    if None not in digests:
-        return digests[0] == digests[1]
-    return one.tags.get("base_model") == other.tags.get("base_model")
-
-
-def _describe_dethroned(client: MlflowClient, name: str, before: ModelVersion | None, successor: str) -> None:
-    if before is not None:
-        reason = f"version {successor} took its place"
-        _describe(client, name, before, Registration(f"models:/{name}/{before.version}", False, reason))
-
-
-def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Registration) -> None:
-    """Write a version's description: verdict, figures, usage."""
-    tags, uri = version.tags, result.model_uri
-    verdict = f"{'Champion' if result.is_champion else 'Not champion'}: {result.reason}."
-    figures = f"Public perplexity **{float(tags.get('public_perplexity', 'nan')):.5g}**"
-    if "zero_shot_public_perplexity" in tags:
-        figures += f", the base alone {float(tags['zero_shot_public_perplexity']):.5g}"
-    usage = (
-        f"```\npython ray_jobs/batch_infer.py --model {uri} --input FILE --output FILE\n"
-        f"python ray_jobs/evaluate.py --adapter {uri} --data FILE --output FILE\n```"
-    )
-    base = tags.get("base_model", "-")
-    trained = f"Base `{base}` in {tags.get('quantization', '-')}, prompt `{tags.get('prompt', '-')}`, "
-    trained += f"sweep `{tags.get('sweep', '-')}`, trial `{tags.get('trial_id', '-')}`."
-    description = "\n\n".join([verdict, f"{figures}.", trained, usage])
-    client.update_model_version(name, version.version, description)
+        if error.error_code != _UNKNOWN:
+            raise
+        raise InputError(f"models:/{name}/{number}", "is no version of this model") from None
+    if version.status != _READY:
+        raise InputError(f"models:/{name}/{number}", f"is not ready but {version.status}")
+    return version

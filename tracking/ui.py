@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from tracking.links import pages_root, trials_link, version_link
 from tracking.registry import CHAMPION
-from tracking.runs import PROJECT_ROOT, connect, tracking_uri
+from tracking.store import PROJECT_ROOT, connect, tracking_uri
 
 
 def main() -> None:
@@ -29,8 +29,10 @@ def main() -> None:
         return
     artifacts = PROJECT_ROOT / "mlruns" / "artifacts"
     arguments = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    arguments += ["--backend-store-uri", tracking_uri(), "--default-artifact-root", str(artifacts)]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    arguments += ["--default-artifact-root", str(artifacts)]
+    # A store's address may have a password in it, and everybody can read a process's arguments.
+    store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri()}
+    environment = {**os.environ, **store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = str(Path(sys.executable).with_name("mlflow"))
     os.execve(server, [server, "server", *arguments], environment)
 

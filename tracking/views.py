@@ -8,12 +8,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tracking.runs import STAGES, connect
+from qlora.failpoints import durable
+from tracking.store import asking, connect
+from tracking.trial_runs import STAGES
 
 _TAG = "mlflow.sharedViewState."
 _SETTINGS, _CURVES = "settings", "curves"
 
 
+@asking()
 def save_comparison(experiment_id: str, sweep: str, parent_run_id: str, settings: Sequence[str]) -> str:
     """Save the view that compares the trials of a sweep over some settings; returns its name, for a link."""
     name = f"sweep-{parent_run_id}"
@@ -37,7 +40,9 @@ def save_comparison(experiment_id: str, sweep: str, parent_run_id: str, settings
             _line("training_loss"),
         ],
     }
-    connect().set_experiment_tag(experiment_id, f"{_TAG}{name}", json.dumps(state))
+    client = connect()
+    with durable("view saved"):
+        client.set_experiment_tag(experiment_id, f"{_TAG}{name}", json.dumps(state))
     return name
 
 

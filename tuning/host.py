@@ -6,23 +6,28 @@ stopped) costs the others nothing. Checkpoints are written by threads of their o
 is done (tuning.shared_work), how hosts are found and how trials report.
 """
 
+import json
+import math
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from qlora.checkpoint import CheckpointContent, CheckpointError, load_checkpoint, verify_checkpoint
+from qlora.checkpoint import CheckpointContent, load_checkpoint
+from qlora.checkpoint_files import SINCE_REPORT
 from qlora.config import TrialSettings
 from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
-from qlora.training import Training
+from qlora.training import DivergedError, StepResult, Training
+from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.space import Space
@@ -78,6 +83,7 @@ class Host:
         torch.set_num_threads(num_threads)
         self._data = data
         self._seats: dict[str, Seat] = {}
+        self._stopped = False
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._work = SharedWork(data.space.base_model, data.budget_tokens)
@@ -92,16 +98,23 @@ class Host:
         return found
 
     def attach(
-        self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: Sequence[str]
+        self,
+        trial_id: str,
+        holder: str,
+        config: dict[str, Any],
+        checkpoint: str | None = None,
+        notes: Sequence[str] = (),
     ) -> list[int]:
-        """Give a trial a seat, at its newest whole checkpoint of those given (newest first) if there is any.
+        """Give a trial a seat, at the checkpoint in a folder if one is given.
 
         Returns the steps at which it is yet to be evaluated. A holder has one seat: what it held before is
-        given up.
+        given up. `notes`: what people should know of how that checkpoint was found.
         """
+        for note in notes:
+            self._work.note(note)
         settings = self._data.space.trial_settings(config)
         weights = self._work.bank.fresh_weights(settings)  # here, where no other trial waits for it
-        return self._ask(lambda: self._attach(trial_id, holder, settings, weights, checkpoints))
+        return self._ask(lambda: self._attach(trial_id, holder, settings, weights, checkpoint))
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder.
@@ -113,10 +126,16 @@ class Host:
         def start() -> "Future[dict[str, Any]]":
             seat = self._seats[trial_id]
             seat.goal, seat.folder, seat.reply = step, folder, Future()
-            seat.work.forget()
             return seat.reply
 
         return self._ask(start).result()
+
+    def stop(self, storage: Storage) -> int:
+        """Do no more work, and keep where each trial stands that is not at a report; returns how many are.
+
+        They are put into the storage as TRIAL/checkpoint_stopped.
+        """
+        return self._ask(lambda: self._stop(storage))
 
     def detach(self, trial_id: str) -> None:
         """Take a trial's seat and memory back, if it has one."""
@@ -154,20 +173,21 @@ class Host:
         """
         waiting = "waiting" if self._seats else None
         with self._changed, self._work.counted(waiting):
-            self._changed.wait_for(
-                lambda: self._calls or any(seat.goal is not None for seat in self._seats.values())
-            )
+            self._changed.wait_for(lambda: self._calls or (not self._stopped and self._asked()))
             calls, self._calls = self._calls, deque()
         with self._work.counted("waiting" if self._seats else None):
             for call, reply in calls:
                 _settle(reply, call)
-        asked = [seat for seat in self._seats.values() if seat.goal is not None]
+        asked = [] if self._stopped else self._asked()
         if there := [seat for seat in asked if seat.at_goal]:
             with self._work.counted("evaluating"):
                 self._evaluate(there)
         if on_the_way := [seat for seat in asked if not seat.at_goal and seat.goal is not None]:
             with self._work.counted("training"):
                 self._train(on_the_way)
+
+    def _asked(self) -> list[Seat]:
+        return [seat for seat in self._seats.values() if seat.goal is not None]
 
     def _train(self, seats: Sequence[Seat]) -> None:
         errors = self._work.train([seat.work for seat in seats])
@@ -183,7 +203,13 @@ class Host:
                 continue
             try:
                 content = CheckpointContent.of(seat.work.training)
-                metrics = _metrics(seat.work, mean_perplexity(found))
+                perplexity = mean_perplexity(found)
+                if not math.isfinite(perplexity):
+                    raise DivergedError(
+                        f"diverged at step {seat.work.training.step}: public perplexity {perplexity:g}; "
+                        "try a lower learning rate"
+                    )
+                metrics = _metrics(seat.work, perplexity)
                 metrics |= {"perplexities": found, "host_notes": self.notes()}
                 written = partial(_written, content, Path(seat.folder), metrics)
                 self._writers.submit(_settle, seat.reply, written)
@@ -191,6 +217,22 @@ class Host:
                 seat.fail(error.with_traceback(None))
             else:
                 seat.goal = None
+                seat.work.forget()
+
+    def _stop(self, storage: Storage) -> int:
+        self._stopped = True
+        standing = {
+            trial_id: seat.work
+            for trial_id, seat in self._seats.items()
+            if seat.goal is not None and seat.work.seen and not seat.work.training.finished
+        }
+        for trial_id, work in standing.items():
+            since = {"seconds": work.seconds, "steps": [asdict(step) for step in work.seen]}
+            with tempfile.TemporaryDirectory() as folder:
+                content = CheckpointContent.of(work.training)
+                content.write(Path(folder), {SINCE_REPORT: json.dumps(since)})
+                storage.put(Path(folder), f"{storage.folder_of(trial_id)}/{STOPPED}")
+        return len(standing)
 
     def _attach(
         self,
@@ -198,7 +240,7 @@ class Host:
         holder: str,
         settings: TrialSettings,
         weights: torch.Tensor,
-        checkpoints: Sequence[str],
+        checkpoint: str | None,
     ) -> list[int]:
         for other in [
             name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id
@@ -208,15 +250,14 @@ class Host:
         if self._data.start is not None:
             with self._data.start.in_folder() as folder:
                 self._work.bank.load(training.adapter, folder)
-        for checkpoint in checkpoints:
-            try:
-                verify_checkpoint(Path(checkpoint))
-            except CheckpointError as error:
-                print(f"passing over a damaged checkpoint: {error}")
-                continue
+        work = TrialWork(training)
+        if checkpoint is not None:
             load_checkpoint(Path(checkpoint), training)
-            break
-        self._seats[trial_id] = Seat(holder, TrialWork(training))
+            since = Path(checkpoint) / SINCE_REPORT
+            if since.exists():
+                found = json.loads(since.read_text(encoding="utf-8"))
+                work.seconds, work.seen = found["seconds"], [StepResult(**step) for step in found["steps"]]
+        self._seats[trial_id] = Seat(holder, work)
         stops = evaluation_steps(
             training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch
         )

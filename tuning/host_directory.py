@@ -68,13 +68,26 @@ class HostActor:
         """See Host."""
         return self._found().zero_shot()
 
-    def attach(self, trial_id: str, holder: str, config: dict[str, Any], checkpoints: list[str]) -> list[int]:
+    def attach(
+        self, trial_id: str, holder: str, config: dict[str, Any], checkpoint: str | None, notes: list[str]
+    ) -> list[int]:
         """See Host."""
-        return self._found().attach(trial_id, holder, config, checkpoints)
+        return self._found().attach(trial_id, holder, config, checkpoint, notes)
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
-        """See Host."""
-        return self._found().advance(trial_id, step, folder)
+        """See Host. For a trial that diverged, `diverged` says why in place of metrics."""
+        from qlora.training import DivergedError
+
+        try:
+            return self._found().advance(trial_id, step, folder)
+        except DivergedError as error:
+            return {"diverged": str(error)}
+
+    def stop(self, storage_uri: str) -> int:
+        """See Host; a host that has not begun has nothing to keep."""
+        from tuning.checkpoints import Storage
+
+        return self._host.stop(Storage.at(storage_uri)) if self._begun.is_set() and self._error is None else 0
 
     def detach(self, trial_id: str) -> None:
         """See Host."""
@@ -133,6 +146,15 @@ class HostDirectory:
         for host in self._hosts.values():
             host.begin.remote(*data)
 
+    def stop(self, storage_uri: str) -> int:
+        """Have all living hosts keep where their trials stand; returns how many trials that were."""
+        asked = [host.stop.remote(storage_uri) for host in self._hosts.values()]
+        found = 0
+        for reply in asked:
+            with suppress(ray.exceptions.RayActorError):
+                found += ray.get(reply)
+        return found
+
     def seconds(self) -> dict[str, float]:
         """Return where the time of all living hosts together went, by kind of work.
 
@@ -186,6 +208,20 @@ def host_notes(hosts: Any) -> list[str]:
     """Return what people should know of how the hosts' work went."""
     found: list[str] = ray.get(hosts.notes.remote())
     return found
+
+
+def ask_where_trials_stand(hosts: Any, storage_uri: str) -> Any:
+    """Have hosts stop, and put a checkpoint of each trial that is between two reports into the storage.
+
+    Returns what to wait for.
+    """
+    return hosts.stop.remote(storage_uri)
+
+
+def wait_until_kept(kept: Any, timeout_seconds: float) -> None:
+    """Wait until hosts have kept where trials stand, but no longer; then the last reports remain."""
+    with suppress(ray.exceptions.RayError):
+        ray.get(kept, timeout=timeout_seconds)
 
 
 def stop_hosts(hosts: Any) -> None:

@@ -3,16 +3,19 @@
 Ray's own state is for Ray; the ledger is what reports, early stopping after a restore, and people read.
 """
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.config import parse_stages
-from qlora.files import write_json
+from pydantic import TypeAdapter, ValidationError
 
-Status = Literal["pending", "running", "finished", "stopped", "failed"]
+from qlora.config import InputError, TrialSettings, first_problem, parse_stages
+from qlora.files import read_json, write_json
+
+Status = Literal["pending", "running", "finished", "stopped", "failed", "diverged"]
+_GOING_ON = ("pending", "running")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,23 @@ class TrialRecord:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """Return the point with the lowest public perplexity; None before the first evaluation."""
-        return min(self.curve, key=lambda point: point["public_perplexity"], default=None)
+        """Return the point with the lowest public perplexity; None before the first evaluation.
+
+        Perplexities that are no finite numbers, which sweeps from before may have, don't count.
+        """
+        finite = [point for point in self.curve if math.isfinite(point["public_perplexity"])]
+        return min(finite, key=lambda point: point["public_perplexity"], default=None)
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether nothing is left to do."""
+        return self.status not in _GOING_ON
+
+    def as_of(self, step: int) -> "TrialRecord":
+        """Return the record as it was after so many steps, to go on from there."""
+        curve = tuple(point for point in self.curve if point["step"] <= step)
+        before = replace(self, status="pending", curve=curve, ended_at=None, error=None)
+        return before if before.best is self.best else replace(before, best_perplexities=())
 
     @property
     def peak_memory_gib(self) -> float:
@@ -63,32 +81,49 @@ class TrialRecord:
         return self.error or ""
 
 
+_RECORD = TypeAdapter(TrialRecord)
+
+
 class Ledger:
     """The records of one sweep, in the order in which trials were first seen."""
 
     def __init__(self, folder: Path):
+        """Read the records of a folder, if there is one. Raises InputError for a damaged record."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.records: dict[str, TrialRecord] = {}
+        self._paths: dict[str, Path] = {}
         for path in sorted(folder.glob("*.json")):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            self.records[content["trial_id"]] = TrialRecord(
-                **{
-                    **content,
-                    "curve": tuple(content["curve"]),
-                    "best_perplexities": tuple(content.get("best_perplexities", ())),
-                }
-            )
+            record = _read_record(path)
+            if record.trial_id in self.records:
+                other = self._paths[record.trial_id].name
+                raise InputError(path, f"is of the same trial as {other}; remove the one that is a copy")
+            self.records[record.trial_id], self._paths[record.trial_id] = record, path
 
     def put(self, record: TrialRecord) -> None:
         """Store a record, in memory and on disk."""
-        order = (
-            list(self.records).index(record.trial_id)
-            if record.trial_id in self.records
-            else len(self.records)
-        )
+        if record.trial_id not in self._paths:
+            numbers = [int(path.name.partition("-")[0]) for path in self._paths.values()]
+            name = f"{max(numbers, default=-1) + 1:04d}-{record.trial_id}.json"
+            self._paths[record.trial_id] = self.folder / name
         self.records[record.trial_id] = record
-        write_json(self.folder / f"{order:04d}-{record.trial_id}.json", asdict(record))
+        write_json(self._paths[record.trial_id], asdict(record), "trial record")
+
+
+def _read_record(path: Path) -> TrialRecord:
+    """Read a trial's record. Raises InputError if it is damaged."""
+    mend = "remove it, and --resume runs this trial anew"
+    content = read_json(path, mend)
+    try:
+        record = _RECORD.validate_python(content)
+        TrialSettings.model_validate(record.config)
+    except ValidationError as error:
+        key, problem = first_problem(error)
+        raise InputError(path, f"is damaged ({key}: {problem}); {mend}") from None
+    if any({"step", "epoch", "public_perplexity", "schedule_percent"} - set(point) for point in record.curve):
+        raise InputError(path, f"is damaged (a point of its curve lacks a figure); {mend}")
+    if not path.name.partition("-")[0].isdigit():
+        raise InputError(path, "is no trial's record; remove it")
+    return record
 
 
 def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -101,14 +136,14 @@ def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:
     """Return the share of all trials' full-length epochs that early stopping did not run.
 
-    A failed trial counts as it ran.
+    A trial that failed or diverged counts as it ran.
     """
     planned = sum(_full_epochs(record) for record in records)
     run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)
     lost = sum(
         _full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
         for record in records
-        if record.status == "failed"
+        if record.status in ("failed", "diverged")
     )
     return (planned - run - lost) / planned if planned else 0.0
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from qlora.config import TrialSettings
 from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
 
-_MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗"}
+_MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗", "diverged": "↯"}
 
 
 def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> str:
@@ -52,15 +52,14 @@ def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> 
 def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
     """Write one line: trials by status, the best so far, elapsed time, an upper bound of what remains."""
     counts = {status: sum(record.status == status for record in records) for status in _MARKS}
-    ended = counts["finished"] + counts["stopped"] + counts["failed"]
+    ended = counts["finished"] + counts["stopped"] + counts["failed"] + counts["diverged"]
     best = next((record for record in ranked(records) if record.best), None)
     parts = [
         f"{ended}/{num_trials} trials ended",
         f"{counts['running']} running",
         f"{counts['stopped']} stopped early",
     ]
-    if counts["failed"]:
-        parts.append(f"{counts['failed']} failed")
+    parts += [f"{counts[status]} {status}" for status in ("failed", "diverged") if counts[status]]
     if best is not None and best.best is not None:
         parts.append(f"best {best.best['public_perplexity']:.4g} ({best.trial_id})")
     parts += [

@@ -1,26 +1,29 @@
-"""Owns early stopping that survives a restore: Ray's ASHA, whose own state Ray does not save.
+"""Owns early stopping that survives a restart: Ray's ASHA, told again what trials had reached.
 
 Source: https://arxiv.org/abs/1810.05934
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from tuning.ledger import Ledger
+from tuning.ledger import TrialRecord
 
 
 class RestoredASHA(TrialScheduler):
     """Ray's ASHA behind Ray's interface.
 
-    A trial that comes back is told again at the rungs that it had reached.
+    `records`: of the trials that began before; their curves are told again, at the rungs that they had
+    reached. `stopped`: ids of the trials that it told to stop.
     """
 
-    def __init__(self, ledger_folder: Path, **options: Any):
+    def __init__(self, records: Sequence[TrialRecord], **options: Any):
         super().__init__()
-        self._ledger_folder = ledger_folder
+        self._to_replay = list(records)
         self._asha = ASHAScheduler(**options)
+        self.stopped: set[str] = set()
 
     @property
     def metric(self) -> str | None:
@@ -32,15 +35,21 @@ class RestoredASHA(TrialScheduler):
         return self._asha.set_search_properties(metric, mode, **spec)  # type: ignore[no-any-return]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take in a trial, and replay its recorded curve."""
+        """Take in a trial; before the first one, replay the recorded curves."""
+        while self._to_replay:
+            record = self._to_replay.pop(0)
+            stand_in: Any = SimpleNamespace(trial_id=record.trial_id)
+            self._asha.on_trial_add(tune_controller, stand_in)
+            for point in record.curve:
+                self._asha.on_trial_result(tune_controller, stand_in, point)
         self._asha.on_trial_add(tune_controller, trial)
-        record = Ledger(self._ledger_folder).records.get(trial.trial_id)
-        for point in record.curve if record else ():
-            self._asha.on_trial_result(tune_controller, trial, point)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide whether a trial goes on."""
-        return self._asha.on_trial_result(tune_controller, trial, result)  # type: ignore[no-any-return]
+        decision = self._asha.on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self.stopped.add(trial.trial_id)
+        return decision  # type: ignore[no-any-return]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Take in a trial's last result."""

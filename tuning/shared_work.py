@@ -126,7 +126,7 @@ class SharedWork:
                 failure = error
             if len(members) == 1:
                 return [failure.with_traceback(None)]  # a traceback would keep activations
-            self._note(f"a shared pass failed and was tried trial by trial: {_first_line(failure)}")
+            self.note(f"a shared pass failed and was tried trial by trial: {_first_line(failure)}")
             return [self._together(work, [member], shrinks_itself=shrinks_itself)[0] for member in members]
 
     def _shrink(self) -> bool:
@@ -136,16 +136,17 @@ class SharedWork:
         """
         torch.cuda.empty_cache()
         if self.bank.recorder is not None and self.bank.recorder.pause():
-            self._note("out of memory: recorded passes were given back; they are tried again later")
+            self.note("out of memory: recorded passes were given back; they are tried again later")
             return True
         if self._budget_tokens < 2 * FEWEST_PASS_TOKENS:
             self._budget_tokens = self._most_tokens
             return False
         self._budget_tokens //= 2
-        self._note(f"out of memory: passes of {self._budget_tokens} tokens from here on")
+        self.note(f"out of memory: passes of {self._budget_tokens} tokens from here on")
         return True
 
-    def _note(self, words: str) -> None:
+    def note(self, words: str) -> None:
+        """Keep what people should know of how the work goes, each thing once."""
         _log.warning(words)
         if words not in self.notes:
             self.notes.append(words)

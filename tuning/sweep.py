@@ -1,10 +1,10 @@
-"""Owns a sweep: Ray Tune's Tuner around `run_trial`, new or restored, and the best adapter that it leaves.
+"""Owns a sweep: Ray Tune's Tuner around `run_trial`, and the best adapter that it leaves.
 
-ASHA, searchers and restore are Ray's. Two things that Ray leaves out are added over the ledger: after a
-restore ASHA is told the rungs that trials had reached (tuning.restored_asha), and a state that lost its
-trials is noticed (tuning.sweep_callback).
+ASHA and searchers are Ray's. The state of a sweep is its ledger and its checkpoints: a sweep that goes on is
+a new Tuner over them (tuning.ledger_search, tuning.restored_asha, tuning.checkpoints).
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
-from qlora.checkpoint import ADAPTER
-from qlora.config import InputError
+from qlora.checkpoint_files import ADAPTER, CheckpointError
+from qlora.failpoints import durable
+from tuning.checkpoints import Storage, best_checkpoint, checkpoint_paths
 from tuning.ledger import Ledger, TrialRecord, ranked
+from tuning.ledger_search import LedgerSearch
 from tuning.restored_asha import RestoredASHA
+from tuning.screen import SweepScreen
 from tuning.space import Asha, Space, tune_space
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
+
+_RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
+
+
+class NoTrialSucceededError(RuntimeError):
+    """A sweep without an adapter: every trial failed or diverged."""
 
 
 def run_sweep(
@@ -31,27 +40,37 @@ def run_sweep(
     folder: Path,
     zero_shot: float,
     observer: SweepObserver,
-    *,
-    resume: bool,
+    go_on: Callable[[], None] = lambda: None,
 ) -> list[TrialRecord]:
     """Run or continue the sweep whose results live in `folder`; returns the record of every trial.
 
-    `shares`: what a trial asks Ray for. Trials still pending or running in the result mean that it was
-    interrupted and can be resumed. Raises InputError if Ray's saved state has lost trials that the ledger
-    knows.
+    `shares`: what a trial asks Ray for. `go_on` is called again and again, and raises to end the sweep.
+    Trials still pending or running in the result mean that it was interrupted and can be resumed.
     """
-    experiment = storage_path(space, folder) + "/ray"
+    ledger, storage = Ledger(folder / "trials"), Storage.at(storage_path(space, folder) + "/ray")
+    begun = list(ledger.records.values())
+    for record in begun:
+        observer.trial_changed(record)  # it may have been told otherwise, or not at all
+    if all_ended(space, begun):
+        return begun
+    screen = SweepScreen(space.num_trials, zero_shot)
+    scheduler = _scheduler(space, begun)
+    search = LedgerSearch(space, begun, storage)
+    stopped = scheduler.stopped if isinstance(scheduler, RestoredASHA) else set()
+    callback = SweepCallback(ledger, space, screen, observer, stopped, go_on)
+    _prepare_tune(search, folder)
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), shares)
-    callback, scheduler = SweepCallback(folder, space, zero_shot, observer), _scheduler(space, folder)
-    if resume and tune.Tuner.can_restore(experiment):
-        tuner = _restored_tuner(experiment, trainable, callback, scheduler)
-    else:
-        tuner = _new_tuner(space, experiment, trainable, callback, scheduler)
     try:
-        tuner.fit()
+        _tuner(space, storage_path(space, folder), trainable, callback, scheduler, search).fit()
+        screen.close(list(ledger.records.values()))
     finally:
-        callback.give_screen_back()
-    return list(Ledger(folder / "trials").records.values())
+        screen.stop()
+    return list(ledger.records.values())
+
+
+def all_ended(space: Space, records: list[TrialRecord]) -> bool:
+    """Tell whether every trial of a sweep has ended."""
+    return len(records) >= space.num_trials and all(record.has_ended for record in records)
 
 
 @dataclass(frozen=True)
@@ -66,27 +85,26 @@ class BestAdapter:
 def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
     """Copy the adapter of the best checkpoint of all trials to `folder`/best.
 
-    Raises InputError if no trial has reported a perplexity.
+    Raises NoTrialSucceededError if no trial has reported a perplexity, CheckpointError if what the best one
+    left is damaged: its record is then set back to the checkpoint before, from where the sweep can go on.
     """
-    records = ranked(list(Ledger(folder / "trials").records.values()))
-    best = next((record for record in records if record.best), None)
+    ledger, storage = Ledger(folder / "trials"), Storage.at(storage_path(space, folder) + "/ray")
+    best = next((record for record in ranked(list(ledger.records.values())) if record.best), None)
     if best is None:
-        raise InputError(
-            folder, "no trial reached an evaluation; see the errors above and trials/ in this folder"
-        )
-    experiment = storage_path(space, folder) + "/ray"
-    analysis = tune.ExperimentAnalysis(experiment, default_metric="public_perplexity", default_mode="min")
-    found = {}
-    for trial in analysis.trials:
-        if trial.checkpoint is not None:
-            checkpoint = analysis.get_best_checkpoint(trial, metric="public_perplexity", mode="min")
-            if checkpoint is not None:
-                found[trial.trial_id] = checkpoint
-    target = folder / "best"
-    with found[best.trial_id].as_directory() as source:
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(Path(source) / ADAPTER, target)
-    return BestAdapter(best, target, {trial_id: checkpoint.path for trial_id, checkpoint in found.items()})
+        raise NoTrialSucceededError(_why_none(list(ledger.records.values())))
+    target, unfinished = folder / "best", folder / ".best.part"
+    try:
+        with best_checkpoint(storage, best) as source:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with durable("best adapter copied"):
+                shutil.copytree(source / ADAPTER, unfinished)
+    except CheckpointError:
+        _set_back(ledger, storage, best)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    with durable("best adapter"):
+        unfinished.rename(target)
+    return BestAdapter(best, target, checkpoint_paths(storage, ledger.records))
 
 
 def storage_path(space: Space, folder: Path) -> str:
@@ -94,14 +112,46 @@ def storage_path(space: Space, folder: Path) -> str:
     return f"{space.storage.rstrip('/')}/{folder.name}" if space.storage else str(folder.resolve())
 
 
-def _new_tuner(
+def _set_back(ledger: Ledger, storage: Storage, record: TrialRecord) -> None:
+    """Let a trial go on from the checkpoint before its best one, which is damaged."""
+    assert record.best is not None
+    stored = storage.checkpoints(storage.folder_of(record.trial_id))
+    before = [one.step for one in stored if one.step < record.best["step"]]
+    for one in stored:
+        if one.step >= record.best["step"]:
+            storage.remove(one.path)
+    ledger.put(record.as_of(max(before, default=0)))
+
+
+def _why_none(records: list[TrialRecord]) -> str:
+    diverged = [record for record in records if record.status == "diverged"]
+    if len(diverged) == len(records):
+        return f"all {len(records)} trials diverged: {diverged[0].error}; lower the learning rate's bounds"
+    reasons = "; ".join(dict.fromkeys(record.reason for record in records if record.reason))
+    return f"no trial reached an evaluation: {reasons or 'see trials/ in its folder'}"
+
+
+def _prepare_tune(search: LedgerSearch, folder: Path) -> None:
+    """Set what Ray Tune takes from its surroundings."""
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.max_pending)
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"  # its state is written at the end only: nobody reads it
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are the command's
+    # Tune would copy these keys into a record that stands in clear in a log that all users can read.
+    for name in [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]:
+        class_cache.ENV_VARS_TO_PROPAGATE.discard(name)
+    for pattern in _RAYS_STATE:
+        for path in (folder / "ray").glob(pattern):
+            path.unlink()
+
+
+def _tuner(
     space: Space,
-    experiment: str,
+    storage: str,
     trainable: Callable[..., Any],
     callback: SweepCallback,
     scheduler: TrialScheduler,
+    search: LedgerSearch,
 ) -> tune.Tuner:
-    storage, _, name = experiment.rpartition("/")
     return tune.Tuner(
         trainable,
         param_space=tune_space(space),
@@ -109,51 +159,28 @@ def _new_tuner(
             metric="public_perplexity",
             mode="min",
             num_samples=space.num_samples,
-            search_alg=_searcher(space),
+            search_alg=search,
             scheduler=scheduler,
             reuse_actors=True,
-            max_concurrent_trials=space.max_concurrent_trials,
         ),
         run_config=tune.RunConfig(
-            name=name,
+            name="ray",
             storage_path=storage,
             callbacks=[callback],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=space.max_failures),
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="public_perplexity", checkpoint_score_order="min"
-            ),
         ),
     )
 
 
-def _restored_tuner(
-    experiment: str, trainable: Callable[..., Any], callback: SweepCallback, scheduler: TrialScheduler
-) -> tune.Tuner:
-    """Restore a sweep, with this session's callback and scheduler in place of those that Ray stored."""
-    tuner = tune.Tuner.restore(experiment, trainable, resume_unfinished=True, restart_errored=False)
-    stored: Any = tuner._local_tuner  # Tuner.restore takes neither
-    stored.get_run_config().callbacks = [callback]
-    stored._tune_config.scheduler = scheduler
-    return tuner
-
-
-def _scheduler(space: Space, folder: Path) -> TrialScheduler:
+def _scheduler(space: Space, begun: list[TrialRecord]) -> TrialScheduler:
     settings = space.scheduler
     if not isinstance(settings, Asha):
         return FIFOScheduler()
     return RestoredASHA(
-        folder / "trials",
+        begun,
         time_attr=settings.time_attr,
         max_t=settings.max_t,
         grace_period=settings.grace_period,
         reduction_factor=settings.reduction_factor,
     )
-
-
-def _searcher(space: Space) -> Searcher | SearchAlgorithm:
-    if space.searcher.type == "random":
-        return BasicVariantGenerator(random_state=space.seed)
-    from ray.tune.search.optuna import OptunaSearch
-
-    return OptunaSearch(seed=space.seed)

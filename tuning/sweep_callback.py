@@ -1,16 +1,17 @@
 """Owns the way of Ray Tune's events: into the ledger, to whoever observes, onto the screen."""
 
+import errno
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
 
-from qlora.config import InputError
-from tuning.ledger import Ledger, TrialRecord
-from tuning.restored_checkpoints import mend_checkpoints
+from qlora.files import disk_without_space
+from tuning.checkpoints import keep_two
+from tuning.ledger import Ledger, Status, TrialRecord
 from tuning.screen import SweepScreen
 from tuning.space import Space
 
@@ -36,69 +37,89 @@ class SweepObserver(Protocol):
 class SweepCallback(tune.Callback):
     """Ray Tune's events -> ledger, observer and screen.
 
-    Ray stores callbacks with a sweep; this one stores nothing, since whoever restores a sweep brings one of
-    its own.
+    Ray stores callbacks with a sweep; this one stores nothing, since nothing that Ray stores is read again.
+    `stopped_early`: ids of the trials that the scheduler told to stop, kept up to date by it. `go_on` is
+    called at each turn of Ray's loop, and raises to end it.
     """
 
-    def __init__(self, folder: Path, space: Space, zero_shot: float, observer: SweepObserver):
-        self._folder, self._space, self._observer = folder, space, observer
-        self._screen = SweepScreen(space.num_trials, zero_shot)
-        self._ledger = Ledger(folder / "trials")
-        self._has_begun = False
+    def __init__(
+        self,
+        ledger: Ledger,
+        space: Space,
+        screen: SweepScreen,
+        observer: SweepObserver,
+        stopped_early: Set[str],
+        go_on: Callable[[], None],
+    ):
+        self._ledger, self._space, self._screen, self._observer = ledger, space, screen, observer
+        self._stopped_early, self._go_on = stopped_early, go_on
+        self._full_disk: OSError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Notice a state of Ray's that lost trials, or their checkpoints. Raises InputError."""
-        if trials and set(self._ledger.records) - {trial.trial_id for trial in trials}:
-            raise InputError(
-                self._folder / "ray",
-                "its state is damaged and lost trials that had run; start a new sweep under another --name",
-            )
-        if not self._has_begun:
-            self._has_begun = True
-            for trial in trials:
-                mend_checkpoints(trial, self._ledger.records.get(trial.trial_id))
+        """Ask whether to go on."""
+        self._go_on()
+        if self._full_disk is not None:
+            raise self._full_disk
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""
         record = self._ledger.records.get(trial.trial_id)
         if record is None:
             record = replace(self._new_record(trial), started_at=time.time())
-        self._put(replace(record, status="running", ended_at=None))
+        self._put(replace(record, status="running", ended_at=None, error=None))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Record a point of a trial's curve."""
+        """Record a point of a trial's curve, and in the same write whether it was the last one."""
         self._screen.note(result.get("host_notes", ()))
-        if "public_perplexity" in result:
+        record = self._ledger.records[trial.trial_id]
+        if "diverged" in result:
+            self._end(replace(record, error=result["diverged"]), "diverged")
+        elif "perplexities" in result:
             point = {key: float(result[key]) for key in _POINT}
-            self._put(self._ledger.records[trial.trial_id].with_point(point, result["perplexities"]))
+            record = record.with_point(point, result["perplexities"])
+            if record.percent >= 100 or trial.trial_id in self._stopped_early:
+                self._end(record, _status_of(record))
+            else:
+                self._put(record)
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any
+    ) -> None:
+        """Keep two checkpoints of a trial: the newest, and the best of those before."""
+        keep_two(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record how a trial ended."""
         record = self._ledger.records[trial.trial_id]
-        status = "finished" if record.percent >= 100 else "stopped"
-        self._put(replace(record, status=status, ended_at=time.time()))  # type: ignore[arg-type]
+        if not record.has_ended:
+            self._end(record, _status_of(record))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record why a trial failed."""
+        """Record why a trial failed, unless that ends the sweep."""
+        if self._is_disk_full(trial):
+            return
         record = self._ledger.records.get(trial.trial_id) or self._new_record(trial)
-        self._put(replace(record, status="failed", error=_last_line(trial.get_error()), ended_at=time.time()))
+        self._end(replace(record, error=_last_line(trial.get_error())), "failed")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Don't let a trial be tried again and again on a disk without space."""
+        self._is_disk_full(trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Keep the screen up to date."""
         self._screen.update(self._records())
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Leave the last table on the screen."""
-        self._screen.close(self._records())
-
-    def give_screen_back(self) -> None:
-        """Leave the terminal as it was, however the sweep ended."""
-        self._screen.stop()
+    def _is_disk_full(self, trial: Any) -> bool:
+        """Tell whether a trial met a disk without space; the sweep then ends, for all to go on later."""
+        place = disk_without_space(trial.get_error())
+        if place is not None:
+            self._full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+        return place is not None
 
     def _records(self) -> Sequence[TrialRecord]:
         return list(self._ledger.records.values())
@@ -106,9 +127,16 @@ class SweepCallback(tune.Callback):
     def _new_record(self, trial: Any) -> TrialRecord:
         return TrialRecord(trial.trial_id, self._space.trial_settings(trial.config).model_dump(mode="json"))
 
+    def _end(self, record: TrialRecord, status: Status) -> None:
+        self._put(replace(record, status=status, ended_at=time.time()))
+
     def _put(self, record: TrialRecord) -> None:
         self._ledger.put(record)
         self._observer.trial_changed(record)
+
+
+def _status_of(record: TrialRecord) -> Status:
+    return "finished" if record.percent >= 100 else "stopped"
 
 
 def _last_line(error: Exception | None) -> str:

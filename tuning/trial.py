@@ -3,6 +3,7 @@
 Its work is done by the device's host. It loads nothing heavy: a trial starts in a second.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,36 +13,56 @@ from typing import Any
 import ray
 from ray import tune
 
+from qlora.checkpoint_files import CheckpointError, verify_checkpoint
+from tuning.checkpoints import STOPPED, Storage
 from tuning.host_directory import host_of_my_device
 
 
 def run_trial(config: dict[str, Any], hosts: Any) -> None:
     """Train one configuration from its last whole checkpoint on.
 
-    Each evaluation is reported with a checkpoint.
+    Each evaluation is reported with a checkpoint; that it diverged is reported, too, since trying again would
+    only repeat it.
     """
     trial_id, holder = tune.get_context().get_trial_id(), ray.get_runtime_context().get_actor_id()
     host = host_of_my_device(hosts, trial_id)
-    with _own_checkpoints() as checkpoints:
-        steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoints))
+    with _newest_whole_checkpoint() as (checkpoint, notes):
+        steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoint, notes))
     try:
         for step in steps:
             with tempfile.TemporaryDirectory() as folder:
                 metrics = ray.get(host.advance.remote(trial_id, step, folder))
+                if "diverged" in metrics:
+                    tune.report({"public_perplexity": math.inf, **metrics})
+                    return
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
     finally:
         host.detach.remote(trial_id)
 
 
 @contextmanager
-def _own_checkpoints() -> Iterator[list[str]]:
-    """Give the trial's checkpoints as folders here, newest first.
+def _newest_whole_checkpoint() -> Iterator[tuple[str | None, list[str]]]:
+    """Provide, within, the folder of the newest checkpoint that is whole, and what was passed over for it.
 
-    A damaged one can be passed over for the one before it.
+    What is damaged is removed: the trial comes to that step again.
     """
-    newest = tune.get_checkpoint()
+    newest, notes = tune.get_checkpoint(), list[str]()
     if newest is None:
-        yield []
+        yield None, notes
         return
-    with newest.as_directory() as folder:
-        yield [folder, *map(str, sorted(Path(newest.path).parent.glob("checkpoint_*"), reverse=True))]
+    (experiment, _, trial), name = str(Path(newest.path).parent).rpartition("/"), Path(newest.path).name
+    storage = Storage(newest.filesystem, experiment)
+    known = [one for one in storage.checkpoints(trial) if name == STOPPED or Path(one.path).name <= name]
+    for stored in reversed(known):  # what is newer was not reported
+        with storage.here(stored.path) as folder:
+            try:
+                verify_checkpoint(folder)
+            except CheckpointError:
+                notes.append(
+                    f"trial {trial}: the checkpoint of step {stored.step} is damaged and passed over"
+                )
+                storage.remove(stored.path)
+                continue
+            yield str(folder), notes
+            return
+    yield None, notes

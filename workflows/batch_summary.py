@@ -20,13 +20,14 @@ def closing_words(result: JobResult, output: Path) -> str:
 
 def note_prediction(
     model: RegisteredAdapter,
+    job_id: str,
     result: JobResult,
     decoding: DecodingSettings,
     source: str,
     output: Path,
     prompt: str,
 ) -> None:
-    """Log a run in the model's experiment, with the job's meta file."""
+    """Log a run in the model's experiment, one a job, with the job's meta file."""
     scores = {key: value for key, value in (result.scores or {}).items() if isinstance(value, int | float)}
     counts = {
         "rows": result.num_rows,
@@ -40,4 +41,5 @@ def note_prediction(
         {"input": source, "output": output, "prompt": prompt, **settings},
         {**scores, **{f"system/{name}": count for name, count in counts.items()}},
         [output.with_name(f"{output.name}.meta.json")],
+        job_id,
     )

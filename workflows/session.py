@@ -1,7 +1,8 @@
 """Owns a command's session: the project's folders, its quiet environment, how it reaches Ray, how it ends.
 
 Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 stopped but resumable, 4 done but for rows that
-failed. Imports nothing heavy until it is needed. Refuses to know any command.
+failed. Whatever the code, no process of a Ray that was started here is left behind. Imports nothing heavy
+until it is needed. Refuses to know any command.
 """
 
 import logging
@@ -11,15 +12,23 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora.config import InputError
+from qlora.files import disk_without_space
+from tracking.credentials import hide_credentials
+from tracking.errors import TrackingAwayError
+from workflows import stopping
+from workflows.guardian import guard
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 RESULTS_FOLDER = PROJECT_ROOT / "results"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
+_SAME_COMMAND = "run the same command again"
+_PROBE_BYTES = 1 << 20
+_SECONDS_TO_END = 2.0
 _GREETING, _PLANNED_KILL = b"Set ray log level", "ray.kill"
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -52,24 +61,68 @@ class FailedError(Exception):
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's main and exit as the contract says.
 
-    An InputError raised on a Ray worker counts as one here.
+    An InputError raised on a Ray worker counts as one here. A signal that asks the process to end stops the
+    command, as Ctrl-C does, and so do a disk without space and a tracking server that is away.
     """
     _prepare_environment()
+    stopping.catch_signals()
+    code, message = 0, ""
     try:
+        hide_credentials(os.environ)
         main()
     except InputError as error:
-        cause: Any = error
-        while getattr(cause, "cause", None) is not None:  # Ray wraps it once a process that it passed
-            cause = cause.cause
-        _exit(EXIT_BAD_INPUT, f"error: {cause}")
+        code, message = EXIT_BAD_INPUT, f"error: {_unwrapped(error)}"
     except StoppedError as error:
-        _exit(EXIT_STOPPED, f"stopped: {error}")
+        code, message = EXIT_STOPPED, f"stopped: {_unwrapped(error)}"
     except FailedError as error:
-        _exit(EXIT_FAILED, f"failed: {error}")
+        code, message = EXIT_FAILED, f"failed: {_unwrapped(error)}"
     except KeyboardInterrupt:
-        words = "by the keyboard; run the same command again, with --resume where it has that option"
-        _exit(EXIT_STOPPED, f"stopped: {words}")
-    sys.exit(0)
+        code, message = EXIT_STOPPED, f"stopped: by {stopping.signal_name()}; {_resuming[0]}"
+    except TrackingAwayError as error:
+        if (full := disk_without_space(error)) is not None:  # of a store that is a file
+            code, message = EXIT_STOPPED, _no_space(full)
+        elif _resuming[0] == _SAME_COMMAND:
+            code, message = EXIT_BAD_INPUT, f"error: {error}; start it, or set MLFLOW_TRACKING_URI"
+        else:
+            code, message = EXIT_STOPPED, f"stopped: {error}; with it back, {_resuming[0]}"
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else EXIT_FAILED
+    except Exception as error:
+        full = disk_without_space(error)
+        if full is None:
+            raise
+        code, message = EXIT_STOPPED, _no_space(full)
+    finally:
+        _end_ray()
+    _exit(code, message)
+
+
+_resuming = [_SAME_COMMAND]
+
+
+def _no_space(place: str) -> str:
+    return f"stopped: no space on {place}; free some, then {_resuming[0]}"
+
+
+def resume_with(words: str) -> None:
+    """Say how this command goes on if it is stopped from here on, as in `run the same command again`."""
+    _resuming[0] = words
+
+
+def check_writable(*folders: Path) -> None:
+    """Raise InputError for a folder, or the nearest there is above it, that takes no new file.
+
+    Found before work starts: a disk without space, one that is mounted for reading only, another's folder.
+    """
+    for folder in folders:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+        except OSError as error:
+            mend = "free some space" if disk_without_space(error) else "mend that, or use another place"
+            raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
 
 
 def connect_ray() -> dict[str, float]:
@@ -80,7 +133,7 @@ def connect_ray() -> dict[str, float]:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _without_lines(_GREETING):
+    with _without_lines(_GREETING), _signals_left_alone(), stopping.children_outlive_the_terminal():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
@@ -93,8 +146,25 @@ def connect_ray() -> dict[str, float]:
                 runtime_env={"env_vars": {"PYTHONPATH": python_path}},
                 **quiet,
             )
+            node: Any = ray._private.worker._global_node
+            guard(node.get_session_dir_path())
+    stopping.catch_signals()  # Ray's C++ has taken SIGTERM
+    stopping.go_on()
     _hush_planned_kills()
     return {} if os.environ.get("RAY_ADDRESS") else ray.cluster_resources()
+
+
+@contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """Keep `ray.init`, within, from ending this process at SIGTERM while it starts Ray's processes."""
+    from ray._private import utils
+
+    take_sigterm = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = take_sigterm
 
 
 @contextmanager
@@ -148,6 +218,31 @@ def _prepare_environment() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _end_ray() -> None:
+    """Leave a cluster, or end a local Ray with all its processes, some of which would outlive this one."""
+    ray = sys.modules.get("ray")
+    if ray is None or not getattr(ray, "is_initialized", bool)():
+        return
+    import psutil
+
+    started = [] if os.environ.get("RAY_ADDRESS") else psutil.Process().children(recursive=True)
+    with _without_lines(_GREETING):
+        ray.shutdown()
+    _, left = psutil.wait_procs(started, timeout=_SECONDS_TO_END)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _unwrapped(error: Any) -> BaseException:
+    """Return what was raised on a worker: Ray wraps it once a process that it passed."""
+    while getattr(error, "cause", None) is not None:
+        error = error.cause
+    return error  # type: ignore[no-any-return]
+
+
 def _exit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
+    if message:
+        sys.stdout.flush()
+        print(message, file=sys.stderr)
     sys.exit(code)

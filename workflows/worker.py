@@ -67,11 +67,12 @@ def train_stage(
 ) -> tuple[AdapterFiles, float, float]:
     """Train the last stage of a schedule from an adapter that has done those before.
 
-    Returns the adapter, the mean training loss of its last epoch, and the seconds that training took.
+    Returns the adapter, the mean training loss of its last epoch, and the seconds that training took. Raises
+    FailedError if it diverges.
     """
     from qlora.base.device import default_token_budget
     from qlora.lora.bank import load_bank
-    from qlora.training import Training
+    from qlora.training import DivergedError, Training
 
     training = Training(load_bank(base), examples, settings)
     per_epoch, stages = training.timetable.steps_per_epoch, training.timetable.stages
@@ -80,8 +81,11 @@ def train_stage(
             training.bank.load(training.adapter, folder)
         training.begin_at(per_epoch * sum(stages[:-1]))
     losses, started = [], time.monotonic()
-    while not training.finished:
-        losses.append(training.advance(default_token_budget()).loss)
+    try:
+        while not training.finished:
+            losses.append(training.advance(default_token_budget()).loss)
+    except DivergedError as error:
+        raise FailedError(f"stages {settings.epochs}: {error}") from error
     seconds = time.monotonic() - started
     with tempfile.TemporaryDirectory() as name:
         training.bank.save(training.adapter, Path(name))
@@ -147,7 +151,7 @@ def prove(
     files = AdapterFiles.read(fetch_adapter(model_uri).folder)
     values, dtype = worker.do(measure_perplexities, base, files, list(public))
     found = mean_perplexity(values)
-    if not math.isclose(found, expected, rel_tol=_TOLERANCES[dtype]):
+    if not (math.isfinite(found) and math.isclose(found, expected, rel_tol=_TOLERANCES[dtype])):
         raise FailedError(
             f"{model_uri} gives public perplexity {found:.5g} when it is loaded back, not the reported "
             f"{expected:.5g}; it is not registered"

@@ -5,7 +5,7 @@ results/studies/NAME/steps/KEY.json   what a step found
 results/studies/NAME/adapters/STAGES/ PEFT folders
 """
 
-import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +19,23 @@ from qlora.base.model import load_config, load_tokenizer
 from qlora.config import DecodingSettings, InputError
 from qlora.data.examples import Example, examples_digest, load_examples
 from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
-from qlora.files import write_json
-from qlora.lora.peft_folder import AdapterFiles
+from qlora.failpoints import durable
+from qlora.files import read_json, write_json
+from qlora.lora.peft_folder import AdapterFiles, check_adapter
 from qlora.packed.attention import check_base
 from qlora.perplexity import mean_perplexity
+from workflows.session import FailedError
 from workflows.study.settings import Study, name_of
 from workflows.worker import Worker, generate_texts, measure_perplexities, train_stage
 
 ZERO_SHOT, FEW_SHOT, ADAPTER = "zero-shot", "few-shot", "adapter"
 _TRAIN = "train"
 _TOLD = ("mean", "training_loss", "chrf", "bleu")
+_HELD = {  # by the first word of a step's key, what its file holds at least
+    "train": ("training_loss", "seconds"),
+    "perplexity": ("mean", "values"),
+    "text": ("texts", "rows_per_second", "engine", "chrf"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class StudySteps:
     def claim(self) -> str | None:
         """Write what the steps belong to; returns the study's id, None for one from before studies had ids.
 
-        Raises InputError if the folder's steps belong to something else.
+        Raises InputError if the folder's steps belong to something else, and for a damaged file.
         """
         path = self._folder / "study.json"
         mine = {"study": self._study.model_dump(mode="json"), **self._prepared.digests}
@@ -93,9 +100,14 @@ class StudySteps:
             study_id = uuid.uuid4().hex
             write_json(path, {"study_id": study_id, **mine})
             return study_id
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path, "choose another --name, or remove the folder")
         if any(kept[key] != mine[key] for key in mine if key in kept):
             raise InputError(self._folder, "holds a study with other settings or data; choose another --name")
+        for step in sorted((self._folder / "steps").glob("*.json")):
+            _read_step(step)
+        for stages in self._study.nodes():
+            if self._step_path(f"train {name_of(stages)}").exists():
+                check_adapter(self._adapter_folder(stages))
         return kept.get("study_id")  # type: ignore[no-any-return]
 
     def run(self, shares: dict[str, float]) -> dict[str, Any]:
@@ -139,14 +151,20 @@ class StudySteps:
         base, examples = self._study.base_model, self._prepared.encoded[_TRAIN]
         settings = self._study.settings_of(stages)
         adapter, loss, seconds = self._worker.do(train_stage, base, start, examples, settings)
-        adapter.write(self._adapter_folder(stages))
+        with durable("study adapter"):
+            adapter.write(self._adapter_folder(stages))
         return {"training_loss": loss, "seconds": seconds}
 
     def _perplexity(self, name: str, kind: str, adapter: AdapterFiles | None) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
             examples = self._prepared.encoded[kind]
             values, _ = self._worker.do(measure_perplexities, self._study.base_model, adapter, examples)
-            return {"mean": mean_perplexity(values), "values": values}
+            mean = mean_perplexity(values)
+            if not math.isfinite(mean):
+                raise FailedError(
+                    f"{name} has public perplexity {mean}: its training diverged, or its base did"
+                )
+            return {"mean": mean, "values": values}
 
         return self._step(f"perplexity {name}", measure)
 
@@ -170,17 +188,29 @@ class StudySteps:
         return self._step(f"text {name}", generate)
 
     def _step(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self._folder / "steps" / f"{key.replace(' ', '-')}.json"
+        path = self._step_path(key)
         if not path.exists():
             started = time.monotonic()
             result = work()
-            write_json(path, result)
+            write_json(path, result, "study step")
             told = ", ".join(f"{name} {result[name]:.4g}" for name in _TOLD if name in result)
             self._say(f"{key:<28} {time.monotonic() - started:6.1f} s  {told}")
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return _read_step(path)
+
+    def _step_path(self, key: str) -> Path:
+        return self._folder / "steps" / f"{key.replace(' ', '-')}.json"
 
     def _adapter_folder(self, stages: tuple[int, ...]) -> Path:
         return self._folder / "adapters" / name_of(stages)
 
     def _adapter(self, stages: tuple[int, ...]) -> AdapterFiles:
         return AdapterFiles.read(self._adapter_folder(stages))
+
+
+def _read_step(path: Path) -> dict[str, Any]:
+    """Read what a step found. Raises InputError if the file is damaged."""
+    mend = "remove it, and the same command does this step again"
+    content = read_json(path, mend)
+    if not set(_HELD.get(path.name.partition("-")[0], ())) <= set(content):
+        raise InputError(path, f"is damaged (it lacks what such a step holds); {mend}")
+    return content

@@ -8,10 +8,11 @@ Loads nothing heavy.
     results/NAME/trials/       one record a trial
     results/NAME/ray/          Ray Tune's own state and checkpoints
     results/NAME/best/         the best adapter, PEFT
-    results/NAME/summary.json  the end result
+    results/NAME/summary.json  the end result, written last
+    results/NAME/.lock         held by the process that works on the sweep
 """
 
-import json
+import math
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -20,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import InputError, validated
-from qlora.files import write_json, write_text
+from qlora.failpoints import durable
+from qlora.files import read_json, write_json, write_text
+from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
+
+_ZERO_SHOT = "zero_shot.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class SweepFolder:
         if self.digests:
             return
         if self.start:
-            shutil.copytree(self.start[1], self.folder / "start", dirs_exist_ok=True)
+            with durable("start adapter"):
+                shutil.copytree(self.start[1], self.folder / "start", dirs_exist_ok=True)
         write_text(self.prompt_file, prompt_text)
         content = {
             "sweep": self.name,
@@ -79,9 +85,41 @@ class SweepFolder:
         write_json(self.folder / "sweep.json", content)
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the content of summary.json; None while the sweep is not finished."""
+        """Return the content of summary.json; None while the sweep is not finished.
+
+        Raises InputError if it is damaged.
+        """
         path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        mend = f"remove it, and --resume {self.name} writes it again"
+        try:
+            content = read_json(path, mend)
+        except FileNotFoundError:
+            return None
+        parts = {key: content.get(key) for key in ("best", "champion")}
+        if not all(isinstance(part, dict) for part in parts.values()) or "zero_shot" not in content:
+            raise InputError(path, f"is damaged (it lacks what a summary has); {mend}")
+        return content
+
+    def zero_shot(self) -> float | None:
+        """Return the base's public perplexity; None if it was not measured yet, or can't be read."""
+        try:
+            found = read_json(self.folder / _ZERO_SHOT, "").get("public_perplexity")
+        except (FileNotFoundError, InputError):
+            return None  # it is measured again
+        return found if isinstance(found, float) and math.isfinite(found) else None
+
+    def keep_zero_shot(self, perplexity: float) -> None:
+        """Write the base's public perplexity."""
+        write_json(self.folder / _ZERO_SHOT, {"public_perplexity": perplexity})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json: from here on the sweep is finished."""
+        write_json(self.folder / "summary.json", summary)
+
+    @property
+    def how_to_go_on(self) -> str:
+        """Return what to run if the sweep is stopped."""
+        return f"the sweep can go on: python ray_jobs/tune.py --resume {self.name}"
 
 
 def plan_sweep(
@@ -128,19 +166,25 @@ def plan_sweep(
 
 
 def reopen_sweep(folder: Path) -> SweepFolder:
-    """Return a sweep that was started before. Raises InputError if there is none."""
-    path = folder / "sweep.json"
+    """Return a sweep that was started before.
+
+    Raises InputError if there is none, and for a damaged file of its folder.
+    """
+    path, mend = folder / "sweep.json", "start a new sweep under another --name"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, mend)
     except FileNotFoundError:
         problem = f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space"
         raise InputError("--resume", problem) from None
-    started_from = content.get("continue_from")
+    started_from, digests = content.get("continue_from"), content.get("digests")
+    if not isinstance(content.get("space_file"), str) or not isinstance(digests, dict) or not digests:
+        raise InputError(path, f"is damaged (it lacks what a sweep has); {mend}")
+    Ledger(folder / "trials")  # a damaged record is told now, not once Ray has started
     return SweepFolder(
         folder,
         content["space_file"],
-        validated(path, lambda: Space.model_validate(content["space"], context=STORED)),
+        validated(path, lambda: Space.model_validate(content.get("space"), context=STORED)),
         sweep_id=content.get("sweep_id"),
-        digests=content["digests"],
+        digests=digests,
         start=(started_from, folder / "start") if started_from else None,
     )

@@ -1,6 +1,8 @@
 """Owns a sweep's way into the tracking server: its runs, its adapter's registration, its summary and page."""
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora.files import write_json, write_text
@@ -8,7 +10,8 @@ from reporting.sweep_page import verdict, write_sweep_page
 from tracking.links import pages_root
 from tracking.logged_model import ModelFiles, log_model, withdraw_model
 from tracking.registry import Registration, register
-from tracking.runs import SweepTracker, start_sweep
+from tracking.runs import start_sweep
+from tracking.sweep_tracker import SweepTracker
 from tracking.views import save_comparison
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED
@@ -127,7 +130,7 @@ def publish(
     hardware: str,
     tracker: SweepTracker,
 ) -> None:
-    """Write report.html and summary.json, which ends the sweep, and bring them to the tracking server."""
+    """Write report.html, and bring it and the summary to the tracking server."""
     facts = provenance(sweep.space, hardware, prepared.inputs.digests)
     facts |= {"what hosts noted": "; ".join(summary["host_notes"]) or None}
     zero_shot, uri = summary["zero_shot"], summary["best"]["model_uri"]
@@ -136,7 +139,6 @@ def publish(
     links = summary_links(summary, pages_root())
     content = sweep_report(sweep, records, zero_shot, seconds, registration, facts, links)
     write_sweep_page(report, content)
-    write_json(sweep.folder / "summary.json", summary)
     pages = ", ".join(f"[{name}]({link})" for name, link in summary_links(summary, "").items())
     words = (
         f"{verdict(content.trials, zero_shot)} Registered as {registration}\n\n{pages}; artifact report.html."
@@ -148,7 +150,10 @@ def publish(
         "host_notes": facts["what hosts noted"],
     }
     checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
-    tracker.note(found, [report, sweep.folder / "summary.json"], checkpoints)
+    # In the sweep's own folder it would say that the sweep is finished.
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "summary.json", summary, "summary to log")
+        tracker.note(found, [report, Path(folder) / "summary.json"], checkpoints)
 
 
 def _trial(record: TrialRecord) -> dict[str, Any]:

@@ -1,37 +1,51 @@
 """Owns the run of a sweep from its plan to its registered adapter, with Ray and MLflow around it."""
 
-import json
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from qlora.base.reference import base_digest
-from qlora.files import write_json
+from qlora.checkpoint_files import CheckpointError
+from qlora.files import disk_without_space
 from qlora.perplexity import mean_perplexity
+from tracking.errors import TrackingAwayError
 from tuning.device import Device
 from tuning.host_directory import (
     ask_all_devices,
+    ask_where_trials_stand,
     begin_hosts,
     host_notes,
     host_seconds,
     num_gpus,
     stop_hosts,
     this_node,
+    wait_until_kept,
 )
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.plan import Plan, make_plan
 from tuning.plan_text import compare_with_run, describe_plan
 from tuning.progress import clock, ranking, where_time_went
-from tuning.sweep import keep_best_adapter, run_sweep
-from workflows.session import StoppedError
+from tuning.sweep import (
+    BestAdapter,
+    NoTrialSucceededError,
+    all_ended,
+    keep_best_adapter,
+    run_sweep,
+    storage_path,
+)
+from workflows import stopping
+from workflows.session import FailedError, StoppedError, resume_with
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
 from workflows.sweep.registration import publish, register_best, summarise, track
 from workflows.sweep.start import StartedHosts
 from workflows.worker import Worker, prove
 
-_ZERO_SHOT = "zero_shot.json"
+_SECONDS_TO_KEEP, _SECONDS_TO_TELL, _SECONDS_TO_CATCH_UP = 6.0, 2.0, 60.0
 
 
 def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) -> None:
@@ -41,7 +55,7 @@ def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) ->
     print(describe_plan(sweep.space, prepared.train, prepared.public, plan))
 
 
-def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts, *, resume: bool) -> None:
+def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> None:
     """Run or go on with a sweep and register its best adapter.
 
     Raises StoppedError if it was interrupted and can go on.
@@ -51,46 +65,81 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     plan = _make_plan(prepared, device, num_gpus())
     print(describe_plan(sweep.space, prepared.train, prepared.public, plan), flush=True)
     sweep.claim(inputs.digests, inputs.prompt_text)
+    resume_with(sweep.how_to_go_on)
     shares = sweep.space.trial_shares(plan.trials)
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
     begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
     measured = _ask_zero_shot(sweep, hosts, shares)
-    tracker = track(sweep, prepared, device.name)  # while hosts measure
+    with _record_needed(sweep):
+        tracker = track(sweep, prepared, device.name)  # while hosts measure
     status: str = "FAILED"
     metrics: dict[str, float] = {}
     try:
         with tracker.system_metrics():
             zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-            records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, resume=resume)
-            if not _all_ended(sweep, records):
-                raise StoppedError(f"the sweep can go on: python ray_jobs/tune.py --resume {sweep.name}")
+            records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, stopping.go_on)
+            if not all_ended(sweep.space, records):
+                raise StoppedError(sweep.how_to_go_on)
+            best = _keep_best_adapter(sweep)
             worker = Worker(shares)  # which loads its libraries meanwhile
             seconds = time.monotonic() - started.began
             work = _tell_how_it_went(hosts, plan, records, zero_shot, seconds)
             stop_hosts(hosts)
-            best = keep_best_adapter(sweep.space, sweep.folder)
             assert best.record.best is not None
             metrics["best_public_perplexity"] = best.record.best["public_perplexity"]
             metrics["system/epochs_saved"] = share_of_epochs_saved(records)
-            registered = register_best(
-                sweep,
-                prepared,
-                best,
-                zero_shot,
-                tracker,
-                ray.get(digest),
-                lambda uri, expected: prove(worker, uri, sweep.space.base_model, prepared.public, expected),
-            )
-        summary = {**summarise(sweep, records, best, zero_shot, tracker, registered), **work}
-        publish(sweep, prepared, summary, records, best, seconds, device.name, tracker)
+            with _record_needed(sweep):
+                tracker.catch_up(_SECONDS_TO_CATCH_UP)
+                registered = register_best(
+                    sweep,
+                    prepared,
+                    best,
+                    zero_shot,
+                    tracker,
+                    ray.get(digest),
+                    lambda uri, expected: prove(
+                        worker, uri, sweep.space.base_model, prepared.public, expected
+                    ),
+                )
+                summary = {**summarise(sweep, records, best, zero_shot, tracker, registered), **work}
+                publish(sweep, prepared, summary, records, best, seconds, device.name, tracker)
+                metrics["system/seconds"] = time.monotonic() - started.began
+                tracker.end("FINISHED", metrics)
         status = "FINISHED"
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
+        kept = ask_where_trials_stand(hosts, storage_path(sweep.space, sweep.folder) + "/ray")
         raise
     finally:
-        tracker.end(status, {**metrics, "system/seconds": time.monotonic() - started.began})
+        if status != "FINISHED":
+            tracker.end(status, metrics, timeout_seconds=_SECONDS_TO_TELL)
+        if status == "KILLED":
+            wait_until_kept(kept, _SECONDS_TO_KEEP)
+    sweep.finish(summary)
+
+
+@contextmanager
+def _record_needed(sweep: SweepFolder) -> Iterator[None]:
+    """Stop the sweep if the tracking server is needed within and away: its results are kept."""
+    try:
+        yield
+    except TrackingAwayError as error:
+        if disk_without_space(error):  # of a store that is a file
+            raise
+        raise StoppedError(
+            f"{error}; results are kept, and with the server back {sweep.how_to_go_on}"
+        ) from error
+
+
+def _keep_best_adapter(sweep: SweepFolder) -> BestAdapter:
+    try:
+        return keep_best_adapter(sweep.space, sweep.folder)
+    except NoTrialSucceededError as error:
+        raise FailedError(f"{error}; nothing is registered") from error
+    except CheckpointError as error:
+        raise StoppedError(f"{error}; its trial goes on from the one before: {sweep.how_to_go_on}") from error
 
 
 def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Plan:
@@ -99,20 +148,21 @@ def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Pla
 
 def _ask_zero_shot(sweep: SweepFolder, hosts: Any, shares: dict[str, float]) -> list[Any]:
     """Ask hosts for the base's perplexity of each public example, if the sweep doesn't know it yet."""
-    return [] if (sweep.folder / _ZERO_SHOT).exists() else ask_all_devices(hosts, shares, "zero_shot")
+    return [] if sweep.zero_shot() is not None else ask_all_devices(hosts, shares, "zero_shot")
 
 
 def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
     """Return the base's public perplexity, measured once a sweep."""
-    path = sweep.folder / _ZERO_SHOT
     if measured:
-        write_json(path, {"public_perplexity": mean_perplexity(ray.get(measured)[0])})
-    return json.loads(path.read_text(encoding="utf-8"))["public_perplexity"]  # type: ignore[no-any-return]
-
-
-def _all_ended(sweep: SweepFolder, records: list[TrialRecord]) -> bool:
-    still_going = any(record.status in ("pending", "running") for record in records)
-    return len(records) >= sweep.space.num_trials and not still_going
+        found = mean_perplexity(ray.get(measured)[0])
+        if not math.isfinite(found):
+            raise FailedError(
+                f"the base alone has public perplexity {found}: its weights or dtype are no good"
+            )
+        sweep.keep_zero_shot(found)
+    known = sweep.zero_shot()
+    assert known is not None, "it was kept"
+    return known
 
 
 def _tell_how_it_went(

@@ -1,0 +1,426 @@
+"""Kills commands before and after every durable write, lets them go on, and compares with an undisturbed run.
+
+    make chaos
+
+Every durable write has a name (qlora.failpoints). An undisturbed run of a scenario counts them; then, for
+each name, a run is killed (SIGKILL, in whichever process comes there) before and after its first and its last
+occurrence, and the same command is run again as a user would, until it is done. What is left must be what the
+undisturbed run left. Cases that are done are kept in .chaos/, so that an interrupted round goes on; a change
+of the code starts a new round.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+from conftest import byte_tokenizer, copy_project, tiny_model
+
+from qlora.failpoints import VARIABLE, passages
+
+ROOT = Path(__file__).resolve().parent.parent
+_MOST_RUNS = 4  # of a command until it is done
+_CODES = ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs")
+_TIMING = {"seconds", "rows_per_second", "seconds_generating", "rows_per_second_generating", "host_seconds"}
+_TIMING |= {"seconds_to_first_row", "peak_memory_gib", "versions", "tokens_per_second", "rows_generated"}
+_TIMING |= {"tokens", "engine", "workers", "asks_another_question"}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Commands that are run one after another, each with what goes on with it after a kill.
+
+    outcome: what they must have left, as JSON. ends: exit codes that mean that a command is done.
+    """
+
+    name: str
+    commands: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    outcome: Callable[[Path], Any]
+    needs: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kill: at which failpoint, before or after which occurrence."""
+
+    scenario: str
+    point: str
+    place: str
+    occurrence: int
+
+    @property
+    def order(self) -> str:
+        """Return what qlora.failpoints takes."""
+        return f"{self.point} {self.place} {self.occurrence}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case. exits: of each run, a signal being negative. problem: empty if all is equal."""
+
+    case: Case
+    exits: tuple[int, ...]
+    seconds: float
+    problem: str
+
+
+def main() -> None:
+    """Run what is not done yet, and print a table; exit with 1 if anything differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scenario", choices=[one.name for one in SCENARIOS], help="only this one")
+    parser.add_argument("--sample", type=int, metavar="N", help="only so many cases of each scenario")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".chaos", help="where runs and results are kept"
+    )
+    arguments = parser.parse_args()
+    chosen = [one for one in SCENARIOS if arguments.scenario in (None, one.name)]
+    folder = arguments.folder / code_digest()[:12]
+    results = [
+        result
+        for scenario in chosen
+        for result in run_scenario(scenario, folder, arguments.sample, arguments.seed, print)
+    ]
+    print(table(results))
+    sys.exit(any(result.problem for result in results))
+
+
+def run_scenario(
+    scenario: Scenario, folder: Path, sample: int | None, seed: int, say: Callable[[str], None]
+) -> Iterator[Result]:
+    """Run a scenario undisturbed, then each of its cases, or a sample of them; yield what came of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = folder / f"{scenario.name}.start"
+    if not start.exists():
+        make_project(folder / "unfinished.start", scenario)
+        (folder / "unfinished.start").rename(start)
+    expected, counts = undisturbed(scenario, start, folder)
+    cases = list(cases_of(scenario.name, counts))
+    if sample is not None:
+        cases = random.Random(seed).sample(cases, min(sample, len(cases)))
+    done = folder / f"{scenario.name}.jsonl"
+    known = read_results(done)
+    for number, case in enumerate(cases, start=1):
+        result = known.get(case)
+        if result is None:
+            result = run_case(scenario, case, start, folder / "run", expected)
+            with open(done, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+        say(f"{scenario.name} {number}/{len(cases)}: {line_of(result)}")
+        yield result
+
+
+def undisturbed(scenario: Scenario, start: Path, folder: Path) -> tuple[Any, dict[str, int]]:
+    """Return what an undisturbed run leaves, and how often it passes each failpoint."""
+    kept = folder / f"{scenario.name}.json"
+    if not kept.exists():
+        project = fresh(start, folder / "run")
+        for command, _ in scenario.commands:
+            code = run(project, command)
+            assert code in (0, 4), f"the undisturbed run ended with {code}; see {project}/out.log"
+        content = {"outcome": scenario.outcome(project), "counts": passages(project / "failpoints")}
+        kept.write_text(json.dumps(content), encoding="utf-8")
+    content = json.loads(kept.read_text(encoding="utf-8"))
+    return content["outcome"], content["counts"]
+
+
+def cases_of(scenario: str, counts: dict[str, int]) -> Iterator[Case]:
+    """List the kills before and after the first and the last occurrence of each failpoint."""
+    for point, count in counts.items():
+        for occurrence in sorted({1, count}):
+            for place in ("before", "after"):
+                yield Case(scenario, point, place, occurrence)
+
+
+def run_case(scenario: Scenario, case: Case, start: Path, project: Path, expected: Any) -> Result:
+    """Kill one run where the case says, go on until all is done, and compare what is left."""
+    began, exits = time.monotonic(), list[int]()
+    fresh(start, project)
+    order, killed = project / "failpoints" / "kill", project / "failpoints" / "killed"
+    order.write_text(case.order, encoding="utf-8")
+    for command, again in scenario.commands:
+        for attempt in range(_MOST_RUNS):
+            exits.append(run(project, command if attempt == 0 else again))
+            if exits[-1] in (0, 4):
+                break
+    problem = "" if killed.exists() else "the failpoint was not reached"
+    if exits[-1] not in (0, 4):
+        problem = f"it does not end: exit codes {exits}"
+    elif not problem:
+        problem = difference(expected, json.loads(json.dumps(scenario.outcome(project))))
+    return Result(case, tuple(exits), round(time.monotonic() - began, 1), problem)
+
+
+def run(project: Path, command: tuple[str, ...]) -> int:
+    """Run a command of a project to its end; returns its exit code."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(project),
+        "MLFLOW_TRACKING_URI": "",
+        "CUDA_VISIBLE_DEVICES": "",
+        VARIABLE: str(project / "failpoints"),
+    }
+    with open(project / "out.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, f"ray_jobs/{command[0]}.py", *command[1:]],
+            cwd=project,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            return process.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return 124
+
+
+def fresh(start: Path, project: Path) -> Path:
+    """Make a project like the one that the scenario starts from, at a path that is always the same."""
+    shutil.rmtree(project, ignore_errors=True)
+    shutil.copytree(start, project)
+    (project / "failpoints").mkdir()
+    return project
+
+
+def make_project(folder: Path, scenario: Scenario) -> None:
+    """Make the project that a scenario starts from: a tiny base, data, spaces, and what it needs done before.
+
+    It is made at the path where it will run: stores keep absolute paths.
+    """
+    project = folder.parent / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(project, ignore_errors=True)
+    project.mkdir(parents=True)
+    copy_project(project)
+    tiny_model("llama").save_pretrained(project / "base")
+    byte_tokenizer().save_pretrained(project / "base")
+    words = "春夏秋冬東西南北山水風雲日月星辰"
+    rows = [
+        {
+            "id": f"e{n}",
+            "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}",
+            "output": words[n * 3 % 16],
+        }
+        for n in range(24)
+    ]
+    asked = [{"id": f"r{n}", "instruction": f"翻譯：{words[n % 16]}" * (1 + n % 3)} for n in range(40)]
+    asked[7]["instruction"] = "長" * 5000
+    (project / "rows.json").write_text(json.dumps(asked), encoding="utf-8")
+    (project / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
+    (project / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+    base = {"name": str(project / "base"), "quantization": "none"}
+    data = {"train": "train.json", "public": "public.json"}
+    trial = {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0}
+    space = {
+        "base_model": base,
+        "data": data,
+        "trial": trial,
+        "search": {"learning_rate": {"grid_search": [1e-2, 1e-3]}, "epochs": {"choice": [3]}},
+        "num_samples": 1,
+        "registered_model": "tiny",
+        "scheduler": {"type": "fifo"},
+        "resources_per_trial": {"cpu": 1},
+    }
+    (project / "space.yaml").write_text(yaml.safe_dump(space), encoding="utf-8")
+    study = {
+        "base_model": base,
+        "data": data,
+        "trial": {**trial, "learning_rate": 1e-2},
+        "stages": ["1+1"],
+        "beams": [1, 2],
+        "shots": 1,
+        "max_new_tokens": 4,
+        "num_predictions": 2,
+    }
+    (project / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    for command in scenario.needs:
+        (project / "failpoints").mkdir(exist_ok=True)
+        assert run(project, command) in (0, 4), f"{command} failed; see {project}/out.log"
+    shutil.rmtree(project / "failpoints", ignore_errors=True)
+    project.rename(folder)
+
+
+def tune_outcome(project: Path) -> Any:
+    """Return what a sweep must have left: results, store, files."""
+    summary = json.loads((project / "results/sweep/summary.json").read_text(encoding="utf-8"))
+    trials = sorted(summary["trials"], key=lambda trial: trial["trial_id"])
+    return {
+        "trials": [
+            {
+                "id": trial["trial_id"],
+                "config": trial["config"],
+                "status": trial["status"],
+                "curve": [[point["step"], _rounded(point["public_perplexity"])] for point in trial["curve"]],
+            }
+            for trial in trials
+        ],
+        "zero_shot": _rounded(summary["zero_shot"]),
+        "best": [summary["best"]["trial_id"], _rounded(summary["best"]["public_perplexity"])],
+        "champion": summary["champion"],
+        "store": store_outcome(project),
+        "left over": left_over(project),
+        "adapter": (project / "results/sweep/best/adapter_model.safetensors").exists(),
+    }
+
+
+def store_outcome(project: Path) -> Any:
+    """Return the runs, figures, versions and models of the store, without ids and times."""
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+
+        def rows(query: str) -> list[Any]:
+            return sorted(map(list, store.execute(query).fetchall()))
+
+        return {
+            "runs": rows("select name, status, count(*) from runs group by 1, 2"),
+            "points": rows(
+                "select name, key, step, count(*) from metrics join runs using (run_uuid) "
+                "where key in ('public_perplexity', 'epoch_public_perplexity', 'training_loss') "
+                "group by 1, 2, 3"
+            ),
+            "versions": rows("select name, version, status, description from model_versions"),
+            "aliases": rows("select name, alias, version from registered_model_aliases"),
+            "history": rows("select name, key, value from registered_model_tags"),
+            "models": rows(
+                "select name, status, count(*) from logged_models where lifecycle_stage = 'active' "
+                "group by 1, 2"
+            ),
+            "linked": rows(
+                "select tag_key, count(*) from logged_model_tags join logged_models using (model_id) "
+                "where lifecycle_stage = 'active' group by 1"
+            ),
+        }
+
+
+def batch_outcome(project: Path) -> Any:
+    """Return what a batch job must have left: three files, and nothing beside them."""
+    out = project / "out"
+    meta = json.loads((out / "outputs.json.meta.json").read_text(encoding="utf-8"))
+    return {
+        "outputs": hashlib.sha256((out / "outputs.json").read_bytes()).hexdigest(),
+        "errors": json.loads((out / "outputs.json.errors.json").read_text(encoding="utf-8")),
+        "meta": _without_timing(meta),
+        "files": sorted(path.name for path in out.iterdir()),
+        "left over": left_over(project),
+    }
+
+
+def registry_outcome(project: Path) -> Any:
+    """Return what the registry must hold."""
+    found = store_outcome(project)
+    return {key: found[key] for key in ("versions", "aliases", "history", "models")}
+
+
+def study_outcome(project: Path) -> Any:
+    """Return what a study must have left."""
+    folder = project / "results/studies/study"
+    steps = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "steps").iterdir()}
+    return {
+        "steps": {name: _without_timing(step) for name, step in sorted(steps.items())},
+        "page": (folder / "study.html").exists(),
+        "store": store_outcome(project),
+        "left over": left_over(project),
+    }
+
+
+def left_over(project: Path) -> list[str]:
+    """List files that no finished work leaves."""
+    found = [*project.rglob("*.part"), *project.rglob("checkpoint_stopped"), *project.rglob(".*.work")]
+    return sorted(str(path.relative_to(project)) for path in found if "failpoints" not in path.parts)
+
+
+def difference(expected: Any, found: Any, where: str = "") -> str:
+    """Return where two outcomes differ first; empty if they don't."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}):
+            if told := difference(expected.get(key), found.get(key), f"{where}/{key}"):
+                return told
+        return ""
+    return "" if expected == found else f"{where}: {found!r:.300} is not {expected!r:.300}"
+
+
+def table(results: list[Result]) -> str:
+    """Lay results out by scenario and failpoint: how many kills, how many left all equal, how long."""
+    lines = ["", f"{'scenario':<12} {'failpoint':<34} {'kills':>5} {'equal':>5} {'seconds':>8}"]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.case.scenario, result.case.point), []).append(result)
+    for (scenario, point), group in groups.items():
+        equal = sum(not result.problem for result in group)
+        seconds = sum(result.seconds for result in group) / len(group)
+        lines.append(f"{scenario:<12} {point:<34} {len(group):>5} {equal:>5} {seconds:>8.1f}")
+    equal = sum(not result.problem for result in results)
+    lines.append(f"{equal} of {len(results)} kills left what an undisturbed run leaves")
+    return "\n".join(lines)
+
+
+def line_of(result: Result) -> str:
+    """Describe a result in a line."""
+    exits = ", ".join(map(str, result.exits))
+    return f"{result.case.order}: exits {exits}, {result.seconds} s, {result.problem or 'equal'}"
+
+
+def read_results(path: Path) -> dict[Case, Result]:
+    """Read the results that an earlier round kept; a cut line is left out."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        case = Case(**content["case"])
+        found[case] = Result(case, tuple(content["exits"]), content["seconds"], content["problem"])
+    return found
+
+
+def code_digest() -> str:
+    """Return the SHA-256 (hexadecimal) of the project's code and of this file."""
+    digest = hashlib.sha256()
+    files = [path for room in _CODES for path in sorted((ROOT / room).rglob("*.py"))]
+    for path in [*files, Path(__file__)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _without_timing(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_timing(value) for key, value in content.items() if key not in _TIMING}
+    return _rounded(content) if isinstance(content, float) else content
+
+
+_TUNE = ("tune", "--space", "space.yaml", "--name", "sweep")
+_INFER = ("batch_infer", "--base-model", "base", "--quantization", "none", "--input", "rows.json")
+_INFER += ("--output", "out/outputs.json", "--max-new-tokens", "4")
+_WORSE = ("tune", "--space", "space.yaml", "--name", "worse", "--set", "search.epochs={choice: [1]}")
+_BACK, _ON = ("promote", "tiny", "--roll-back"), ("promote", "tiny", "--version", "2")
+_STUDY = ("study", "--study", "study.yaml", "--name", "study")
+SCENARIOS = (
+    Scenario("tune", ((_TUNE, ("tune", "--resume", "sweep")),), tune_outcome),
+    Scenario("batch_infer", ((_INFER, (*_INFER, "--resume")),), batch_outcome),
+    Scenario("study", ((_STUDY, _STUDY),), study_outcome),
+    Scenario("roll_back", ((_BACK, _BACK),), registry_outcome, needs=(_WORSE, _TUNE)),
+    Scenario("promote", ((_ON, _ON),), registry_outcome, needs=(_WORSE, _TUNE, _BACK)),
+)
+
+if __name__ == "__main__":
+    main()

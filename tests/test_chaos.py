@@ -1,0 +1,23 @@
+"""A few of the kills that `make chaos` enumerates, drawn by a seed."""
+
+import os
+
+import chaos
+import pytest
+
+pytestmark = pytest.mark.ray
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+
+
+@pytest.mark.parametrize(("name", "count"), [("tune", 2), ("batch_infer", 1)])
+def test_a_kill_at_a_durable_write_changes_nothing(tmp_path, name, count):
+    (scenario,) = (one for one in chaos.SCENARIOS if one.name == name)
+    results = list(chaos.run_scenario(scenario, tmp_path, count, SEED, print))
+    assert len(results) == count
+    assert [chaos.line_of(result) for result in results if result.problem] == []
+
+
+def test_an_outcome_that_differs_is_told_with_its_place():
+    assert chaos.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == ""
+    assert chaos.difference({"a": {"b": 2}}, {"a": {"b": 3}}) == "/a/b: 3 is not 2"
+    assert chaos.difference({"a": 1}, {}) == "/a: None is not 1"

@@ -1,0 +1,190 @@
+"""What a disk, a kill or a hand has damaged is told on one line, with exit code 2, and nothing is changed."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from test_inputs import GOOD, nothing_heavy_happens, refused  # noqa: F401
+
+import ray_jobs.study
+import ray_jobs.tune
+from qlora.files import write_json
+from tuning.ledger import Ledger, TrialRecord
+from workflows.sweep.folder import plan_sweep
+from workflows.sweep.prepared import read_inputs
+
+POINT = {"step": 1.0, "epoch": 1.0, "public_perplexity": 3.0, "schedule_percent": 50.0}
+SUMMARY = {"zero_shot": 4.0, "best": {"trial_id": "t"}, "champion": {"reason": "better"}}
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: json.dumps(content).encode()[:-9],
+    "zeros": lambda content: bytes(len(json.dumps(content))),
+    "not UTF-8": lambda content: b"\xff\xfe" + json.dumps(content).encode(),
+    "a list": lambda content: json.dumps([content]).encode(),
+    "text": lambda content: json.dumps("content").encode(),
+    "deep": lambda content: b'{"a":' * 100_000,
+    "another's": lambda content: b"{}",
+}
+RECORDS = {
+    "no trial": {"trial_id": None},
+    "a status that is none": {"status": "winning"},
+    "a config of nothing": {"config": 3},
+    "a rank of text": {"config": {"lora_r": "much"}},
+    "a curve of numbers": {"curve": [1, 2]},
+    "a point without a step": {"curve": [{"epoch": 1.0}]},
+    "a point with text": {"curve": [{**POINT, "step": "one"}]},
+}
+SPACES = {
+    "no space": {"space": None},
+    "a space of text": {"space": "space"},
+    "a key of the space that is none": {"space": {"serach": {}}},
+    "digests of text": {"digests": "abc"},
+    "no digests": {"digests": None},
+    "no file": {"space_file": None},
+}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in (ray_jobs.tune, ray_jobs.study):
+        monkeypatch.setattr(module, "RESULTS_FOLDER", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def sweep(results, tiny_base, write_rows) -> Path:
+    """The folder of a sweep that has begun, as the code writes it."""
+    data = str(write_rows(GOOD, "good.json"))
+    space = {
+        "base_model": {"name": str(tiny_base)},
+        "data": {"train": data, "public": data},
+        "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        "num_samples": 2,
+    }
+    path = results.parent / "space.yaml"
+    path.write_text(yaml.safe_dump(space), encoding="utf-8")
+    found = plan_sweep(results / "begun", str(path), [])
+    inputs = read_inputs(found)
+    found.claim(inputs.digests, inputs.prompt_text)
+    Ledger(results / "begun/trials").put(
+        TrialRecord("42_00000", {"learning_rate": 1e-3}, "running", (POINT,))
+    )
+    return results / "begun"
+
+
+@pytest.fixture
+def resume(sweep, capsys, monkeypatch):
+    """Resume the sweep, which must be refused without a change; returns the line."""
+
+    def run() -> str:
+        before = contents(sweep)
+        error = refused(ray_jobs.tune, capsys, monkeypatch, "--resume", "begun")
+        assert contents(sweep) == before
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["sweep.json", "summary.json", "trials/0000-42_00000.json"])
+def test_a_damaged_file_of_a_sweep(name, damage, sweep, resume):
+    path = sweep / name
+    if name == "summary.json":
+        write_json(path, SUMMARY)
+    path.write_bytes(DAMAGES[damage](json.loads(path.read_text())))
+    error = resume()
+    assert error.startswith(f"error: {path}: is damaged (")
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_record_that_is_none(case, sweep, resume):
+    path = sweep / "trials/0000-42_00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **RECORDS[case]}))
+    error = resume()
+    assert error.startswith(f"error: {path}: is damaged (")
+    assert error.endswith("; remove it, and --resume runs this trial anew")
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_a_sweep_file_that_is_none(case, sweep, resume):
+    path = sweep / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **SPACES[case]}))
+    assert str(path) in resume()
+
+
+def test_two_records_of_one_trial(sweep, resume):
+    path = sweep / "trials/0000-42_00000.json"
+    (sweep / "trials/0001-42_00000.json").write_text(path.read_text())
+    assert "0001-42_00000.json" in resume()
+
+
+def test_a_record_that_is_a_folder(sweep, resume):
+    (sweep / "trials/0001-x.json").mkdir()
+    assert "is damaged (" in resume()
+
+
+def test_perplexities_that_are_no_numbers_are_never_best(sweep):
+    """A sweep from before may have kept them."""
+    bad = [{**POINT, "public_perplexity": value} for value in (float("nan"), float("inf"))]
+    record = TrialRecord("42_00001", {"learning_rate": 1e-3}, "finished", tuple(bad))
+    Ledger(sweep / "trials").put(record)
+    kept = Ledger(sweep / "trials").records["42_00001"]
+    assert kept.best is None
+    assert asdict(kept)["status"] == "finished"
+
+
+@pytest.fixture
+def study(results, tiny_base, write_rows, capsys, monkeypatch):
+    """Run a study that must be refused without a change; returns the line."""
+    data = str(write_rows(GOOD, "good.json"))
+    content = {
+        "base_model": {"name": str(tiny_base), "quantization": "none"},
+        "data": {"train": data, "public": data},
+        "trial": {"learning_rate": 1e-3},
+        "stages": ["1"],
+        "shots": 1,
+        "num_predictions": 1,
+    }
+    path = results.parent / "study.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    folder = results / "studies/study"
+
+    def run() -> str:
+        before = contents(folder)
+        error = refused(ray_jobs.study, capsys, monkeypatch, "--study", path)
+        assert contents(folder) == before
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "another's"])
+@pytest.mark.parametrize("name", ["study.json", "steps/train-1.json", "steps/text-zero-shot.json"])
+def test_a_damaged_file_of_a_study(name, damage, results, study):
+    path = results / "studies/study" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(DAMAGES[damage]({"study_id": "1", "texts": ["a"]}))
+    if name != "study.json":
+        write_json(results / "studies/study/study.json", {"study_id": "1"})
+    error = study()
+    assert error.startswith(f"error: {path}: is damaged (")
+
+
+def test_a_step_that_lacks_what_it_found(results, study):
+    write_json(results / "studies/study/study.json", {"study_id": "1"})
+    write_json(results / "studies/study/steps/train-1.json", {"seconds": 1.0})
+    assert "it lacks what such a step holds" in study()
+
+
+def test_a_trained_adapter_that_is_gone(results, study):
+    write_json(results / "studies/study/study.json", {"study_id": "1"})
+    write_json(results / "studies/study/steps/train-1.json", {"seconds": 1.0, "training_loss": 1.0})
+    assert "adapters/1" in study()

@@ -1,0 +1,242 @@
+"""Owns the champion of a registered model: who takes the alias, and the champions before, for the way back.
+
+A change is several writes: alias, history, descriptions. A process may end between any two of them, so the
+change is first written down as a whole, in one tag; whoever writes next completes what is open:
+
+    champion_change   the change that is going on: kind, from, to, history, reason; gone when it is complete
+    champions         versions in the order in which they were champion, the present one last
+
+Refuses to know where versions come from.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from qlora.config import InputError
+from qlora.failpoints import durable
+
+CHAMPION = "champion"
+_HISTORY, _OPEN = "champions", "champion_change"
+_NUM_REMEMBERED = 200
+_VERDICT = "Champion: "
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The outcome of a registration: its URI and, in words, whether it is the champion and why."""
+
+    model_uri: str
+    is_champion: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of champion. start: the champion before; None if there was none. history: afterwards."""
+
+    kind: Literal["crown", "roll back"]
+    start: str | None
+    to: str
+    history: list[str]
+    reason: str
+
+
+def champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    """Return the version that has the alias."""
+    number = client.get_registered_model(name).aliases.get(CHAMPION)
+    return client.get_model_version(name, str(number)) if number else None
+
+
+def crown_if_better(client: MlflowClient, name: str, version: ModelVersion) -> Registration:
+    """Make a version champion if it is better than the present one; says so in its description."""
+    own = str(version.version)
+    completed = _complete(client, name)
+    if completed is not None and (completed.kind, completed.to) == ("crown", own):
+        return _outcome(name, completed)  # this very command, which was ended halfway
+    present = champion(client, name)
+    is_champion, reason = judge(present, version)
+    result = Registration(f"models:/{name}/{own}", is_champion, reason)
+    if is_champion and (present is None or str(present.version) != own):
+        start = str(present.version) if present else None
+        history = _history(client, name, present)
+        if history is None:  # damaged
+            history = [start] if start else []
+        if history[-3:] == [start, own, start]:  # ended halfway before changes were written down as a whole
+            history = history[:-2]
+        _carry_out(client, name, _Change("crown", start, own, [*history, own], reason))
+    elif not (is_champion and (version.description or "").startswith(_VERDICT)):
+        _describe(client, name, version, result)
+    return result
+
+
+def roll_back(client: MlflowClient, name: str) -> Registration:
+    """Give the alias back to the champion before the present one. Raises InputError if there was none."""
+    completed = _complete(client, name)
+    if completed is not None and completed.kind == "roll back":
+        return _outcome(name, completed)  # this very command, which was ended halfway
+    present = champion(client, name)
+    history = _history(client, name, present)
+    if history is None:
+        problem = (
+            f"has a damaged tag {_HISTORY}, so the champion before is not known; promote one by --version"
+        )
+        raise InputError(f"models:/{name}", problem)
+    there = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
+    history = _without_repeats([number for number in history if number in there])
+    if len(history) < 2:
+        raise InputError(f"models:/{name}", "had no champion before the present one")
+    start = str(present.version) if present else None
+    reason = f"rolled back from version {history[-1]}"
+    change = _Change("roll back", start, history[-2], history[:-1], reason)
+    _carry_out(client, name, change)
+    return _outcome(name, change)
+
+
+def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, str]:
+    """Decide whether a version becomes (or stays) champion; returns that and why."""
+    if present is not None and present.version == version.version:
+        return True, "it is the champion already"
+    if "public_perplexity" not in version.tags:
+        return False, "no public perplexity is known of it; register adapters with ray_jobs/tune.py"
+    ours = float(version.tags["public_perplexity"])
+    zero_shot = float(version.tags.get("zero_shot_public_perplexity", "inf"))
+    if not ours < zero_shot:
+        return (
+            False,
+            f"public perplexity {ours:.4g} is no better than the base alone, which has {zero_shot:.4g}",
+        )
+    if present is None:
+        return True, "the first champion of this model"
+    if present.tags.get("public_digest") != version.tags.get("public_digest"):
+        return False, (
+            f"champion version {present.version} was measured on other public examples; "
+            "measure both on one file with ray_jobs/evaluate.py"
+        )
+    if not _same_tokenizer(present, version):
+        return False, (
+            f"champion version {present.version} has another tokenizer, and a perplexity per token means "
+            "nothing across tokenizers; compare texts, with ray_jobs/batch_infer.py"
+        )
+    theirs = float(present.tags["public_perplexity"])
+    return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {present.version}"
+
+
+def _carry_out(client: MlflowClient, name: str, change: _Change) -> None:
+    """Write down a change, then make it."""
+    with durable("champion change"):
+        client.set_registered_model_tag(name, _OPEN, json.dumps(asdict(change)))
+    _finish(client, name, change)
+
+
+def _finish(client: MlflowClient, name: str, change: _Change) -> None:
+    """Do all writes of a change that is written down; doing them twice changes nothing."""
+    with durable("alias champion"):
+        client.set_registered_model_alias(name, CHAMPION, change.to)
+    with durable("champion history"):
+        remembered = json.dumps(change.history[-_NUM_REMEMBERED:])
+        client.set_registered_model_tag(name, _HISTORY, remembered)
+    if change.start is not None and change.start != change.to:
+        dethroned = client.get_model_version(name, change.start)
+        reason = f"version {change.to} took its place"
+        _describe(client, name, dethroned, Registration(f"models:/{name}/{change.start}", False, reason))
+    _describe(client, name, client.get_model_version(name, change.to), _outcome(name, change))
+    with durable("champion change done"):
+        client.delete_registered_model_tag(name, _OPEN)
+
+
+def _complete(client: MlflowClient, name: str) -> _Change | None:
+    """Complete a change that a process left open; returns it.
+
+    One whose alias was set by other means since, or whose versions are gone, is given up.
+    """
+    model = client.get_registered_model(name)
+    text = model.tags.get(_OPEN)
+    if text is None:
+        return None
+    change, present = _read_change(text), model.aliases.get(CHAMPION)
+    there = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
+    is_open = (
+        change is not None
+        and (str(present) if present else None) in (change.start, change.to)
+        and {change.to, change.start or change.to} <= there
+    )
+    if change is None or not is_open:
+        with durable("champion change done"):
+            client.delete_registered_model_tag(name, _OPEN)
+        return None
+    _finish(client, name, change)
+    return change
+
+
+def _read_change(text: str) -> _Change | None:
+    """Read a change; None for a tag that is damaged."""
+    content = _json(text)
+    if not isinstance(content, dict) or set(content) != set(_Change.__dataclass_fields__):
+        return None
+    change = _Change(**content)
+    texts = (change.kind, change.to, change.reason, change.start or "")
+    is_sound = all(isinstance(one, str) for one in texts) and _is_history(change.history)
+    return change if is_sound else None
+
+
+def _history(client: MlflowClient, name: str, present: ModelVersion | None) -> list[str] | None:
+    """Return the champions up to the present one; None if the tag is damaged.
+
+    One whose alias was set by other means counts, too.
+    """
+    content = _json(client.get_registered_model(name).tags.get(_HISTORY, "[]"))
+    if not _is_history(content):
+        return None
+    own = [str(present.version)] if present is not None else []
+    return _without_repeats([*content, *own])
+
+
+def _is_history(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(one, str) and one.isdecimal() for one in content)
+
+
+def _without_repeats(numbers: list[str]) -> list[str]:
+    """Leave out a version that directly follows itself."""
+    return [one for one, before in zip(numbers, [None, *numbers], strict=False) if one != before]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _outcome(name: str, change: _Change) -> Registration:
+    return Registration(f"models:/{name}/{change.to}", True, change.reason)
+
+
+def _same_tokenizer(one: ModelVersion, other: ModelVersion) -> bool:
+    """Tell whether two versions read text alike; versions that don't say have to have the same base."""
+    digests = [version.tags.get("tokenizer_digest") for version in (one, other)]
+    if None not in digests:
+        return digests[0] == digests[1]
+    return one.tags.get("base_model") == other.tags.get("base_model")
+
+
+def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Registration) -> None:
+    """Write a version's description: verdict, figures, usage."""
+    tags, uri = version.tags, result.model_uri
+    verdict = f"{_VERDICT if result.is_champion else 'Not champion: '}{result.reason}."
+    figures = f"Public perplexity **{float(tags.get('public_perplexity', 'nan')):.5g}**"
+    if "zero_shot_public_perplexity" in tags:
+        figures += f", the base alone {float(tags['zero_shot_public_perplexity']):.5g}"
+    usage = (
+        f"```\npython ray_jobs/batch_infer.py --model {uri} --input FILE --output FILE\n"
+        f"python ray_jobs/evaluate.py --adapter {uri} --data FILE --output FILE\n```"
+    )
+    base = tags.get("base_model", "-")
+    trained = f"Base `{base}` in {tags.get('quantization', '-')}, prompt `{tags.get('prompt', '-')}`, "
+    trained += f"sweep `{tags.get('sweep', '-')}`, trial `{tags.get('trial_id', '-')}`."
+    description = "\n\n".join([verdict, f"{figures}.", trained, usage])
+    with durable("description"):
+        client.update_model_version(name, version.version, description)

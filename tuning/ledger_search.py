@@ -1,0 +1,157 @@
+"""Owns which trials of a sweep Ray Tune runs: those that its space draws, less those that have ended.
+
+A sweep that goes on is drawn again from its seed, under the same ids, and its ledger tells of each trial
+whether it has ended, has begun (then its checkpoints are handed to Ray), or is new. Ray's own saved state is
+never read: it lags behind, it may be cut, and it is pickled, so that whoever could write to it could run code
+here. The searcher behind is Ray's, random or Optuna's.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, SearchGenerator
+
+from tuning.checkpoints import Storage, restore_checkpoints
+from tuning.ledger import TrialRecord
+from tuning.space import Space
+
+_PENDING_AT_ONCE = 200  # random trials that Ray knows of ahead, so that a cluster grows in time
+METRIC = "public_perplexity"
+
+
+class LedgerSearch(SearchAlgorithm):
+    """A searcher of Ray's behind Ray's interface, which knows what a sweep has done before.
+
+    `records`: of the trials that began before, in the order in which they did.
+    """
+
+    def __init__(self, space: Space, records: Sequence[TrialRecord], storage: Storage):
+        super().__init__()
+        self._space, self._storage, self._inner = space, storage, _searcher(space)
+        self._records = {record.trial_id: record for record in records}
+        self._ids = TrialIds(space.seed, list(self._records))
+        self._inner_ids: dict[str, str] = {}
+        self._kept_settings: dict[str, dict[str, Any]] = {}  # of trials that are drawn otherwise now
+
+    @property
+    def max_pending(self) -> int:
+        """Return how many trials Ray may know of before they start; a searcher that learns gives one."""
+        return _PENDING_AT_ONCE if self._space.searcher.type == "random" else 1
+
+    @property
+    def metric(self) -> str | None:
+        """Return what trials are compared by."""
+        return self._inner.metric  # type: ignore[no-any-return]
+
+    @property
+    def total_samples(self) -> int:
+        """Count the trials of the sweep."""
+        return self._inner.total_samples  # type: ignore[no-any-return]
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Take over what trials are compared by, which way, and the space."""
+        return self._inner.set_search_properties(metric, mode, config, **spec)  # type: ignore[no-any-return]
+
+    def add_configurations(self, experiments: Any) -> None:
+        """Take in the experiment that trials are drawn for."""
+        self._inner.add_configurations(experiments)
+
+    def next_trial(self) -> Any:
+        """Draw the next trial that has not ended; None if there is none for now."""
+        while (trial := self._inner.next_trial()) is not None:
+            drawn_as = trial.trial_id
+            trial.trial_id = trial.custom_dirname = self._ids.next()
+            self._inner_ids[trial.trial_id] = drawn_as
+            record = self._records.get(trial.trial_id)
+            if record is None:
+                return trial
+            known = {key: record.config[key] for key in trial.config if key in record.config}
+            if self._space.trial_settings(trial.config) != self._space.trial_settings(known):
+                trial.config = self._kept_settings[trial.trial_id] = known
+            if record.has_ended:
+                last = record.curve[-1] if record.curve and record.status != "diverged" else None
+                self.on_trial_complete(record.trial_id, last, error=last is None)
+                continue
+            restore_checkpoints(trial, self._storage, record)
+            return trial
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass a result on, unless it is no number to learn from."""
+        if math.isfinite(result.get(METRIC, math.nan)) and trial_id not in self._kept_settings:
+            self._inner.on_trial_result(self._inner_ids[trial_id], result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Pass on how a trial ended; one that diverged has failed."""
+        if not result or not math.isfinite(result.get(METRIC, math.nan)):
+            result, error = None, True
+        learner = _learner(self._inner)
+        if trial_id in self._kept_settings and learner is not None:
+            if result is not None:
+                learner.add_evaluated_point(self._kept_settings[trial_id], result[METRIC])
+            result, error = None, True  # what was drawn for it was never tried
+        self._inner.on_trial_complete(self._inner_ids[trial_id], result=result, error=error)
+
+    def is_finished(self) -> bool:
+        """Tell whether no trial is left to draw."""
+        return self._inner.is_finished()  # type: ignore[no-any-return]
+
+    def set_finished(self) -> None:
+        """Draw no more trials."""
+        self._inner.set_finished()
+
+    def has_checkpoint(self, dirpath: str) -> bool:
+        """Say that there is no state to read: the ledger is."""
+        return False
+
+    def save_to_dir(self, dirpath: str, **kwargs: Any) -> None:
+        """Write nothing: the ledger is the state."""
+
+    def restore_from_dir(self, dirpath: str) -> None:
+        """Read nothing: the ledger is the state."""
+
+
+class TrialIds:
+    """The ids of a sweep's trials, in the order in which they are drawn: its seed and a number.
+
+    `known`: those that began before. Sweeps from before have a prefix of their own, or ids without order.
+    """
+
+    def __init__(self, seed: int, known: Sequence[str]):
+        first = re.fullmatch(r"(.+)_\d{5}", known[0]) if known else None
+        prefix = first[1] if first else str(seed)
+        self._prefix, self._count = prefix, 0
+        self._without_order = [
+            trial_id for trial_id in known if not re.fullmatch(rf"{re.escape(prefix)}_\d{{5}}", trial_id)
+        ]
+
+    def next(self) -> str:
+        """Return the next id."""
+        self._count += 1
+        if self._count <= len(self._without_order):
+            return self._without_order[self._count - 1]
+        return f"{self._prefix}_{self._count - 1:05d}"
+
+
+def _searcher(space: Space) -> Any:
+    limit = space.max_concurrent_trials or 0
+    if space.searcher.type == "random":
+        return BasicVariantGenerator(random_state=space.seed, max_concurrent=limit)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    learner = OptunaSearch(seed=space.seed)
+    return SearchGenerator(ConcurrencyLimiter(learner, limit) if limit else learner)
+
+
+def _learner(searcher: Any) -> Any:
+    """Return the searcher that learns from results, within its wrappers; None if there is none."""
+    inner = getattr(searcher, "searcher", None)
+    return getattr(inner, "searcher", inner)
