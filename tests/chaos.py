@@ -10,9 +10,11 @@ of the code starts a new round.
 """
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
+import queue
 import random
 import shutil
 import sqlite3
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from conftest import byte_tokenizer, copy_project, tiny_model
 from qlora.failpoints import VARIABLE, passages
 
 ROOT = Path(__file__).resolve().parent.parent
+_USE_STORE = ("tune", "study", "roll_back", "promote")
 _MOST_RUNS = 4  # of a command until it is done
 _CODES = ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs")
 _TIMING = {"seconds", "rows_per_second", "seconds_generating", "rows_per_second_generating", "host_seconds"}
@@ -84,52 +88,71 @@ def main() -> None:
     )
     parser.add_argument("--scenario", choices=[one.name for one in SCENARIOS], help="only this one")
     parser.add_argument("--sample", type=int, metavar="N", help="only so many cases of each scenario")
+    parser.add_argument("--lanes", type=int, default=2, metavar="N", help="cases at once (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / ".chaos", help="where runs and results are kept"
     )
     arguments = parser.parse_args()
     chosen = [one for one in SCENARIOS if arguments.scenario in (None, one.name)]
-    folder = arguments.folder / code_digest()[:12]
+    folder, began = arguments.folder / code_digest()[:12], time.monotonic()
     results = [
         result
         for scenario in chosen
-        for result in run_scenario(scenario, folder, arguments.sample, arguments.seed, print)
+        for result in run_scenario(scenario, folder, arguments.sample, arguments.seed, _say, arguments.lanes)
     ]
     print(table(results))
+    print(f"in {(time.monotonic() - began) / 60:.0f} minutes")
     sys.exit(any(result.problem for result in results))
 
 
 def run_scenario(
-    scenario: Scenario, folder: Path, sample: int | None, seed: int, say: Callable[[str], None]
+    scenario: Scenario,
+    folder: Path,
+    sample: int | None,
+    seed: int,
+    say: Callable[[str], None],
+    lanes: int = 1,
 ) -> Iterator[Result]:
-    """Run a scenario undisturbed, then each of its cases, or a sample of them; yield what came of each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    start = folder / f"{scenario.name}.start"
-    if not start.exists():
-        make_project(folder / "unfinished.start", scenario)
-        (folder / "unfinished.start").rename(start)
-    expected, counts = undisturbed(scenario, start, folder)
+    """Run a scenario undisturbed, then each of its cases, or a sample of them; yield what came of each.
+
+    Each lane has a project of its own at a path that stays the same, since stores keep absolute paths.
+    """
+    names = [folder / f"lane{number}" for number in range(lanes)]
+    free: queue.Queue[Path] = queue.Queue()
+    for lane in names:
+        make_project(lane, scenario)
+        free.put(lane)
+    _, counts = undisturbed(scenario, names[0])
     cases = list(cases_of(scenario.name, counts))
     if sample is not None:
         cases = random.Random(seed).sample(cases, min(sample, len(cases)))
     done = folder / f"{scenario.name}.jsonl"
     known = read_results(done)
-    for number, case in enumerate(cases, start=1):
-        result = known.get(case)
-        if result is None:
-            result = run_case(scenario, case, start, folder / "run", expected)
-            with open(done, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
-        say(f"{scenario.name} {number}/{len(cases)}: {line_of(result)}")
-        yield result
+
+    def work(case: Case) -> Result:
+        lane = free.get()
+        try:
+            return run_case(scenario, case, lane)
+        finally:
+            free.put(lane)
+
+    with ThreadPoolExecutor(lanes) as pool:
+        futures = {case: pool.submit(work, case) for case in cases if case not in known}
+        for number, case in enumerate(cases, start=1):
+            result = known[case] if case in known else futures[case].result()
+            if case not in known:
+                with open(done, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+            say(f"{scenario.name} {number}/{len(cases)}: {line_of(result)}")
+            yield result
 
 
-def undisturbed(scenario: Scenario, start: Path, folder: Path) -> tuple[Any, dict[str, int]]:
+def undisturbed(scenario: Scenario, lane: Path) -> tuple[Any, dict[str, int]]:
     """Return what an undisturbed run leaves, and how often it passes each failpoint."""
-    kept = folder / f"{scenario.name}.json"
+    kept = lane / f"{scenario.name}.json"
     if not kept.exists():
-        project = fresh(start, folder / "run")
+        project = fresh(scenario, lane)
         for command, _ in scenario.commands:
             code = run(project, command)
             assert code in (0, 4), f"the undisturbed run ended with {code}; see {project}/out.log"
@@ -147,10 +170,10 @@ def cases_of(scenario: str, counts: dict[str, int]) -> Iterator[Case]:
                 yield Case(scenario, point, place, occurrence)
 
 
-def run_case(scenario: Scenario, case: Case, start: Path, project: Path, expected: Any) -> Result:
+def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
     """Kill one run where the case says, go on until all is done, and compare what is left."""
-    began, exits = time.monotonic(), list[int]()
-    fresh(start, project)
+    expected, _ = undisturbed(scenario, lane)
+    began, exits, project = time.monotonic(), list[int](), fresh(scenario, lane)
     order, killed = project / "failpoints" / "kill", project / "failpoints" / "killed"
     order.write_text(case.order, encoding="utf-8")
     for command, again in scenario.commands:
@@ -163,6 +186,8 @@ def run_case(scenario: Scenario, case: Case, start: Path, project: Path, expecte
         problem = f"it does not end: exit codes {exits}"
     elif not problem:
         problem = difference(expected, json.loads(json.dumps(scenario.outcome(project))))
+    if problem:
+        shutil.copy(project / "out.log", lane.parent / f"{case.scenario} {case.order}.log")
     return Result(case, tuple(exits), round(time.monotonic() - began, 1), problem)
 
 
@@ -191,21 +216,23 @@ def run(project: Path, command: tuple[str, ...]) -> int:
             return 124
 
 
-def fresh(start: Path, project: Path) -> Path:
-    """Make a project like the one that the scenario starts from, at a path that is always the same."""
+def fresh(scenario: Scenario, lane: Path) -> Path:
+    """Make a project like the one that the scenario starts from."""
+    project = lane / "run"
     shutil.rmtree(project, ignore_errors=True)
-    shutil.copytree(start, project)
+    shutil.copytree(lane / f"{scenario.name}.start", project)
     (project / "failpoints").mkdir()
     return project
 
 
-def make_project(folder: Path, scenario: Scenario) -> None:
+def make_project(lane: Path, scenario: Scenario) -> None:
     """Make the project that a scenario starts from: a tiny base, data, spaces, and what it needs done before.
 
-    It is made at the path where it will run: stores keep absolute paths.
+    It is made at the path where it will run, unless it is there already.
     """
-    project = folder.parent / "run"
-    shutil.rmtree(folder, ignore_errors=True)
+    start, project = lane / f"{scenario.name}.start", lane / "run"
+    if start.exists():
+        return
     shutil.rmtree(project, ignore_errors=True)
     project.mkdir(parents=True)
     copy_project(project)
@@ -250,11 +277,16 @@ def make_project(folder: Path, scenario: Scenario) -> None:
         "num_predictions": 2,
     }
     (project / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    compileall.compile_dir(project, quiet=2)
+    if scenario.name in _USE_STORE:  # a store's schema is MLflow's to make; it takes seconds
+        script = "from tracking.store import connect; connect()"
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
+        subprocess.run([sys.executable, "-c", script], cwd=project, env=environment, check=True)
     for command in scenario.needs:
         (project / "failpoints").mkdir(exist_ok=True)
         assert run(project, command) in (0, 4), f"{command} failed; see {project}/out.log"
     shutil.rmtree(project / "failpoints", ignore_errors=True)
-    project.rename(folder)
+    project.rename(start)
 
 
 def tune_outcome(project: Path) -> Any:
@@ -396,6 +428,10 @@ def code_digest() -> str:
     for path in [*files, Path(__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _rounded(value: float) -> float:

@@ -10,7 +10,7 @@ Refuses to know where versions come from.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mlflow import MlflowClient
@@ -68,7 +68,9 @@ def crown_if_better(client: MlflowClient, name: str, version: ModelVersion) -> R
         if history[-3:] == [start, own, start]:  # ended halfway before changes were written down as a whole
             history = history[:-2]
         _carry_out(client, name, _Change("crown", start, own, [*history, own], reason))
-    elif not (is_champion and (version.description or "").startswith(_VERDICT)):
+    elif is_champion and (told := _told_reason(version)) is not None:
+        return replace(result, reason=told)  # the reason of its own time: asking again changes nothing
+    else:
         _describe(client, name, version, result)
     return result
 
@@ -209,6 +211,12 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _told_reason(version: ModelVersion) -> str | None:
+    """Return why a version is champion, as its description has it; None if it says nothing of that."""
+    first = (version.description or "").partition("\n")[0]
+    return first.removeprefix(_VERDICT).removesuffix(".") if first.startswith(_VERDICT) else None
 
 
 def _outcome(name: str, change: _Change) -> Registration:
