@@ -86,6 +86,44 @@ ray.kill(actor)
     assert "ray.kill" not in found.stdout
 
 
+@pytest.mark.ray
+def test_a_local_ray_listens_on_loopback_only():
+    """So do its workers, and the agents that start a moment after it."""
+    script = """
+import time
+import psutil
+from workflows import session
+
+def main():
+    session.connect_ray()
+    import ray
+    ray.get(ray.remote(lambda: 1).remote())
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not {"ray::DashboardAgent"} & names():
+        time.sleep(0.2)
+    time.sleep(2)
+    for process in everyone():
+        for connection in process.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                print(process.name(), connection.laddr.ip)
+
+def everyone():
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+def names():
+    return {process.name() for process in everyone()}
+
+session.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    listening = [line.split() for line in done.stdout.splitlines()]
+    assert {"raylet", "gcs_server"} <= {name for name, _ in listening}
+    assert {address for _, address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
 def test_the_process_keeps_its_random_state(tiny_base, tmp_path, tokenizer):
     """Training, serving, searching, sampling, measuring: none of it moves what callers draw from."""
     with torch.random.fork_rng([]):

@@ -29,6 +29,8 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
 _PROBE_BYTES = 1 << 20
 _SECONDS_TO_END = 0.5
+# Ray takes 127.0.0.1 for the machine's address, and listens there, unless it is told that it is no cluster.
+_MAY_BE_A_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _GREETING, _PLANNED_KILL = b"Set ray log level", "ray.kill"
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -142,7 +144,6 @@ def connect_ray() -> dict[str, float]:
             ray.init(
                 address="local",
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 runtime_env={"env_vars": {"PYTHONPATH": python_path}},
                 **quiet,
             )
@@ -211,6 +212,7 @@ def _prepare_environment() -> None:
     """
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ[_MAY_BE_A_CLUSTER] = "0"
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
