@@ -185,7 +185,8 @@ def command(
     project: Path, script: str, *arguments: str, env: dict[str, str] | None = None, **options
 ) -> subprocess.Popen:
     """Start a command of the project; `env` is added to this process's environment."""
-    environment = {**os.environ, "PYTHONPATH": str(project), "MLFLOW_TRACKING_URI": "", **(env or {})}
+    path = os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": "", **(env or {})}
     return subprocess.Popen(
         [sys.executable, f"ray_jobs/{script}.py", *arguments],
         cwd=project,

@@ -26,15 +26,8 @@ from tracking_servers import Door, sqlite_server
 from qlora.checkpoint_files import MANIFEST
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SWEEP = (
-    "--set",
-    "num_samples=2",
-    "--set",
-    "search.epochs={choice: [100]}",
-    "--set",
-    "scheduler={type: fifo}",
-)
-SWEEP += ("--set", "search.learning_rate={choice: [1.0e-3, 3.0e-3]}")  # such that roundings don't multiply
+SWEEP = ("--set", "num_samples=2", "--set", "search.epochs={choice: [40]}", "--set", "scheduler={type: fifo}")
+SWEEP += ("--set", "search.learning_rate={choice: [3.0e-4, 1.0e-3]}")  # such that roundings don't multiply
 
 
 def begin(project: Path, name: str, *more: str, **options):
@@ -90,11 +83,11 @@ def statuses(project: Path, name: str) -> list:
         return store.execute(f"select status, count(*) {runs} group by 1 order by 1", (name,)).fetchall()
 
 
-@pytest.mark.parametrize("victim", ["ray::ImplicitFunc", "ray::Host"], ids=["trial", "host"])
+@pytest.mark.parametrize("victim", ["ImplicitFunc", "HostActor", "HostDirectory"])
 def test_a_killed_process_of_a_trial(project, whole, victim):
-    name = victim.rpartition("::")[2]
+    name = victim
     process = begin(project, name)
-    kill_one(process, victim)
+    kill_one(process, f"ray::{victim}")
     finished(process)
     check(project, name, whole)
     assert statuses(project, name) == [("FINISHED", 3)]
@@ -108,9 +101,13 @@ def test_a_killed_process_of_ray(project, whole, victim):
     kill_one(process, f"core/src/ray/{'raylet/raylet' if victim == 'raylet' else 'gcs/gcs_server'}")
     began = time.monotonic()
     out, _ = process.communicate(timeout=180)
-    assert process.returncode != 0
+    print(f"{victim}: exit {process.returncode} after {time.monotonic() - began:.0f} s")
+    assert process.returncode == 3, out
+    assert out.splitlines()[-1] == (
+        f"stopped: {victim} of the local Ray has ended; "
+        f"the sweep can go on: python ray_jobs/tune.py --resume {victim}"
+    )
     gone(started)
-    print(f"{victim}: exit {process.returncode} after {time.monotonic() - began:.0f} s\n{out[-3000:]}")
     finished(command(project, "tune", "--resume", victim))
     check(project, victim, whole)
     assert statuses(project, victim) == [("FINISHED", 3)]
@@ -125,7 +122,7 @@ def test_a_damaged_newest_checkpoint(project, whole, damage):
     for trial in (project / "results" / name / "ray").iterdir():
         for newest in sorted(trial.glob("checkpoint_0*"))[-1:]:
             content = json.loads((newest / MANIFEST).read_text())
-            file = newest / sorted(key for key in content["files"] if "safetensors" in key)[0]
+            file = newest / min(name for name in content if "safetensors" in name)
             if damage == "cut":
                 file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
             else:

@@ -9,7 +9,9 @@ import importlib
 import os
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -107,17 +109,21 @@ class HostActor:
 
 
 class HostDirectory:
-    """Makes hosts and knows them."""
+    """Makes hosts and knows them. One that died is made again by Ray, without hosts."""
 
     def __init__(self) -> None:
         self._hosts, self._places = dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
         self._data: list[Any] = []
 
-    def host(self, node: str, device: str, num_threads: int, trial_id: str | None) -> Any:
+    def host(
+        self, node: str, device: str, num_threads: int, trial_id: str | None, data: Sequence[Any]
+    ) -> Any:
         """Return the living host of a device (a GPU's number or "cpu") of a node.
 
-        A trial that was elsewhere, as before its process was killed, loses its seat there.
+        A trial that was elsewhere, as before its process was killed, loses its seat there. `data`: see
+        `begin`; empty before hosts have begun.
         """
+        self._data = self._data or list(data)
         before = self._places.get(trial_id or "")
         if before is not None and before != (node, device) and before in self._hosts:
             self._hosts[before].detach.remote(trial_id)
@@ -177,12 +183,25 @@ class HostDirectory:
         return found
 
 
-def start_hosts() -> Any:
+@dataclass(frozen=True)
+class Hosts:
+    """The hosts of a sweep, as its processes know them: the directory, and a reference to the SweepData.
+
+    data: empty before hosts begin.
+    """
+
+    directory: Any
+    data: list[Any] = field(default_factory=list)
+
+
+def start_hosts() -> Hosts:
     """Start a directory for a sweep, on this node.
 
     Its hosts begin when they are given data (`begin_hosts`). It ends, with its hosts, when the driver does.
     """
-    return ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=this_node()).remote()
+    again = {"max_restarts": -1, "max_task_retries": -1}
+    directory = ray.remote(HostDirectory).options(num_cpus=0, scheduling_strategy=this_node(), **again)
+    return Hosts(directory.remote())
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
@@ -190,32 +209,33 @@ def this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def begin_hosts(hosts: Any, data: "SweepData") -> None:
+def begin_hosts(hosts: Hosts, data: "SweepData") -> None:
     """Have hosts load their bases."""
-    ray.get(hosts.begin.remote([ray.put(data)]))
+    hosts.data.append(ray.put(data))
+    ray.get(hosts.directory.begin.remote(hosts.data))
 
 
-def host_seconds(hosts: Any) -> dict[str, float]:
+def host_seconds(hosts: Hosts) -> dict[str, float]:
     """Return where the hosts' time went, in seconds of all of them together by kind of work.
 
     The kinds are those of tuning.shared_work.WORK.
     """
-    found: dict[str, float] = ray.get(hosts.seconds.remote())
+    found: dict[str, float] = ray.get(hosts.directory.seconds.remote())
     return found
 
 
-def host_notes(hosts: Any) -> list[str]:
+def host_notes(hosts: Hosts) -> list[str]:
     """Return what people should know of how the hosts' work went."""
-    found: list[str] = ray.get(hosts.notes.remote())
+    found: list[str] = ray.get(hosts.directory.notes.remote())
     return found
 
 
-def ask_where_trials_stand(hosts: Any, storage_uri: str) -> Any:
+def ask_where_trials_stand(hosts: Hosts, storage_uri: str) -> Any:
     """Have hosts stop, and put a checkpoint of each trial that is between two reports into the storage.
 
     Returns what to wait for.
     """
-    return hosts.stop.remote(storage_uri)
+    return hosts.directory.stop.remote(storage_uri)
 
 
 def wait_until_kept(kept: Any, timeout_seconds: float) -> None:
@@ -224,19 +244,19 @@ def wait_until_kept(kept: Any, timeout_seconds: float) -> None:
         ray.get(kept, timeout=timeout_seconds)
 
 
-def stop_hosts(hosts: Any) -> None:
+def stop_hosts(hosts: Hosts) -> None:
     """End a directory; its hosts end with it and give their devices' memory back."""
-    ray.kill(hosts)
+    ray.kill(hosts.directory)
 
 
-def ask_all_devices(hosts: Any, shares: dict[str, float], question: str) -> list[Any]:
+def ask_all_devices(hosts: Hosts, shares: dict[str, float], question: str) -> list[Any]:
     """Ask the host of each GPU a question; returns references to the answers.
 
     All are asked at once, since any would wait for the first. If trials need no GPU, the host of one node's
     CPUs is asked. `question`: a method of HostActor. `shares`: what a trial asks Ray for.
     """
 
-    def ask(hosts: Any) -> Any:
+    def ask(hosts: Hosts) -> Any:
         return ray.get(getattr(host_of_my_device(hosts), question).remote())
 
     count, share = (num_gpus(), max(1, shares["GPU"])) if shares["GPU"] else (1, 0)
@@ -249,9 +269,9 @@ def num_gpus() -> int:
     return max(1, int(ray.cluster_resources().get("GPU", 0)))
 
 
-def host_of_my_device(hosts: Any, trial_id: str | None = None) -> Any:
+def host_of_my_device(hosts: Hosts, trial_id: str | None = None) -> Any:
     """Return the host of the device that this task, or the actor of a trial, holds a share of."""
-    return ray.get(hosts.host.remote(*my_device(), trial_id))
+    return ray.get(hosts.directory.host.remote(*my_device(), trial_id, hosts.data))
 
 
 def my_device() -> tuple[str, str, int]:

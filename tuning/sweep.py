@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from qlora.checkpoint_files import ADAPTER, CheckpointError
 from qlora.failpoints import durable
 from tuning.checkpoints import Storage, best_checkpoint, checkpoint_paths
+from tuning.host_directory import Hosts
 from tuning.ledger import Ledger, TrialRecord, ranked
 from tuning.ledger_search import LedgerSearch
 from tuning.restored_asha import RestoredASHA
@@ -26,6 +28,7 @@ from tuning.space import Asha, Space, tune_space
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
+_KILLED_FOR_MEMORY = "OutOfMemoryError"
 _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
 
 
@@ -35,7 +38,7 @@ class NoTrialSucceededError(RuntimeError):
 
 def run_sweep(
     space: Space,
-    hosts: Any,
+    hosts: Hosts,
     shares: dict[str, float],
     folder: Path,
     zero_shot: float,
@@ -48,21 +51,28 @@ def run_sweep(
     Trials still pending or running in the result mean that it was interrupted and can be resumed.
     """
     ledger, storage = Ledger(folder / "trials"), Storage.at(storage_path(space, folder) + "/ray")
-    begun = list(ledger.records.values())
-    for record in begun:
+    for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
-    if all_ended(space, begun):
-        return begun
     screen = SweepScreen(space.num_trials, zero_shot)
-    scheduler = _scheduler(space, begun)
-    search = LedgerSearch(space, begun, storage)
-    stopped = scheduler.stopped if isinstance(scheduler, RestoredASHA) else set()
-    callback = SweepCallback(ledger, space, screen, observer, stopped, go_on)
-    _prepare_tune(search, folder)
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), shares)
+    times_left = space.max_failures
     try:
-        _tuner(space, storage_path(space, folder), trainable, callback, scheduler, search).fit()
-        screen.close(list(ledger.records.values()))
+        while not all_ended(space, list(ledger.records.values())):
+            begun = list(ledger.records.values())
+            scheduler, search = _scheduler(space, begun), LedgerSearch(space, begun, storage)
+            stopped = scheduler.stopped if isinstance(scheduler, RestoredASHA) else set()
+            callback = SweepCallback(ledger, space, screen, observer, stopped, go_on)
+            _prepare_tune(search, folder)
+            tuner = _tuner(space, storage_path(space, folder), trainable, callback, scheduler, search)
+            try:
+                tuner.fit()
+                screen.close(list(ledger.records.values()))
+                break
+            except TuneError as error:
+                if times_left < 1 or _KILLED_FOR_MEMORY not in str(error):
+                    raise
+                times_left -= 1  # Ray Tune ends where Ray's monitor kills a trial's process; we go on
+                screen.note(["Ray's monitor killed a trial's process, since its node was short of memory"])
     finally:
         screen.stop()
     return list(ledger.records.values())
@@ -136,6 +146,7 @@ def _prepare_tune(search: LedgerSearch, folder: Path) -> None:
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.max_pending)
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"  # its state is written at the end only: nobody reads it
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are the command's
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the table and the summary tell them in a line
     # Tune would copy these keys into a record that stands in clear in a log that all users can read.
     for name in [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]:
         class_cache.ENV_VARS_TO_PROPAGATE.discard(name)

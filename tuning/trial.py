@@ -15,10 +15,10 @@ from ray import tune
 
 from qlora.checkpoint_files import CheckpointError, verify_checkpoint
 from tuning.checkpoints import STOPPED, Storage
-from tuning.host_directory import host_of_my_device
+from tuning.host_directory import Hosts, host_of_my_device
 
 
-def run_trial(config: dict[str, Any], hosts: Any) -> None:
+def run_trial(config: dict[str, Any], hosts: Hosts) -> None:
     """Train one configuration from its last whole checkpoint on.
 
     Each evaluation is reported with a checkpoint; that it diverged is reported, too, since trying again would

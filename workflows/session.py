@@ -10,6 +10,8 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +30,8 @@ RESULTS_FOLDER = PROJECT_ROOT / "results"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
 _PROBE_BYTES = 1 << 20
-_SECONDS_TO_END = 0.5
+_SERVERS = ("gcs_server", "raylet")
+_SECONDS_TO_END, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END_BY_ITSELF = 0.5, 0.5, 10.0
 # Ray takes 127.0.0.1 for the machine's address, and listens there, unless it is told that it is no cluster.
 _MAY_BE_A_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _GREETING, _PLANNED_KILL = b"Set ray log level", "ray.kill"
@@ -90,10 +93,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else EXIT_FAILED
     except Exception as error:
-        full = disk_without_space(error)
-        if full is None:
+        if (full := disk_without_space(error)) is not None:
+            code, message = EXIT_STOPPED, _no_space(full)
+        elif (fault := _fault_of_ray(error)) is not None and _resuming[0] != _SAME_COMMAND:
+            code, message = EXIT_STOPPED, f"stopped: a process of Ray ended ({fault}); {_resuming[0]}"
+        else:
             raise
-        code, message = EXIT_STOPPED, _no_space(full)
     finally:
         _end_ray()
     _exit(code, message)
@@ -127,6 +132,35 @@ def check_writable(*folders: Path) -> None:
             raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
 
 
+def go_on() -> None:
+    """Raise KeyboardInterrupt if a signal has come, StoppedError if a server of the local Ray has ended.
+
+    Ray itself would ask for it for a while, and then end this process without a word.
+    """
+    stopping.go_on()
+    if dead := _dead_servers():
+        raise StoppedError(f"{dead[0]} of the local Ray has ended; {_resuming[0]}")
+
+
+def _end_without_servers() -> None:
+    """End this process some seconds after a server of its Ray, if it hangs in a question to that server."""
+    while not _dead_servers():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    words = f"stopped: {_dead_servers()[0]} of the local Ray has ended; {_resuming[0]}"
+    time.sleep(_SECONDS_TO_END_BY_ITSELF)
+    _end_ray()
+    print(words, file=sys.stderr, flush=True)
+    os._exit(EXIT_STOPPED)
+
+
+def _dead_servers() -> list[str]:
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    ended = [] if node is None or os.environ.get("RAY_ADDRESS") else node.dead_processes()
+    return [kind for kind, _ in ended if kind in _SERVERS]
+
+
 def connect_ray() -> dict[str, float]:
     """Join the cluster of $RAY_ADDRESS, or start a local Ray on loopback that asks for this process's token.
 
@@ -149,6 +183,7 @@ def connect_ray() -> dict[str, float]:
             )
             node: Any = ray._private.worker._global_node
             guard(node.get_session_dir_path())
+            threading.Thread(target=_end_without_servers, name="servers", daemon=True).start()
     stopping.catch_signals()  # Ray's C++ has taken SIGTERM
     stopping.go_on()
     _hush_planned_kills()
@@ -228,12 +263,24 @@ def _end_ray() -> None:
     import psutil
 
     started = [] if os.environ.get("RAY_ADDRESS") else psutil.Process().children(recursive=True)
-    with _without_lines(_GREETING):
-        ray.shutdown()
+    if not _dead_servers():  # to whom Ray would say farewell for a minute
+        with _without_lines(_GREETING):
+            ray.shutdown()
     _, left = psutil.wait_procs(started, timeout=_SECONDS_TO_END)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _fault_of_ray(error: BaseException) -> str | None:
+    """Say in a line what Ray lost, if that is what an error tells: a process, a node, an object."""
+    ray = sys.modules.get("ray")
+    if ray is None or not hasattr(ray, "exceptions"):
+        return None
+    own, tasks = ray.exceptions.RayError, ray.exceptions.RayTaskError
+    if not isinstance(error, own) or isinstance(error, tasks):  # what a task raised is a fault of the task
+        return None
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _unwrapped(error: Any) -> BaseException:
@@ -247,4 +294,8 @@ def _exit(code: int, message: str) -> NoReturn:
     if message:
         sys.stdout.flush()
         print(message, file=sys.stderr)
+    if "ray" in sys.modules and _dead_servers():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # past Ray's own ending
     sys.exit(code)

@@ -15,6 +15,7 @@ from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
 from tuning.device import Device
 from tuning.host_directory import (
+    Hosts,
     ask_all_devices,
     ask_where_trials_stand,
     begin_hosts,
@@ -37,8 +38,7 @@ from tuning.sweep import (
     run_sweep,
     storage_path,
 )
-from workflows import stopping
-from workflows.session import FailedError, StoppedError, resume_with
+from workflows.session import FailedError, StoppedError, go_on, resume_with
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
 from workflows.sweep.registration import publish, register_best, summarise, track
@@ -79,7 +79,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         with tracker.system_metrics():
             zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-            records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, stopping.go_on)
+            records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, go_on)
             if not all_ended(sweep.space, records):
                 raise StoppedError(sweep.how_to_go_on)
             best = _keep_best_adapter(sweep)
@@ -146,7 +146,7 @@ def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Pla
     return make_plan(prepared.space, prepared.train, prepared.public, prepared.base.size, device, num_devices)
 
 
-def _ask_zero_shot(sweep: SweepFolder, hosts: Any, shares: dict[str, float]) -> list[Any]:
+def _ask_zero_shot(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -> list[Any]:
     """Ask hosts for the base's perplexity of each public example, if the sweep doesn't know it yet."""
     return [] if sweep.zero_shot() is not None else ask_all_devices(hosts, shares, "zero_shot")
 
@@ -166,7 +166,7 @@ def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
 
 
 def _tell_how_it_went(
-    hosts: Any, plan: Plan, records: list[TrialRecord], zero_shot: float, seconds: float
+    hosts: Hosts, plan: Plan, records: list[TrialRecord], zero_shot: float, seconds: float
 ) -> dict[str, Any]:
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     spent, notes = host_seconds(hosts), host_notes(hosts)

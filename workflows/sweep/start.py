@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.config import InputError
-from tuning.host_directory import ask_all_devices, start_hosts
+from tuning.host_directory import Hosts, ask_all_devices, start_hosts
 from tuning.space import Space
 from workflows.session import connect_ray
 
@@ -17,7 +17,7 @@ from workflows.session import connect_ray
 class StartedHosts:
     """A sweep's hosts, references to what devices they have found, and when that began (time.monotonic)."""
 
-    hosts: Any
+    hosts: Hosts
     devices: list[Any]
     began: float
 
