@@ -27,6 +27,11 @@ MAX_LENGTH_TOKENS = 2048
 MAX_SEED = 2**32 - 1  # what NumPy's and every other generator takes
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes in place of what does not print: line ends, a terminal's commands."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 class InputError(ValueError):
     """Bad input or configuration, which the user can mend.
 
@@ -34,7 +39,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, where: object, problem: str):
-        super().__init__(f"{where}: {' '.join(problem.split())}")
+        super().__init__(printable(f"{where}: {' '.join(problem.split())}"))
         self.where = where
         self.problem = problem
 

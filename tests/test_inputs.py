@@ -86,7 +86,9 @@ def refused(module, capsys, monkeypatch, *arguments) -> str:
 def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
     def run(data, *more):
         options = ("--base-model", tiny_base, "--data", data, "--output", tmp_path / "o.json")
-        return refused(ray_jobs.evaluate, capsys, monkeypatch, *options, *more)
+        error = refused(ray_jobs.evaluate, capsys, monkeypatch, *options, *more)
+        assert not list(tmp_path.glob("*o.json*")), "nothing is written"
+        return error
 
     return run
 
@@ -94,18 +96,11 @@ def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
 @pytest.fixture
 def infer(capsys, monkeypatch, tiny_base, tmp_path):
     def run(data, *more, base=True):
-        base_options = ("--base-model", tiny_base) if base else ()
-        return refused(
-            ray_jobs.batch_infer,
-            capsys,
-            monkeypatch,
-            *base_options,
-            "--input",
-            data,
-            "--output",
-            tmp_path / "o.json",
-            *more,
-        )
+        options = ("--base-model", tiny_base) if base else ()
+        options += ("--input", data, "--output", tmp_path / "o.json")
+        error = refused(ray_jobs.batch_infer, capsys, monkeypatch, *options, *more)
+        assert not list(tmp_path.glob("*o.json*")), "nothing is written"
+        return error
 
     return run
 
@@ -125,7 +120,10 @@ def tune(capsys, monkeypatch, tiny_base, write_rows, tmp_path):
         change(space)
         path = tmp_path / "space.yaml"
         path.write_text(yaml.safe_dump(space), encoding="utf-8")
-        return refused(ray_jobs.tune, capsys, monkeypatch, "--space", path, "--name", "never-started", *more)
+        options = ("--space", path, "--name", "never-started", *more)
+        error = refused(ray_jobs.tune, capsys, monkeypatch, *options)
+        assert not (session.RESULTS_FOLDER / "never-started").exists(), "nothing is written"
+        return error
 
     return run
 

@@ -3,6 +3,7 @@ name, from another sweep's adapter, with its checkpoints in an S3-like store.
 """
 
 import json
+import pickle
 import shutil
 import sqlite3
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from conftest import command
 from safetensors.torch import load_file, save_file
 from servers import object_store
+from test_hostile import Payload
 
 from qlora.checkpoint_files import write_manifest
 
@@ -141,11 +143,14 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
-    """Ray's state is lost, one trial stood at its first report, another had not begun."""
+    """Ray's state is a stranger's, one trial stood at its first report, another had not begun."""
     folder = unregistered_copy(project, "lost")
+    sprung = project / "sprung"
     for path in (folder / "ray").iterdir():
         if path.is_file():
-            path.unlink()
+            path.write_bytes(pickle.dumps(Payload(sprung)))
+    for name in ("tuner.pkl", "trainable.pkl", "searcher-state-1.pkl", "experiment_state-1.json"):
+        (folder / "ray" / name).write_bytes(pickle.dumps(Payload(sprung)))
     first, second, third = sorted((folder / "trials").iterdir())
     third.unlink()
     record = json.loads(second.read_text())
@@ -160,6 +165,7 @@ def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
     ended = first.read_text()
     tune(project, "--resume", "lost")
     assert first.read_text() == ended, "a trial that had ended is left alone"
+    assert not sprung.exists(), "nothing that others can write to is unpickled"
     found = {trial["trial_id"]: trial for trial in summary(project, "lost")["trials"]}
     expected = {trial["trial_id"]: trial for trial in drawn["trials"]}
     assert set(found) == set(expected) == {"42_00000", "42_00001", "42_00002"}
