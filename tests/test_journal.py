@@ -353,6 +353,7 @@ def test_a_job_that_is_killed_ends_in_the_files_of_one_that_was_not(place, whole
     shutil.rmtree(points)
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_of_the_last_writes_changes_no_file(whole, tiny_base, tmp_path):
     """All rows are done, so that no run needs Ray; files of a job before this one are in the way."""
     ready = tmp_path / "ready"

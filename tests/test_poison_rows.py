@@ -153,6 +153,7 @@ def undisturbed(tiny_base, tmp_path_factory) -> dict[str, str]:
     return {rows[index]["id"]: text for index, text, _ in engine.generate(prompts)}
 
 
+@pytest.mark.slow
 def test_rows_that_kill_their_engine_are_given_up_and_no_others(tiny_base, undisturbed, tmp_path):
     """Two in one block, one in another."""
     poisoned = {3, 5, 40}

@@ -30,7 +30,15 @@ def ended(process, started: list[psutil.Process]) -> tuple[str, float]:
     return out, time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+    ids=lambda number: number.name,
+)
 def test_a_sweep_that_is_told_to_end_can_go_on(project, number):
     """Twice, as impatient people do: the second signal disturbs nothing."""
     name = f"stopped-{number.name}"
@@ -50,6 +58,7 @@ def test_a_sweep_that_is_told_to_end_can_go_on(project, number):
         assert store.execute(f"select distinct status {runs}", (name,)).fetchall() == [("KILLED",)]
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_goes_on_where_it_stood(project):
     """Not only from its last report; its curve is that of a sweep that was never stopped."""
     name, once = "stood", ("--set", "num_samples=1")

@@ -179,7 +179,13 @@ def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
     assert steps(kept) == [before, last]
 
 
-@pytest.mark.parametrize("left", [True, False], ids=["the one before is whole", "none is whole"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(True, id="the one before is whole"),
+        pytest.param(False, id="none is whole", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(project, drawn, left):
     """The trial goes on from the one before, or from its start, to the same curve."""
     name = f"damaged-{left}"
@@ -201,6 +207,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(project, drawn, lef
     )
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_trained_again(project, drawn):
     """It is verified before it is copied; the trial is set back, and the sweep goes on when it is resumed."""
     folder = unregistered_copy(project, "cut-best")

@@ -6,13 +6,14 @@ a new Tuner over them (tuning.ledger_search, tuning.restored_asha, tuning.checkp
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.error import TuneError
+from ray.exceptions import OutOfMemoryError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -28,7 +29,7 @@ from tuning.space import Asha, Space, tune_space
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
-_KILLED_FOR_MEMORY = "OutOfMemoryError"
+_SECONDS_TO_RECOVER = 10
 _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
 
 
@@ -68,14 +69,26 @@ def run_sweep(
                 tuner.fit()
                 screen.close(list(ledger.records.values()))
                 break
-            except TuneError as error:
-                if times_left < 1 or _KILLED_FOR_MEMORY not in str(error):
+            except Exception as error:
+                if times_left < 1 or not _is_short_of_memory(error):
                     raise
                 times_left -= 1  # Ray Tune ends where Ray's monitor kills a trial's process; we go on
                 screen.note(["Ray's monitor killed a trial's process, since its node was short of memory"])
+                for _ in range(_SECONDS_TO_RECOVER):  # or it kills again at once
+                    go_on()
+                    time.sleep(1)
     finally:
         screen.stop()
     return list(ledger.records.values())
+
+
+def _is_short_of_memory(error: BaseException | None) -> bool:
+    """Tell whether Ray's monitor killed a process: that comes as a cause of whatever Tune raises."""
+    while error is not None:
+        if isinstance(error, OutOfMemoryError) or OutOfMemoryError.__name__ in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def all_ended(space: Space, records: list[TrialRecord]) -> bool:
