@@ -195,7 +195,7 @@ def run(project: Path, command: tuple[str, ...]) -> int:
     """Run a command of a project to its end; returns its exit code."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(project),
+        "PYTHONPATH": os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MLFLOW_TRACKING_URI": "",
         "CUDA_VISIBLE_DEVICES": "",
         VARIABLE: str(project / "failpoints"),

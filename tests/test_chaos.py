@@ -9,7 +9,9 @@ pytestmark = pytest.mark.ray
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 
 
-@pytest.mark.parametrize(("name", "count"), [("tune", 1), ("batch_infer", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [pytest.param("tune", 2, marks=pytest.mark.slow), ("batch_infer", 1)]
+)
 def test_a_kill_at_a_durable_write_changes_nothing(tmp_path, name, count):
     (scenario,) = (one for one in chaos.SCENARIOS if one.name == name)
     results = list(chaos.run_scenario(scenario, tmp_path, count, SEED, print))

@@ -182,7 +182,7 @@ def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
 @pytest.mark.parametrize(
     "left",
     [
-        pytest.param(True, id="the one before is whole"),
+        pytest.param(True, id="the one before is whole", marks=pytest.mark.slow),
         pytest.param(False, id="none is whole", marks=pytest.mark.slow),
     ],
 )
@@ -222,6 +222,41 @@ def test_a_damaged_best_checkpoint_is_trained_again(project, drawn):
     found = summary(project, "cut-best")["best"]
     assert found["trial_id"] == trial
     assert found["public_perplexity"] == pytest.approx(drawn["best"]["public_perplexity"], rel=1e-5)
+
+
+HOPELESS = ("--set", "trial={batch_size: 4, lora_r: 4, lora_dropout: 0.0, max_grad_norm: 1.0e+30}")
+
+
+@pytest.mark.slow
+def test_trials_that_diverge_are_tried_once_and_never_best(project):
+    """One of a grid's two rates is beyond hope; then both are."""
+    few = (
+        "--set",
+        "num_samples=1",
+        "--set",
+        "search.epochs={choice: [2]}",
+        "--set",
+        "scheduler={type: fifo}",
+    )
+    before = versions(project) if (project / "mlruns/mlflow.db").exists() else 0
+    rates = "search.learning_rate={grid_search: [1.0e-3, 1.0e+30]}"
+    out = tune(project, "--space", "space.yaml", "--name", "half", *few, *HOPELESS, "--set", rates)
+    assert "Traceback" not in out
+    found = {trial["config"]["learning_rate"]: trial for trial in summary(project, "half")["trials"]}
+    assert found[1e-3]["status"] == "finished"
+    assert found[1e30]["status"] == "diverged"
+    assert found[1e30]["error"].startswith("diverged at step ")
+    assert summary(project, "half")["best"]["trial_id"] == found[1e-3]["trial_id"]
+    assert "diverged" in (project / "results/half/report.html").read_text()
+    assert versions(project) == before + 1
+    rates = "search.learning_rate={grid_search: [1.0e+29, 1.0e+30]}"
+    hopeless = ("--space", "space.yaml", "--name", "none", *few, *HOPELESS, "--set", rates)
+    for again in (hopeless, ("--resume", "none")):
+        out = tune(project, *again, status=1)
+        assert "Traceback" not in out
+        assert out.splitlines()[-1].startswith("failed: all 2 trials diverged: diverged at step ")
+        assert out.splitlines()[-1].endswith("; nothing is registered")
+    assert versions(project) == before + 1
 
 
 def drawn_best_step(drawn: dict) -> int:

@@ -71,6 +71,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     _prepare_environment()
     stopping.catch_signals()
+    resume_with(_SAME_COMMAND)
     code, message = 0, ""
     try:
         hide_credentials(os.environ)
