@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,12 +55,15 @@ def replacing(path: Path, point: str | None = None) -> Iterator[TextIO]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder and those below it.
+    """Remove what killed processes left half written in a folder and those below it, files and folders.
 
     Only for a folder that no other process writes to.
     """
-    for path in folder.rglob(f".*{_UNFINISHED}"):
-        path.unlink(missing_ok=True)
+    for path in list(folder.rglob(f".*{_UNFINISHED}")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any, point: str | None = None) -> None:

@@ -87,6 +87,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scenario", choices=[one.name for one in SCENARIOS], help="only this one")
+    parser.add_argument("--point", metavar="NAME", help="only kills at this failpoint")
     parser.add_argument("--sample", type=int, metavar="N", help="only so many cases of each scenario")
     parser.add_argument("--lanes", type=int, default=2, metavar="N", help="cases at once (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -99,7 +100,9 @@ def main() -> None:
     results = [
         result
         for scenario in chosen
-        for result in run_scenario(scenario, folder, arguments.sample, arguments.seed, _say, arguments.lanes)
+        for result in run_scenario(
+            scenario, folder, arguments.sample, arguments.seed, _say, arguments.lanes, arguments.point
+        )
     ]
     print(table(results))
     print(f"in {(time.monotonic() - began) / 60:.0f} minutes")
@@ -113,6 +116,7 @@ def run_scenario(
     seed: int,
     say: Callable[[str], None],
     lanes: int = 1,
+    point: str | None = None,
 ) -> Iterator[Result]:
     """Run a scenario undisturbed, then each of its cases, or a sample of them; yield what came of each.
 
@@ -124,7 +128,7 @@ def run_scenario(
         make_project(lane, scenario)
         free.put(lane)
     _, counts = undisturbed(scenario, names[0])
-    cases = list(cases_of(scenario.name, counts))
+    cases = [case for case in cases_of(scenario.name, counts) if point in (None, case.point)]
     if sample is not None:
         cases = random.Random(seed).sample(cases, min(sample, len(cases)))
     done = folder / f"{scenario.name}.jsonl"

@@ -11,7 +11,7 @@ from test_inputs import GOOD, nothing_heavy_happens, refused  # noqa: F401
 
 import ray_jobs.study
 import ray_jobs.tune
-from qlora.files import write_json
+from qlora.files import remove_unfinished, write_json
 from tuning.ledger import Ledger, TrialRecord
 from workflows.sweep.folder import plan_sweep
 from workflows.sweep.prepared import read_inputs
@@ -118,6 +118,18 @@ def test_a_sweep_file_that_is_none(case, sweep, resume):
     path = sweep / "sweep.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **SPACES[case]}))
     assert str(path) in resume()
+
+
+def test_what_killed_processes_left_half_written_is_removed(sweep):
+    """Files and folders, and nothing else: what is there besides stays."""
+    whole = contents(sweep)
+    (sweep / "trials/.0000-42_00000.json.77.part").write_text("{")
+    (sweep / ".best.part/deep").mkdir(parents=True)
+    (sweep / ".best.part/deep/.file.part").write_text("")
+    (sweep / ".best.part/adapter_config.json").write_text("{}")
+    remove_unfinished(sweep)
+    assert contents(sweep) == whole
+    assert not (sweep / ".best.part").exists()
 
 
 def test_two_records_of_one_trial(sweep, resume):
