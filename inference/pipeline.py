@@ -292,14 +292,15 @@ def _dataset(work: Work, rows: RowStore, windows: list[dict[str, Any]], pool: Po
     Its operators ask for small shares of a CPU: on one core, all must run side by side.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote  # whose stubs know no options of classes
     servers: dict[str, Any] = {
         "num_cpus": 0,
         "scheduling_strategy": here,
         "max_restarts": -1,
         "max_task_retries": -1,
     }
-    reader = ray.remote(RowReader).options(**servers, max_concurrency=4).remote(rows)  # type: ignore[attr-defined]
-    witness = ray.remote(Witness).options(**servers).remote(_TOKENIZER, _ENGINE)  # type: ignore[attr-defined]
+    reader = remote(RowReader).options(**servers, max_concurrency=4).remote(rows)
+    witness = remote(Witness).options(**servers).remote(_TOKENIZER, _ENGINE)
     dataset = from_items(windows, override_num_blocks=len(windows)).map_batches(
         Tokenise,
         fn_constructor_args=(work, reader, witness),

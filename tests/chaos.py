@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
-from conftest import byte_tokenizer, copy_project, tiny_model
+from conftest import WORDS, byte_tokenizer, copy_project, tiny_model, write_course
 
 from qlora.failpoints import VARIABLE, passages
 
@@ -242,20 +242,10 @@ def make_project(lane: Path, scenario: Scenario) -> None:
     copy_project(project)
     tiny_model("llama").save_pretrained(project / "base")
     byte_tokenizer().save_pretrained(project / "base")
-    words = "春夏秋冬東西南北山水風雲日月星辰"
-    rows = [
-        {
-            "id": f"e{n}",
-            "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}",
-            "output": words[n * 3 % 16],
-        }
-        for n in range(24)
-    ]
-    asked = [{"id": f"r{n}", "instruction": f"翻譯：{words[n % 16]}" * (1 + n % 3)} for n in range(40)]
+    write_course(project)
+    asked = [{"id": f"r{n}", "instruction": f"翻譯：{WORDS[n % 16]}" * (1 + n % 3)} for n in range(40)]
     asked[7]["instruction"] = "長" * 5000
     (project / "rows.json").write_text(json.dumps(asked), encoding="utf-8")
-    (project / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
-    (project / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
     base = {"name": str(project / "base"), "quantization": "none"}
     data = {"train": "train.json", "public": "public.json"}
     trial = {"batch_size": 4, "lora_r": 4, "lora_dropout": 0.0}

@@ -149,22 +149,29 @@ def copy_project(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, tiny_base):
-    """A copy of the project with a space of its own."""
-    folder = tmp_path_factory.mktemp("project")
-    copy_project(folder)
-    words = "春夏秋冬東西南北山水風雲日月星辰"
+WORDS = "春夏秋冬東西南北山水風雲日月星辰"
+
+
+def write_course(folder: Path) -> None:
+    """Write a small train.json and public.json."""
     rows = [
         {
             "id": f"e{n}",
-            "instruction": f"翻譯：{words[n % 16]}{words[(n * 5) % 16]}",
-            "output": words[(n * 3) % 16],
+            "instruction": f"翻譯：{WORDS[n % 16]}{WORDS[(n * 5) % 16]}",
+            "output": WORDS[(n * 3) % 16],
         }
         for n in range(24)
     ]
     (folder / "train.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
     (folder / "public.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_base):
+    """A copy of the project with a space of its own."""
+    folder = tmp_path_factory.mktemp("project")
+    copy_project(folder)
+    write_course(folder)
     (folder / "plain.yaml").write_text('template: "問：{instruction} 答："', encoding="utf-8")
     space = {
         "prompt": "plain.yaml",

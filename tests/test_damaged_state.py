@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_inputs import GOOD, nothing_heavy_happens, refused  # noqa: F401
+from test_inputs import GOOD, good_space, nothing_heavy_happens, refused  # noqa: F401
 
 import ray_jobs.study
 import ray_jobs.tune
@@ -62,15 +62,8 @@ def results(tmp_path, monkeypatch):
 @pytest.fixture
 def sweep(results, tiny_base, write_rows) -> Path:
     """The folder of a sweep that has begun, as the code writes it."""
-    data = str(write_rows(GOOD, "good.json"))
-    space = {
-        "base_model": {"name": str(tiny_base)},
-        "data": {"train": data, "public": data},
-        "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}},
-        "num_samples": 2,
-    }
     path = results.parent / "space.yaml"
-    path.write_text(yaml.safe_dump(space), encoding="utf-8")
+    path.write_text(yaml.safe_dump(good_space(tiny_base, write_rows)), encoding="utf-8")
     found = plan_sweep(results / "begun", str(path), [])
     inputs = read_inputs(found)
     found.claim(inputs.digests, inputs.prompt_text)

@@ -52,22 +52,20 @@ def test_pickled_weights_of_a_base(trap, tiny_base, capsys, monkeypatch, tmp_pat
     assert "holds no *.safetensors" in error
 
 
-def test_pickled_weights_of_an_adapter(trap, capsys, monkeypatch, tmp_path, write_rows):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("adapter_model.bin", "holds no adapter_model.safetensors"),
+        ("adapter_model.safetensors", "is damaged"),
+    ],
+)
+def test_pickled_weights_of_an_adapter(name, problem, trap, capsys, monkeypatch, tmp_path, write_rows):
+    """Under their own name and under another's."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
-    shutil.copy(trap.with_name("payload.bin"), adapter / "adapter_model.bin")
-    error = evaluate(capsys, monkeypatch, tmp_path, write_rows, "--adapter", adapter)
-    assert "holds no adapter_model.safetensors" in error
-
-
-def test_a_pickle_under_another_name(trap, capsys, monkeypatch, tmp_path, write_rows):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
-    shutil.copy(trap.with_name("payload.bin"), adapter / "adapter_model.safetensors")
-    error = evaluate(capsys, monkeypatch, tmp_path, write_rows, "--adapter", adapter)
-    assert "is damaged" in error
+    shutil.copy(trap.with_name("payload.bin"), adapter / name)
+    assert problem in evaluate(capsys, monkeypatch, tmp_path, write_rows, "--adapter", adapter)
 
 
 @pytest.mark.parametrize(

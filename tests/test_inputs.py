@@ -82,6 +82,17 @@ def refused(module, capsys, monkeypatch, *arguments) -> str:
     return error
 
 
+def good_space(base, write_rows) -> dict:
+    """The content of a space file that nothing is wrong with."""
+    data = str(write_rows(GOOD, "good.json"))
+    return {
+        "base_model": {"name": str(base)},
+        "data": {"train": data, "public": data},
+        "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        "num_samples": 2,
+    }
+
+
 @pytest.fixture
 def evaluate(capsys, monkeypatch, tiny_base, tmp_path):
     def run(data, *more):
@@ -110,13 +121,7 @@ def tune(capsys, monkeypatch, tiny_base, write_rows, tmp_path):
     """Run tune.py on a good space changed by `change`, a function of the YAML mapping."""
 
     def run(change=lambda space: None, *more):
-        data = str(write_rows(GOOD, "good.json"))
-        space = {
-            "base_model": {"name": str(tiny_base)},
-            "data": {"train": data, "public": data},
-            "search": {"learning_rate": {"loguniform": [1e-4, 1e-2]}},
-            "num_samples": 2,
-        }
+        space = good_space(tiny_base, write_rows)
         change(space)
         path = tmp_path / "space.yaml"
         path.write_text(yaml.safe_dump(space), encoding="utf-8")
