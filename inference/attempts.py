@@ -4,7 +4,8 @@ A process that is killed (a fault of its own, no memory left, a node that is gon
 So a worker says which rows it begins with, before it does, and that they ended, after. `Attempts` learns of a
 death when a worker starts again that had not ended its rows. Those rows are then tried in pieces of an
 eighth, down to rows alone. A row that is alone then when its process dies, twice, is given up. Rows that
-ended once are like any others again. So a lost node costs a row nothing: it is tried again.
+ended once are like any others again. So a lost node costs a row nothing: it is tried again. Two cost one only
+if both are lost just while it is alone, after a death that another row brought.
 
 A worker that dies again and again while no worker ends any row has no rows to blame: work is to stop then.
 
