@@ -109,6 +109,7 @@ def test_a_sweep_of_changed_files_does_not_go_on(unfinished, name, old, new):
     assert f"{name}: changed since the sweep started" in out
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, drawn):
     """Its file was damaged after its evaluation; once it is whole again, the sweep ends as it would have."""
     folder = unregistered_copy(project, "damaged")
@@ -142,6 +143,7 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(json.loads(path.read_text())["step"] for path in found)
 
 
+@pytest.mark.slow
 def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
     """Ray's state is a stranger's, one trial stood at its first report, another had not begun."""
     folder = unregistered_copy(project, "lost")
@@ -278,6 +280,7 @@ def test_trials_go_on_from_another_sweeps_adapter(project, drawn):
         assert store.execute(query).fetchall() == [(start,)]
 
 
+@pytest.mark.slow
 def test_a_sweep_under_an_old_name_has_runs_of_its_own(project, drawn):
     old = sweep_runs(project)
     shutil.rmtree(project / "results/drawn")
