@@ -2,6 +2,7 @@
 name, from another sweep's adapter, with its checkpoints in an S3-like store.
 """
 
+import itertools
 import json
 import pickle
 import shutil
@@ -226,33 +227,32 @@ def test_a_damaged_best_checkpoint_is_trained_again(project, drawn):
     assert found["public_perplexity"] == pytest.approx(drawn["best"]["public_perplexity"], rel=1e-5)
 
 
-HOPELESS = ("--set", "trial={batch_size: 4, lora_r: 4, lora_dropout: 0.0, max_grad_norm: 1.0e+30}")
+FEARLESS = (
+    "trial={batch_size: 4, lora_r: 4, lora_dropout: 0.0, learning_rate: 1.0e-3, max_grad_norm: 1.0e+30}"
+)
+
+
+def alphas(*values: float) -> tuple[str, ...]:
+    """Options of a sweep over these values of lora_alpha, without a limit to a gradient."""
+    search = f"search={{lora_alpha: {{grid_search: {list(values)}}}, epochs: {{choice: [2]}}}}"
+    changes = ("num_samples=1", "scheduler={type: fifo}", FEARLESS, search)
+    return tuple(itertools.chain.from_iterable(("--set", change) for change in changes))
 
 
 @pytest.mark.slow
 def test_trials_that_diverge_are_tried_once_and_never_best(project):
-    """One of a grid's two rates is beyond hope; then both are."""
-    few = (
-        "--set",
-        "num_samples=1",
-        "--set",
-        "search.epochs={choice: [2]}",
-        "--set",
-        "scheduler={type: fifo}",
-    )
+    """One of a grid's two scales of an adapter is beyond hope; then both are."""
     before = versions(project) if (project / "mlruns/mlflow.db").exists() else 0
-    rates = "search.learning_rate={grid_search: [1.0e-3, 1.0e+30]}"
-    out = tune(project, "--space", "space.yaml", "--name", "half", *few, *HOPELESS, "--set", rates)
+    out = tune(project, "--space", "space.yaml", "--name", "half", *alphas(8, 1e30))
     assert "Traceback" not in out
-    found = {trial["config"]["learning_rate"]: trial for trial in summary(project, "half")["trials"]}
-    assert found[1e-3]["status"] == "finished"
+    found = {trial["config"]["lora_alpha"]: trial for trial in summary(project, "half")["trials"]}
+    assert found[8]["status"] == "finished"
     assert found[1e30]["status"] == "diverged"
     assert found[1e30]["error"].startswith("diverged at step ")
-    assert summary(project, "half")["best"]["trial_id"] == found[1e-3]["trial_id"]
+    assert summary(project, "half")["best"]["trial_id"] == found[8]["trial_id"]
     assert "diverged" in (project / "results/half/report.html").read_text()
     assert versions(project) == before + 1
-    rates = "search.learning_rate={grid_search: [1.0e+29, 1.0e+30]}"
-    hopeless = ("--space", "space.yaml", "--name", "none", *few, *HOPELESS, "--set", rates)
+    hopeless = ("--space", "space.yaml", "--name", "none", *alphas(1e29, 1e30))
     for again in (hopeless, ("--resume", "none")):
         out = tune(project, *again, status=1)
         assert "Traceback" not in out
