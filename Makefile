@@ -8,7 +8,7 @@ EXTRAS := dev,optuna$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base test test-all chaos check tune infer study plan ui bench screenshots clean
+.PHONY: help setup base test test-all chaos soak check tune infer study plan ui bench screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -35,6 +35,9 @@ test-all: $(STAMP)  ## run the slow tests too, with PostgreSQL, an S3-like store
 
 chaos: $(STAMP)  ## kill commands before and after every durable write, and compare; goes on where it stopped
 	$(BIN)/python tests/chaos.py
+
+soak: $(STAMP)  ## watch what 500 trials and 100,000 rows take of a machine, and whether it grows
+	$(BIN)/python tests/soak.py
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .

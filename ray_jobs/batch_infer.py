@@ -6,7 +6,6 @@
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,7 +20,15 @@ from ray_jobs.cli import (
     positive_int,
     show_line,
 )
-from workflows.session import EXIT_ROWS_FAILED, StoppedError, check_writable, connect_ray, resume_with, run
+from workflows.session import (
+    EXIT_ROWS_FAILED,
+    StoppedError,
+    check_temporary_folder,
+    check_writable,
+    connect_ray,
+    resume_with,
+    run,
+)
 
 
 def main() -> None:
@@ -50,7 +57,8 @@ def main() -> None:
 
     work = Work(ServedModel(model.base, model.adapter_folder), model.prompt, decoding, room)
     output = Path(arguments.output)
-    check_writable(output.parent, Path(tempfile.gettempdir()))
+    check_writable(output.parent)
+    check_temporary_folder()
 
     def show(progress: Progress) -> None:
         if not arguments.quiet:

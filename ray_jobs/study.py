@@ -4,7 +4,6 @@ python ray_jobs/study.py --study studies/quick.yaml
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -12,7 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from workflows.lock import locked
-from workflows.session import PROJECT_ROOT, RESULTS_FOLDER, check_writable, connect_ray, resume_with, run
+from workflows.session import (
+    PROJECT_ROOT,
+    RESULTS_FOLDER,
+    check_temporary_folder,
+    check_writable,
+    connect_ray,
+    resume_with,
+    run,
+)
 
 
 def main() -> None:
@@ -44,7 +51,8 @@ def main() -> None:
 
     prepared, folder = prepare_study(study), RESULTS_FOLDER / "studies" / name
     steps = StudySteps(prepared, folder, lambda line: print(line, flush=True))
-    check_writable(folder, PROJECT_ROOT / "mlruns", Path(tempfile.gettempdir()))
+    check_writable(folder, PROJECT_ROOT / "mlruns")
+    check_temporary_folder()
     with locked(folder):
         remove_unfinished(folder)
         study_id = steps.claim()

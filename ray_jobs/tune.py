@@ -5,7 +5,6 @@ python ray_jobs/tune.py --space search_spaces/quickstart.yaml
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from workflows.lock import locked
-from workflows.session import PROJECT_ROOT, RESULTS_FOLDER, check_writable, run
+from workflows.session import PROJECT_ROOT, RESULTS_FOLDER, check_temporary_folder, check_writable, run
 
 
 def main() -> None:
@@ -41,7 +40,8 @@ def main() -> None:
             return
         from workflows.sweep.start import start
 
-        check_writable(folder, PROJECT_ROOT / "mlruns", Path(tempfile.gettempdir()))
+        check_writable(folder, PROJECT_ROOT / "mlruns")
+        check_temporary_folder()
         with locked(folder, sweep.space.storage and f"{sweep.space.storage.rstrip('/')}/{name}"):
             remove_unfinished(folder)
             started = start(sweep.space)  # hosts load their libraries while this process loads its own

@@ -30,6 +30,7 @@ RESULTS_FOLDER = PROJECT_ROOT / "results"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
 _PROBE_BYTES = 1 << 20
+_LONGEST_TEMPORARY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SERVERS = ("gcs_server", "raylet")
 _SECONDS_TO_END, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END_BY_ITSELF = 0.5, 0.5, 10.0
 # Ray takes 127.0.0.1 for the machine's address, and listens there, unless it is told that it is no cluster.
@@ -131,6 +132,25 @@ def check_writable(*folders: Path) -> None:
         except OSError as error:
             mend = "free some space" if disk_without_space(error) else "mend that, or use another place"
             raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
+
+
+def check_temporary_folder() -> None:
+    """Raise InputError for a temporary folder that takes no file, or whose path a local Ray can't use.
+
+    Ray's sockets lie below it, and a socket's path has at most 107 bytes.
+    """
+    check_writable(Path(tempfile.gettempdir()))
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    if not name or os.environ.get("RAY_ADDRESS"):
+        return
+    folder = Path(os.environ[name]).absolute()
+    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
+        raise InputError(
+            name,
+            f"{folder} is too long a path for Ray's sockets; "
+            f"set RAY_TMPDIR to a folder with a path of at most {_LONGEST_TEMPORARY} bytes",
+        )
+    check_writable(folder)
 
 
 def go_on() -> None:
@@ -249,6 +269,9 @@ def _prepare_environment() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         os.environ[_MAY_BE_A_CLUSTER] = "0"
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if not os.environ.get(name):  # Ray would take an empty one for the folder at work
+            os.environ.pop(name, None)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
