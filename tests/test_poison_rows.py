@@ -262,7 +262,7 @@ def test_engines_that_always_die_stop_the_job_in_one_line(
 ):
     """What was done before is kept for the next run."""
     source = write(tmp_path / "in.jsonl", rows_with(set(), 48), lines=True)
-    out = ended(batch(tmp_path, tiny_base, source, trouble), code=1)
+    out = ended(batch(tmp_path, tiny_base, source, trouble), code=3, seconds=900)
     lines = [line for line in out.splitlines() if "process died" in line]
     assert len(lines) == 1
     assert "--resume" in lines[0]

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.ray
 SLOW = ("--set", "num_samples=2", "--set", "search.epochs={choice: [60]}", "--set", "scheduler={type: fifo}")
 
 
+def take_signals() -> None:
+    """Let a process that is about to start be told to end, even if these tests run below nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def wait_until_it_trains(process, project: Path, name: str) -> None:
     wait_for_a_report(process, project, name)
 
@@ -42,7 +48,9 @@ def ended(process, started: list[psutil.Process]) -> tuple[str, float]:
 def test_a_sweep_that_is_told_to_end_can_go_on(project, number):
     """Twice, as impatient people do: the second signal disturbs nothing."""
     name = f"stopped-{number.name}"
-    process = command(project, "tune", "--space", "space.yaml", "--name", name, *SLOW)
+    process = command(
+        project, "tune", "--space", "space.yaml", "--name", name, *SLOW, preexec_fn=take_signals
+    )
     wait_until_it_trains(process, project, name)
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
