@@ -153,11 +153,17 @@ def watch(project: Path, command: list[str], done: Callable[[Path], int], interv
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-        while process.poll() is None:
-            time.sleep(interval)
-            if (sample := look(project, process.pid, time.monotonic() - began, done(project))) is not None:
-                samples.append(sample)
-                print(json.dumps(asdict(sample)), file=sys.stderr, flush=True)
+        try:
+            while process.poll() is None:
+                time.sleep(interval)
+                if (
+                    sample := look(project, process.pid, time.monotonic() - began, done(project))
+                ) is not None:
+                    samples.append(sample)
+                    print(json.dumps(asdict(sample)), file=sys.stderr, flush=True)
+        finally:
+            process.terminate()  # if this one is told to end; it ends its Ray
+            process.wait()
     if process.returncode != 0:
         end = (project / "out.log").read_text(encoding="utf-8")[-2000:]
         raise RuntimeError(f"{command[0]} ended with {process.returncode}: {end}")
@@ -201,12 +207,12 @@ def look(project: Path, pid: int, seconds: float, done: int) -> Sample | None:
 def files_of(folder: Path) -> list[int]:
     """Return the sizes of the files below a folder, in bytes."""
     sizes = []
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file() and not path.is_symlink():
-                sizes.append(path.stat().st_size)
-        except OSError:  # it is gone since
-            continue
+    for place, _, names in os.walk(folder):  # which passes over a folder that is gone since
+        for name in names:
+            try:
+                sizes.append(Path(place, name).lstat().st_size)
+            except OSError:
+                continue
     return sizes
 
 

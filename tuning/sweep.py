@@ -159,6 +159,7 @@ def _prepare_tune(search: LedgerSearch, folder: Path) -> None:
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.max_pending)
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"  # its state is written at the end only: nobody reads it
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are the command's
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # four files a trial below /tmp: nobody reads them
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the table and the summary tell them in a line
     # Tune would copy these keys into a record that stands in clear in a log that all users can read.
     for name in [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]:
