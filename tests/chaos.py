@@ -5,8 +5,9 @@
 Every durable write has a name (qlora.failpoints). An undisturbed run of a scenario counts them; then, for
 each name, a run is killed (SIGKILL, in whichever process comes there) before and after its first and its last
 occurrence, and the same command is run again as a user would, until it is done. What is left must be what the
-undisturbed run left. Cases that are done are kept in .chaos/, so that an interrupted round goes on; a change
-of the code starts a new round.
+undisturbed run left. After one write and before the next one of the same process is one place, if no other
+process writes between them: one kill stands for both. Kills that are done are kept in .chaos/, so that an
+interrupted round goes on; a change of the code starts a new round.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from conftest import WORDS, byte_tokenizer, copy_project, tiny_model, write_course
 
-from qlora.failpoints import VARIABLE, passages
+from qlora.failpoints import VARIABLE, passages, places
 
 ROOT = Path(__file__).resolve().parent.parent
 _USE_STORE = ("tune", "study", "roll_back", "promote")
@@ -70,12 +72,23 @@ class Case:
         """Return what qlora.failpoints takes."""
         return f"{self.point} {self.place} {self.occurrence}"
 
+    @classmethod
+    def at(cls, scenario: str, order: str) -> "Case":
+        """Return the case of such an order."""
+        point, place, occurrence = order.rsplit(" ", 2)
+        return cls(scenario, point, place, int(occurrence))
+
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case. exits: of each run, a signal being negative. problem: empty if all is equal."""
+    """What came of a case.
+
+    killed_at: the case that was carried out for it. exits: of each run, a signal being negative. problem:
+    empty if all is equal.
+    """
 
     case: Case
+    killed_at: Case
     exits: tuple[int, ...]
     seconds: float
     problem: str
@@ -120,15 +133,17 @@ def run_scenario(
 ) -> Iterator[Result]:
     """Run a scenario undisturbed, then each of its cases, or a sample of them; yield what came of each.
 
-    Each lane has a project of its own at a path that stays the same, since stores keep absolute paths.
+    A case at the same moment as another gets that one's result. Each lane has a project of its own at a path
+    that stays the same, since stores keep absolute paths.
     """
     names = [folder / f"lane{number}" for number in range(lanes)]
     free: queue.Queue[Path] = queue.Queue()
     for lane in names:
         make_project(lane, scenario)
         free.put(lane)
-    _, counts = undisturbed(scenario, names[0])
-    cases = [case for case in cases_of(scenario.name, counts) if point in (None, case.point)]
+    seen = undisturbed(scenario, names[0])
+    same = same_moments(seen.places)
+    cases = [case for case in cases_of(scenario.name, seen.counts) if point in (None, case.point)]
     if sample is not None:
         cases = random.Random(seed).sample(cases, min(sample, len(cases)))
     done = folder / f"{scenario.name}.jsonl"
@@ -141,29 +156,61 @@ def run_scenario(
         finally:
             free.put(lane)
 
+    moments = {case: Case.at(scenario.name, same.get(case.order, case.order)) for case in cases}
     with ThreadPoolExecutor(lanes) as pool:
-        futures = {case: pool.submit(work, case) for case in cases if case not in known}
+        futures = {
+            moment: pool.submit(work, moment)
+            for moment in dict.fromkeys(moments.values())
+            if moment not in known
+        }
         for number, case in enumerate(cases, start=1):
-            result = known[case] if case in known else futures[case].result()
-            if case not in known:
+            moment = moments[case]
+            if moment not in known:
+                known[moment] = futures[moment].result()
                 with open(done, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
+                    file.write(json.dumps(asdict(known[moment])) + "\n")
+            result = replace(known[moment], case=case, killed_at=moment)
             say(f"{scenario.name} {number}/{len(cases)}: {line_of(result)}")
             yield result
 
 
-def undisturbed(scenario: Scenario, lane: Path) -> tuple[Any, dict[str, int]]:
-    """Return what an undisturbed run leaves, and how often it passes each failpoint."""
+@dataclass(frozen=True)
+class Undisturbed:
+    """An undisturbed run: what it leaves, how often it passes each failpoint, and in which order."""
+
+    outcome: Any
+    counts: dict[str, int]
+    places: list[tuple[int, str]]
+
+
+def same_moments(order: list[tuple[int, str]]) -> dict[str, str]:
+    """Map the place after a write to the one before the next, if that is where the same process comes next.
+
+    A kill at either leaves the same on the disk, since nothing is written between them by any process.
+    `order`: see qlora.failpoints.places.
+    """
+    return {
+        place: after
+        for (process, place), (next_process, after) in pairwise(order)
+        if process == next_process and " after " in place and " before " in after
+    }
+
+
+def undisturbed(scenario: Scenario, lane: Path) -> Undisturbed:
+    """Return what an undisturbed run leaves and passes."""
     kept = lane / f"{scenario.name}.json"
     if not kept.exists():
         project = fresh(scenario, lane)
         for command, _ in scenario.commands:
             code = run(project, command)
             assert code in (0, 4), f"the undisturbed run ended with {code}; see {project}/out.log"
-        content = {"outcome": scenario.outcome(project), "counts": passages(project / "failpoints")}
-        kept.write_text(json.dumps(content), encoding="utf-8")
+        folder = project / "failpoints"
+        found = Undisturbed(scenario.outcome(project), passages(folder), places(folder))
+        kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
     content = json.loads(kept.read_text(encoding="utf-8"))
-    return content["outcome"], content["counts"]
+    return Undisturbed(
+        content["outcome"], content["counts"], [(one, place) for one, place in content["places"]]
+    )
 
 
 def cases_of(scenario: str, counts: dict[str, int]) -> Iterator[Case]:
@@ -176,7 +223,7 @@ def cases_of(scenario: str, counts: dict[str, int]) -> Iterator[Case]:
 
 def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
     """Kill one run where the case says, go on until all is done, and compare what is left."""
-    expected, _ = undisturbed(scenario, lane)
+    expected = undisturbed(scenario, lane).outcome
     began, exits, project = time.monotonic(), list[int](), fresh(scenario, lane)
     order, killed = project / "failpoints" / "kill", project / "failpoints" / "killed"
     order.write_text(case.order, encoding="utf-8")
@@ -192,7 +239,7 @@ def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
         problem = difference(expected, json.loads(json.dumps(scenario.outcome(project))))
     if problem:
         shutil.copy(project / "out.log", lane.parent / f"{case.scenario} {case.order}.log")
-    return Result(case, tuple(exits), round(time.monotonic() - began, 1), problem)
+    return Result(case, case, tuple(exits), round(time.monotonic() - began, 1), problem)
 
 
 def run(project: Path, command: tuple[str, ...]) -> int:
@@ -382,24 +429,27 @@ def difference(expected: Any, found: Any, where: str = "") -> str:
 
 
 def table(results: list[Result]) -> str:
-    """Lay results out by scenario and failpoint: how many kills, how many left all equal, how long."""
-    lines = ["", f"{'scenario':<12} {'failpoint':<34} {'kills':>5} {'equal':>5} {'seconds':>8}"]
+    """Lay results out by scenario and failpoint: places, those that left all equal, seconds of a kill."""
+    lines = ["", f"{'scenario':<12} {'failpoint':<34} {'places':>6} {'equal':>5} {'seconds':>8}"]
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.case.scenario, result.case.point), []).append(result)
     for (scenario, point), group in groups.items():
         equal = sum(not result.problem for result in group)
         seconds = sum(result.seconds for result in group) / len(group)
-        lines.append(f"{scenario:<12} {point:<34} {len(group):>5} {equal:>5} {seconds:>8.1f}")
+        lines.append(f"{scenario:<12} {point:<34} {len(group):>6} {equal:>5} {seconds:>8.1f}")
     equal = sum(not result.problem for result in results)
-    lines.append(f"{equal} of {len(results)} kills left what an undisturbed run leaves")
+    kills = len({result.killed_at for result in results})
+    lines.append(f"{equal} of {len(results)} places, by {kills} kills, left what an undisturbed run leaves")
     return "\n".join(lines)
 
 
 def line_of(result: Result) -> str:
     """Describe a result in a line."""
     exits = ", ".join(map(str, result.exits))
-    return f"{result.case.order}: exits {exits}, {result.seconds} s, {result.problem or 'equal'}"
+    alone = result.case == result.killed_at
+    what = f"exits {exits}, {result.seconds} s" if alone else f"as {result.killed_at.order}"
+    return f"{result.case.order}: {what}, {result.problem or 'equal'}"
 
 
 def read_results(path: Path) -> dict[Case, Result]:
@@ -411,7 +461,7 @@ def read_results(path: Path) -> dict[Case, Result]:
         except ValueError:
             continue
         case = Case(**content["case"])
-        found[case] = Result(case, tuple(content["exits"]), content["seconds"], content["problem"])
+        found[case] = Result(case, case, tuple(content["exits"]), content["seconds"], content["problem"])
     return found
 
 

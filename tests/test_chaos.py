@@ -23,3 +23,10 @@ def test_an_outcome_that_differs_is_told_with_its_place():
     assert chaos.difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == ""
     assert chaos.difference({"a": {"b": 2}}, {"a": {"b": 3}}) == "/a/b: 3 is not 2"
     assert chaos.difference({"a": 1}, {}) == "/a: None is not 1"
+
+
+def test_one_kill_stands_for_after_a_write_and_before_the_next_one_of_the_same_process():
+    alone = [(1, "a before 1"), (1, "a after 1"), (1, "b before 1"), (1, "b after 1")]
+    assert chaos.same_moments(alone) == {"a after 1": "b before 1"}
+    with_another = [*alone[:2], (2, "c before 1"), *alone[2:], (2, "c after 1"), (1, "a before 2")]
+    assert chaos.same_moments(with_another) == {}

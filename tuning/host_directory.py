@@ -96,12 +96,12 @@ class HostActor:
         self._found().detach(trial_id)
 
     def seconds(self) -> dict[str, float]:
-        """See Host."""
-        return self._found().seconds()
+        """See Host; a host that has not begun has done nothing."""
+        return self._found().seconds() if self._begun.is_set() else {}
 
     def notes(self) -> list[str]:
-        """See Host."""
-        return self._found().notes()
+        """See Host; a host that has not begun has nothing to say."""
+        return self._found().notes() if self._begun.is_set() else []
 
     def process_id(self) -> int:
         """Return the host's process id."""

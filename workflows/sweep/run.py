@@ -26,7 +26,7 @@ from tuning.host_directory import (
     this_node,
     wait_until_kept,
 )
-from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
 from tuning.plan import Plan, make_plan
 from tuning.plan_text import compare_with_run, describe_plan
 from tuning.progress import clock, ranking, where_time_went
@@ -69,7 +69,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     shares = sweep.space.trial_shares(plan.trials)
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
-    begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
+    if not _is_trained(sweep):
+        begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep, prepared, device.name)  # while hosts measure
@@ -140,6 +141,12 @@ def _keep_best_adapter(sweep: SweepFolder) -> BestAdapter:
         raise FailedError(f"{error}; nothing is registered") from error
     except CheckpointError as error:
         raise StoppedError(f"{error}; its trial goes on from the one before: {sweep.how_to_go_on}") from error
+
+
+def _is_trained(sweep: SweepFolder) -> bool:
+    """Tell whether a sweep that goes on lacks its registration alone, so that no host need load the base."""
+    records = Ledger(sweep.folder / "trials").records.values()
+    return sweep.zero_shot() is not None and all_ended(sweep.space, list(records))
 
 
 def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Plan:
