@@ -73,6 +73,7 @@ def test_a_version_of_then_is_served_with_its_own_base_and_quantisation(before, 
     assert adapter_base(before / "results/before/best") == str(before / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="Ray's state holds byte code of Python 3.11")
 def test_a_sweep_that_was_broken_off_goes_on_to_the_end_of_the_undisturbed_one(before, summary):
     """The same trials with the same curves, in the runs that it had.

@@ -214,6 +214,7 @@ def test_the_champion_serves_evaluation_and_inference_as_it_was_trained(project,
     ]
 
 
+@pytest.mark.slow
 def test_options_override_a_version_and_say_so(project, sweep):
     asked = ["--adapter", "models:/tiny@champion", "--data", "public.json", "--output", "out/other.json"]
     out = finished(command(project, "evaluate", *asked, "--prompt", "default", "--quantization", "nf4"))
@@ -243,6 +244,33 @@ def test_a_finished_sweep_is_not_run_again(project, sweep):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "holds a finished sweep" in out
+
+
+@pytest.fixture
+def unfinished(project, sweep):
+    """The sweep as if it had been stopped before its registration."""
+    path = project / "results/one/summary.json"
+    content = path.read_text()
+    path.unlink()
+    yield
+    path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("plain.yaml", "問", "題"), ("public.json", "春", "夏"), ("train.json", "春", "夏")],
+)
+def test_a_sweep_of_changed_files_does_not_go_on(project, unfinished, name, old, new):
+    path = project / name
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(old, new).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
+        process = command(project, "tune", "--resume", "one")
+        out, _ = process.communicate(timeout=60)
+    finally:
+        path.write_text(before)
+    assert process.returncode == 2, out
+    assert f"{name}: changed since the sweep started" in out
 
 
 def test_the_last_lines_and_the_page_lead_to_what_counts(project, sweep):

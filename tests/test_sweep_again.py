@@ -1,5 +1,5 @@
-"""A sweep taken up again: with Optuna's draws, after its files changed, with a damaged adapter, under its old
-name, from another sweep's adapter, with its checkpoints in an S3-like store.
+"""A sweep taken up again: with Optuna's draws, with a damaged adapter, under its old name, from the adapter
+of another sweep, with its checkpoints in an S3-like store.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from test_hostile import Payload
 
 from qlora.checkpoint_files import write_manifest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 FEW = ("--set", "num_samples=3", "--set", "search.epochs={choice: [2]}")
 RATES = {"uniform": [1e-4, 3e-2]}
 
@@ -77,16 +77,6 @@ def drawn(project):
     return summary(project, "drawn")
 
 
-@pytest.fixture
-def unfinished(project, drawn):
-    """The sweep as if it had been stopped before its registration."""
-    path = project / "results/drawn/summary.json"
-    content = path.read_text()
-    path.unlink()
-    yield project
-    path.write_text(content)
-
-
 def test_optuna_draws_the_trials(project, drawn):
     """The learning rates are those that Optuna's own sampler gives with this seed."""
     rates = [trial["config"]["learning_rate"] for trial in drawn["trials"]]
@@ -95,22 +85,6 @@ def test_optuna_draws_the_trials(project, drawn):
     assert sorted(rates) == sorted(study.ask(space).params["learning_rate"] for _ in rates)
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [("plain.yaml", "問", "題"), ("public.json", "春", "夏"), ("train.json", "春", "夏")],
-)
-def test_a_sweep_of_changed_files_does_not_go_on(unfinished, name, old, new):
-    path = unfinished / name
-    before = path.read_text()
-    try:
-        path.write_text(before.replace(old, new).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
-        out = tune(unfinished, "--resume", "drawn", status=2)
-    finally:
-        path.write_text(before)
-    assert f"{name}: changed since the sweep started" in out
-
-
-@pytest.mark.slow
 def test_an_adapter_that_is_not_what_was_measured_is_not_registered(project, drawn):
     """Its file was damaged after its evaluation; once it is whole again, the sweep ends as it would have."""
     folder = unregistered_copy(project, "damaged")
@@ -144,7 +118,6 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(json.loads(path.read_text())["step"] for path in found)
 
 
-@pytest.mark.slow
 def test_a_sweep_without_rays_state_goes_on_from_its_ledger(project, drawn):
     """Ray's state is a stranger's, one trial stood at its first report, another had not begun."""
     folder = unregistered_copy(project, "lost")
@@ -210,7 +183,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(project, drawn, lef
     )
 
 
-@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_trained_again(project, drawn):
     """It is verified before it is copied; the trial is set back, and the sweep goes on when it is resumed."""
     folder = unregistered_copy(project, "cut-best")
@@ -239,7 +211,6 @@ def alphas(*values: float) -> tuple[str, ...]:
     return tuple(itertools.chain.from_iterable(("--set", change) for change in changes))
 
 
-@pytest.mark.slow
 def test_trials_that_diverge_are_tried_once_and_never_best(project):
     """One of a grid's two scales of an adapter is beyond hope; then both are."""
     before = versions(project) if (project / "mlruns/mlflow.db").exists() else 0
@@ -280,7 +251,6 @@ def test_trials_go_on_from_another_sweeps_adapter(project, drawn):
         assert store.execute(query).fetchall() == [(start,)]
 
 
-@pytest.mark.slow
 def test_a_sweep_under_an_old_name_has_runs_of_its_own(project, drawn):
     old = sweep_runs(project)
     shutil.rmtree(project / "results/drawn")
@@ -293,7 +263,6 @@ def test_a_sweep_under_an_old_name_has_runs_of_its_own(project, drawn):
     assert {run: status for run, status in sweep_runs(project).items() if run in old} == old
 
 
-@pytest.mark.slow
 def test_checkpoints_may_be_in_an_object_store(project):
     with object_store("checkpoints") as environment:
         storage = "storage=s3://checkpoints/sweeps"
