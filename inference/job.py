@@ -181,29 +181,16 @@ def run_job(
     if journal.damage:
         note(journal.damage)
     missing = journal.missing()
-    started = time.monotonic()
-    ready = float("inf")  # when the first engine began to generate
-    first_row_seconds = None
-    num_tokens = 0
-    workers = 0
+    spent = _Spent(time.monotonic())
     if missing:
         pool = plan()
-        workers = pool.num_workers
+        spent.workers = pool.num_workers
         for report in generate_rows(work, rows, missing, pool):
-            if first_row_seconds is None:
-                first_row_seconds = round(time.monotonic() - started, 3)
-            ready = min(ready, time.monotonic() - report.seconds)
             journal.append(report.results, report.engine)
-            num_tokens += report.num_tokens
-            present = Progress(
-                num_done=journal.num_done - len(rows) + len(missing),
-                num_tokens=num_tokens,
-                num_rows=len(missing),
-                seconds=max(1e-9, time.monotonic() - ready),
-            )
-            progress(present)
-    seconds = time.monotonic() - started
-    generating = max(0.0, time.monotonic() - ready)
+            spent.add(report.seconds, report.num_tokens)
+            num_done = journal.num_done - len(rows) + len(missing)
+            progress(Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating)))
+    seconds, generating = time.monotonic() - spent.began, spent.generating
     engine = "; ".join(sorted(journal.engines)) or None
     scores = Scores()
 
@@ -213,43 +200,60 @@ def run_job(
 
     errors = write_predictions(output, rows, journal, score)
     summary = scores.summary() if scores.count else None
-    write_json(
-        beside(output, "meta"),
-        {
-            **facts,
-            "prompt": work.prompt.name,
-            "prompt_digest": settings["prompt"],
-            "shots": len(work.prompt.shots),
-            "generation": work.decoding.model_dump(mode="json"),
-            "input_digest": rows.digest,
-            "rows": len(rows),
-            "rows_generated": len(missing),
-            "rows_failed": len(errors),
-            "workers": workers,
-            "engine": engine,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3),
-            "tokens": num_tokens,
-            "seconds_generating": round(generating, 3),
-            "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
-            "seconds_to_first_row": first_row_seconds,
-            "scores": summary,
-            "versions": package_versions(),
-        },
-        "batch meta",
-    )
+    meta = {
+        **facts,
+        "prompt": work.prompt.name,
+        "prompt_digest": settings["prompt"],
+        "shots": len(work.prompt.shots),
+        "generation": work.decoding.model_dump(mode="json"),
+        "input_digest": rows.digest,
+        "rows": len(rows),
+        "rows_generated": len(missing),
+        "rows_failed": len(errors),
+        "workers": spent.workers,
+        "engine": engine,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3),
+        "tokens": spent.num_tokens,
+        "seconds_generating": round(generating, 3),
+        "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
+        "seconds_to_first_row": spent.first_row_seconds,
+        "scores": summary,
+        "versions": package_versions(),
+    }
+    write_json(beside(output, "meta"), meta, "batch meta")
     journal.close()
-    result = JobResult(
-        num_rows=len(rows),
-        num_generated=len(missing),
-        num_failed=len(errors),
-        seconds=seconds,
-        engine=engine,
-        scores=summary,
-    )
+    result = JobResult(len(rows), len(missing), len(errors), seconds, engine, summary)
     record(job_id, result)
     _remove(folder, output)
     return result
+
+
+@dataclass
+class _Spent:
+    """What a run spends on the rows that it generates.
+
+    began, ready: when it did, and when its first engine began to generate (time.monotonic).
+    first_row_seconds: from the one to its first rows. workers: engines.
+    """
+
+    began: float
+    ready: float = float("inf")
+    first_row_seconds: float | None = None
+    num_tokens: int = 0
+    workers: int = 0
+
+    def add(self, seconds: float, num_tokens: int) -> None:
+        """Count rows that are done: `seconds` since their engine began to generate, new tokens."""
+        if self.first_row_seconds is None:
+            self.first_row_seconds = round(time.monotonic() - self.began, 3)
+        self.ready = min(self.ready, time.monotonic() - seconds)
+        self.num_tokens += num_tokens
+
+    @property
+    def generating(self) -> float:
+        """Return the seconds since the first engine began to generate; 0 if none did."""
+        return max(0.0, time.monotonic() - self.ready)
 
 
 def _job_id(folder: Path, resume: bool) -> str:
