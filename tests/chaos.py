@@ -4,7 +4,7 @@
 
 Every durable write has a name (qlora.failpoints). An undisturbed run of a scenario counts them; then, for
 each name, a run is killed (SIGKILL, in whichever process comes there) before and after its first and its last
-occurrence, and the same command is run again as a user would, until it is done. What is left must be what the
+occurrence, and then it goes on as a user would have it, until it is done. What is left must be what the
 undisturbed run left. After one write and before the next one of the same process is one place, if no other
 process writes between them: one kill stands for both. Kills that are done are kept in .chaos/, so that an
 interrupted round goes on; a change of the code starts a new round.
@@ -229,7 +229,7 @@ def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
     order.write_text(case.order, encoding="utf-8")
     for command, again in scenario.commands:
         for attempt in range(_MOST_RUNS):
-            exits.append(run(project, command if attempt == 0 else again))
+            exits.append(run(project, command if attempt == 0 or _nothing_begun(project) else again))
             if exits[-1] in (0, 4):
                 break
     problem = "" if killed.exists() else "the failpoint was not reached"
@@ -240,6 +240,12 @@ def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
     if problem:
         shutil.copy(project / "out.log", lane.parent / f"{case.scenario} {case.order}.log")
     return Result(case, case, tuple(exits), round(time.monotonic() - began, 1), problem)
+
+
+def _nothing_begun(project: Path) -> bool:
+    """Tell whether the last run said that there is nothing to go on with, so that a user starts anew."""
+    lines = (project / "out.log").read_text(encoding="utf-8").splitlines()
+    return any("there is no sweep" in line for line in lines[-1:])
 
 
 def run(project: Path, command: tuple[str, ...]) -> int:
