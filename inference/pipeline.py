@@ -15,6 +15,7 @@ Source: https://docs.ray.io/en/latest/data/batch_inference.html
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, from_items
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.attempts import EnginesDiedError, Witness, Witnessed
-from inference.engine import ServedModel, load_engine
+from inference.engine import Engine, ServedModel, load_engine
 from inference.rows import RowStore
 from qlora.base.model import load_tokenizer
 from qlora.config import DecodingSettings, InputError
@@ -38,6 +39,7 @@ _WINDOW_ROWS = 4096
 _FEWEST_ROWS = {"cpu": 8, "gpu": 128}  # of a batch
 _MOST_ROWS = {"cpu": 64, "gpu": 512}  # of a batch
 _BATCHES = 4  # of a worker, so that a small job too shows its progress and can go on from there
+_ANY_TOKEN = 0  # which every vocabulary has
 _TOKENIZER, _ENGINE = "tokenizer", "engine"  # pools, as error lines name them
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
@@ -94,7 +96,11 @@ class Tokenise:
         for piece in [] if self.witnessed.stop else self.witnessed.pieces(numbers, errors):
             instructions = ray.get(self.reader.instructions.remote(sorted(piece)))
             for number, instruction in zip(sorted(piece), instructions, strict=True):
-                prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
+                try:
+                    prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
+                except Exception as error_of_row:
+                    errors[number] = f"{type(error_of_row).__name__}: {first_line(error_of_row)}"
+                    continue
                 if error := too_long_problem(len(prompt), self.work.max_prompt_tokens):
                     errors[number] = error
                 else:
@@ -123,6 +129,7 @@ class EngineActor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked for a GPU
         torch.set_num_threads(max(1, _cpus_of_this_node() // engines_per_node))
         self.refusal: InputError | None = None
+        self.broken = ""  # why the job has to stop, if the engine fails whatever it is given
         self.witnessed = Witnessed(witness, _ENGINE)
         if self.witnessed.stop:
             return
@@ -143,6 +150,7 @@ class EngineActor:
         stop = self.witnessed.stop or str(batch["stop"][0])
         is_idle = bool(stop) or self.refusal is not None
         done = {} if is_idle else self._generate_all(numbers, batch["prompt"], batch["error"])
+        stop = stop or self.broken
         texts, num_tokens, errors = zip(*(done.get(number, ("", 0, "")) for number in numbers), strict=True)
         name = "" if is_idle else self.engine.name
         where = str(self.refusal.where) if self.refusal else ""
@@ -170,33 +178,53 @@ class EngineActor:
         done: dict[int, tuple[str, int, str]] = {}
         sound = [number for number in numbers if number not in failed]
         for piece in self.witnessed.pieces(sound, failed):
-            outputs = self._generate([[int(token) for token in prompt_of[number]] for number in piece])
+            outputs = generate_each(
+                self.engine, [[int(token) for token in prompt_of[number]] for number in piece]
+            )
+            if piece and all(error for *_, error in outputs) and not is_sound(self.engine):
+                self.broken = (
+                    f"engines fail at every prompt ({outputs[0][2]}); what is done is kept: "
+                    "mend that, then run the same command with --resume"
+                )
+                return {}
             done.update(zip(piece, outputs, strict=True))
         return {**done, **{number: ("", 0, error) for number, error in failed.items()}}
 
-    def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
-        """Return (text, number of new tokens, error) of each prompt.
 
-        If the batch fails, its prompts are tried one by one, so that only what fails alone is lost. Raises
-        the batch's error if all of them fail, or if the GPU is out of order: then it is not the rows' fault,
-        and the job stops, keeping what is done.
-        """
-        if not prompts:
-            return []
-        try:
-            found = {index: (text, count, "") for index, text, count in self.engine.generate(prompts)}
-            return [found[index] for index in range(len(prompts))]
-        except (RuntimeError, ValueError) as error:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises the error again if it left the GPU unusable
-            if len(prompts) == 1:
-                lines = str(error).strip().splitlines()
-                message = lines[0] if lines else "no message"
-                return [("", 0, f"{type(error).__name__}: {message}")]
-            found_alone = [self._generate([prompt])[0] for prompt in prompts]
-            if all(failure for *_, failure in found_alone):
-                raise
-            return found_alone
+def generate_each(engine: Engine, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
+    """Return (text, number of new tokens, error) of each prompt.
+
+    If they fail together they are tried one by one, so that only what fails alone is lost. A GPU that was
+    left unusable ends this process: its rows are then tried apart by others.
+    """
+    try:
+        found = {index: (text, count, "") for index, text, count in engine.generate(prompts)}
+        return [found[index] for index in range(len(prompts))]
+    except Exception as error:
+        _end_without_device()
+        if len(prompts) == 1:
+            return [("", 0, f"{type(error).__name__}: {first_line(error)}")]
+        return [outcome for prompt in prompts for outcome in generate_each(engine, [prompt])]
+
+
+def is_sound(engine: Engine) -> bool:
+    """Tell whether an engine generates at all: if so, it is a prompt's fault that it failed."""
+    return not generate_each(engine, [[_ANY_TOKEN]])[0][2]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _end_without_device() -> None:
+    """End this process if the GPU can't be used any more by it, as after an index out of range."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(first_line(error), file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextmanager

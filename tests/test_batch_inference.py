@@ -248,6 +248,28 @@ def test_a_family_that_fails_at_its_first_forward_is_served_by_generate(caplog):
     ]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_prompt_that_fails_costs_no_other(num_beams):
+    """Whatever it raises: a token beyond the embedding is an IndexError."""
+    from conftest import byte_tokenizer
+
+    from inference.engine import make_engine
+    from inference.pipeline import generate_each, is_sound
+    from qlora.config import DecodingSettings
+
+    model, decoding = tiny_model("llama"), DecodingSettings(max_new_tokens=4, num_beams=num_beams)
+    engine = make_engine(model, byte_tokenizer(), decoding)
+    sound, bad = [[1, 5, 6], [1, 7], [1, 8, 9]], [1, 99_999]
+    expected = generate_each(engine, sound)
+    assert all(count and not error for _, count, error in expected)
+    found = generate_each(engine, [sound[0], bad, *sound[1:], bad])
+    assert [found[0], *found[2:4]] == expected
+    assert [found[1], found[4]] == [("", 0, "IndexError: index out of range in self")] * 2
+    assert is_sound(engine), "it is the prompts' fault, also if all of them fail"
+    model.lm_head = None
+    assert not is_sound(engine)
+
+
 @pytest.mark.parametrize("engine_name", ["BeamEngine", "TransformersEngine"])
 def test_outputs_end_where_answers_end_in_training(engine_name):
     """At the tokenizer's EOS, though the model's generation config names another token, in either engine."""

@@ -74,6 +74,10 @@ class Storage:
         names = [info.base_name.removeprefix(_PREFIX) for info in self._infos(f"{self.path}/{folder}")]
         return max((int(name) for name in names if name.isdigit()), default=-1)
 
+    def is_finished(self, path: str) -> bool:
+        """Tell whether there is a checkpoint that was finished."""
+        return self._step(path) is not None
+
     def remove(self, path: str) -> None:
         """Remove a checkpoint, if it is there."""
         with durable("checkpoint removed"), suppress(FileNotFoundError):
@@ -140,10 +144,15 @@ def keep_two(trial: Any) -> None:
     """Remove what a trial's newest checkpoint, which is about to be registered, makes needless.
 
     Of those before it the best stays: what is reported may be made of it, and if the newest is damaged, the
-    trial goes on from there.
+    trial goes on from there. Those that the trial passed over and removed, as damaged, don't count: it has
+    come to their steps again.
     """
     manager = trial.run_metadata.checkpoint_manager
-    known = manager._checkpoint_results
+    known = [
+        found
+        for found in manager._checkpoint_results
+        if Storage(found.checkpoint.filesystem, "").is_finished(found.checkpoint.path)
+    ]
     best = min(known, key=lambda found: found.metrics["public_perplexity"], default=None)
     for found in known:
         if found is not best:
