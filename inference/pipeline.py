@@ -15,7 +15,6 @@ Source: https://docs.ray.io/en/latest/data/batch_inference.html
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, from_items
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.attempts import EnginesDiedError, Witness, Witnessed
-from inference.engine import Engine, ServedModel, load_engine
+from inference.engine import ServedModel, load_engine
+from inference.failures import first_line, generate_each, is_sound
 from inference.rows import RowStore
 from qlora.base.model import load_tokenizer
 from qlora.config import DecodingSettings, InputError
@@ -39,7 +39,6 @@ _WINDOW_ROWS = 4096
 _FEWEST_ROWS = {"cpu": 8, "gpu": 128}  # of a batch
 _MOST_ROWS = {"cpu": 64, "gpu": 512}  # of a batch
 _BATCHES = 4  # of a worker, so that a small job too shows its progress and can go on from there
-_ANY_TOKEN = 0  # which every vocabulary has
 _TOKENIZER, _ENGINE = "tokenizer", "engine"  # pools, as error lines name them
 Result = tuple[int, str | None, str | None]  # row number, text, error
 
@@ -189,42 +188,6 @@ class EngineActor:
                 return {}
             done.update(zip(piece, outputs, strict=True))
         return {**done, **{number: ("", 0, error) for number, error in failed.items()}}
-
-
-def generate_each(engine: Engine, prompts: list[list[int]]) -> list[tuple[str, int, str]]:
-    """Return (text, number of new tokens, error) of each prompt.
-
-    If they fail together they are tried one by one, so that only what fails alone is lost. A GPU that was
-    left unusable ends this process: its rows are then tried apart by others.
-    """
-    try:
-        found = {index: (text, count, "") for index, text, count in engine.generate(prompts)}
-        return [found[index] for index in range(len(prompts))]
-    except Exception as error:
-        _end_without_device()
-        if len(prompts) == 1:
-            return [("", 0, f"{type(error).__name__}: {first_line(error)}")]
-        return [outcome for prompt in prompts for outcome in generate_each(engine, [prompt])]
-
-
-def is_sound(engine: Engine) -> bool:
-    """Tell whether an engine generates at all: if so, it is a prompt's fault that it failed."""
-    return not generate_each(engine, [[_ANY_TOKEN]])[0][2]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), "no message")
-
-
-def _end_without_device() -> None:
-    """End this process if the GPU can't be used any more by it, as after an index out of range."""
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except RuntimeError as error:
-        print(first_line(error), file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 @contextmanager

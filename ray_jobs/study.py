@@ -13,7 +13,7 @@ from ray_jobs.cli import CommandParser, folder_name
 from workflows.lock import locked
 from workflows.session import (
     PROJECT_ROOT,
-    RESULTS_FOLDER,
+    STUDIES_FOLDER,
     check_temporary_folder,
     check_writable,
     connect_ray,
@@ -49,7 +49,7 @@ def main() -> None:
     from workflows.study.page import publish_study
     from workflows.study.steps import StudySteps, prepare_study
 
-    prepared, folder = prepare_study(study), RESULTS_FOLDER / "studies" / name
+    prepared, folder = prepare_study(study), STUDIES_FOLDER / name
     steps = StudySteps(prepared, folder, lambda line: print(line, flush=True))
     check_writable(folder, PROJECT_ROOT / "mlruns")
     check_temporary_folder()

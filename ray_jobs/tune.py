@@ -9,10 +9,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qlora.config import InputError
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from workflows.lock import locked
-from workflows.session import PROJECT_ROOT, RESULTS_FOLDER, check_temporary_folder, check_writable, run
+from workflows.session import (
+    PROJECT_ROOT,
+    RESULTS_FOLDER,
+    STUDIES_FOLDER,
+    check_temporary_folder,
+    check_writable,
+    run,
+)
 
 
 def main() -> None:
@@ -22,6 +30,8 @@ def main() -> None:
 
     option = "--resume" if arguments.resume else "--name"
     name = folder_name(arguments.resume or arguments.name or Path(arguments.space).stem, option)
+    if name == STUDIES_FOLDER.name:
+        raise InputError(option, f"{name} is the folder of studies; choose another name")
     folder = RESULTS_FOLDER / name
     if arguments.resume:
         sweep = reopen_sweep(folder)
@@ -43,11 +53,13 @@ def main() -> None:
         check_writable(folder, PROJECT_ROOT / "mlruns")
         check_temporary_folder()
         with locked(folder, sweep.space.storage and f"{sweep.space.storage.rstrip('/')}/{name}"):
-            remove_unfinished(folder)
-            started = start(sweep.space)  # hosts load their libraries while this process loads its own
-            from workflows.sweep.run import run_and_register
+            sweep.check_free()  # another command may have been here just before
+            if sweep.summary() is None:
+                remove_unfinished(folder)
+                started = start(sweep.space)  # hosts load their libraries while this process loads its own
+                from workflows.sweep.run import run_and_register
 
-            run_and_register(sweep, inputs, started)
+                run_and_register(sweep, inputs, started)
     from workflows.sweep.closing import closing_words
 
     summary = sweep.summary()

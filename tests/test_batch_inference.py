@@ -254,7 +254,7 @@ def test_a_prompt_that_fails_costs_no_other(num_beams):
     from conftest import byte_tokenizer
 
     from inference.engine import make_engine
-    from inference.pipeline import generate_each, is_sound
+    from inference.failures import generate_each, is_sound
     from qlora.config import DecodingSettings
 
     model, decoding = tiny_model("llama"), DecodingSettings(max_new_tokens=4, num_beams=num_beams)

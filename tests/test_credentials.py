@@ -66,6 +66,12 @@ def test_credentials_that_cannot_be_hidden_are_told_without_them(tracking, regis
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_scheme_may_be_in_capitals():
+    environment = {TRACKING: "HTTPS://me:canary@a"}
+    hide_credentials(environment)
+    assert environment == {TRACKING: "HTTPS://a", NAME: "me", PASSWORD: "canary"}
+
+
 def test_one_server_may_be_named_with_and_without_them():
     environment = {TRACKING: "https://me:canary@a", REGISTRY: "https://a"}
     hide_credentials(environment)
@@ -78,6 +84,9 @@ def test_one_server_may_be_named_with_and_without_them():
         ("API request to http://me:canary@a:1/x failed", "API request to http://a:1/x failed"),
         ("postgresql+psycopg2://me:can/a@ry@db:5/runs is away", "postgresql+psycopg2://db:5/runs is away"),
         ("mysql://db/runs?user=me&password=canary&x=1", "mysql://db/runs?user=me&password=***&x=1"),
+        ("s3://b/x?secret_key=canary&region=a", "s3://b/x?secret_key=***&region=a"),
+        ("s3://key:canary@b/x", "s3://b/x"),
+        ("HTTPS://me:canary@a/x", "HTTPS://a/x"),
         ("http://a:5000: models:/wide@champion", "http://a:5000: models:/wide@champion"),
         ("sqlite:////home/me/mlflow.db", "sqlite:////home/me/mlflow.db"),
     ],

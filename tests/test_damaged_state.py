@@ -54,8 +54,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    for module in (ray_jobs.tune, ray_jobs.study):
-        monkeypatch.setattr(module, "RESULTS_FOLDER", tmp_path / "results")
+    monkeypatch.setattr(ray_jobs.tune, "RESULTS_FOLDER", tmp_path / "results")
+    monkeypatch.setattr(ray_jobs.study, "STUDIES_FOLDER", tmp_path / "results/studies")
     return tmp_path / "results"
 
 

@@ -270,6 +270,16 @@ SPACES = {
         lambda s: s.update(searcher={"type": "optuna"}, search={"lora_r": {"grid_search": [4]}}),
         "grid_search",
     ),
+    "keys in the storage": (
+        lambda s: s.update(storage="s3://KEY:CANARY@bucket/x"),
+        ":storage: holds a name, a password or a key",
+    ),
+    "a key in the storage's options": (
+        lambda s: s.update(storage="s3://bucket/x?secret_key=CANARY&access_key=CANARY"),
+        ":storage: holds a name, a password or a key",
+    ),
+    "a storage that can't be": (lambda s: s.update(storage="/proc/none"), "can't be written to"),
+    "a storage of no scheme": (lambda s: s.update(storage="nosuch://bucket/x"), "can't be written to"),
     "a model name with a slash": (lambda s: s.update(registered_model="a/b"), "registered_model"),
 }
 
@@ -277,7 +287,9 @@ SPACES = {
 @pytest.mark.parametrize("case", SPACES)
 def test_tune_refuses_bad_spaces(case, tune):
     change, problem = SPACES[case]
-    assert problem in tune(change)
+    error = tune(change)
+    assert problem in error
+    assert "CANARY" not in error
 
 
 def test_a_key_that_stands_twice_is_refused(tune, capsys, monkeypatch, tmp_path):
@@ -324,6 +336,7 @@ def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
     assert "no such file" in alone("--space", tmp_path / "nosuch.yaml", "--name", "x")
     assert "there is no sweep 'nosuch'" in alone("--resume", "nosuch")
     assert "--resume: '../x' can't be a name" in alone("--resume", "../x")
+    assert "--resume: studies is the folder of studies" in alone("--resume", "studies")
     assert "give it alone" in alone("--resume", "x", "--dry-run")
     (tmp_path / "bad.yaml").write_text("a: [1", encoding="utf-8")
     assert "is not valid YAML" in alone("--space", tmp_path / "bad.yaml", "--name", "x")

@@ -11,7 +11,7 @@ from test_sweep import wait_for_a_report
 
 from qlora.config import InputError
 from tuning.checkpoints import Storage
-from workflows import lock
+from workflows import lock, session
 from workflows.lock import locked
 
 
@@ -88,6 +88,36 @@ def test_who_came_at_the_same_time_and_wrote_first_gives_way(tmp_path, monkeypat
     place.filesystem.create_dir(place.path)
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: lock._write(place, "lease", "another's"))
     with pytest.raises(InputError, match="started at the same time"), locked(tmp_path / "one", place.path):
+        pass
+
+
+def test_who_finds_anothers_lease_in_place_of_its_own_ends_and_leaves_it(tmp_path, monkeypatch):
+    """As after a time in which it could not reach the store, and the other took the place over."""
+    monkeypatch.setattr(lock, "_SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "_RENEWAL_SECONDS", 0.05)
+    place = Storage.at(str(tmp_path / "store"))
+    with locked(tmp_path / "one", place.path):
+        time.sleep(0.2)
+        session.go_on()
+        lock._write(place, "lease", "another's")
+        time.sleep(0.2)
+        with pytest.raises(session.StoppedError, match=r"another process took .*store over"):
+            session.go_on()
+    assert lock._read(place) == "another's"
+    session.go_on()
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    take = lock.fcntl.flock
+
+    def late(file, kind):
+        (folder / ".lock").unlink()
+        take(file, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with pytest.raises(InputError, match="is being worked on by another process"), locked(folder):
         pass
 
 

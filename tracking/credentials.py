@@ -13,9 +13,12 @@ _TRACKING, _REGISTRY = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 _NAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 _NONE = ("", "")
 # SQLAlchemy takes a password with slashes in it, a web server's address has none.
-_OF_DATABASE = re.compile(r"\b((?!https?:)[A-Za-z][\w+.-]*://)[^\s:/@]*:[^\s@]*@")
+_OF_DATABASE = re.compile(r"\b((?![Hh][Tt][Tt][Pp][Ss]?:)[A-Za-z][\w+.-]*://)[^\s:/@]*:[^\s@]*@")
 _OF_ADDRESS = re.compile(r"//[^/\s]*@")
-_IN_QUERY = re.compile(r"([?&]\w*(?:password|passwd|pwd)=)[^&\s]*", re.IGNORECASE)
+_IN_QUERY = re.compile(
+    r"([?&][\w-]*(?:password|passwd|pwd|access_key|secret_key|account_key|token|signature)=)[^&\s]*",
+    re.IGNORECASE,
+)
 
 
 def hide_credentials(environment: MutableMapping[str, str]) -> None:
@@ -27,7 +30,7 @@ def hide_credentials(environment: MutableMapping[str, str]) -> None:
     addresses, credentials, hosts = {}, {}, set()
     for variable in (_TRACKING, _REGISTRY):
         address = environment.get(variable, "")
-        if address.startswith(("http://", "https://")):
+        if address.lower().startswith(("http://", "https://")):
             addresses[variable], host, credentials[variable] = _taken_apart(variable, address)
             hosts.add(host)
     needed = set(credentials.values())
@@ -46,6 +49,11 @@ def without_password(text: str) -> str:
     text = _OF_DATABASE.sub(r"\1", text)
     text = _OF_ADDRESS.sub("//", text)
     return _IN_QUERY.sub(r"\1***", text)
+
+
+def holds_credentials(address: str) -> bool:
+    """Tell whether an address has a name, a password or a key in it."""
+    return without_password(address) != address
 
 
 def _taken_apart(variable: str, address: str) -> tuple[str, str, tuple[str, str]]:

@@ -3,11 +3,13 @@
 A folder is locked by the kernel, so that the lock ends with its process, however that ends. An object store
 has no locks: there, an object that its holder rewrites tells that it is held, and who finds it older than a
 time limit takes it. Ages are told by the store's clock alone, so that clocks of machines may differ and jump.
+A holder that could not rewrite it for so long finds another's there, and has to end its work (`lost_place`).
 
 Refuses to know what the work is.
 """
 
 import fcntl
+import os
 import secrets
 import threading
 import time
@@ -19,7 +21,9 @@ from typing import Any
 from qlora.config import InputError
 
 _LOCK, _LEASE, _PROBE = ".lock", "lease", "lease-probe"
+_HELD = "is being worked on by another process; wait for it, or choose another --name"
 _LEASE_SECONDS, _RENEWAL_SECONDS, _SETTLING_SECONDS = 60.0, 15.0, 2.0
+_lost: list[str] = []
 
 
 @contextmanager
@@ -35,8 +39,10 @@ def locked(folder: Path, storage: str | None = None) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                problem = "is being worked on by another process; wait for it, or choose another --name"
-                raise InputError(folder, problem) from None
+                raise InputError(folder, _HELD) from None
+            path = folder / _LOCK
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                raise InputError(folder, _HELD)  # its holder, which wrote nothing, has just removed it
             if storage is None:
                 yield
             else:
@@ -50,23 +56,38 @@ def locked(folder: Path, storage: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _leased(storage: str) -> Iterator[None]:
-    """Hold a place in an object store, within. Raises InputError if another process holds it."""
+    """Hold a place in an object store, within.
+
+    Raises InputError if another process holds it, and if it can't be written to.
+    """
+    from pyarrow import ArrowException
+
     from tuning.checkpoints import Storage
 
-    place, mine, ended = Storage.at(storage), secrets.token_hex(16), threading.Event()
-    place.filesystem.create_dir(place.path)
-    if (age := _age(place)) is not None and age < _LEASE_SECONDS:
-        wait = round(_LEASE_SECONDS - age)
-        problem = f"is being worked on by another process; if that has ended, try again in {wait} s"
-        raise InputError(storage, problem)
-    _write(place, _LEASE, mine)
-    time.sleep(_SETTLING_SECONDS)  # who came at the same time has written by now
-    if _read(place) != mine:
-        raise InputError(storage, "is being worked on by another process that started at the same time")
+    mine, ended = secrets.token_hex(16), threading.Event()
+    try:
+        place = Storage.at(storage)
+        place.filesystem.create_dir(place.path)
+        if (age := _age(place)) is not None and age < _LEASE_SECONDS:
+            wait = round(_LEASE_SECONDS - age)
+            problem = f"is being worked on by another process; if that has ended, try again in {wait} s"
+            raise InputError(storage, problem)
+        _write(place, _LEASE, mine)
+        time.sleep(_SETTLING_SECONDS)  # who came at the same time has written by now
+        if _read(place) != mine:
+            raise InputError(storage, "is being worked on by another process that started at the same time")
+    except (OSError, ValueError, ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise InputError(storage, f"can't be written to ({reason}); mend that, or set storage") from None
 
     def renew() -> None:
         while not ended.wait(_RENEWAL_SECONDS):
             with suppress(OSError):  # away for a moment; there is time for three more
+                if _read(place) != mine:
+                    _lost.append(storage)
+                    return
                 _write(place, _LEASE, mine)
 
     threading.Thread(target=renew, daemon=True).start()
@@ -74,8 +95,15 @@ def _leased(storage: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
+        _lost.clear()
         with suppress(OSError):
-            place.filesystem.delete_file(f"{place.path}/{_LEASE}")
+            if _read(place) == mine:
+                place.filesystem.delete_file(f"{place.path}/{_LEASE}")
+
+
+def lost_place() -> str | None:
+    """Return the place in an object store that another process took from this one; None if it holds all."""
+    return _lost[0] if _lost else None
 
 
 def _age(place: Any) -> float | None:

@@ -24,9 +24,11 @@ from tracking.credentials import hide_credentials
 from tracking.errors import TrackingAwayError
 from workflows import stopping
 from workflows.guardian import guard
+from workflows.lock import lost_place
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 RESULTS_FOLDER = PROJECT_ROOT / "results"
+STUDIES_FOLDER = RESULTS_FOLDER / "studies"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
 _PROBE_BYTES = 1 << 20
@@ -154,11 +156,14 @@ def check_temporary_folder() -> None:
 
 
 def go_on() -> None:
-    """Raise KeyboardInterrupt if a signal has come, StoppedError if a server of the local Ray has ended.
+    """Raise KeyboardInterrupt if a signal has come, StoppedError if the work can't go on.
 
-    Ray itself would ask for it for a while, and then end this process without a word.
+    That is so if a server of the local Ray has ended, for which Ray itself would ask for a while and then end
+    this process without a word, and if another process has taken the work's place in an object store.
     """
     stopping.go_on()
+    if place := lost_place():
+        raise StoppedError(f"another process took {place} over, which this one had not reached for a while")
     if dead := _dead_servers():
         raise StoppedError(f"{dead[0]} of the local Ray has ended; {_resuming[0]}")
 

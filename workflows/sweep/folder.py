@@ -23,6 +23,7 @@ from typing import Any
 from qlora.config import InputError, validated
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json, write_text
+from tracking.credentials import holds_credentials
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 
@@ -62,6 +63,21 @@ class SweepFolder:
     def prompt_file(self) -> Path:
         """Return where the prompt's template is kept as it was at the start."""
         return self.folder / "prompt.yaml"
+
+    def check_free(self) -> None:
+        """Raise InputError if the folder of a sweep that has not started holds one."""
+        if self.digests:
+            return
+        if self.summary() is not None:
+            raise InputError(
+                self.folder,
+                "holds a finished sweep; choose another --name, or remove the folder to run it again",
+            )
+        if (self.folder / "sweep.json").exists():
+            raise InputError(
+                self.folder,
+                f"holds an unfinished sweep; continue it with --resume {self.name}, or choose another --name",
+            )
 
     def claim(self, digests: Mapping[str, str], prompt_text: str) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed.
@@ -135,6 +151,11 @@ def plan_sweep(
 
         start = starting_point(continue_from)
     space = load_space(space_file, overrides, start.settings if start else None)
+    if space.storage and holds_credentials(space.storage):  # it is written to files, runs and pages
+        raise InputError(
+            f"{space_file}:storage",
+            "holds a name, a password or a key; give them in the environment of all nodes",
+        )
     if start and start.base != space.base_model.name:
         raise InputError(
             "--continue-from",
@@ -153,15 +174,7 @@ def plan_sweep(
         checked_name(sweep.model_name)
     except ValueError as error:
         raise InputError(f"{space_file}:registered_model", f"{error}; set registered_model") from None
-    if sweep.summary() is not None:
-        raise InputError(
-            folder, "holds a finished sweep; choose another --name, or remove the folder to run it again"
-        )
-    if (folder / "sweep.json").exists():
-        raise InputError(
-            folder,
-            f"holds an unfinished sweep; continue it with --resume {folder.name}, or choose another --name",
-        )
+    sweep.check_free()
     return sweep
 
 
