@@ -259,7 +259,8 @@ class _Spent:
 def _job_id(folder: Path, resume: bool) -> str:
     """Return the id that a job keeps through all of its runs."""
     path = folder / "job_id"
-    if not (resume and path.exists()):
+    kept = path.read_bytes() if resume and path.is_file() else b""
+    if not re.fullmatch(rb"[0-9a-f]{32}", kept):  # new, or damaged
         write_text(path, secrets.token_hex(16), "batch job id")
     return path.read_text(encoding="utf-8")
 

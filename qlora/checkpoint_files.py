@@ -36,7 +36,7 @@ def verify_checkpoint(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there, byte for byte."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} has no readable manifest: it was not finished") from error
     if not isinstance(manifest, dict) or not {OPTIMIZER, POSITION} <= set(manifest):
         raise CheckpointError(f"{folder}: its manifest names too few files")
@@ -48,7 +48,10 @@ def verify_checkpoint(folder: Path) -> None:
 
 def read_position(text: bytes) -> dict[str, Any]:
     """Parse the content of a checkpoint's position. Raises ValueError unless it has a step."""
-    position = json.loads(text)
+    try:
+        position = json.loads(text)
+    except RecursionError:
+        raise ValueError("holds no step") from None
     if not isinstance(position, dict) or not isinstance(position.get("step"), int):
         raise ValueError("holds no step")
     return position

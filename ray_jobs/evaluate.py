@@ -11,6 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from workflows.stopping import leave_at_signals
+
+if __name__ == "__main__":
+    leave_at_signals()  # while the rest loads
+
 from qlora.config import InputError
 from ray_jobs.cli import CommandParser, add_model_options, model_options, show_progress
 from workflows.session import check_writable, resume_with, run

@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from workflows.stopping import leave_at_signals
+
+if __name__ == "__main__":
+    leave_at_signals()  # while the rest loads
+
 from ray_jobs.cli import CommandParser, positive_int
 from workflows.session import run
 

@@ -8,6 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from workflows.stopping import leave_at_signals
+
+if __name__ == "__main__":
+    leave_at_signals()  # while the rest loads
+
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from workflows.lock import locked

@@ -38,6 +38,8 @@ from qlora.failpoints import VARIABLE, passages, places
 
 ROOT = Path(__file__).resolve().parent.parent
 _USE_STORE = ("tune", "study", "roll_back", "promote")
+_NOTHING_BEGUN = "there is no sweep"  # so that a user starts it again
+_DONE_ALREADY = "had no champion before the present one"  # of a roll-back that was killed when it was done
 _MOST_RUNS = 4  # of a command until it is done
 _CODES = ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs")
 _TIMING = {"seconds", "rows_per_second", "seconds_generating", "rows_per_second_generating", "host_seconds"}
@@ -229,11 +231,12 @@ def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
     order.write_text(case.order, encoding="utf-8")
     for command, again in scenario.commands:
         for attempt in range(_MOST_RUNS):
-            exits.append(run(project, command if attempt == 0 or _nothing_begun(project) else again))
-            if exits[-1] in (0, 4):
+            exits.append(run(project, command if attempt == 0 or _says(project, _NOTHING_BEGUN) else again))
+            if exits[-1] in (0, 4) or _says(project, _DONE_ALREADY):
                 break
+    is_done = exits[-1] in (0, 4) or _says(project, _DONE_ALREADY)
     problem = "" if killed.exists() else "the failpoint was not reached"
-    if exits[-1] not in (0, 4):
+    if not is_done:
         problem = f"it does not end: exit codes {exits}"
     elif not problem:
         problem = difference(expected, json.loads(json.dumps(scenario.outcome(project))))
@@ -242,10 +245,10 @@ def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
     return Result(case, case, tuple(exits), round(time.monotonic() - began, 1), problem)
 
 
-def _nothing_begun(project: Path) -> bool:
-    """Tell whether the last run said that there is nothing to go on with, so that a user starts anew."""
+def _says(project: Path, words: str) -> bool:
+    """Tell whether the last line that a project's commands printed has these words."""
     lines = (project / "out.log").read_text(encoding="utf-8").splitlines()
-    return any("there is no sweep" in line for line in lines[-1:])
+    return any(words in line for line in lines[-1:])
 
 
 def run(project: Path, command: tuple[str, ...]) -> int:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,25 @@ from test_inputs import GOOD, good_space, nothing_heavy_happens, refused  # noqa
 
 import ray_jobs.study
 import ray_jobs.tune
+from qlora.config import TrialSettings
 from qlora.files import remove_unfinished, write_json
 from tuning.ledger import Ledger, TrialRecord
-from workflows.sweep.folder import plan_sweep
+from workflows.study.settings import load_study
+from workflows.study.steps import StudySteps, prepare_study
+from workflows.sweep.folder import plan_sweep, reopen_sweep
 from workflows.sweep.prepared import read_inputs
 
-POINT = {"step": 1.0, "epoch": 1.0, "public_perplexity": 3.0, "schedule_percent": 50.0}
-SUMMARY = {"zero_shot": 4.0, "best": {"trial_id": "t"}, "champion": {"reason": "better"}}
+POINT = {"step": 1.0, "epoch": 1.0, "public_perplexity": 3.0, "schedule_percent": 50.0, "training_loss": 1.0}
+POINT |= {"learning_rate": 1e-3, "tokens_per_second": 9.0, "peak_memory_gib": 0.0}
+CONFIG = TrialSettings(learning_rate=1e-3).model_dump(mode="json")
+BEST = {"trial_id": "t", "public_perplexity": 3.0, "checkpoint": "best", "model_uri": "models:/tiny/1"}
+SUMMARY = {"zero_shot": 4.0, "best": BEST, "champion": {"is_champion": True, "reason": "better"}}
+SUMMARIES = {
+    "no best": {"best": {}},
+    "no champion": {"champion": {}},
+    "a perplexity of text": {"zero_shot": "low"},
+    "a best of text": {"best": {**BEST, "model_uri": 1}},
+}
 DAMAGES = {
     "empty": lambda content: b"",
     "cut": lambda content: json.dumps(content).encode()[:-9],
@@ -35,6 +48,13 @@ RECORDS = {
     "a rank of text": {"config": {"lora_r": "much"}},
     "a curve of numbers": {"curve": [1, 2]},
     "a point without a step": {"curve": [{"epoch": 1.0}]},
+    "a point without its memory": {
+        "curve": [{key: value for key, value in POINT.items() if key != "peak_memory_gib"}]
+    },
+    "a point at no step": {"curve": [{**POINT, "step": float("nan")}]},
+    "a config without epochs": {"config": {key: CONFIG[key] for key in CONFIG if key != "epochs"}},
+    "an id that leads elsewhere": {"trial_id": "../../other/ray/x"},
+    "an id of two lines": {"trial_id": "a\nb"},
     "a point with text": {"curve": [{**POINT, "step": "one"}]},
 }
 SPACES = {
@@ -43,6 +63,8 @@ SPACES = {
     "a key of the space that is none": {"space": {"serach": {}}},
     "digests of text": {"digests": "abc"},
     "no digests": {"digests": None},
+    "digests of other things": {"digests": {"train": "a", "public": "b", "prompt": "c", "x": "d"}},
+    "an id of a list": {"sweep_id": ["a"]},
     "no file": {"space_file": None},
 }
 
@@ -67,9 +89,7 @@ def sweep(results, tiny_base, write_rows) -> Path:
     found = plan_sweep(results / "begun", str(path), [])
     inputs = read_inputs(found)
     found.claim(inputs.digests, inputs.prompt_text)
-    Ledger(results / "begun/trials").put(
-        TrialRecord("42_00000", {"learning_rate": 1e-3}, "running", (POINT,))
-    )
+    Ledger(results / "begun/trials").put(TrialRecord("42_00000", CONFIG, "running", (POINT,)))
     return results / "begun"
 
 
@@ -113,6 +133,28 @@ def test_a_sweep_file_that_is_none(case, sweep, resume):
     assert str(path) in resume()
 
 
+@pytest.mark.parametrize("case", SUMMARIES)
+def test_a_summary_that_is_none(case, sweep, resume):
+    write_json(sweep / "summary.json", {**SUMMARY, **SUMMARIES[case]})
+    assert f"error: {sweep / 'summary.json'}: is damaged (" in resume()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_the_adapter_that_trials_go_on_from(damage, sweep, resume):
+    found = reopen_sweep(sweep)
+    start = sweep.parent / "adapter"
+    start.mkdir()
+    (start / "adapter_config.json").write_text("{}")
+    begun = replace(found, digests={}, start=("models:/tiny/1", start))
+    begun.claim(found.digests, found.prompt_file.read_text())
+    reopen_sweep(sweep)
+    if damage == "missing":
+        shutil.rmtree(sweep / "start")
+    else:
+        (sweep / "start/adapter_config.json").write_text("{")
+    assert "is not what it was; put the adapter models:/tiny/1 there again" in resume()
+
+
 def test_what_killed_processes_left_half_written_is_removed(sweep):
     """Files and folders, and nothing else: what is there besides stays."""
     whole = contents(sweep)
@@ -139,7 +181,7 @@ def test_a_record_that_is_a_folder(sweep, resume):
 def test_perplexities_that_are_no_numbers_are_never_best(sweep):
     """A sweep from before may have kept them."""
     bad = [{**POINT, "public_perplexity": value} for value in (float("nan"), float("inf"))]
-    record = TrialRecord("42_00001", {"learning_rate": 1e-3}, "finished", tuple(bad))
+    record = TrialRecord("42_00001", CONFIG, "finished", tuple(bad))
     Ledger(sweep / "trials").put(record)
     kept = Ledger(sweep / "trials").records["42_00001"]
     assert kept.best is None
@@ -162,6 +204,9 @@ def study(results, tiny_base, write_rows, capsys, monkeypatch):
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     folder = results / "studies/study"
 
+    prepared = prepare_study(load_study(str(path), []))
+    StudySteps(prepared, folder, print).claim()
+
     def run() -> str:
         before = contents(folder)
         error = refused(ray_jobs.study, capsys, monkeypatch, "--study", path)
@@ -171,25 +216,28 @@ def study(results, tiny_base, write_rows, capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "another's"])
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["study.json", "steps/train-1.json", "steps/text-zero-shot.json"])
 def test_a_damaged_file_of_a_study(name, damage, results, study):
     path = results / "studies/study" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(DAMAGES[damage]({"study_id": "1", "texts": ["a"]}))
-    if name != "study.json":
-        write_json(results / "studies/study/study.json", {"study_id": "1"})
     error = study()
     assert error.startswith(f"error: {path}: is damaged (")
 
 
 def test_a_step_that_lacks_what_it_found(results, study):
-    write_json(results / "studies/study/study.json", {"study_id": "1"})
     write_json(results / "studies/study/steps/train-1.json", {"seconds": 1.0})
     assert "it lacks what such a step holds" in study()
 
 
+@pytest.mark.parametrize("value", [float("nan"), "low", None])
+def test_a_step_whose_figure_is_none(value, results, study):
+    step = {"mean": value, "values": [1.0]}
+    write_json(results / "studies/study/steps/perplexity-1.json", step)
+    assert "a figure of it is no finite number" in study()
+
+
 def test_a_trained_adapter_that_is_gone(results, study):
-    write_json(results / "studies/study/study.json", {"study_id": "1"})
     write_json(results / "studies/study/steps/train-1.json", {"seconds": 1.0, "training_loss": 1.0})
     assert "adapters/1" in study()

@@ -33,6 +33,7 @@ BASES = {
     "Protocol",
     "Settings",
     "BaseModel",
+    "TypedDict",
     "Exception",
     "ValueError",
     "RuntimeError",

@@ -165,15 +165,55 @@ def test_an_adapter_that_is_no_better_than_its_base_is_never_champion(store, tin
         run, uri = logged(store, tiny_base, f"weak{number}", seed=number)
         return registry.register("weak", uri, run, perplexity, "d", {"zero_shot_public_perplexity": "5.0"})
 
-    for number, perplexity in ((30, 5.0), (31, 7.0), (32, float("nan"))):
+    no_better, no_number = "no better than the base alone, which has 5", "nan, is no finite number"
+    for number, perplexity, reason in (
+        (30, 5.0, no_better),
+        (31, 7.0, no_better),
+        (32, float("nan"), no_number),
+    ):
         found = register(number, perplexity)
         assert not found.is_champion
-        assert "no better than the base alone, which has 5" in found.reason
+        assert reason in found.reason
     assert not registry.promote("weak", "1").is_champion
     with pytest.raises(InputError, match=r"weak has no champion: none of its versions .* models:/weak/3"):
         registry.fetch_adapter("models:/weak@champion")
     assert register(33, 4.9).is_champion
     assert registry.fetch_adapter("models:/weak@champion").model_uri == "models:/weak/4"
+
+
+def test_a_champion_without_a_finite_perplexity_loses(store, tiny_base):
+    """As one from before may be; no comparison with it would ever be true."""
+    for number, perplexity in ((50, 4.0), (51, 6.0)):
+        run, uri = logged(store, tiny_base, f"odd{number}", seed=number)
+        registry.register("odd", uri, run, perplexity, "d", {})
+    client = tracking_store.connect()
+    assert client.get_model_version_by_alias("odd", "champion").tags["public_perplexity"] == "4.0"
+    for value in ("nan", "much"):
+        client.set_model_version_tag("odd", "1", "public_perplexity", value)
+        client.set_registered_model_alias("odd", "champion", "1")
+        assert registry.promote("odd", "2").is_champion
+
+
+@pytest.mark.parametrize("name", ["a/b", "models:/x", ""])
+def test_a_name_that_no_model_can_have_is_told_in_one_line(store, name):
+    with pytest.raises(InputError, match="is no registered model"):
+        registry.versions(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "flavors: {sklearn: {}}",
+        "flavors: {python_function: {artifacts: {adapter: {path: ../../other}}}}",
+        "flavors: {python_function: {artifacts: {adapter: {path: /etc}}}}",
+        "flavors: [1]",
+        "[",
+    ],
+)
+def test_a_model_without_an_adapter_of_its_own_is_told(content, tmp_path):
+    (tmp_path / "MLmodel").write_text(content)
+    with pytest.raises(InputError, match="is no model with an adapter of its own"):
+        logged_model.fetch_model(str(tmp_path))
 
 
 def test_a_version_knows_how_it_is_served_and_says_so(store, tiny_base):
@@ -231,13 +271,9 @@ def test_uses_are_linked_to_the_version_that_made_them(store, tiny_base):
 
 def test_a_sweeps_runs_and_files(store, tmp_path):
     (tmp_path / "report.html").write_text("<p>report</p>")
-    tracker = runs.start_sweep(
-        "night",
-        "id",
-        "team",
-        {"seed": 0},
-        {"train": ("train.json", "d" * 64, 3), "public": ("public.json", "e" * 64, 2)},
-    )
+    tracker = runs.start_sweep("night", "id", "team")
+    data = {"train": ("train.json", "d" * 64, 3), "public": ("public.json", "e" * 64, 2)}
+    runs.describe_sweep(tracker, {"seed": 0}, data)
     tracker.note({"hardware": "two cores"}, [tmp_path / "report.html"])
     with tracker.system_metrics():
         pass
@@ -249,8 +285,8 @@ def test_a_sweeps_runs_and_files(store, tmp_path):
     assert run.data.metrics["zero_shot_public_perplexity"] == 9.0
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"train.json", "public.json"}
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]
-    assert runs.start_sweep("night", "id", "team", {}, {}).parent_run_id == tracker.parent_run_id
-    again = runs.start_sweep("night", "another id", "team", {}, {})
+    assert runs.start_sweep("night", "id", "team").parent_run_id == tracker.parent_run_id
+    again = runs.start_sweep("night", "another id", "team")
     assert again.parent_run_id != tracker.parent_run_id, "an old name does not lead into old runs"
     opened = client.get_experiment(tracker.experiment_id)
     assert opened.tags["mlflow.experimentKind"] == "custom_model_development"

@@ -3,14 +3,18 @@
 import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import ROOT, random_examples, tiny_model
+from mlflow.exceptions import MlflowException
 from test_beam_engine import prompts
 from test_training import tiny_bank
 
@@ -265,3 +269,41 @@ def test_a_trial_that_nothing_could_place_is_refused(shares, available, problem)
         return
     with pytest.raises(InputError, match=problem):
         check_resources(shares, available)
+
+
+def test_a_signal_while_a_command_that_is_done_ends_changes_nothing(monkeypatch):
+    monkeypatch.setattr(session, "_end_ray", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        session.run(lambda: None)
+    assert ended.value.code == 0
+
+
+def test_a_signal_while_a_command_loads_is_told_in_one_line():
+    script = (
+        "import os, signal; from workflows.stopping import leave_at_signals; "
+        "leave_at_signals(); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    told = "stopped: by SIGTERM; run the same command again\n"
+    assert (done.returncode, done.stderr) == (3, told)
+
+
+def test_what_a_tracking_server_refuses_is_told_in_one_line(capsys):
+    def refused() -> None:
+        raise MlflowException("The run is in the deleted state.")
+
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        session.run(refused)
+    assert ended.value.code == 1
+    assert (
+        capsys.readouterr().err == "failed: the tracking server refuses: The run is in the deleted state.\n"
+    )
+
+
+def test_what_is_stopped_can_go_on():
+    full = OSError(errno.ENOSPC, "No space left on device", "/full")
+    ray_lost = ray.exceptions.RayActorError()
+    for error in (KeyboardInterrupt(), session.StoppedError("x"), TrackingAwayError("x"), full, ray_lost):
+        assert session.can_go_on(error)
+    for error in (session.FailedError("x"), ValueError("x")):
+        assert not session.can_go_on(error)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ray import tune
 
-from qlora.config import InputError
+from qlora.config import InputError, TrialSettings
 from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
@@ -98,11 +98,13 @@ def test_an_evaluation_at_a_rung_counts_for_that_rung(total):
 
 
 def record(trial_id, *perplexities, epochs=4, status="finished"):
+    others = {"training_loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 9.0, "peak_memory_gib": 0.0}
     curve = [
-        {"step": n, "epoch": float(n), "schedule_percent": 100 * n / epochs, "public_perplexity": value}
+        {"step": n, "epoch": n, "schedule_percent": 100 * n / epochs, "public_perplexity": value, **others}
         for n, value in enumerate(perplexities, start=1)
     ]
-    return TrialRecord(trial_id, {"epochs": epochs}, status, tuple(curve))
+    config = TrialSettings(epochs=epochs).model_dump(mode="json")
+    return TrialRecord(trial_id, config, status, tuple(curve))
 
 
 def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
@@ -236,7 +238,7 @@ def test_a_sweep_from_before_keeps_the_samplers_it_started_with(sampler, tmp_pat
     space = load_space("search_spaces/quickstart.yaml", []).model_dump(mode="json")
     content = {
         "space_file": "a.yaml",
-        "digests": {"train": "d"},
+        "digests": {"train": "d", "public": "e", "prompt": "f"},
         "space": {**space, "search": {"lora_r": sampler}},
     }
     (tmp_path / "sweep.json").write_text(json.dumps(content))

@@ -81,7 +81,9 @@ def door(server, tmp_path, monkeypatch):
 
 def started(sweep: str) -> runs.SweepTracker:
     data = {"train": ("train.json", "d" * 64, 3)}
-    return runs.start_sweep(sweep, f"id of {sweep}", "team", {"seed": 0}, data)
+    tracker = runs.start_sweep(sweep, f"id of {sweep}", "team")
+    runs.describe_sweep(tracker, {"seed": 0}, data)
+    return tracker
 
 
 def steps(run_id: str, metric: str = "public_perplexity") -> list[int]:

@@ -10,6 +10,7 @@ Refuses to know where versions come from.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -104,8 +105,10 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
         return True, "it is the champion already"
     if "public_perplexity" not in version.tags:
         return False, "no public perplexity is known of it; register adapters with ray_jobs/tune.py"
-    ours = float(version.tags["public_perplexity"])
-    zero_shot = float(version.tags.get("zero_shot_public_perplexity", "inf"))
+    ours = _perplexity(version, "public_perplexity")
+    zero_shot = _perplexity(version, "zero_shot_public_perplexity")
+    if not math.isfinite(ours):
+        return False, f"its public perplexity, {version.tags['public_perplexity']}, is no finite number"
     if not ours < zero_shot:
         return (
             False,
@@ -123,8 +126,17 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
             f"champion version {present.version} has another tokenizer, and a perplexity per token means "
             "nothing across tokenizers; compare texts, with ray_jobs/batch_infer.py"
         )
-    theirs = float(present.tags["public_perplexity"])
+    theirs = _perplexity(present, "public_perplexity")
     return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {present.version}"
+
+
+def _perplexity(version: ModelVersion, tag: str) -> float:
+    """Return a figure that a version was given; infinity, which others are below, if it is no finite one."""
+    try:
+        found = float(version.tags.get(tag, "inf"))
+    except ValueError:
+        return math.inf
+    return found if math.isfinite(found) else math.inf
 
 
 def _carry_out(client: MlflowClient, name: str, change: _Change) -> None:
@@ -235,9 +247,9 @@ def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Re
     """Write a version's description: verdict, figures, usage."""
     tags, uri = version.tags, result.model_uri
     verdict = f"{_VERDICT if result.is_champion else 'Not champion: '}{result.reason}."
-    figures = f"Public perplexity **{float(tags.get('public_perplexity', 'nan')):.5g}**"
+    figures = f"Public perplexity **{_perplexity(version, 'public_perplexity'):.5g}**"
     if "zero_shot_public_perplexity" in tags:
-        figures += f", the base alone {float(tags['zero_shot_public_perplexity']):.5g}"
+        figures += f", the base alone {_perplexity(version, 'zero_shot_public_perplexity'):.5g}"
     usage = (
         f"```\npython ray_jobs/batch_infer.py --model {uri} --input FILE --output FILE\n"
         f"python ray_jobs/evaluate.py --adapter {uri} --data FILE --output FILE\n```"

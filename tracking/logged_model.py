@@ -18,6 +18,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, R
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+from qlora.config import InputError
 from qlora.failpoints import durable
 from qlora.provenance import package_versions
 from tracking.store import asking, connect, tracking_uri
@@ -102,15 +103,29 @@ def withdraw_model(run_id: str, model_uri: str) -> None:
 def fetch_model(source: str) -> FetchedModel:
     """Bring a model's files to this machine, if they are not here.
 
-    A bare PEFT folder counts as a model, too.
+    A bare PEFT folder counts as a model, too. Raises InputError for a model that names no adapter within its
+    own folder.
     """
     root = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri()))
     if not (root / "MLmodel").exists():
         return FetchedModel(root, None, {})
-    flavor = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
-    artifacts = flavor["artifacts"]
-    prompt = root / artifacts["prompt"]["path"] if "prompt" in artifacts else None
-    return FetchedModel(root / artifacts["adapter"]["path"], prompt, flavor.get("config") or {})
+    try:
+        content = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))
+        flavor = content["flavors"]["python_function"]
+        artifacts, config = flavor["artifacts"], flavor.get("config") or {}
+        adapter = _within(root, artifacts["adapter"]["path"])
+        prompt = _within(root, artifacts["prompt"]["path"]) if "prompt" in artifacts else None
+        return FetchedModel(adapter, prompt, dict(config))
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, OSError):
+        raise InputError(source, "is no model with an adapter of its own: its MLmodel names none") from None
+
+
+def _within(root: Path, path: str) -> Path:
+    """Return a path of a model's folder. Raises ValueError for one that leads out of it."""
+    found = root / path
+    if not found.resolve().is_relative_to(root.resolve()):
+        raise ValueError(path)
+    return found
 
 
 def _models_of(client: MlflowClient, run: Run) -> list[LoggedModel]:

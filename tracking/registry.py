@@ -28,7 +28,7 @@ from tracking.store import asking, connect, ensure_experiment, find_run, trackin
 
 CHALLENGER = "challenger"
 _URI = re.compile(r"models:/(?:(m-[0-9a-f]+)|([^/@:]+)(?:@([^/@:]+)|/(\d+)))")
-_READY, _UNKNOWN = "READY", "RESOURCE_DOES_NOT_EXIST"
+_READY, _UNKNOWN, _NO_NAME = "READY", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _registered(client: MlflowClient, name: str) -> Any:
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != _UNKNOWN:
+        if error.error_code not in (_UNKNOWN, _NO_NAME):
             raise
         problem = "is no registered model; register one with ray_jobs/tune.py"
         raise InputError(f"models:/{name}", problem) from None

@@ -21,17 +21,10 @@ _SWEEP, _SWEEP_ID, _SOURCE = "sweep", "sweep_id", "source"
 
 
 @asking()
-def start_sweep(
-    sweep: str,
-    sweep_id: str | None,
-    experiment: str,
-    parameters: Mapping[str, Any],
-    data: Mapping[str, tuple[str, str, int]],
-) -> SweepTracker:
+def start_sweep(sweep: str, sweep_id: str | None, experiment: str) -> SweepTracker:
     """Return a tracker with its parent run: the one that this sweep already has, else a new one.
 
     `sweep_id`: of this very sweep; None for one from before sweeps had ids, which is found by its name.
-    `data` maps a context (train, public) to (path, digest, number of examples).
     """
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
@@ -42,16 +35,29 @@ def start_sweep(
         with durable("run created"):
             parent = client.create_run(experiment_id, run_name=sweep, tags=tags)
     run_id = parent.info.run_id
-    if parameters and not parent.data.params:
-        with durable("sweep noted"):
-            client.log_batch(run_id, params=params(parameters))
-    if data and not (parent.inputs and parent.inputs.dataset_inputs):
-        with durable("sweep noted"):
-            client.log_inputs(run_id, [_dataset(context, *facts) for context, facts in data.items()])
     if parent.info.status != "RUNNING":
         with durable("run resumed"):
             client.update_run(run_id, status="RUNNING")
     return SweepTracker(experiment_id, sweep, run_id, parent.info.start_time)
+
+
+@asking()
+def describe_sweep(
+    tracker: SweepTracker, parameters: Mapping[str, Any], data: Mapping[str, tuple[str, str, int]]
+) -> None:
+    """Log what a sweep works on with its parent run, unless that is there.
+
+    `data` maps a context (train, public) to (path, digest, number of examples).
+    """
+    client = connect()
+    parent = client.get_run(tracker.parent_run_id)
+    if not parent.data.params:
+        with durable("sweep noted"):
+            client.log_batch(tracker.parent_run_id, params=params(parameters))
+    if not (parent.inputs and parent.inputs.dataset_inputs):
+        with durable("sweep noted"):
+            inputs = [_dataset(context, *facts) for context, facts in data.items()]
+            client.log_inputs(tracker.parent_run_id, inputs)
 
 
 @asking()

@@ -6,7 +6,7 @@ Refuses to know Ray. Training never waits for the tracking server: see tracking.
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from mlflow.entities import Metric, RunTag
 
 from qlora.failpoints import durable
 from tracking.delivery import Delivery
-from tracking.errors import TrackingAwayError
 from tracking.store import asking, children, connect
 from tracking.system_load import SystemLoad
 from tracking.trial_runs import TrialRecord, TrialRuns
@@ -107,23 +106,17 @@ class SweepTracker:
 
     def _end_within(self, timeout_seconds: float, status: str, metrics: Mapping[str, float]) -> bool:
         """End the runs in a thread that nobody waits for any longer than the time limit."""
-        outcome: list[Exception | None] = []
+        taken = threading.Event()
 
         def work() -> None:
-            try:
+            with suppress(Exception):  # the ending that is going on has its own reason to tell
                 self._end(status, metrics, timeout_seconds / 2)
-                outcome.append(None)
-            except Exception as error:
-                outcome.append(error)
+                taken.set()
 
         thread = threading.Thread(target=work, name="tracking-end", daemon=True)
         thread.start()
         thread.join(timeout_seconds)
-        if not outcome or isinstance(outcome[0], TrackingAwayError):
-            return False
-        if outcome[0] is not None:
-            raise outcome[0]
-        return True
+        return taken.is_set()
 
     @asking()
     def _end(self, status: str, metrics: Mapping[str, float], patience_seconds: float) -> None:

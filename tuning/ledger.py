@@ -4,6 +4,7 @@ Ray's own state is for Ray; the ledger is what reports, early stopping after a r
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,9 +14,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora.config import InputError, TrialSettings, first_problem, parse_stages
 from qlora.files import read_json, write_json
+from tuning.space import REPORTED
 
 Status = Literal["pending", "running", "finished", "stopped", "failed", "diverged"]
+POINT = (  # what a point of a curve holds
+    "step",
+    "epoch",
+    "schedule_percent",
+    "public_perplexity",
+    "training_loss",
+    "learning_rate",
+    "tokens_per_second",
+    "peak_memory_gib",
+)
 _GOING_ON = ("pending", "running")
+_TRIAL_ID = re.compile(r"\w[\w-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -119,8 +132,14 @@ def _read_record(path: Path) -> TrialRecord:
     except ValidationError as error:
         key, problem = first_problem(error)
         raise InputError(path, f"is damaged ({key}: {problem}); {mend}") from None
-    if any({"step", "epoch", "public_perplexity", "schedule_percent"} - set(point) for point in record.curve):
+    if any(set(POINT) - set(point) for point in record.curve):
         raise InputError(path, f"is damaged (a point of its curve lacks a figure); {mend}")
+    if not all(math.isfinite(point["step"] + point["epoch"]) for point in record.curve):
+        raise InputError(path, f"is damaged (a point of its curve is at no step); {mend}")
+    if missing := set(REPORTED) - set(record.config):
+        raise InputError(path, f"is damaged (its config lacks {', '.join(sorted(missing))}); {mend}")
+    if not _TRIAL_ID.fullmatch(record.trial_id):  # it names a folder of the storage
+        raise InputError(path, f"is damaged (no trial is called {record.trial_id!r}); {mend}")
     if not path.name.partition("-")[0].isdigit():
         raise InputError(path, "is no trial's record; remove it")
     return record

@@ -37,6 +37,10 @@ class NoTrialSucceededError(RuntimeError):
     """A sweep without an adapter: every trial failed or diverged."""
 
 
+class ShortOfMemoryError(RuntimeError):
+    """Trials' processes were killed again and again, since their node had no memory left."""
+
+
 def run_sweep(
     space: Space,
     hosts: Hosts,
@@ -49,7 +53,8 @@ def run_sweep(
     """Run or continue the sweep whose results live in `folder`; returns the record of every trial.
 
     `shares`: what a trial asks Ray for. `go_on` is called again and again, and raises to end the sweep.
-    Trials still pending or running in the result mean that it was interrupted and can be resumed.
+    Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises
+    ShortOfMemoryError, after `max_failures` times, where Ray's monitor goes on killing trials.
     """
     ledger, storage = Ledger(folder / "trials"), Storage.at(storage_path(space, folder) + "/ray")
     for record in ledger.records.values():
@@ -70,8 +75,11 @@ def run_sweep(
                 screen.close(list(ledger.records.values()))
                 break
             except Exception as error:
-                if times_left < 1 or not _is_short_of_memory(error):
+                if not _is_short_of_memory(error):
                     raise
+                if times_left < 1:
+                    problem = "trials' processes were killed again and again, since a node had no memory left"
+                    raise ShortOfMemoryError(problem) from error
                 times_left -= 1  # Ray Tune ends where Ray's monitor kills a trial's process; we go on
                 screen.note(["Ray's monitor killed a trial's process, since its node was short of memory"])
                 for _ in range(_SECONDS_TO_RECOVER):  # or it kills again at once

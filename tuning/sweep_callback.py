@@ -11,20 +11,9 @@ from ray import tune
 
 from qlora.files import disk_without_space
 from tuning.checkpoints import keep_two
-from tuning.ledger import Ledger, Status, TrialRecord
+from tuning.ledger import POINT, Ledger, Status, TrialRecord
 from tuning.screen import SweepScreen
 from tuning.space import Space
-
-_POINT = (
-    "step",
-    "epoch",
-    "schedule_percent",
-    "public_perplexity",
-    "training_loss",
-    "learning_rate",
-    "tokens_per_second",
-    "peak_memory_gib",
-)
 
 
 class SweepObserver(Protocol):
@@ -80,7 +69,7 @@ class SweepCallback(tune.Callback):
         if "diverged" in result:
             self._end(replace(record, error=result["diverged"]), "diverged")
         elif "perplexities" in result:
-            point = {key: float(result[key]) for key in _POINT}
+            point = {key: float(result[key]) for key in POINT}
             record = record.with_point(point, result["perplexities"])
             if record.percent >= 100 or trial.trial_id in self._stopped_early:
                 self._end(record, _status_of(record))

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from qlora.config import InputError
 from qlora.files import disk_without_space
 from tracking.credentials import hide_credentials
-from tracking.errors import TrackingAwayError
+from tracking.errors import TrackingAwayError, refusal
 from workflows import stopping
 from workflows.guardian import guard
 from workflows.lock import lost_place
@@ -101,14 +101,24 @@ def run(main: Callable[[], None]) -> NoReturn:
             code, message = EXIT_STOPPED, _no_space(full)
         elif (fault := _fault_of_ray(error)) is not None and _resuming[0] != _SAME_COMMAND:
             code, message = EXIT_STOPPED, f"stopped: a process of Ray ended ({fault}); {_resuming[0]}"
+        elif (refused := refusal(error)) is not None:
+            code, message = EXIT_FAILED, f"failed: the tracking server refuses: {refused}"
         else:
             raise
     finally:
+        stopping.end()
         _end_ray()
     _exit(code, message)
 
 
 _resuming = [_SAME_COMMAND]
+
+
+def can_go_on(error: BaseException) -> bool:
+    """Tell whether work that an error ends is stopped (exit code 3) and not failed."""
+    if isinstance(error, KeyboardInterrupt | StoppedError | TrackingAwayError):
+        return True
+    return disk_without_space(error) is not None or _fault_of_ray(error) is not None
 
 
 def _no_space(place: str) -> str:
@@ -287,12 +297,13 @@ def _prepare_environment() -> None:
 def _end_ray() -> None:
     """Leave a cluster, or end a local Ray with all its processes, some of which would outlive this one."""
     ray = sys.modules.get("ray")
-    if ray is None or not getattr(ray, "is_initialized", bool)():
+    if ray is None or not hasattr(ray, "is_initialized"):
         return
     import psutil
 
+    # also of a Ray that was only half started
     started = [] if os.environ.get("RAY_ADDRESS") else psutil.Process().children(recursive=True)
-    if not _dead_servers():  # to whom Ray would say farewell for a minute
+    if ray.is_initialized() and not _dead_servers():  # to whom Ray would say farewell for a minute
         with _without_lines(_GREETING):
             ray.shutdown()
     _, left = psutil.wait_procs(started, timeout=_SECONDS_TO_END)

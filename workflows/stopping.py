@@ -7,17 +7,34 @@ signal that was ignored when the command started, as under nohup, stays ignored.
 Imports nothing heavy. Refuses to know what the ending consists of.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
+_ending = threading.Event()
+_ENDED = 3  # the exit code of what was stopped, which session's contract names
+
+
+def leave_at_signals() -> None:
+    """Have signals end the process in one line until `catch_signals`: nothing was begun yet."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def end() -> None:
+    """Ignore signals from here on: the command is ending."""
+    _ending.set()
 
 
 def catch_signals() -> None:
     """Take the signals over; again, from whoever took them meanwhile, as `ray.init` does."""
+    _ending.clear()
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -55,7 +72,13 @@ def signal_name() -> str:
     return signal.Signals(_received[0]).name if _received else "SIGINT"
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    words = f"stopped: by {signal.Signals(number).name}; run the same command again\n"
+    os.write(2, words.encode())
+    os._exit(_ENDED)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    if not _received:
+    if not _received and not _ending.is_set():
         _received.append(number)
         raise KeyboardInterrupt

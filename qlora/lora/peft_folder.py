@@ -116,7 +116,7 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             folder, "has no adapter_config.json; give a PEFT folder or models:/NAME@ALIAS"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(path / CONFIG, f"is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(path / CONFIG, "peft_type is not LORA; give a LoRA adapter")
@@ -135,10 +135,10 @@ def adapter_base(folder: str | Path) -> str:
     Raises InputError if it names none.
     """
     config = check_adapter(folder)
-    if not config.get("base_model_name_or_path"):
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not (name and isinstance(name, str) and isinstance(revision or "", str)):
         raise InputError(Path(folder) / CONFIG, "names no base_model_name_or_path; give --base-model too")
-    revision = config.get("revision")
-    return config["base_model_name_or_path"] + (f"@{revision}" if revision else "")
+    return name + (f"@{revision}" if revision else "")
 
 
 def _matrix_names(folder: str | Path) -> list[str]:

@@ -34,7 +34,7 @@ _TOLD = ("mean", "training_loss", "chrf", "bleu")
 _HELD = {  # by the first word of a step's key, what its file holds at least
     "train": ("training_loss", "seconds"),
     "perplexity": ("mean", "values"),
-    "text": ("texts", "rows_per_second", "engine", "chrf"),
+    "text": ("texts", "rows_per_second", "engine", "chrf", "bleu", "exact_match", "decoding"),
 }
 
 
@@ -100,7 +100,10 @@ class StudySteps:
             study_id = uuid.uuid4().hex
             write_json(path, {"study_id": study_id, **mine})
             return study_id
-        kept = read_json(path, "choose another --name, or remove the folder")
+        mend = "choose another --name, or remove the folder"
+        kept = read_json(path, mend)
+        if not isinstance(kept.get("study"), dict) or not isinstance(kept.get("study_id") or "", str):
+            raise InputError(path, f"is damaged (it lacks what a study has); {mend}")
         if any(kept[key] != mine[key] for key in mine if key in kept):
             raise InputError(self._folder, "holds a study with other settings or data; choose another --name")
         for step in sorted((self._folder / "steps").glob("*.json")):
@@ -213,4 +216,7 @@ def _read_step(path: Path) -> dict[str, Any]:
     content = read_json(path, mend)
     if not set(_HELD.get(path.name.partition("-")[0], ())) <= set(content):
         raise InputError(path, f"is damaged (it lacks what such a step holds); {mend}")
+    figures = [content[key] for key in (*_TOLD, "seconds") if key in content]
+    if not all(isinstance(one, int | float) and math.isfinite(one) for one in figures):
+        raise InputError(path, f"is damaged (a figure of it is no finite number); {mend}")
     return content

@@ -12,6 +12,7 @@ Loads nothing heavy.
     results/NAME/.lock         held by the process that works on the sweep
 """
 
+import hashlib
 import math
 import shutil
 import uuid
@@ -20,14 +21,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.config import InputError, validated
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from qlora.config import InputError, first_problem, validated
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json, write_text
 from tracking.credentials import holds_credentials
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 
-_ZERO_SHOT = "zero_shot.json"
+_ROLES = {"train", "public", "prompt"}  # of what sweep.json has digests
+_ZERO_SHOT, _START = "zero_shot.json", "start"
+
+
+class _Best(TypedDict):
+    trial_id: str
+    public_perplexity: float
+    checkpoint: str
+    model_uri: str
+
+
+class _Champion(TypedDict):
+    is_champion: bool
+    reason: str
+
+
+class _Summary(TypedDict):
+    """What is read of a summary again."""
+
+    zero_shot: float
+    best: _Best
+    champion: _Champion
+
+
+_SUMMARY = TypeAdapter(_Summary)
 
 
 @dataclass(frozen=True)
@@ -88,8 +116,8 @@ class SweepFolder:
             return
         if self.start:
             with durable("start adapter"):
-                shutil.copytree(self.start[1], self.folder / "start", dirs_exist_ok=True)
-        write_text(self.prompt_file, prompt_text)
+                shutil.copytree(self.start[1], self.folder / _START, dirs_exist_ok=True)
+        self.keep_prompt(prompt_text)
         content = {
             "sweep": self.name,
             "sweep_id": self.sweep_id,
@@ -97,8 +125,14 @@ class SweepFolder:
             "space": self.space.model_dump(mode="json"),
             "digests": dict(digests),
             "continue_from": self.start[0] if self.start else None,
+            "start_digest": _folder_digest(self.folder / _START) if self.start else None,
         }
         write_json(self.folder / "sweep.json", content)
+
+    def keep_prompt(self, text: str) -> None:
+        """Write the prompt's template as it is, unless it stands there: versions carry it."""
+        if not self.prompt_file.is_file() or self.prompt_file.read_bytes() != text.encode():
+            write_text(self.prompt_file, text)
 
     def summary(self) -> dict[str, Any] | None:
         """Return the content of summary.json; None while the sweep is not finished.
@@ -111,9 +145,11 @@ class SweepFolder:
             content = read_json(path, mend)
         except FileNotFoundError:
             return None
-        parts = {key: content.get(key) for key in ("best", "champion")}
-        if not all(isinstance(part, dict) for part in parts.values()) or "zero_shot" not in content:
-            raise InputError(path, f"is damaged (it lacks what a summary has); {mend}")
+        try:
+            _SUMMARY.validate_python(content, strict=True)
+        except ValidationError as error:
+            key, problem = first_problem(error)
+            raise InputError(path, f"is damaged ({key}: {problem}); {mend}") from None
         return content
 
     def zero_shot(self) -> float | None:
@@ -190,14 +226,40 @@ def reopen_sweep(folder: Path) -> SweepFolder:
         problem = f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space"
         raise InputError("--resume", problem) from None
     started_from, digests = content.get("continue_from"), content.get("digests")
-    if not isinstance(content.get("space_file"), str) or not isinstance(digests, dict) or not digests:
+    sweep_id = content.get("sweep_id")
+    texts = (content.get("space_file"), started_from or "", sweep_id or "")
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not isinstance(digests, dict)
+        or set(digests) != _ROLES
+    ):
         raise InputError(path, f"is damaged (it lacks what a sweep has); {mend}")
+    if started_from:
+        _check_start(folder / _START, started_from, content.get("start_digest"))
     Ledger(folder / "trials")  # a damaged record is told now, not once Ray has started
     return SweepFolder(
         folder,
         content["space_file"],
         validated(path, lambda: Space.model_validate(content.get("space"), context=STORED)),
-        sweep_id=content.get("sweep_id"),
+        sweep_id=sweep_id,
         digests=digests,
-        start=(started_from, folder / "start") if started_from else None,
+        start=(started_from, folder / _START) if started_from else None,
     )
+
+
+def _check_start(folder: Path, name: str, digest: str | None) -> None:
+    """Raise InputError unless the adapter that trials go on from is what it was.
+
+    `digest`: none for a sweep from before it was kept.
+    """
+    if not folder.is_dir() or _folder_digest(folder) != (digest or _folder_digest(folder)):
+        raise InputError(folder, f"is not what it was; put the adapter {name} there again, all of its files")
+
+
+def _folder_digest(folder: Path) -> str:
+    """Return the SHA-256 (hexadecimal) of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder)).encode()
+        digest.update(hashlib.sha256(name).digest() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ from reporting.sweep_page import verdict, write_sweep_page
 from tracking.links import pages_root
 from tracking.logged_model import ModelFiles, log_model, withdraw_model
 from tracking.registry import Registration, register
-from tracking.runs import start_sweep
+from tracking.runs import describe_sweep, start_sweep
 from tracking.sweep_tracker import SweepTracker
 from tracking.views import save_comparison
 from tuning.ledger import TrialRecord, share_of_epochs_saved
@@ -23,19 +23,23 @@ from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep
 
 
-def track(sweep: SweepFolder, prepared: PreparedSweep, hardware: str) -> SweepTracker:
-    """Start the sweep's runs in the tracking server, or find them again after a restart."""
+def track(sweep: SweepFolder) -> SweepTracker:
+    """Start the sweep's run in the tracking server, or find it again after a restart."""
+    return start_sweep(sweep.name, sweep.sweep_id, sweep.model_name)
+
+
+def describe(sweep: SweepFolder, prepared: PreparedSweep, hardware: str, tracker: SweepTracker) -> None:
+    """Tell the tracking server what the sweep works on, and where."""
     inputs, data = prepared.inputs, sweep.space.data
     parameters = {"space_file": sweep.space_file, **_flat(sweep.space.model_dump(mode="json"))}
     examples = {
         "train": (data.train, inputs.digests["train"], len(inputs.train)),
         "public": (data.public, inputs.digests["public"], len(inputs.public)),
     }
-    tracker = start_sweep(sweep.name, sweep.sweep_id, sweep.model_name, parameters, examples)
+    describe_sweep(tracker, parameters, examples)
     facts = provenance(sweep.space, hardware, inputs.digests)
     continued_from = sweep.start[0] if sweep.start else None
     tracker.note({**facts, "continued_from": continued_from}, [sweep.folder / "sweep.json"])
-    return tracker
 
 
 def register_best(
@@ -70,8 +74,7 @@ def register_best(
     }
     known = {key: value for key, value in facts.items() if value}
     write_text(best.folder / "README.md", model_card(space, best.record, zero_shot, digests))
-    if not sweep.prompt_file.exists():  # a sweep from before it was kept
-        write_text(sweep.prompt_file, prepared.inputs.prompt_text)
+    sweep.keep_prompt(prepared.inputs.prompt_text)
     files = ModelFiles(
         adapter=best.folder,
         prompt=sweep.prompt_file,

@@ -13,6 +13,7 @@ from qlora.checkpoint_files import CheckpointError
 from qlora.files import disk_without_space
 from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
+from tracking.sweep_tracker import SweepTracker
 from tuning.device import Device
 from tuning.host_directory import (
     Hosts,
@@ -33,15 +34,16 @@ from tuning.progress import clock, ranking, where_time_went
 from tuning.sweep import (
     BestAdapter,
     NoTrialSucceededError,
+    ShortOfMemoryError,
     all_ended,
     keep_best_adapter,
     run_sweep,
     storage_path,
 )
-from workflows.session import FailedError, StoppedError, go_on, resume_with
+from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
-from workflows.sweep.registration import publish, register_best, summarise, track
+from workflows.sweep.registration import describe, publish, register_best, summarise, track
 from workflows.sweep.start import StartedHosts
 from workflows.worker import Worker, prove
 
@@ -73,14 +75,16 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
-        tracker = track(sweep, prepared, device.name)  # while hosts measure
+        tracker = track(sweep)  # while hosts measure
     status: str = "FAILED"
     metrics: dict[str, float] = {}
     try:
+        with _record_needed(sweep):
+            describe(sweep, prepared, device.name, tracker)
         with tracker.system_metrics():
             zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-            records = run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, go_on)
+            records = _run_trials(sweep, hosts, shares, zero_shot, tracker)
             if not all_ended(sweep.space, records):
                 raise StoppedError(sweep.how_to_go_on)
             best = _keep_best_adapter(sweep)
@@ -109,9 +113,10 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                 metrics["system/seconds"] = time.monotonic() - started.began
                 tracker.end("FINISHED", metrics)
         status = "FINISHED"
-    except (StoppedError, KeyboardInterrupt):
-        status = "KILLED"
-        kept = ask_where_trials_stand(hosts, storage_path(sweep.space, sweep.folder) + "/ray")
+    except BaseException as error:
+        if can_go_on(error):
+            status = "KILLED"
+            kept = ask_where_trials_stand(hosts, storage_path(sweep.space, sweep.folder) + "/ray")
         raise
     finally:
         if status != "FINISHED":
@@ -119,6 +124,15 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         if status == "KILLED":
             wait_until_kept(kept, _SECONDS_TO_KEEP)
     sweep.finish(summary)
+
+
+def _run_trials(
+    sweep: SweepFolder, hosts: Hosts, shares: dict[str, float], zero_shot: float, tracker: SweepTracker
+) -> list[TrialRecord]:
+    try:
+        return run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, go_on)
+    except ShortOfMemoryError as error:
+        raise StoppedError(f"{error}; with more of it, or fewer trials, {sweep.how_to_go_on}") from error
 
 
 @contextmanager
