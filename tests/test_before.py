@@ -62,6 +62,7 @@ def test_a_finished_sweep_is_told_of(before, summary):
     assert reopen_sweep(before / "results/before").sweep_id is None
 
 
+@pytest.mark.slow
 def test_a_version_of_then_is_served_with_its_own_base_and_quantisation(before, summary):
     asked = ["--adapter", "models:/tiny@champion", "--data", "public.json", "--output", "out.json"]
     finished(command(before, "evaluate", *asked))

@@ -31,7 +31,7 @@ from tracking.credentials import holds_credentials
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 
-_ROLES = {"train", "public", "prompt"}  # of what sweep.json has digests
+_ROLES = {"train", "public", "prompt"}  # of what sweep.json has digests; sweeps from before lack some
 _ZERO_SHOT, _START = "zero_shot.json", "start"
 
 
@@ -231,7 +231,8 @@ def reopen_sweep(folder: Path) -> SweepFolder:
     if (
         not all(isinstance(text, str) for text in texts)
         or not isinstance(digests, dict)
-        or set(digests) != _ROLES
+        or not digests
+        or not set(digests) <= _ROLES
     ):
         raise InputError(path, f"is damaged (it lacks what a sweep has); {mend}")
     if started_from:
