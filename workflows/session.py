@@ -112,6 +112,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 _resuming = [_SAME_COMMAND]
+_starts_ray: list[bool] = []  # true once Ray's processes may be there, also if it was stopped halfway
 
 
 def can_go_on(error: BaseException) -> bool:
@@ -205,6 +206,7 @@ def connect_ray() -> dict[str, float]:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _starts_ray.append(True)
     with _without_lines(_GREETING), _signals_left_alone(), stopping.children_outlive_the_terminal():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
@@ -297,11 +299,10 @@ def _prepare_environment() -> None:
 def _end_ray() -> None:
     """Leave a cluster, or end a local Ray with all its processes, some of which would outlive this one."""
     ray = sys.modules.get("ray")
-    if ray is None or not hasattr(ray, "is_initialized"):
+    if ray is None or not (_starts_ray or getattr(ray, "is_initialized", bool)()):
         return
     import psutil
 
-    # also of a Ray that was only half started
     started = [] if os.environ.get("RAY_ADDRESS") else psutil.Process().children(recursive=True)
     if ray.is_initialized() and not _dead_servers():  # to whom Ray would say farewell for a minute
         with _without_lines(_GREETING):

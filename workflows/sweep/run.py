@@ -76,7 +76,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep)  # while hosts measure
-    status: str = "FAILED"
+    status, kept = "FAILED", None
     metrics: dict[str, float] = {}
     try:
         with _record_needed(sweep):
@@ -114,14 +114,14 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                 tracker.end("FINISHED", metrics)
         status = "FINISHED"
     except BaseException as error:
-        if can_go_on(error):
-            status = "KILLED"
+        status = "KILLED" if can_go_on(error) else "FAILED"
+        if isinstance(error, StoppedError | KeyboardInterrupt):  # Ray and the disk are there for it
             kept = ask_where_trials_stand(hosts, storage_path(sweep.space, sweep.folder) + "/ray")
         raise
     finally:
         if status != "FINISHED":
             tracker.end(status, metrics, timeout_seconds=_SECONDS_TO_TELL)
-        if status == "KILLED":
+        if kept is not None:
             wait_until_kept(kept, _SECONDS_TO_KEEP)
     sweep.finish(summary)
 
