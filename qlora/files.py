@@ -60,10 +60,11 @@ def remove_unfinished(folder: Path) -> None:
     Only for a folder that no other process writes to.
     """
     for path in list(folder.rglob(f".*{_UNFINISHED}")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        with durable("unfinished removed"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any, point: str | None = None) -> None:

@@ -25,15 +25,8 @@ from ray_jobs.cli import (
     positive_int,
     show_line,
 )
-from workflows.session import (
-    EXIT_ROWS_FAILED,
-    StoppedError,
-    check_temporary_folder,
-    check_writable,
-    connect_ray,
-    resume_with,
-    run,
-)
+from workflows.preflight import check_output, check_temporary_folder
+from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, resume_with, run
 
 
 def main() -> None:
@@ -62,7 +55,7 @@ def main() -> None:
 
     work = Work(ServedModel(model.base, model.adapter_folder), model.prompt, decoding, room)
     output = Path(arguments.output)
-    check_writable(output.parent)
+    check_output(output)
     check_temporary_folder()
 
     def show(progress: Progress) -> None:

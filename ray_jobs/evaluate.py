@@ -4,6 +4,7 @@
         --data data/sample/public_test.json --output results/champion.json
 """
 
+import math
 import sys
 import time
 from functools import partial
@@ -16,9 +17,9 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
-from qlora.config import InputError
 from ray_jobs.cli import CommandParser, add_model_options, model_options, show_progress
-from workflows.session import check_writable, resume_with, run
+from workflows.preflight import check_output
+from workflows.session import FailedError, resume_with, run
 
 
 def main() -> None:
@@ -35,9 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     output = Path(arguments.output)
-    if output.is_dir():
-        raise InputError(output, "is a folder; name a file")
-    check_writable(output.parent)
+    check_output(output)
     from qlora.data.examples import examples_digest, load_examples
 
     examples = load_examples(arguments.data, need_output=True)
@@ -64,6 +63,12 @@ def main() -> None:
     progress = partial(show_progress, time.monotonic(), unit="examples")
     values = example_perplexities(model, encoded, default_token_budget(), progress)
     mean, digest = mean_perplexity(values), examples_digest(examples)
+    if not math.isfinite(mean):
+        count = sum(not math.isfinite(value) for value in values)
+        raise FailedError(
+            f"the perplexity of {count} of {len(values)} examples is no finite number: "
+            "the weights or the dtype are no good; nothing is written"
+        )
     settings = {
         "base_model": base.name,
         "adapter": arguments.adapter,

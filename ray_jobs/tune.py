@@ -18,14 +18,8 @@ from qlora.config import InputError
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from workflows.lock import locked
-from workflows.session import (
-    PROJECT_ROOT,
-    RESULTS_FOLDER,
-    STUDIES_FOLDER,
-    check_temporary_folder,
-    check_writable,
-    run,
-)
+from workflows.preflight import check_temporary_folder, check_writable, store_folders
+from workflows.session import RESULTS_FOLDER, STUDIES_FOLDER, run
 
 
 def main() -> None:
@@ -55,7 +49,7 @@ def main() -> None:
             return
         from workflows.sweep.start import start
 
-        check_writable(folder, PROJECT_ROOT / "mlruns")
+        check_writable(folder, *store_folders())
         check_temporary_folder()
         with locked(folder, sweep.space.storage and f"{sweep.space.storage.rstrip('/')}/{name}"):
             sweep.check_free()  # another command may have been here just before

@@ -323,6 +323,11 @@ def test_the_output_of_evaluate_has_to_be_a_file(evaluate, write_rows, tmp_path)
     assert "is a folder" in evaluate(write_rows(GOOD), "--output", tmp_path)
 
 
+def test_an_output_that_could_not_be_written_in_the_end_is_refused(evaluate, infer, write_rows, tmp_path):
+    for run in (evaluate, infer):
+        assert "has too long a name" in run(write_rows(GOOD), "--output", tmp_path / ("x" * 240))
+
+
 def test_tune_refuses_bad_options(tune, capsys, monkeypatch, tmp_path):
     assert "must read dotted.key=value" in tune(lambda s: None, "--set", "num_samples")
     assert "num_samples" in tune(lambda s: None, "--set", "num_samples=none")

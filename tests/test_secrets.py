@@ -19,6 +19,7 @@ CANARIES = {
     "AWS_ACCESS_KEY_ID": "canary-of-the-key-id",
     "AWS_SECRET_ACCESS_KEY": "canary-of-the-secret",
     "AWS_SESSION_TOKEN": "canary-of-the-session",
+    "HF_TOKEN": "canary-of-the-hub",
 }
 
 
@@ -73,7 +74,7 @@ def test_no_canary_is_found_after_a_sweep_and_a_job(project, tmp_path):
     with sqlite_server(tmp_path) as port, command_lines() as seen:
         door = Door(port)
         address = door.uri.replace("//", f"//somebody:{CANARIES['password']}@")
-        keys = {name: text for name, text in CANARIES.items() if name.startswith("AWS")}
+        keys = {name: text for name, text in CANARIES.items() if name != "password"}
         environment = {**keys, "MLFLOW_TRACKING_URI": address}
 
         def run(script: str, *arguments: str) -> str:

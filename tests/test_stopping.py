@@ -5,6 +5,7 @@ import os
 import signal
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -97,6 +98,123 @@ def test_a_command_that_is_stopped_before_it_did_anything_says_so(project):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 3, out
     assert out.splitlines()[-1].startswith("stopped: by SIGTERM; ")
+
+
+STUDY = """
+base_model: {name: BASE, quantization: none}
+data: {train: train.json, public: public.json}
+trial: {learning_rate: 0.01, lora_r: 4, lora_alpha: 8, lora_dropout: 0.1, batch_size: 4}
+stages: ["1"]
+shots: 2
+beams: [1]
+sampling: {top_k: 5}
+max_new_tokens: 4
+num_predictions: 3
+"""
+
+
+def rays() -> set[int]:
+    """The processes of any Ray on this machine."""
+    names = ("gcs_server", "raylet", "ray::", "ray-dashboard", "plasma")
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                line = " ".join([process.name(), *process.cmdline()])
+                found |= {process.pid} if any(name in line for name in names) else set()
+    return found
+
+
+def stopped(process, moment, number=signal.SIGTERM) -> str:
+    """The last line of a command that gets a signal at a moment; no process of Ray's is left of it."""
+    before = rays()
+    deadline = time.monotonic() + 120
+    while not moment(process):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, out
+    assert "Traceback" not in out and "***" not in out, out
+    deadline = time.monotonic() + 5
+    while left := rays() - before:
+        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
+        time.sleep(0.1)
+    return out.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_a_signal_while_ray_starts(project, server):
+    def is_there(process) -> bool:
+        children = psutil.Process(process.pid).children(recursive=True)
+        with suppress(psutil.Error):
+            return server in [child.name() for child in children]
+        return False
+
+    process = command(project, "tune", "--space", "space.yaml", "--name", f"at-{server}", *SLOW)
+    assert stopped(process, is_there) == "stopped: by SIGTERM; run the same command again"
+
+
+@pytest.mark.slow
+def test_a_batch_job_that_is_told_to_end_can_go_on(project, tiny_base):
+    rows = [{"id": f"r{n}", "instruction": f"翻譯：{n}"} for n in range(800)]
+    (project / "many.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = ("--base-model", str(tiny_base), "--quantization", "none", "--input", "many.json")
+    options += ("--num-beams", "1", "--max-new-tokens", "16")
+    journal = project / ".told.json.work/journal.jsonl"
+
+    def has_rows(process) -> bool:
+        return journal.exists() and journal.read_bytes().count(b"\n") > 20
+
+    process = command(project, "batch_infer", *options, "--output", "told.json")
+    last = stopped(process, has_rows)
+    assert last == "stopped: by SIGTERM; the job can go on: run the same command again, with --resume"
+    assert not (project / "told.json").exists()
+    finished(command(project, "batch_infer", *options, "--output", "told.json", "--resume"))
+    finished(command(project, "batch_infer", *options, "--output", "whole.json"))
+    assert (project / "told.json").read_bytes() == (project / "whole.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_study_that_is_told_to_end_can_go_on(project, tiny_base):
+    (project / "study.yaml").write_text(STUDY.replace("BASE", str(tiny_base)), encoding="utf-8")
+    steps = project / "results/studies/told/steps"
+    asked = ("study", "--study", "study.yaml", "--name", "told")
+    last = stopped(command(project, *asked), lambda process: any(steps.glob("*.json")))
+    assert last == "stopped: by SIGTERM; the study can go on: run the same command again"
+    done = {path: path.read_bytes() for path in steps.glob("*.json")}
+    finished(command(project, *asked))
+    assert all(path.read_bytes() == content for path, content in done.items())
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        runs = "from runs join tags using (run_uuid) where key = 'study' and value = 'told'"
+        assert store.execute(f"select distinct status {runs}").fetchall() == [("FINISHED",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 5.0])
+@pytest.mark.parametrize("script", ["evaluate", "promote"])
+def test_short_commands_that_are_told_to_end(project, tiny_base, script, seconds):
+    rows = [{"id": f"r{n}", "instruction": f"翻譯：{n}", "output": "天地" * 90} for n in range(9000)]
+    (project / "long.json").write_text(json.dumps(rows), encoding="utf-8")
+    base = ("--base-model", str(tiny_base), "--quantization", "none")
+    options = {
+        "evaluate": (*base, "--data", "long.json", "--output", "long-result.json"),
+        "promote": ("none-of-this-name",),
+    }
+    process = command(project, script, *options[script], preexec_fn=take_signals)
+    began = time.monotonic()
+    while time.monotonic() - began < seconds and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=60)
+    if script == "promote" and process.returncode == 2:  # it was done before the signal came
+        assert out.startswith("error: ")
+        return
+    assert process.returncode == 3, out
+    assert out.splitlines()[-1] == "stopped: by SIGHUP; run the same command again"
+    assert not (project / "long-result.json").exists()
 
 
 def test_a_killed_driver_leaves_no_process(project):

@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -201,6 +203,35 @@ def test_a_run_without_an_answer_is_found_again(door):
     assert sorted(run.info.run_name for run in found) == ["lost-a", "lost-b"]
     assert steps(tracker.run_id(record)) == [10]
     tracker.end("KILLED", {})
+
+
+@pytest.mark.parametrize("answered", [3, 4, 5], ids=lambda number: f"after answer {number}")
+def test_a_signal_while_a_run_is_made_leaves_none_running(door, answered):
+    """Ctrl-C while the server is at it: what it makes of the request is ended nevertheless."""
+    name = f"broken off {answered}"
+    experiment_id = store.ensure_experiment(store.connect(), "team")
+    door.requests.clear()
+
+    def interrupt(*_) -> None:
+        if len(door.requests) >= answered:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    door.delay_seconds = 0.1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        with pytest.raises(KeyboardInterrupt):
+            runs.note_study(
+                "team", name, None, {"a": ({}, {"x": 1.0}), "b": ({}, {"x": 2.0})}, Path(__file__)
+            )
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        door.delay_seconds = 0.0
+    found = store.connect().search_runs([experiment_id], f"tags.study = '{name}'")
+    assert found
+    assert "RUNNING" not in {run.info.status for run in found}
 
 
 def test_a_curve_that_is_no_number_is_kept(anywhere):

@@ -6,6 +6,7 @@ ended anywhere and be run again: what it left is found and completed. Refuses to
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from qlora.failpoints import durable
 from tracking import champion
 from tracking.champion import CHAMPION, Registration
 from tracking.credentials import without_password
+from tracking.endings import killed_if_left
 from tracking.logged_model import fetch_model
 from tracking.store import asking, connect, ensure_experiment, find_run, tracking_uri
 
@@ -158,29 +160,32 @@ def note_use(
     client = connect()
     own_name = model.model_uri.removeprefix("models:/")
     experiment_id = ensure_experiment(client, own_name.partition("/")[0])
-    known = {} if use_id is None else {"use_id": use_id}
+    known = {"use_id": use_id or secrets.token_hex(16)}
     tags = {"kind": kind, "model_uri": model.model_uri, **known}
     tags |= {key: str(one)[:5000] for key, one in facts.items()}
-    run = find_run(client, experiment_id, known) if known else None
-    if run is None:
-        with durable("use noted"):
-            run = client.create_run(experiment_id, run_name=f"{kind} by {own_name}", tags=tags)
-    if run.info.status == "FINISHED":
-        return
-    run_id = run.info.run_id
-    if model.model_id and not (run.inputs and run.inputs.model_inputs):
-        with durable("use linked"):
-            client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
-    if not run.data.metrics:
-        now_ms = time.time_ns() // 1_000_000
-        values = [Metric(key, value, now_ms, 0, model_id=model.model_id) for key, value in metrics.items()]
-        with durable("use measured"):
-            client.log_batch(run_id, metrics=values)
-    for file in files:
-        with durable("artifacts logged"):
-            client.log_artifact(run_id, str(file))
-    with durable("run ended"):
-        client.set_terminated(run_id, "FINISHED")
+    with killed_if_left(experiment_id, known):
+        run = find_run(client, experiment_id, known) if use_id else None
+        if run is None:
+            with durable("use noted"):
+                run = client.create_run(experiment_id, run_name=f"{kind} by {own_name}", tags=tags)
+        if run.info.status == "FINISHED":
+            return
+        run_id = run.info.run_id
+        if model.model_id and not (run.inputs and run.inputs.model_inputs):
+            with durable("use linked"):
+                client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
+        if not run.data.metrics:
+            now_ms = time.time_ns() // 1_000_000
+            values = [
+                Metric(key, value, now_ms, 0, model_id=model.model_id) for key, value in metrics.items()
+            ]
+            with durable("use measured"):
+                client.log_batch(run_id, metrics=values)
+        for file in files:
+            with durable("artifacts logged"):
+                client.log_artifact(run_id, str(file))
+        with durable("run ended"):
+            client.set_terminated(run_id, "FINISHED")
 
 
 def is_model_uri(text: str) -> bool:

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run
 
 from qlora.failpoints import durable
+from tracking.endings import killed_if_left
 from tracking.store import PARENT, asking, children, connect, ensure_experiment, find_run, params
 from tracking.sweep_tracker import SweepTracker
 
@@ -29,16 +31,18 @@ def start_sweep(sweep: str, sweep_id: str | None, experiment: str) -> SweepTrack
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
     known = {_SWEEP_ID: sweep_id} if sweep_id else {_SWEEP: sweep}
-    parent = find_run(client, experiment_id, {**known, "kind": "sweep"})
-    if parent is None:
-        tags = {**known, _SWEEP: sweep, "kind": "sweep", _SOURCE: "ray_jobs/tune.py"}
-        with durable("run created"):
-            parent = client.create_run(experiment_id, run_name=sweep, tags=tags)
-    run_id = parent.info.run_id
-    if parent.info.status != "RUNNING":
-        with durable("run resumed"):
-            client.update_run(run_id, status="RUNNING")
-    return SweepTracker(experiment_id, sweep, run_id, parent.info.start_time)
+    mine = {**known, "kind": "sweep"}
+    with killed_if_left(experiment_id, mine):
+        parent = find_run(client, experiment_id, mine)
+        if parent is None:
+            tags = {**mine, _SWEEP: sweep, _SOURCE: "ray_jobs/tune.py"}
+            with durable("run created"):
+                parent = client.create_run(experiment_id, run_name=sweep, tags=tags)
+        run_id = parent.info.run_id
+        if parent.info.status != "RUNNING":
+            with durable("run resumed"):
+                client.update_run(run_id, status="RUNNING")
+        return SweepTracker(experiment_id, sweep, run_id, parent.info.start_time)
 
 
 @asking()
@@ -76,32 +80,40 @@ def note_study(
     client = connect()
     experiment_id = ensure_experiment(client, experiment)
     known = {"study_id": study_id} if study_id else {"study": study}
-    parent = find_run(client, experiment_id, {**known, "kind": "study"})
-    if parent is None:
-        tags = {**known, "study": study, "kind": "study"}
-        with durable("run created"):
-            parent = client.create_run(experiment_id, run_name=study, tags=tags)
-    parent_id = parent.info.run_id
-    there = {run.data.tags.get("result"): run for run in children(client, experiment_id, parent_id)}
-    for name, (parameters, metrics) in runs.items():
-        child = there.get(name)
-        if child is not None and child.info.status == "FINISHED":
-            continue
-        if child is None:
-            tags = {"study": study, PARENT: parent_id, "result": name, _SOURCE: "ray_jobs/study.py"}
+    mine = {**known, "kind": "study"}
+    with killed_if_left(experiment_id, mine):
+        parent = find_run(client, experiment_id, mine)
+        if parent is None:
+            tags = {**mine, "study": study}
             with durable("run created"):
-                child = client.create_run(experiment_id, run_name=f"{study}: {name}", tags=tags)
-        now_ms, known_metrics = time.time_ns() // 1_000_000, child.data.metrics
-        values = [Metric(key, value, now_ms, 0) for key, value in metrics.items() if key not in known_metrics]
-        with durable("result logged"):
-            client.log_batch(child.info.run_id, metrics=values, params=params(parameters))
+                parent = client.create_run(experiment_id, run_name=study, tags=tags)
+        parent_id = parent.info.run_id
+        there = {run.data.tags.get("result"): run for run in children(client, experiment_id, parent_id)}
+        for name, (parameters, metrics) in runs.items():
+            child = there.get(name)
+            if child is None:
+                tags = {"study": study, PARENT: parent_id, "result": name, _SOURCE: "ray_jobs/study.py"}
+                with durable("run created"):
+                    child = client.create_run(experiment_id, run_name=f"{study}: {name}", tags=tags)
+            if child.info.status != "FINISHED":
+                _note_result(client, child, parameters, metrics)
+        with durable("artifacts logged"):
+            client.log_artifact(parent_id, str(page))
         with durable("run ended"):
-            client.set_terminated(child.info.run_id, "FINISHED")
-    with durable("artifacts logged"):
-        client.log_artifact(parent_id, str(page))
+            client.set_terminated(parent_id, "FINISHED")
+        return experiment_id, parent_id
+
+
+def _note_result(
+    client: MlflowClient, run: Run, parameters: Mapping[str, Any], metrics: Mapping[str, float]
+) -> None:
+    """Log what a run lacks of a result, and end it."""
+    now_ms, known = time.time_ns() // 1_000_000, run.data.metrics
+    values = [Metric(key, value, now_ms, 0) for key, value in metrics.items() if key not in known]
+    with durable("result logged"):
+        client.log_batch(run.info.run_id, metrics=values, params=params(parameters))
     with durable("run ended"):
-        client.set_terminated(parent_id, "FINISHED")
-    return experiment_id, parent_id
+        client.set_terminated(run.info.run_id, "FINISHED")
 
 
 def _dataset(context: str, path: str, digest: str, num_examples: int) -> DatasetInput:

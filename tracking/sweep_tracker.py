@@ -3,10 +3,9 @@
 Refuses to know Ray. Training never waits for the tracking server: see tracking.delivery.
 """
 
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mlflow.entities import Metric, RunTag
 
 from qlora.failpoints import durable
 from tracking.delivery import Delivery
+from tracking.endings import within
 from tracking.store import asking, children, connect
 from tracking.system_load import SystemLoad
 from tracking.trial_runs import TrialRecord, TrialRuns
@@ -100,23 +100,9 @@ class SweepTracker:
             if timeout_seconds is None:
                 self._end(status, metrics, _PATIENCE_SECONDS)
                 return True
-            return self._end_within(timeout_seconds, status, metrics)
+            return within(timeout_seconds, lambda: self._end(status, metrics, timeout_seconds / 2))
         finally:
             self._delivery.stop()
-
-    def _end_within(self, timeout_seconds: float, status: str, metrics: Mapping[str, float]) -> bool:
-        """End the runs in a thread that nobody waits for any longer than the time limit."""
-        taken = threading.Event()
-
-        def work() -> None:
-            with suppress(Exception):  # the ending that is going on has its own reason to tell
-                self._end(status, metrics, timeout_seconds / 2)
-                taken.set()
-
-        thread = threading.Thread(target=work, name="tracking-end", daemon=True)
-        thread.start()
-        thread.join(timeout_seconds)
-        return taken.is_set()
 
     @asking()
     def _end(self, status: str, metrics: Mapping[str, float], patience_seconds: float) -> None:

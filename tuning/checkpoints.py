@@ -97,7 +97,7 @@ class Storage:
         """Replace what is under a name, such as TRIAL/checkpoint_stopped, with a folder of this machine."""
         path = f"{self.path}/{name}"
         if self.filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound:
-            self.filesystem.delete_dir(path)
+            self.remove(path)
         self.filesystem.create_dir(path)
         with durable("stopped checkpoint"):
             pyarrow.fs.copy_files(str(folder), path, destination_filesystem=self.filesystem)

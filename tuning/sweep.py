@@ -132,7 +132,9 @@ def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
     except CheckpointError:
         _set_back(ledger, storage, best)
         raise
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        with durable("old best adapter removed"):
+            shutil.rmtree(target)
     with durable("best adapter"):
         unfinished.rename(target)
     return BestAdapter(best, target, checkpoint_paths(storage, ledger.records))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import InputError
+from qlora.failpoints import durable
 
 _LOCK, _LEASE, _PROBE = ".lock", "lease", "lease-probe"
 _HELD = "is being worked on by another process; wait for it, or choose another --name"
@@ -98,7 +99,8 @@ def _leased(storage: str) -> Iterator[None]:
         _lost.clear()
         with suppress(OSError):
             if _read(place) == mine:
-                place.filesystem.delete_file(f"{place.path}/{_LEASE}")
+                with durable("lease removed"):
+                    place.filesystem.delete_file(f"{place.path}/{_LEASE}")
 
 
 def lost_place() -> str | None:
@@ -117,7 +119,7 @@ def _age(place: Any) -> float | None:
 
 
 def _write(place: Any, name: str, text: str) -> None:
-    with place.filesystem.open_output_stream(f"{place.path}/{name}") as file:
+    with durable(name), place.filesystem.open_output_stream(f"{place.path}/{name}") as file:
         file.write(text.encode())
 
 

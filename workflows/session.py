@@ -31,8 +31,6 @@ RESULTS_FOLDER = PROJECT_ROOT / "results"
 STUDIES_FOLDER = RESULTS_FOLDER / "studies"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
-_PROBE_BYTES = 1 << 20
-_LONGEST_TEMPORARY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SERVERS = ("gcs_server", "raylet")
 _SECONDS_TO_END, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END_BY_ITSELF = 0.5, 0.5, 10.0
 # Ray takes 127.0.0.1 for the machine's address, and listens there, unless it is told that it is no cluster.
@@ -129,41 +127,6 @@ def _no_space(place: str) -> str:
 def resume_with(words: str) -> None:
     """Say how this command goes on if it is stopped from here on, as in `run the same command again`."""
     _resuming[0] = words
-
-
-def check_writable(*folders: Path) -> None:
-    """Raise InputError for a folder, or the nearest there is above it, that takes no new file.
-
-    Found before work starts: a disk without space, one that is mounted for reading only, another's folder.
-    """
-    for folder in folders:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(bytes(_PROBE_BYTES))
-                file.flush()
-        except OSError as error:
-            mend = "free some space" if disk_without_space(error) else "mend that, or use another place"
-            raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
-
-
-def check_temporary_folder() -> None:
-    """Raise InputError for a temporary folder that takes no file, or whose path a local Ray can't use.
-
-    Ray's sockets lie below it, and a socket's path has at most 107 bytes.
-    """
-    check_writable(Path(tempfile.gettempdir()))
-    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
-    if not name or os.environ.get("RAY_ADDRESS"):
-        return
-    folder = Path(os.environ[name]).absolute()
-    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
-        raise InputError(
-            name,
-            f"{folder} is too long a path for Ray's sockets; "
-            f"set RAY_TMPDIR to a folder with a path of at most {_LONGEST_TEMPORARY} bytes",
-        )
-    check_writable(folder)
 
 
 def go_on() -> None:

@@ -1,0 +1,82 @@
+"""Owns what is found before work starts: places that take no file, names and paths that are too long.
+
+Imports nothing heavy. Refuses to know any command.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from qlora.config import InputError
+from qlora.files import disk_without_space
+from workflows.session import PROJECT_ROOT
+
+_PROBE_BYTES = 1 << 20
+_LONGEST_TEMPORARY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_LONGEST_ADDITION = len("." + ".errors.json" + ".4194304.part")  # to a name, of a file beside an output
+_RAYS_OWN_TEMPORARY = Path("/tmp")  # where Ray goes by itself
+_SQLITE = "sqlite:///"
+
+
+def check_writable(*folders: Path) -> None:
+    """Raise InputError for a folder, or the nearest there is above it, that takes no new file.
+
+    Found before work starts: a disk without space, one that is mounted for reading only, another's folder.
+    """
+    for folder in folders:
+        there = _nearest(folder)
+        try:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+        except OSError as error:
+            mend = "free some space" if disk_without_space(error) else "mend that, or use another place"
+            raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError for a file that can't be written in the end.
+
+    That is a folder, a name too long for the files beside it that it is written by, and what `check_writable`
+    finds.
+    """
+    longest = os.pathconf(_nearest(path.parent), "PC_NAME_MAX") - _LONGEST_ADDITION
+    if len(os.fsencode(path.name)) > longest:
+        raise InputError(path, f"has too long a name for the files beside it; use at most {longest} bytes")
+    if path.is_dir():
+        raise InputError(path, "is a folder; name a file")
+    check_writable(path.parent)
+
+
+def store_folders() -> list[Path]:
+    """Return the folders that records go to: the project's mlruns/, and that of an SQLite store elsewhere."""
+    addresses = [os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")]
+    files = [Path(one.removeprefix(_SQLITE)) for one in addresses if one.startswith(_SQLITE)]
+    return [PROJECT_ROOT / "mlruns", *(file.parent for file in files)]
+
+
+def check_temporary_folder() -> None:
+    """Raise InputError for a temporary folder that takes no file, or whose path a local Ray can't use.
+
+    Ray's sockets lie below it, and a socket's path has at most 107 bytes.
+    """
+    try:
+        check_writable(Path(tempfile.gettempdir()))
+    except FileNotFoundError as error:  # Python tries several
+        raise InputError("TMPDIR", f"{error.strerror}; free some space, or set it") from None
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    folder = Path(os.environ[name]).absolute() if name else _RAYS_OWN_TEMPORARY
+    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
+        raise InputError(
+            name,
+            f"{folder} is too long a path for Ray's sockets; "
+            f"set RAY_TMPDIR to a folder with a path of at most {_LONGEST_TEMPORARY} bytes",
+        )
+    check_writable(folder)
+
+
+def _nearest(path: Path) -> Path:
+    """Return a path, or the nearest above it, that is there."""
+    return next(one for one in (path, *path.absolute().parents) if os.path.exists(one))  # noqa: PTH110
