@@ -6,8 +6,10 @@ Every durable write has a name (qlora.failpoints). An undisturbed run of a scena
 each name, a run is killed (SIGKILL, in whichever process comes there) before and after its first and its last
 occurrence, and then it goes on as a user would have it, until it is done. What is left must be what the
 undisturbed run left. After one write and before the next one of the same process is one place, if no other
-process writes between them: one kill stands for both. Kills that are done are kept in .chaos/, so that an
-interrupted round goes on; a change of the code starts a new round.
+process writes between them: one kill stands for both. What goes on after a kill is killed again at a later
+place, up to four times in all, as spot machines do it; where that is not reached, or what is left differs,
+each kill is tried alone. Kills that are done are kept in .chaos/, so that an interrupted round goes on; a
+change of the code starts a new round.
 """
 
 import argparse
@@ -21,11 +23,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _USE_STORE = ("tune", "study", "roll_back", "promote")
 _NOTHING_BEGUN = "there is no sweep"  # so that a user starts it again
 _DONE_ALREADY = "had no champion before the present one"  # of a roll-back that was killed when it was done
-_MOST_RUNS = 4  # of a command until it is done
+_MOST_RUNS = 4  # of a command until it is done, or killed again
+_MOST_KILLS = 4  # one after another
 _CODES = ("qlora", "tuning", "inference", "tracking", "reporting", "workflows", "ray_jobs")
 _TIMING = {"seconds", "rows_per_second", "seconds_generating", "rows_per_second_generating", "host_seconds"}
 _TIMING |= {"seconds_to_first_row", "peak_memory_gib", "versions", "tokens_per_second", "rows_generated"}
@@ -49,13 +54,14 @@ _TIMING |= {"tokens", "engine", "workers", "asks_another_question"}
 
 @dataclass(frozen=True)
 class Scenario:
-    """Commands that are run one after another, each with what goes on with it after a kill.
+    """A command, and what goes on with it after a kill.
 
-    outcome: what they must have left, as JSON. ends: exit codes that mean that a command is done.
+    outcome: what it must have left, as JSON. needs: commands that are done before.
     """
 
     name: str
-    commands: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    command: tuple[str, ...]
+    again: tuple[str, ...]
     outcome: Callable[[Path], Any]
     needs: tuple[tuple[str, ...], ...] = ()
 
@@ -85,8 +91,8 @@ class Case:
 class Result:
     """What came of a case.
 
-    killed_at: the case that was carried out for it. exits: of each run, a signal being negative. problem:
-    empty if all is equal.
+    killed_at: the case that was carried out for it. exits: of each run, a signal being negative. seconds: of
+    all runs, shared among their kills. problem: empty if all is equal.
     """
 
     case: Case
@@ -149,29 +155,28 @@ def run_scenario(
     if sample is not None:
         cases = random.Random(seed).sample(cases, min(sample, len(cases)))
     done = folder / f"{scenario.name}.jsonl"
-    known = read_results(done)
+    known, writing = read_results(done), threading.Lock()
 
-    def work(case: Case) -> Result:
+    def work(chain: list[Case]) -> dict[Case, Result]:
         lane = free.get()
         try:
-            return run_case(scenario, case, lane)
+            found = {result.case: result for result in run_chain(scenario, chain, lane)}
         finally:
             free.put(lane)
+        with writing, open(done, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(result)) + "\n" for result in found.values())
+        return found
 
     moments = {case: Case.at(scenario.name, same.get(case.order, case.order)) for case in cases}
     with ThreadPoolExecutor(lanes) as pool:
-        futures = {
-            moment: pool.submit(work, moment)
-            for moment in dict.fromkeys(moments.values())
-            if moment not in known
-        }
+        missing = [moment for moment in dict.fromkeys(moments.values()) if moment not in known]
+        futures = {}
+        for chain in chains_of(missing, seen.places):
+            futures.update(dict.fromkeys(chain, pool.submit(work, chain)))
         for number, case in enumerate(cases, start=1):
             moment = moments[case]
-            if moment not in known:
-                known[moment] = futures[moment].result()
-                with open(done, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(known[moment])) + "\n")
-            result = replace(known[moment], case=case, killed_at=moment)
+            found = known[moment] if moment in known else futures[moment].result()[moment]
+            result = replace(found, case=case, killed_at=moment)
             say(f"{scenario.name} {number}/{len(cases)}: {line_of(result)}")
             yield result
 
@@ -198,15 +203,39 @@ def same_moments(order: list[tuple[int, str]]) -> dict[str, str]:
     }
 
 
+def chains_of(cases: list[Case], order: list[tuple[int, str]]) -> list[list[Case]]:
+    """Arrange kills in chains: what goes on after one is killed at the next, which comes later.
+
+    Only first passages by the command's own process can follow: how often what goes on comes to a place is
+    not known, and processes of Ray outlive the command by moments.
+    """
+    own, when = order[0][0], {place: number for number, (_, place) in enumerate(order)}
+    is_own = {place: process == own for process, place in order}
+    ordered = sorted(cases, key=lambda case: when[case.order])
+    followers = [case for case in ordered if case.occurrence == 1 and is_own[case.order]]
+    chains = [[case] for case in ordered if case not in followers]
+    for chain in chains:
+        start = chain[0].order
+        later = [case for case in followers if when[case.order] > when[start] and is_own[start]]
+        chain += _spread(later, _MOST_KILLS - 1)
+        followers = [case for case in followers if case not in chain]
+    num_chains = ceil(len(followers) / _MOST_KILLS)
+    return chains + [followers[number::num_chains] for number in range(num_chains)]
+
+
+def _spread(cases: list[Case], count: int) -> list[Case]:
+    """Return at most so many cases, spread evenly."""
+    return cases[:: max(1, ceil(len(cases) / count))][:count]
+
+
 def undisturbed(scenario: Scenario, lane: Path) -> Undisturbed:
     """Return what an undisturbed run leaves and passes."""
     kept = lane / f"{scenario.name}.json"
     if not kept.exists():
         project = fresh(scenario, lane)
-        for command, _ in scenario.commands:
-            code = run(project, command)
-            assert code in (0, 4), f"the undisturbed run ended with {code}; see {project}/out.log"
         folder = project / "failpoints"
+        code = run(project, scenario.command, folder)
+        assert code in (0, 4), f"the undisturbed run ended with {code}; see {project}/out.log"
         found = Undisturbed(scenario.outcome(project), passages(folder), places(folder))
         kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
     content = json.loads(kept.read_text(encoding="utf-8"))
@@ -223,26 +252,55 @@ def cases_of(scenario: str, counts: dict[str, int]) -> Iterator[Case]:
                 yield Case(scenario, point, place, occurrence)
 
 
-def run_case(scenario: Scenario, case: Case, lane: Path) -> Result:
-    """Kill one run where the case says, go on until all is done, and compare what is left."""
+def run_chain(scenario: Scenario, chain: list[Case], lane: Path) -> list[Result]:
+    """Kill a run at the first case, what goes on at the next and so on; then compare what is left.
+
+    A case that was not reached, and each case of a chain that left anything else, is tried alone.
+    """
     expected = undisturbed(scenario, lane).outcome
     began, exits, project = time.monotonic(), list[int](), fresh(scenario, lane)
-    order, killed = project / "failpoints" / "kill", project / "failpoints" / "killed"
-    order.write_text(case.order, encoding="utf-8")
-    for command, again in scenario.commands:
-        for attempt in range(_MOST_RUNS):
-            exits.append(run(project, command if attempt == 0 or _says(project, _NOTHING_BEGUN) else again))
-            if exits[-1] in (0, 4) or _says(project, _DONE_ALREADY):
-                break
-    is_done = exits[-1] in (0, 4) or _says(project, _DONE_ALREADY)
-    problem = "" if killed.exists() else "the failpoint was not reached"
-    if not is_done:
-        problem = f"it does not end: exit codes {exits}"
-    elif not problem:
+    killed: list[Case] = []
+    is_done = False
+    for number, case in enumerate(chain):
+        folder = project / "failpoints" / str(number)  # whose counts begin anew
+        is_done, more = _run_until_killed(scenario, case, project, folder, is_last=case is chain[-1])
+        exits += more
+        killed += [case] if (folder / "killed").exists() else []
+        if is_done:
+            break
+    problem = "" if is_done else f"it does not end: exit codes {exits}"
+    if is_done and killed:
         problem = difference(expected, json.loads(json.dumps(scenario.outcome(project))))
+    if len(chain) > 1 and (problem or not killed):
+        return [result for case in chain for result in run_chain(scenario, [case], lane)]
+    if not killed:
+        problem = problem or "the failpoint was not reached"
     if problem:
-        shutil.copy(project / "out.log", lane.parent / f"{case.scenario} {case.order}.log")
-    return Result(case, case, tuple(exits), round(time.monotonic() - began, 1), problem)
+        shutil.copy(project / "out.log", lane.parent / f"{chain[0].scenario} {chain[0].order}.log")
+    seconds = round((time.monotonic() - began) / max(1, len(killed)), 1)
+    results = [Result(case, case, tuple(exits), seconds, problem) for case in killed or chain[:1]]
+    alone = [case for case in chain if case not in {result.case for result in results}]
+    return results + [result for case in alone for result in run_chain(scenario, [case], lane)]
+
+
+def _run_until_killed(
+    scenario: Scenario, case: Case, project: Path, folder: Path, *, is_last: bool
+) -> tuple[bool, list[int]]:
+    """Run or go on with a command until it is killed at a case, after the last one until it is done.
+
+    Returns whether it is done, and exit codes.
+    """
+    folder.mkdir(parents=True)
+    (folder / "kill").write_text(case.order, encoding="utf-8")
+    exits: list[int] = []
+    for _ in range(_MOST_RUNS):
+        is_new = not (project / "out.log").exists() or _says(project, _NOTHING_BEGUN)
+        exits.append(run(project, scenario.command if is_new else scenario.again, folder))
+        if exits[-1] in (0, 4) or _says(project, _DONE_ALREADY):
+            return True, exits
+        if (folder / "killed").exists() and not is_last:
+            break
+    return False, exits
 
 
 def _says(project: Path, words: str) -> bool:
@@ -251,14 +309,14 @@ def _says(project: Path, words: str) -> bool:
     return any(words in line for line in lines[-1:])
 
 
-def run(project: Path, command: tuple[str, ...]) -> int:
-    """Run a command of a project to its end; returns its exit code."""
+def run(project: Path, command: tuple[str, ...], failpoints: Path) -> int:
+    """Run a command of a project to its end, with a folder for failpoints; returns its exit code."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MLFLOW_TRACKING_URI": "",
         "CUDA_VISIBLE_DEVICES": "",
-        VARIABLE: str(project / "failpoints"),
+        VARIABLE: str(failpoints),
     }
     with open(project / "out.log", "ab") as log:
         process = subprocess.Popen(
@@ -281,7 +339,6 @@ def fresh(scenario: Scenario, lane: Path) -> Path:
     project = lane / "run"
     shutil.rmtree(project, ignore_errors=True)
     shutil.copytree(lane / f"{scenario.name}.start", project)
-    (project / "failpoints").mkdir()
     return project
 
 
@@ -333,9 +390,10 @@ def make_project(lane: Path, scenario: Scenario) -> None:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
         subprocess.run([sys.executable, "-c", script], cwd=project, env=environment, check=True)
     for command in scenario.needs:
-        (project / "failpoints").mkdir(exist_ok=True)
-        assert run(project, command) in (0, 4), f"{command} failed; see {project}/out.log"
+        code = run(project, command, project / "failpoints")
+        assert code in (0, 4), f"{command} failed; see {project}/out.log"
     shutil.rmtree(project / "failpoints", ignore_errors=True)
+    (project / "out.log").unlink(missing_ok=True)
     project.rename(start)
 
 
@@ -504,11 +562,11 @@ _WORSE = ("tune", "--space", "space.yaml", "--name", "worse", "--set", "search.e
 _BACK, _ON = ("promote", "tiny", "--roll-back"), ("promote", "tiny", "--version", "2")
 _STUDY = ("study", "--study", "study.yaml", "--name", "study")
 SCENARIOS = (
-    Scenario("tune", ((_TUNE, ("tune", "--resume", "sweep")),), tune_outcome),
-    Scenario("batch_infer", ((_INFER, (*_INFER, "--resume")),), batch_outcome),
-    Scenario("study", ((_STUDY, _STUDY),), study_outcome),
-    Scenario("roll_back", ((_BACK, _BACK),), registry_outcome, needs=(_WORSE, _TUNE)),
-    Scenario("promote", ((_ON, _ON),), registry_outcome, needs=(_WORSE, _TUNE, _BACK)),
+    Scenario("tune", _TUNE, ("tune", "--resume", "sweep"), tune_outcome),
+    Scenario("batch_infer", _INFER, (*_INFER, "--resume"), batch_outcome),
+    Scenario("study", _STUDY, _STUDY, study_outcome),
+    Scenario("roll_back", _BACK, _BACK, registry_outcome, needs=(_WORSE, _TUNE)),
+    Scenario("promote", _ON, _ON, registry_outcome, needs=(_WORSE, _TUNE, _BACK)),
 )
 
 if __name__ == "__main__":
