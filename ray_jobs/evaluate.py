@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,6 +21,12 @@ if __name__ == "__main__":
 from ray_jobs.cli import CommandParser, add_model_options, model_options, show_progress
 from workflows.preflight import check_output
 from workflows.session import FailedError, resume_with, run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora.data.prompts import EncodedExample
+    from workflows.model_choice import ModelChoice
 
 
 def main() -> None:
@@ -52,28 +59,13 @@ def main() -> None:
     for line in model_choice.overridden:
         print(line)
 
-    from qlora.base.device import default_token_budget
-    from qlora.files import write_json
-    from qlora.packed.attention import use_packed_attention
-    from qlora.perplexity import example_perplexities, mean_perplexity
-    from qlora.served import load_served
-
-    model = load_served(base, model_choice.adapter_folder)
-    use_packed_attention(model)
-    progress = partial(show_progress, time.monotonic(), unit="examples")
-    values = example_perplexities(model, encoded, default_token_budget(), progress)
-    mean, digest = mean_perplexity(values), examples_digest(examples)
-    if not math.isfinite(mean):
-        count = sum(not math.isfinite(value) for value in values)
-        raise FailedError(
-            f"the perplexity of {count} of {len(values)} examples is no finite number: "
-            "the weights or the dtype are no good; nothing is written"
-        )
+    values, mean, dtype = _measure(model_choice, encoded)
+    digest = examples_digest(examples)
     settings = {
         "base_model": base.name,
         "adapter": arguments.adapter,
         "quantization": base.quantization,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype,
         "data": arguments.data,
         "data_digest": digest,
         "prompt": prompt.name,
@@ -87,6 +79,8 @@ def main() -> None:
         "perplexities": {example.id: value for example, value in zip(examples, values, strict=True)},
         "settings": settings,
     }
+    from qlora.files import write_json
+
     write_json(output, result)
     if model_choice.registered is not None:
         from tracking.registry import note_use
@@ -96,6 +90,30 @@ def main() -> None:
         resume_with(f"the result is in {output}; for its record run the same command again")
         note_use(model_choice.registered, "evaluation", told, metrics, [output])
     print(f"mean perplexity {mean:.4f} over {len(values)} examples -> {arguments.output}")
+
+
+def _measure(choice: "ModelChoice", examples: "Sequence[EncodedExample]") -> tuple[list[float], float, str]:
+    """Measure the perplexity of each example; returns them, their mean, and the dtype of the weights.
+
+    Raises FailedError for a mean that is no finite number.
+    """
+    from qlora.base.device import default_token_budget
+    from qlora.packed.attention import use_packed_attention
+    from qlora.perplexity import example_perplexities, mean_perplexity
+    from qlora.served import load_served
+
+    model = load_served(choice.base, choice.adapter_folder)
+    use_packed_attention(model)
+    progress = partial(show_progress, time.monotonic(), unit="examples")
+    values = example_perplexities(model, examples, default_token_budget(), progress)
+    mean = mean_perplexity(values)
+    if not math.isfinite(mean):
+        count = sum(not math.isfinite(value) for value in values)
+        raise FailedError(
+            f"the perplexity of {count} of {len(values)} examples is no finite number: "
+            "the weights or the dtype are no good; nothing is written"
+        )
+    return values, mean, str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

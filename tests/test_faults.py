@@ -182,6 +182,56 @@ def test_a_disk_that_gets_full(project, whole, place):
         kept.rename(project / place)
 
 
+def test_a_temporary_folder_that_gets_full(project, whole):
+    """Ray may need it or not: the sweep ends, or stops and can go on."""
+    name, place = "full-temporary", Path("/tmp/full")
+    with small_disk(place, 400_000) as disk:
+        environment = {"TMPDIR": str(disk), "RAY_TMPDIR": str(disk)}
+        process = begin(project, name, env=environment)
+        fill(disk, 40)
+        out, _ = process.communicate(timeout=180)
+        print(process.returncode, out[-1500:])
+        assert process.returncode in (0, 3), out
+        assert "Traceback" not in out
+        (disk / "filling").unlink()
+        if process.returncode == 3:
+            assert out.splitlines()[-1].endswith(f"python ray_jobs/tune.py --resume {name}")
+            finished(command(project, "tune", "--resume", name, env=environment))
+        check(project, name, whole)
+    place.rmdir()
+
+
+def test_an_output_folder_that_gets_full(project, tiny_base):
+    rows = [{"id": f"r{n}", "instruction": f"翻譯：{n}"} for n in range(800)]
+    (project / "many.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = ("--base-model", str(tiny_base), "--quantization", "none", "--input", "many.json")
+    options += ("--num-beams", "1", "--max-new-tokens", "16")
+    with small_disk(project / "out", 4000) as disk:
+        job = (*options, "--output", "out/full.json")
+        process = command(project, "batch_infer", *job)
+        journal = disk / ".full.json.work/journal.jsonl"
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 20):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        fill(disk, 4)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 3, out
+        last = out.splitlines()[-1]
+        assert last.startswith("stopped: no space on ")
+        assert last.endswith("the job can go on: run the same command again, with --resume")
+        assert "Traceback" not in out
+        again = command(project, "batch_infer", *job, "--resume")
+        out, _ = again.communicate(timeout=60)
+        assert again.returncode == 2, out
+        assert out.splitlines()[-1].endswith("(No space left on device); free some space")
+        (disk / "filling").unlink()
+        finished(command(project, "batch_infer", *job, "--resume"))
+        finished(command(project, "batch_infer", *options, "--output", "whole.json"))
+        assert (disk / "full.json").read_bytes() == (project / "whole.json").read_bytes()
+        assert sorted(path.name for path in disk.iterdir()) == ["full.json", "full.json.meta.json"]
+    (project / "out").rmdir()
+
+
 def test_a_place_that_can_only_be_read(project):
     kept = project / "kept"
     (project / "results").rename(kept)
@@ -233,8 +283,10 @@ def test_a_slow_tracking_server(project, whole, server):
     while not all(record["status"] == "finished" for record in ledger(project, "slow").values()):
         time.sleep(0.5)
     print(f"all trained after {time.monotonic() - began:.0f} s")
+    out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out
+    print(f"all recorded after {time.monotonic() - began:.0f} s")
     door.delay_seconds = 0.0
-    finished(process)
     assert runs_of(door.uri, check(project, "slow", whole)) == {"FINISHED": 3}
     door.shut()
 

@@ -83,7 +83,7 @@ def test_the_folder_of_a_store_elsewhere_is_among_those_that_are_tried(monkeypat
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_users_folder_gets_one_line(tmp_path):
-    """Of an ordinary user, whom permissions hold off; of root they don't."""
+    """Try it as an ordinary user, whom permissions hold off; root they don't."""
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o700)
     for folder in (tmp_path, *tmp_path.parents[:-2]):

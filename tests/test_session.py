@@ -211,7 +211,7 @@ except OSError:
 
 
 def in_a_terminal(command: list[str]) -> str:
-    """What a command writes on a pseudo-terminal."""
+    """Return what a command writes on a pseudo-terminal."""
     import pty
 
     shown = []

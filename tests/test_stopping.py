@@ -28,7 +28,10 @@ def wait_until_it_trains(process, project: Path, name: str) -> None:
 
 
 def ended(process, started: list[psutil.Process]) -> tuple[str, float]:
-    """What a stopped command printed, and how long its last process outlived the signal; checks its code."""
+    """Return what a stopped command printed, and how long its last process outlived the signal.
+
+    Checks that it ended as one that can go on.
+    """
     began = time.monotonic()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 3, out
@@ -193,8 +196,10 @@ def test_a_study_that_is_told_to_end_can_go_on(project, tiny_base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.3, 2.0, 5.0])
-@pytest.mark.parametrize("script", ["evaluate", "promote"])
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [("evaluate", 0.3), ("evaluate", 2.0), ("evaluate", 5.0), ("promote", 0.3), ("promote", 2.0)],
+)
 def test_short_commands_that_are_told_to_end(project, tiny_base, script, seconds):
     rows = [{"id": f"r{n}", "instruction": f"翻譯：{n}", "output": "天地" * 90} for n in range(9000)]
     (project / "long.json").write_text(json.dumps(rows), encoding="utf-8")

@@ -79,4 +79,4 @@ def check_temporary_folder() -> None:
 
 def _nearest(path: Path) -> Path:
     """Return a path, or the nearest above it, that is there."""
-    return next(one for one in (path, *path.absolute().parents) if os.path.exists(one))  # noqa: PTH110
+    return next(one for one in (path, *path.absolute().parents) if os.access(one, os.F_OK))
