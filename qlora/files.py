@@ -22,6 +22,7 @@ from qlora.config import InputError
 from qlora.failpoints import durable
 
 _UNFINISHED = ".part"
+_SMALL_BYTES = 1 << 20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 _FULL_PLACE = re.compile(rf"(?:{'|'.join(_NO_SPACE_WORDS)}): '([^'\n]+)'")
@@ -76,13 +77,19 @@ def disk_without_space(error: BaseException | None) -> str | None:
     """Return which place is full if an error, or what it was raised from, says so; None for any other."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_SPACE and error.filename:
-            return str(error.filename)
+            return str(error.filename2 or error.filename)  # of a copy, the target
         text = str(error)
         if any(words in text for words in _NO_SPACE_WORDS):  # other processes' errors come as text
             found = _FULL_PLACE.search(text)
             return found[1] if found else "a disk that this work writes to"
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
+
+
+def is_full(place: Path) -> bool:
+    """Tell whether the disk of a file or folder, or of where it is to be, has no space for a small file."""
+    there = next(path for path in (place, *place.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free < _SMALL_BYTES
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:

@@ -18,11 +18,24 @@ def test_a_server_that_gets_on_is_waited_for_longer_than_the_limit():
     delivery.stop()
 
 
+def test_an_action_of_several_requests_is_waited_for_while_they_are_answered():
+    delivery = Delivery()
+
+    def ask() -> None:
+        for _ in range(6):
+            time.sleep(0.4)
+            delivery.moved()
+
+    delivery.put("a", ask)
+    delivery.catch_up(1.0)
+    delivery.stop()
+
+
 def test_a_server_that_takes_nothing_is_given_up():
     delivery, is_over = Delivery(), threading.Event()
     delivery.put("a", lambda: None)
     delivery.put("b", lambda: is_over.wait(30))
-    with pytest.raises(TrackingAwayError, match=r"it took nothing for 0\.5 s$"):
+    with pytest.raises(TrackingAwayError, match=r"it answered nothing for 0\.5 s$"):
         delivery.catch_up(0.5)
     is_over.set()
     delivery.catch_up(10)

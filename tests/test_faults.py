@@ -190,15 +190,16 @@ def test_a_temporary_folder_that_gets_full(project, whole):
         process = begin(project, name, env=environment)
         fill(disk, 40)
         out, _ = process.communicate(timeout=180)
-        print(process.returncode, out[-1500:])
+        print(process.returncode, out)
         assert process.returncode in (0, 3), out
         assert "Traceback" not in out
+        assert "Unhandled" not in out
         (disk / "filling").unlink()
         if process.returncode == 3:
             assert out.splitlines()[-1].endswith(f"python ray_jobs/tune.py --resume {name}")
             finished(command(project, "tune", "--resume", name, env=environment))
         check(project, name, whole)
-    place.rmdir()
+    shutil.rmtree(place)  # an agent of Ray's may have come back to it
 
 
 def test_an_output_folder_that_gets_full(project, tiny_base):

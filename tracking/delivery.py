@@ -29,7 +29,7 @@ class Delivery:
         self._is_busy = self._is_hurried = self._is_kicked = self._is_stopped = False
         self._away: TrackingAwayError | None = None
         self._failure: Exception | None = None
-        self._num_done = 0
+        self._num_answers = 0
 
     def put(self, key: str, action: Callable[[], None]) -> None:
         """Have an action carried out, in place of one of the same key that still waits. Returns at once."""
@@ -43,7 +43,8 @@ class Delivery:
     def catch_up(self, timeout_seconds: float) -> None:
         """Wait until all is carried out.
 
-        Raises TrackingAwayError if nothing is for that long, and what an action raised for other reasons.
+        Raises TrackingAwayError if the server answers nothing for that long, and what an action raised for
+        other reasons.
         """
         self.drain(timeout_seconds)
         if self._failure is not None:
@@ -52,16 +53,22 @@ class Delivery:
     def drain(self, timeout_seconds: float) -> None:
         """Wait until nothing waits, cutting a pause short.
 
-        Raises TrackingAwayError if no action is carried out for that long: a server that is slow gets on.
+        Raises TrackingAwayError if the server answers nothing for that long: one that is slow gets on.
         """
         with self._changed:
             self._is_hurried = self._is_kicked = True
             self._changed.notify_all()
             while self._waiting or self._is_busy:
-                if not self._changed.wait_for(partial(self._has_moved, self._num_done), timeout_seconds):
+                if not self._changed.wait_for(partial(self._has_moved, self._num_answers), timeout_seconds):
                     self._is_hurried = False
-                    raise self._away or away(f"it took nothing for {timeout_seconds:.3g} s")
+                    raise self._away or away(f"it answered nothing for {timeout_seconds:.3g} s")
             self._is_hurried = False
+
+    def moved(self) -> None:
+        """Tell that the server has answered, within an action of several requests."""
+        with self._changed:
+            self._num_answers += 1
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Begin no further action; one that is going on ends by itself."""
@@ -69,9 +76,9 @@ class Delivery:
             self._is_stopped = True
             self._changed.notify_all()
 
-    def _has_moved(self, num_done: int) -> bool:
-        """Tell whether more actions than so many are carried out, or all."""
-        return self._num_done > num_done or not (self._waiting or self._is_busy)
+    def _has_moved(self, num_answers: int) -> bool:
+        """Tell whether there are more answers than so many, or all is carried out."""
+        return self._num_answers > num_answers or not (self._waiting or self._is_busy)
 
     def _work(self) -> None:
         pause_seconds = _FIRST_PAUSE_SECONDS
@@ -112,8 +119,6 @@ class Delivery:
             except Exception as error:  # no reason to leave out the others; `catch_up` raises it
                 self._failure = self._failure or error
             del batch[key]
-            with self._changed:
-                self._num_done += 1
-                self._changed.notify_all()
+            self.moved()
         self._away = None
         return True

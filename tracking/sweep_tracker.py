@@ -34,8 +34,8 @@ class SweepTracker:
         """Follow a sweep whose parent run began at a time, in ms since 1970."""
         self.experiment_id, self.sweep, self.parent_run_id = experiment_id, sweep, parent_run_id
         self._began_ms = began_ms
-        self._runs = TrialRuns(experiment_id, sweep, parent_run_id)
         self._delivery = Delivery()
+        self._runs = TrialRuns(experiment_id, sweep, parent_run_id, self._delivery.moved)
         self._came_in: dict[str, dict[float, int]] = {}  # when, by trial and step
 
     def trial_changed(self, record: TrialRecord) -> None:

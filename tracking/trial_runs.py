@@ -5,7 +5,7 @@ nothing is logged twice, whatever was lost in between, and a process that ended.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,8 +64,14 @@ class _TrialRun:
 class TrialRuns:
     """The child runs of one sweep, by trial. Only one thread may bring them up."""
 
-    def __init__(self, experiment_id: str, sweep: str, parent_run_id: str):
-        """Know a sweep's parent run; its children are asked for when they are needed."""
+    def __init__(
+        self, experiment_id: str, sweep: str, parent_run_id: str, answered: Callable[[], None] = lambda: None
+    ):
+        """Know a sweep's parent run; its children are asked for when they are needed.
+
+        `answered` is called whenever the server has answered.
+        """
+        self._answered = answered
         self._experiment_id, self._sweep, self._parent = experiment_id, sweep, parent_run_id
         self._runs: dict[str, _TrialRun] = {}
         self._are_asked_for = False
@@ -102,6 +108,7 @@ class TrialRuns:
                     params=[] if run.has_params else params(_settings(record)),
                     tags=[RunTag(*tag) for tag in changed.items()] if batch is batches[-1] else [],
                 )
+            self._answered()
             run.has_params = True
             if batch:
                 run.logged_step = record.curve[batch[-1]]["step"]
@@ -122,6 +129,7 @@ class TrialRuns:
         if not self._are_asked_for:
             for found in children(client, self._experiment_id, self._parent):
                 self._take_in(found)
+            self._answered()
             self._are_asked_for = True
         if record.trial_id not in self._runs:
             tags = {_SWEEP: self._sweep, PARENT: self._parent, _TRIAL: record.trial_id}
@@ -129,6 +137,7 @@ class TrialRuns:
             self._are_asked_for = False  # a request without an answer may have made the run
             with durable("run created"):
                 created = client.create_run(self._experiment_id, run_name=name, tags=tags)
+            self._answered()
             self._are_asked_for = True
             self._runs[record.trial_id] = _TrialRun(created.info.run_id)
         return self._runs[record.trial_id]

@@ -4,6 +4,7 @@ ASHA and searchers are Ray's. The state of a sweep is its ledger and its checkpo
 a new Tuner over them (tuning.ledger_search, tuning.restored_asha, tuning.checkpoints).
 """
 
+import logging
 import os
 import shutil
 import time
@@ -171,6 +172,7 @@ def _prepare_tune(search: LedgerSearch, folder: Path) -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are the command's
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # four files a trial below /tmp: nobody reads them
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the table and the summary tell them in a line
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # that its state could not be written, too
     # Tune would copy these keys into a record that stands in clear in a log that all users can read.
     for name in [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]:
         class_cache.ENV_VARS_TO_PROPAGATE.discard(name)

@@ -5,11 +5,12 @@ import os
 import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
 
-from qlora.files import disk_without_space
+from qlora.files import disk_without_space, is_full
 from tuning.checkpoints import keep_two
 from tuning.ledger import POINT, Ledger, Status, TrialRecord
 from tuning.screen import SweepScreen
@@ -50,8 +51,6 @@ class SweepCallback(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Ask whether to go on."""
         self._go_on()
-        if self._full_disk is not None:
-            raise self._full_disk
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""
@@ -100,12 +99,18 @@ class SweepCallback(tune.Callback):
         self._is_disk_full(trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Keep the screen up to date."""
+        """Keep the screen up to date, and end the sweep on a disk without space."""
         self._screen.update(self._records())
+        if self._full_disk is not None:
+            raise self._full_disk
 
     def _is_disk_full(self, trial: Any) -> bool:
-        """Tell whether a trial met a disk without space; the sweep then ends, for all to go on later."""
-        place = disk_without_space(trial.get_error())
+        """Tell whether a trial met a disk without space; the sweep then ends, for all to go on later.
+
+        Ray keeps errors below its temporary folder, so that none is known if that is full.
+        """
+        error, kept = trial.get_error(), Path(trial.local_path)
+        place = str(kept) if error is None and is_full(kept) else disk_without_space(error)
         if place is not None:
             self._full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
         return place is not None
