@@ -31,6 +31,22 @@ def test_an_action_of_several_requests_is_waited_for_while_they_are_answered():
     delivery.stop()
 
 
+def test_news_that_come_faster_than_the_server_takes_them_keep_nothing_waiting():
+    delivery, done = Delivery(), []
+
+    def load() -> None:
+        delivery.put("load", load)
+        time.sleep(0.3)
+        done.append("load")
+
+    delivery.put("load", load)
+    delivery.put("trial", lambda: done.append("trial"))
+    delivery.catch_up(1.0)
+    assert done.count("load") <= 2
+    assert "trial" in done
+    delivery.stop()
+
+
 def test_a_server_that_takes_nothing_is_given_up():
     delivery, is_over = Delivery(), threading.Event()
     delivery.put("a", lambda: None)

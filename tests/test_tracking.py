@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from tracking_servers import Door, sqlite_server
 
-from tracking import registry, runs, store
+from tracking import registry, runs, store, system_load
 from tracking.errors import TrackingAwayError
 
 
@@ -232,6 +232,23 @@ def test_a_signal_while_a_run_is_made_leaves_none_running(door, answered):
     found = store.connect().search_runs([experiment_id], f"tags.study = '{name}'")
     assert found
     assert "RUNNING" not in {run.info.status for run in found}
+
+
+def test_samples_that_come_while_others_are_logged_are_left_for_the_next_time(anywhere):
+    tracker = started("loaded")
+    load = system_load.SystemLoad(tracker.parent_run_id, 0)
+    for _ in range(30):
+        load._sample()
+    answers: list[int] = []
+
+    def answered() -> None:
+        answers.append(len(load._samples))
+        load._sample()
+
+    load.log(answered)
+    assert answers == [5, 0], "two requests for thirty samples and one"
+    assert len(load._samples) == 1
+    tracker.end("KILLED", {})
 
 
 def test_a_curve_that_is_no_number_is_kept(anywhere):

@@ -87,7 +87,8 @@ class SweepTracker:
     def system_metrics(self) -> Iterator[None]:
         """Draw, within, this machine's load, memory and GPUs on the parent run, every ten seconds."""
         load = SystemLoad(self.parent_run_id, self._began_ms)
-        with load.sampled(lambda: self._delivery.put(_LOAD, load.log)):
+        log = partial(load.log, self._delivery.moved)
+        with load.sampled(lambda: self._delivery.put(_LOAD, log)):
             yield
 
     def end(self, status: str, metrics: Mapping[str, float], timeout_seconds: float | None = None) -> bool:

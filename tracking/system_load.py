@@ -53,14 +53,19 @@ class SystemLoad:
             is_over.set()
 
     @asking()
-    def log(self) -> None:
-        """Log the samples that are not logged yet."""
-        client = connect()
-        while self._leaving or self._samples:
+    def log(self, answered: Callable[[], None] = lambda: None) -> None:
+        """Log the samples that are not logged yet; what comes in meanwhile is left for the next time.
+
+        A server may be slower than samples come. `answered` is called whenever it has answered.
+        """
+        client, num_left = connect(), len(self._leaving) + len(self._samples)
+        while num_left > 0:
             while self._samples and len(self._leaving) < _SAMPLES_A_REQUEST:
                 self._leaving.append(self._samples.popleft())
             with durable("load logged"):
                 client.log_batch(self._run_id, metrics=[metric for one in self._leaving for metric in one])
+            answered()
+            num_left -= len(self._leaving)
             self._leaving = []
 
     def _sample(self) -> None:
