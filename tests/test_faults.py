@@ -284,7 +284,7 @@ def test_a_slow_tracking_server(project, whole, server):
     while not all(record["status"] == "finished" for record in ledger(project, "slow").values()):
         time.sleep(0.5)
     print(f"all trained after {time.monotonic() - began:.0f} s")
-    out, _ = process.communicate(timeout=900)
+    out, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, out
     print(f"all recorded after {time.monotonic() - began:.0f} s")
     door.delay_seconds = 0.0
