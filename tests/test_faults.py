@@ -406,19 +406,23 @@ def test_a_clock_that_jumps(project, whole, tmp_path):
     check(project, "clock", whole)
 
 
-def test_a_stopped_cluster_job_goes_on(project, whole, tmp_path):
-    """`ray job stop` sends SIGTERM, and SIGKILL 3 s later: what matters is done by then."""
-    with cluster() as address:
+@pytest.mark.parametrize("grace_seconds", ["", "15"])
+def test_a_stopped_cluster_job_goes_on(grace_seconds, project, whole):
+    """`ray job stop` sends SIGTERM, and SIGKILL 3 s later: what matters is done by then. Given 15 s, trials
+    keep where they stand.
+    """
+    name = f"job{grace_seconds}"
+    with cluster({"RAY_JOB_STOP_WAIT_TIME_S": grace_seconds} if grace_seconds else {}) as address:
         ray = [Path(sys.executable).with_name("ray"), "job"]
         environment = {**os.environ, "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": ""}
         submit = [*ray, "submit", "--no-wait", "--submission-id", "sweep", "--", sys.executable]
-        arguments = ("--space", "space.yaml", "--name", "job", *SWEEP)
+        arguments = ("--space", "space.yaml", "--name", name, *SWEEP)
         script = project / "ray_jobs/tune.py"
         at = ["env", f"PYTHONPATH={project}", "sh", "-c", 'cd "$0" && exec "$@"', project]
         job = [*submit[:-1], *at, sys.executable, script, *arguments]
         subprocess.run(list(map(str, job)), env=environment, check=True, capture_output=True)
         deadline = time.monotonic() + 120
-        while not any(record["curve"] for record in ledger(project, "job").values()):
+        while not any(record["curve"] for record in ledger(project, name).values()):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         subprocess.run([*ray, "stop", "sweep"], env=environment, check=True, capture_output=True)
@@ -426,19 +430,21 @@ def test_a_stopped_cluster_job_goes_on(project, whole, tmp_path):
             [*ray, "logs", "sweep"], env=environment, capture_output=True, text=True, check=True
         )
         print(told.stdout[-600:])
-        assert "the sweep can go on: python ray_jobs/tune.py --resume job" in told.stdout
-        assert statuses(project, "job") == [("KILLED", 3)]
-    finished(command(project, "tune", "--resume", "job"))
-    check(project, "job", whole)
-    assert statuses(project, "job") == [("FINISHED", 3)]
+        assert f"the sweep can go on: python ray_jobs/tune.py --resume {name}" in told.stdout
+        assert statuses(project, name) == [("KILLED", 3)]
+        stood = list((project / "results" / name / "ray").glob("*/checkpoint_stopped"))
+        assert stood or not grace_seconds
+    finished(command(project, "tune", "--resume", name))
+    check(project, name, whole)
+    assert statuses(project, name) == [("FINISHED", 3)]
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """A Ray cluster of one node, with its job server."""
+def cluster(more: dict[str, str]) -> Iterator[str]:
+    """A Ray cluster of one node, with its job server, started in an environment that has more."""
     ray = Path(sys.executable).with_name("ray")
     options = ["--head", "--port", "6399", "--dashboard-port", "8299", "--disable-usage-stats", "--block"]
-    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **more}
     head = subprocess.Popen([ray, "start", *options], env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60

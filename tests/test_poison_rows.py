@@ -91,6 +91,13 @@ def mend(module):
     module.BeamEngine.generate = generate
 """
 
+RAISES_AT_EVERY_ROW = """
+def mend(module):
+    def generate(self, prompts):
+        raise ValueError("no kernel fits")
+    module.BeamEngine.generate = generate
+"""
+
 
 def rows_with(poisoned: set[int], count: int) -> list[dict[str, str]]:
     return [
@@ -269,6 +276,20 @@ def test_engines_that_always_die_stop_the_job_in_one_line(
     assert len((tmp_path / counted).read_text()) == most
     ended(batch(tmp_path, tiny_base, source, "def mend(module): pass", "--resume"), code=0)
     assert outputs(tmp_path / "out.json") == undisturbed
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_at_every_prompt_stops_the_job_in_one_line(tiny_base, undisturbed, tmp_path):
+    """Its rows have no fault: none is given up, and all are done once the engine works again."""
+    source = write(tmp_path / "in.jsonl", rows_with(set(), 48), lines=True)
+    out = ended(batch(tmp_path, tiny_base, source, RAISES_AT_EVERY_ROW), code=3)
+    (line,) = [line for line in out.splitlines() if "no kernel fits" in line]
+    assert "engines fail at every prompt (ValueError: no kernel fits)" in line
+    assert "--resume" in line
+    assert not (tmp_path / "out.json").exists()
+    ended(batch(tmp_path, tiny_base, source, "def mend(module): pass", "--resume"), code=0)
+    assert outputs(tmp_path / "out.json") == undisturbed
+    assert not (tmp_path / "out.json.errors.json").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import command, finished
+from servers import free_port
 from tracking_servers import Door, sqlite_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -68,27 +69,52 @@ def holders(folders: list[Path], since: float, secrets: set[str]) -> list[str]:
     return found
 
 
-def test_no_canary_is_found_after_a_sweep_and_a_job(project, tmp_path):
-    began = time.time()
-    with sqlite_server(tmp_path) as port, watched() as (seen, tokens):
+@contextmanager
+def http_store(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Within: the address of a server that asks for a password; a like one that is away, also without it."""
+    with sqlite_server(folder) as port:
         door = Door(port)
-        address = door.uri.replace("//", f"//somebody:{CANARIES['password']}@")
+        away = f"127.0.0.1:{free_port()}"
+        known = f"http://somebody:{CANARIES['password']}@"
+        yield door.uri.replace("http://", known), known + away, f"http://{away}"
+        door.shut()
+
+
+@contextmanager
+def database_store(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Within: the address of a PostgreSQL; of one that is away, with its password and without."""
+    database = pytest.importorskip("pgserver", reason="pip install '.[servers]'").get_server(folder / "pg")
+    away = f"127.0.0.1:{free_port()}/runs"
+    known = f"postgresql+psycopg2://postgres:{CANARIES['password']}@"
+    _, _, place = database.get_uri().partition("@")
+    try:
+        yield known + place, known + away, f"postgresql+psycopg2://{away}"
+    finally:
+        database.cleanup()
+
+
+@pytest.mark.parametrize("store", [http_store, database_store])
+def test_no_canary_is_found_after_a_sweep_and_a_job(store, project, tmp_path):
+    began = time.time()
+    with store(tmp_path) as (address, away, told_away), watched() as (seen, tokens):
         keys = {name: text for name, text in CANARIES.items() if name != "password"}
         environment = {**keys, "MLFLOW_TRACKING_URI": address}
 
         def run(script: str, *arguments: str) -> str:
             return finished(command(project, script, *arguments, env=environment))
 
+        name = f"secret_{store.__name__}"
         few = ("--set", "num_samples=2", "--set", "search.epochs={choice: [2]}")
-        out = run("tune", "--space", "space.yaml", "--name", "secret", *few)
+        out = run("tune", "--space", "space.yaml", "--name", name, *few)
         model = ("--model", "models:/tiny/1")
-        out += run("batch_infer", *model, "--input", "public.json", "--output", str(project / "o.json"))
+        output = project / f"{name}.json"
+        out += run("batch_infer", *model, "--input", "public.json", "--output", str(output))
         out += run("promote", "tiny")
-        door.shut()
-        away = command(project, "promote", "tiny", env=environment)
-        last, _ = away.communicate(timeout=120)
-        assert away.returncode == 2
-        assert door.uri in last.splitlines()[-1]
+        environment["MLFLOW_TRACKING_URI"] = away
+        failed = command(project, "promote", "tiny", env=environment)
+        last, _ = failed.communicate(timeout=120)
+        assert failed.returncode == 2
+        assert told_away in last.splitlines()[-1]
         out += last
         rays = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
         sessions = [path for path in rays.glob("session_2*") if path.stat().st_mtime >= began]
