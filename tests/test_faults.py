@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -145,8 +145,10 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave_kib: int) -> None:
-    free = shutil.disk_usage(folder).free - leave_kib * 1024
-    (folder / "filling").write_bytes(bytes(max(0, free)))
+    """Leave so much space or less: others write there meanwhile."""
+    with open(folder / "filling", "wb", buffering=0) as file, suppress(OSError):
+        while (free := shutil.disk_usage(folder).free - leave_kib * 1024) > 0:
+            file.write(bytes(free))
 
 
 @pytest.mark.parametrize("place", ["results", "mlruns"])

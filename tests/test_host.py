@@ -14,7 +14,7 @@ from test_training import losses
 import qlora.perplexity
 import tuning.host
 import tuning.shared_work
-from qlora.checkpoint_files import verify_checkpoint
+from qlora.checkpoint_files import MANIFEST, verify_checkpoint
 from qlora.config import BaseModelSettings
 from qlora.lora.bank import load_bank
 from qlora.lora.peft_folder import AdapterFiles
@@ -332,6 +332,44 @@ def test_a_stopped_host_keeps_where_its_trials_stand(data, tmp_path):
     found = again.advance("t", last, str(tmp_path / "again"))
     assert found["training_loss"] == pytest.approx(mean_loss(whole), rel=1e-5)
     assert found["public_perplexity"] == pytest.approx(whole[-1]["public_perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_trial_that_was_stopped_just_before_its_evaluation_is_evaluated_first(data, tmp_path, which):
+    """At its first report and at its last: no point of its curve is missing."""
+    whole = run(Host(data, 1), "whole", CONFIGS[2], tmp_path)
+    first, storage = Host(data, 1), Storage.at(str(tmp_path))
+    steps = first.attach("t", "holder", CONFIGS[2])
+    goal = steps[which]
+    train = first._work.train
+
+    with ThreadPoolExecutor(2) as pool:
+
+        def train_and_be_stopped(works):
+            errors = train(works)
+            if works[0].training.step == goal:
+                pool.submit(first.stop, storage)
+                while not first._calls:
+                    time.sleep(0.001)
+            return errors
+
+        first._work.train = train_and_be_stopped
+        (tmp_path / "report").mkdir()
+        asked = pool.submit(first.advance, "t", goal, str(tmp_path / "report"))
+        stopped = tmp_path / "t" / "checkpoint_stopped"
+        while not (stopped / MANIFEST).exists() and not asked.done():
+            time.sleep(0.001)
+        first.detach("t")
+        assert isinstance(asked.exception(), RuntimeError)
+    again = Host(data, 1)
+    left = again.attach("t", "holder", CONFIGS[2], str(stopped))
+    assert left == [step for step in steps if step >= goal]
+    (tmp_path / "again").mkdir()
+    found = again.advance("t", left[0], str(tmp_path / "again"))
+    assert found["step"] == goal
+    assert found["public_perplexity"] == pytest.approx(
+        next(point["public_perplexity"] for point in whole if point["step"] == goal), rel=1e-5
+    )
 
 
 def mean_loss(curve: list[dict]) -> float:

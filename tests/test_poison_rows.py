@@ -267,7 +267,7 @@ def test_an_engine_that_dies_once_costs_no_row(tiny_base, undisturbed, tmp_path)
 def test_engines_that_always_die_stop_the_job_in_one_line(
     trouble, counted, most, tiny_base, undisturbed, tmp_path
 ):
-    """What was done before is kept for the next run."""
+    """Keep what was done before for the next run."""
     source = write(tmp_path / "in.jsonl", rows_with(set(), 48), lines=True)
     out = ended(batch(tmp_path, tiny_base, source, trouble), code=3, seconds=900)
     lines = [line for line in out.splitlines() if "process died" in line]

@@ -224,7 +224,7 @@ class Host:
         standing = {
             trial_id: seat.work
             for trial_id, seat in self._seats.items()
-            if seat.goal is not None and seat.work.seen and not seat.work.training.finished
+            if seat.goal is not None and seat.work.seen
         }
         for trial_id, work in standing.items():
             since = {"seconds": work.seconds, "steps": [asdict(step) for step in work.seen]}
@@ -261,7 +261,8 @@ class Host:
         stops = evaluation_steps(
             training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch
         )
-        return sorted(step for step in stops if step > training.step)
+        begin = training.step if work.seen else training.step + 1  # stopped just before its evaluation
+        return sorted(step for step in stops if step >= begin)
 
     def _leave(self, trial_id: str) -> None:
         seat = self._seats.pop(trial_id, None)
