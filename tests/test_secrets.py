@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import command, finished
 from servers import free_port
-from tracking_servers import Door, sqlite_server
+from tracking_servers import sqlite_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CANARIES = {
@@ -71,13 +71,11 @@ def holders(folders: list[Path], since: float, secrets: set[str]) -> list[str]:
 
 @contextmanager
 def http_store(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Within: the address of a server that asks for a password; a like one that is away, also without it."""
+    """Within: the address of a server; of one that is away, with its password and without."""
+    away = f"127.0.0.1:{free_port()}"
+    known = f"http://somebody:{CANARIES['password']}@"
     with sqlite_server(folder) as port:
-        door = Door(port)
-        away = f"127.0.0.1:{free_port()}"
-        known = f"http://somebody:{CANARIES['password']}@"
-        yield door.uri.replace("http://", known), known + away, f"http://{away}"
-        door.shut()
+        yield f"{known}127.0.0.1:{port}", known + away, f"http://{away}"
 
 
 @contextmanager
