@@ -6,9 +6,11 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from unittest.mock import patch
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -88,6 +90,39 @@ ray.kill(actor)
     assert found.stderr == "own words\n"
     assert "out of memory" in found.stdout
     assert "ray.kill" not in found.stdout
+
+
+def test_what_a_server_of_ray_starts_while_the_command_ends_is_ended_too():
+    """A raylet whose command is stopped at once is about to start its agents; here, a shell does."""
+    mark = f"30.{os.getpid()}"
+    script = f"""
+import subprocess, time
+from workflows import session
+
+def start(**options):
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.Popen(["sh", "-c", "while :; do sleep {mark} & sleep 0.003; done"], **quiet)
+    time.sleep(0.3)
+    raise KeyboardInterrupt
+
+def main():
+    import ray
+    ray.init = start
+    session.connect_ray()
+
+session.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    time.sleep(0.5)
+    left = [
+        process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())
+    ]
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 @pytest.mark.ray

@@ -4,7 +4,10 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,35 +119,37 @@ num_predictions: 3
 """
 
 
-def rays() -> set[int]:
-    """The processes of any Ray on this machine."""
-    names = ("gcs_server", "raylet", "ray::", "ray-dashboard", "plasma")
-    found = set()
+def rays(folder: str) -> list[list[str]]:
+    """Command lines of the processes that name a Ray's temporary folder or have files open there."""
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                line = " ".join([process.name(), *process.cmdline()])
-                found |= {process.pid} if any(name in line for name in names) else set()
+            line = process.cmdline()
+            named = [*line, *process.environ().values(), *(file.path for file in process.open_files())]
+            if process.pid != os.getpid() and any(folder in text for text in named):
+                found.append(line)
     return found
 
 
-def stopped(process, moment, number=signal.SIGTERM) -> str:
-    """The last line of a command that gets a signal at a moment; no process of Ray's is left of it."""
-    before = rays()
-    deadline = time.monotonic() + 120
-    while not moment(process):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 3, out
-    assert "Traceback" not in out and "***" not in out, out
-    deadline = time.monotonic() + 5
-    while left := rays() - before:
-        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
-        time.sleep(0.1)
-    return out.splitlines()[-1]
+def stopped(project: Path, moment: Callable[[subprocess.Popen], bool], *asked: str) -> str:
+    """The last line of a command that gets SIGTERM at a moment; no process of its Ray's is left of it."""
+    with tempfile.TemporaryDirectory(prefix="q", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        process = command(project, *asked, env={"RAY_TMPDIR": folder})
+        deadline = time.monotonic() + 120
+        while not moment(process):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert rays(folder), "its processes are where they are looked for"
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 3, out
+        assert "Traceback" not in out and "***" not in out, out
+        deadline = time.monotonic() + 5
+        while left := rays(folder):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+        return out.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -156,8 +161,8 @@ def test_a_signal_while_ray_starts(project, server):
             return server in [child.name() for child in children]
         return False
 
-    process = command(project, "tune", "--space", "space.yaml", "--name", f"at-{server}", *SLOW)
-    assert stopped(process, is_there) == "stopped: by SIGTERM; run the same command again"
+    asked = ("tune", "--space", "space.yaml", "--name", f"at-{server}", *SLOW)
+    assert stopped(project, is_there, *asked) == "stopped: by SIGTERM; run the same command again"
 
 
 @pytest.mark.slow
@@ -171,8 +176,7 @@ def test_a_batch_job_that_is_told_to_end_can_go_on(project, tiny_base):
     def has_rows(process) -> bool:
         return journal.exists() and journal.read_bytes().count(b"\n") > 20
 
-    process = command(project, "batch_infer", *options, "--output", "told.json")
-    last = stopped(process, has_rows)
+    last = stopped(project, has_rows, "batch_infer", *options, "--output", "told.json")
     assert last == "stopped: by SIGTERM; the job can go on: run the same command again, with --resume"
     assert not (project / "told.json").exists()
     finished(command(project, "batch_infer", *options, "--output", "told.json", "--resume"))
@@ -185,7 +189,7 @@ def test_a_study_that_is_told_to_end_can_go_on(project, tiny_base):
     (project / "study.yaml").write_text(STUDY.replace("BASE", str(tiny_base)), encoding="utf-8")
     steps = project / "results/studies/told/steps"
     asked = ("study", "--study", "study.yaml", "--name", "told")
-    last = stopped(command(project, *asked), lambda process: any(steps.glob("*.json")))
+    last = stopped(project, lambda process: any(steps.glob("*.json")), *asked)
     assert last == "stopped: by SIGTERM; the study can go on: run the same command again"
     done = {path: path.read_bytes() for path in steps.glob("*.json")}
     finished(command(project, *asked))

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -267,12 +267,29 @@ def _end_ray() -> None:
         return
     import psutil
 
+    is_up = ray.is_initialized()  # if not, it was stopped halfway, and has nothing to bring to an end
     started = [] if os.environ.get("RAY_ADDRESS") else psutil.Process().children(recursive=True)
-    if ray.is_initialized() and not _dead_servers():  # to whom Ray would say farewell for a minute
+    if is_up and not _dead_servers():  # to whom Ray would say farewell for a minute
         with _without_lines(_GREETING):
             ray.shutdown()
-    _, left = psutil.wait_procs(started, timeout=_SECONDS_TO_END)
-    for process in left:
+    _, left = psutil.wait_procs(started, timeout=_SECONDS_TO_END if is_up else 0)
+    _kill(left)
+
+
+def _kill(processes: Sequence[Any]) -> None:
+    """Kill processes with all below them, suspended first: a raylet may be about to start its agents."""
+    import psutil
+
+    suspended, found = set[Any](), set(processes)
+    while new := found - suspended:
+        suspended |= new
+        for process in new:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        for process in new:
+            with suppress(psutil.NoSuchProcess):
+                found |= set(process.children())
+    for process in suspended:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
