@@ -30,7 +30,7 @@ test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest
 
 test-all: $(STAMP)  ## run the slow tests too, with PostgreSQL, an S3-like store and a browser
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,servers,browser]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,datasets,servers,browser]'
 	$(BIN)/python -m pytest -m 'not gpu'
 
 chaos: $(STAMP)  ## kill commands before and after every durable write, and compare; goes on where it stopped

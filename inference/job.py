@@ -25,7 +25,8 @@ from inference.predictions import Journal, beside, work_folder, write_prediction
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
-from qlora.data.examples import Example
+from qlora.data.row_shapes import AS_FOUND, Example, RowShape
+from qlora.data.sources import Places
 from qlora.failpoints import durable
 from qlora.files import remove_unfinished, write_json, write_text
 from qlora.lora.peft_folder import AdapterFiles
@@ -72,7 +73,7 @@ class Progress:
 
 
 @contextmanager
-def open_job(source: Path, output: Path) -> Iterator[RowStore]:
+def open_job(source: Places, output: Path, shape: RowShape = AS_FOUND) -> Iterator[RowStore]:
     """Provide the checked rows of an input, within, to one job on this output.
 
     The work folder stays, for `run_job` to remove or a later job to resume. Raises InputError for bad rows,
@@ -83,7 +84,7 @@ def open_job(source: Path, output: Path) -> Iterator[RowStore]:
     with _lock(output, folder):
         _remove_unfinished(output)
         try:
-            yield store_rows(source, folder)
+            yield store_rows(source, folder, shape)
         except InputError:
             if not (folder / "journal.jsonl").exists():
                 _remove(folder, output)

@@ -18,12 +18,14 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from inference.output_files import output_file
 from inference.rows import RowStore
 from qlora.config import InputError
-from qlora.data.examples import Example
+from qlora.data.row_shapes import Example, Id
 from qlora.failpoints import durable
 from qlora.files import replacing, write_json
 
@@ -227,23 +229,22 @@ def write_predictions(
     journal: Journal,
     each: Callable[[Example, str], None] = lambda example, text: None,
 ) -> list[dict[str, Any]]:
-    """Write [{"id", "output"}] in input order, replacing the file in one move; return the rows that failed.
+    """Write {"id", "output"} of all rows in input order; return the rows that failed.
+
+    The file is replaced in one move, and of the format that its suffix says (inference.output_files).
 
     A row that failed has an empty output; its {"row", "id", "error"} is returned, and written to
     PATH.errors.json before the output is in its place. `each` is called with every row that has a text, and
     that text.
     """
     errors: list[dict[str, Any]] = []
-    with replacing(path, "predictions") as file:
+    with output_file(path, partial(_ids, rows)) as add:
         for number, (example, text, error) in enumerate(_in_order(rows, journal)):
             if error is None:
                 each(example, text or "")
             else:
                 errors.append({"row": number, "id": example.id, "error": error})
-            content = {"id": example.id, "output": text or ""}
-            item = json.dumps(content, ensure_ascii=False, indent=1).replace("\n", "\n ")
-            file.write(("[\n " if number == 0 else ",\n ") + item)
-        file.write("\n]\n")
+            add(example.id, text or "")
         if errors:
             write_json(beside(path, "errors"), errors, "batch errors")
         else:
@@ -255,6 +256,12 @@ def write_predictions(
 def beside(path: Path, kind: str) -> Path:
     """Return the path of a file beside an output: PATH.errors.json or PATH.meta.json."""
     return path.with_name(f"{path.name}.{kind}.json")
+
+
+def _ids(rows: RowStore) -> Iterator[Id]:
+    """Read the ids of all rows, so many rows at a time."""
+    for start in range(0, len(rows), _WRITE_ROWS):
+        yield from (example.id for example in rows.read(start, min(start + _WRITE_ROWS, len(rows))))
 
 
 def _in_order(rows: RowStore, journal: Journal) -> Iterator[tuple[Example, str | None, str | None]]:

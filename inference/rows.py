@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.data.examples import Example, checked_examples
+from qlora.data.examples import as_json, checked_examples, from_json
+from qlora.data.row_shapes import AS_FOUND, Example, RowShape
+from qlora.data.sources import Places
 from qlora.files import replacing
 
 
@@ -45,14 +47,13 @@ class RowStore:
             for number in numbers:
                 if number != next_number:
                     file.seek(self.offsets[number])
-                identifier, instruction, output = json.loads(file.readline())
-                examples.append(Example(id=identifier, instruction=instruction, output=output))
+                examples.append(from_json(json.loads(file.readline())))
                 next_number = number + 1
         return examples
 
 
-def store_rows(path: Path, folder: Path) -> RowStore:
-    """Check all rows of a file and keep them in `folder`, in place of what is kept there.
+def store_rows(places: Places, folder: Path, shape: RowShape = AS_FOUND) -> RowStore:
+    """Check all rows of a set and keep them in `folder`, in place of what is kept there.
 
     Raises InputError as `load_examples` does.
     """
@@ -62,9 +63,8 @@ def store_rows(path: Path, folder: Path) -> RowStore:
     kept = folder / "rows.jsonl"
     end = 0
     with replacing(kept, "batch rows") as file:
-        for example in checked_examples(path, need_output=False):
-            content = [example.id, example.instruction, example.output]
-            line = json.dumps(content, ensure_ascii=False) + "\n"
+        for example in checked_examples(places, shape, need_output=False):
+            line = json.dumps(as_json(example), ensure_ascii=False) + "\n"
             encoded = line.encode()
             offsets.append(end)
             digest.update(encoded)

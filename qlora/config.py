@@ -112,6 +112,7 @@ def _expanded_home(name: Any) -> Any:
 
 
 LocalPath = Annotated[str, BeforeValidator(_expanded_home)]
+DataPlaces = LocalPath | Annotated[tuple[LocalPath, ...], Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 Epochs = Annotated[int | str, BeforeValidator(_epochs_from_text), AfterValidator(_check_epochs)]
 Modules = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_list_from_text)]

@@ -7,6 +7,7 @@ Refuses to know what files mean.
 """
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import yaml
 
@@ -41,10 +42,19 @@ def write_text(path: Path, text: str, point: str | None = None) -> None:
 @contextmanager
 def replacing(path: Path, point: str | None = None) -> Iterator[TextIO]:
     """Provide a text file, within, that takes the place of `path` in one move at the end."""
+    with replacing_bytes(path, point) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        yield text
+        text.detach()  # which writes what it holds; the file is closed by who opened it
+
+
+@contextmanager
+def replacing_bytes(path: Path, point: str | None = None) -> Iterator[BinaryIO]:
+    """Provide a file for bytes, within, that takes the place of `path` in one move at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
-        with durable(f"write {point or path.name}"), open(unfinished, "w", encoding="utf-8") as file:
+        with durable(f"write {point or path.name}"), open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

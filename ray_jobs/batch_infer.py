@@ -18,11 +18,13 @@ if __name__ == "__main__":
 from qlora.config import MAX_LENGTH_TOKENS, InputError
 from ray_jobs.cli import (
     CommandParser,
+    add_data_options,
     add_decoding_options,
     add_model_options,
     decoding_settings,
     model_options,
     positive_int,
+    row_shape,
     show_line,
 )
 from workflows.preflight import check_output, check_temporary_folder
@@ -32,7 +34,7 @@ from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, resum
 def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
-    decoding = decoding_settings(arguments)
+    decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, load_config, load_tokenizer
     from workflows.model_choice import choose_model
 
@@ -51,11 +53,12 @@ def main() -> None:
     from inference.engine import ServedModel
     from inference.job import JobResult, Progress, model_facts, open_job, run_job
     from inference.pipeline import Work, plan_pool
+    from qlora.data.sources import joined
     from workflows.batch_summary import closing_words, note_prediction
 
     work = Work(ServedModel(model.base, model.adapter_folder), model.prompt, decoding, room)
     output = Path(arguments.output)
-    check_output(output)
+    check_output(output, arguments.input)
     check_temporary_folder()
 
     def show(progress: Progress) -> None:
@@ -64,10 +67,10 @@ def main() -> None:
 
     def record(job_id: str, result: JobResult) -> None:
         if model.registered:
-            prompt = model.prompt.name
-            note_prediction(model.registered, job_id, result, decoding, arguments.input, output, prompt)
+            prompt, source = model.prompt.name, joined(arguments.input)
+            note_prediction(model.registered, job_id, result, decoding, source, output, prompt)
 
-    with open_job(Path(arguments.input), output) as rows:
+    with open_job(arguments.input, output, shape) as rows:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
         facts = model_facts(work, uri, base_revision(config))
@@ -101,10 +104,18 @@ def _arguments() -> argparse.Namespace:
     )
     add_model_options(parser)
     parser.add_argument(
-        "--input", metavar="FILE", required=True, help="JSON list, or JSONL, of rows with id and instruction"
+        "--input",
+        metavar="FILE",
+        required=True,
+        nargs="+",
+        help="rows to answer: JSON, JSON Lines, CSV, Parquet or Arrow; several files are one set",
     )
+    add_data_options(parser)
     parser.add_argument(
-        "--output", metavar="FILE", required=True, help="where to write the JSON list of id and output"
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="where to write id and output of all rows: .jsonl, .parquet, else a JSON list",
     )
     add_decoding_options(parser)
     parser.add_argument(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora.config import DecodingSettings, InputError, validated
+from qlora.data.row_shapes import RowShape
 from workflows.session import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
@@ -74,8 +75,33 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the rows of data hold."""
+    parser.add_argument(
+        "--data-format",
+        choices=("auto", "instruction", "messages", "conversations", "completion", "text"),
+        default="auto",
+        help="what rows hold (default: told by the columns of the first)",
+    )
+    parser.add_argument(
+        "--columns",
+        metavar="PART=COLUMN,...",
+        default="",
+        help="columns that are not named after what they hold, such as instruction=question,output=answer",
+    )
+
+
+def row_shape(arguments: argparse.Namespace) -> RowShape:
+    """Return what `add_data_options` read. Raises InputError for columns that don't fit the format."""
+    pairs = [pair.partition("=") for pair in arguments.columns.split(",") if pair]
+    if not all(part and equals and column for part, equals, column in pairs):
+        raise InputError("--columns", f"{arguments.columns!r} must read part=column,part=column")
+    columns = {part.strip(): column.strip() for part, _, column in pairs}
+    return validated("--columns", lambda: RowShape(format=arguments.data_format, columns=columns))
+
+
 def model_options(arguments: argparse.Namespace, adapter: str | None) -> "ModelOptions":
-    """Return what `add_model_options` read, with the adapter that was named."""
+    """Return what `add_model_options` and `add_data_options` read, with the adapter that was named."""
     from workflows.model_choice import ModelOptions
 
     return ModelOptions(
@@ -86,6 +112,7 @@ def model_options(arguments: argparse.Namespace, adapter: str | None) -> "ModelO
         prompt=arguments.prompt,
         shots=arguments.shots,
         shots_from=arguments.shots_from,
+        shape=row_shape(arguments),
     )
 
 

@@ -18,7 +18,14 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
-from ray_jobs.cli import CommandParser, add_model_options, model_options, show_progress
+from ray_jobs.cli import (
+    CommandParser,
+    add_data_options,
+    add_model_options,
+    model_options,
+    row_shape,
+    show_progress,
+)
 from workflows.preflight import check_output
 from workflows.session import FailedError, resume_with, run
 
@@ -37,16 +44,20 @@ def main() -> None:
         "--data",
         metavar="FILE",
         required=True,
-        help="JSON list, or JSONL, of rows with id, instruction and output",
+        nargs="+",
+        help="rows with answers: JSON, JSON Lines, CSV, Parquet or Arrow; several files are one set",
     )
+    add_data_options(parser)
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
     arguments = parser.parse_args()
 
     output = Path(arguments.output)
-    check_output(output)
+    check_output(output, arguments.data)
     from qlora.data.examples import examples_digest, load_examples
+    from qlora.data.sources import joined
 
-    examples = load_examples(arguments.data, need_output=True)
+    shape = row_shape(arguments)
+    examples = load_examples(arguments.data, shape, need_output=True)
     from qlora.base.model import load_config, load_tokenizer
     from qlora.data.prompts import encode_examples
     from qlora.packed.attention import check_base
@@ -66,7 +77,7 @@ def main() -> None:
         "adapter": arguments.adapter,
         "quantization": base.quantization,
         "dtype": dtype,
-        "data": arguments.data,
+        "data": joined(arguments.data),
         "data_digest": digest,
         "prompt": prompt.name,
         "prompt_digest": prompt.digest,
@@ -76,7 +87,7 @@ def main() -> None:
     result = {
         "mean_perplexity": mean,
         "count": len(values),
-        "perplexities": {example.id: value for example, value in zip(examples, values, strict=True)},
+        "perplexities": {str(example.id): value for example, value in zip(examples, values, strict=True)},
         "settings": settings,
     }
     from qlora.files import write_json

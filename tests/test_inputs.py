@@ -25,13 +25,43 @@ GOOD = [
     {"id": "a", "instruction": "翻譯：甲", "output": "乙"},
     {"id": "b", "instruction": "翻譯：丙", "output": "丁"},
 ]
+GOOD_TURN = {"role": "user", "content": "x"}
 BAD_DATA = {
-    "not a list": ({"id": "a"}, "must be a JSON list"),
+    "columns that say nothing": ({"id": "a"}, "row 0: is of no known shape; its columns are id;"),
     "no rows": ([], "holds no rows"),
     "a row that is text": (["x"], "row 0: must be an object"),
-    "no id": ([{"instruction": "x", "output": "y"}], "row 0: has no 'id'"),
-    "a number as id": ([{"id": 1, "instruction": "x", "output": "y"}], "row 0: id must be text"),
+    "true as id": ([{"id": True, "instruction": "x", "output": "y"}], "row 0: id must be text or a number"),
+    "a number that is none as id": (
+        [{"id": float("nan"), "instruction": "x", "output": "y"}],
+        "row 0: id must be text or a number, no finite number",
+    ),
+    "an empty id": ([{"id": " ", "instruction": "x", "output": "y"}], "row 0: id is empty"),
     "the same id twice": ([GOOD[0], GOOD[0]], "row 1: id 'a' was used in row 0"),
+    "the same id as number and as text": (
+        [{"id": 1, "instruction": "x", "output": "y"}, {"id": "1", "instruction": "z", "output": "y"}],
+        "row 1: id '1' was used in row 0",
+    ),
+    "a row of another shape": (
+        [GOOD[0], {"id": "c", "prompt": "x", "completion": "y"}],
+        "row 1: has no 'instruction'",
+    ),
+    "a number as Alpaca's input": (
+        [{"instruction": "x", "input": 3, "output": "y"}],
+        "row 0: input must be text, not a number",
+    ),
+    "messages that are text": ([{"messages": "hello"}], "must be a list of messages, not text"),
+    "no messages": ([{"messages": []}], "must be a list of messages, not an empty list"),
+    "a message of nobody": ([{"messages": [{"role": "tool", "content": "x"}]}], "is of the role 'tool'"),
+    "a message that is a list": ([{"messages": [["user", "x"]]}], "message 0 must be an object"),
+    "a picture": (
+        [{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}],
+        "message 0 holds more than text",
+    ),
+    "an answer to nothing": ([{"conversations": [{"from": "gpt", "value": "x"}]}], "no message of the user"),
+    "a system message in the middle": (
+        [{"messages": [{"role": role, "content": "x"} for role in ("user", "system", "assistant")]}],
+        "has a system message that is not the first",
+    ),
     "an empty instruction": ([{"id": "a", "instruction": " ", "output": "y"}], "row 0: instruction is empty"),
     "null as instruction": (
         [{"id": "a", "instruction": None, "output": "y"}],
@@ -40,6 +70,7 @@ BAD_DATA = {
     "half a surrogate pair": ([{"id": "a", "instruction": "\ud800", "output": "y"}], "surrogate"),
 }
 BAD_ANSWERS = {
+    "a question without an answer": ([{"messages": [GOOD_TURN]}], "has no message of the assistant"),
     "no output": ([{"id": "a", "instruction": "x"}], "row 0: has no 'output'"),
     "an empty output": ([{"id": "a", "instruction": "x", "output": ""}], "row 0: output is empty"),
     "a list as output": (

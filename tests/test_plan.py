@@ -17,6 +17,7 @@ from tuning.plan_time import let_through
 from tuning.space import Space
 
 TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
+SHAPES = {"train": "instruction + output + input", "public": "instruction + output, not used: source"}
 
 
 def space(**changes) -> Space:
@@ -105,16 +106,19 @@ def test_trials_ask_for_their_share_of_a_gpu():
 def test_a_plan_in_words():
     chosen, size = space(trials_per_gpu="auto"), model_size(CONFIGS["llama"])
     plan = make_plan(chosen, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14))
-    words = describe_plan(chosen, TRAIN, PUBLIC, plan)
+    words = describe_plan(chosen, TRAIN, PUBLIC, SHAPES, plan)
+    assert "(instruction + output + input)" in words and "not used: source" in words
     assert "8 trials side by side" in words and "on one device" in words
     assert plan.seconds < plan.seconds_without_stopping
     on_two = make_plan(chosen, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14), 2)
-    assert on_two.seconds < plan.seconds and "on 2 devices" in describe_plan(chosen, TRAIN, PUBLIC, on_two)
+    assert on_two.seconds < plan.seconds and "on 2 devices" in describe_plan(
+        chosen, TRAIN, PUBLIC, SHAPES, on_two
+    )
     fifo = space(scheduler={"type": "fifo"})
     unstopped = make_plan(fifo, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e9))
     assert unstopped.seconds == pytest.approx(unstopped.seconds_without_stopping)
     assert "planned, 3.0 GiB measured" in compare_with_run(plan, 3.0, 100)
-    assert "no GPU here" in describe_plan(chosen, TRAIN, PUBLIC, None)
+    assert "no GPU here" in describe_plan(chosen, TRAIN, PUBLIC, SHAPES, None)
 
 
 def test_this_device_is_looked_at():

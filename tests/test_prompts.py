@@ -3,8 +3,9 @@
 import pytest
 from conftest import byte_tokenizer
 
-from qlora.data.examples import Example, examples_digest, load_examples
+from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import encode_examples, encode_prompt, load_prompt
+from qlora.data.row_shapes import instruction_example
 
 DEFAULT = (
     "你是人工智慧助理，以下是用戶和人工智能助理之間的對話。你要對用戶的問題提供有用、安全、詳細和禮貌的回答。"
@@ -43,7 +44,7 @@ def test_a_new_template_is_just_a_file(tmp_path):
 
 def test_encoding_is_bos_prompt_answer_eos():
     tokenizer = byte_tokenizer()
-    [encoded] = encode_examples(tokenizer, load_prompt(), [Example("a", "甲", "乙丙")], "file")
+    [encoded] = encode_examples(tokenizer, load_prompt(), [instruction_example("a", "甲", "乙丙")], "file")
     assert encoded.prompt == (
         1,
         *tokenizer(load_prompt().render("甲"), add_special_tokens=False)["input_ids"],
@@ -60,9 +61,9 @@ def test_no_bos_when_the_tokenizer_has_none():
 
 def test_the_cut_falls_on_the_answer():
     tokenizer = byte_tokenizer()
-    whole = encode_examples(tokenizer, load_prompt(), [Example("a", "甲", "乙" * 50)], "file")[0]
+    whole = encode_examples(tokenizer, load_prompt(), [instruction_example("a", "甲", "乙" * 50)], "file")[0]
     cut = encode_examples(
-        tokenizer, load_prompt(), [Example("a", "甲", "乙" * 50)], "file", len(whole.prompt) + 7
+        tokenizer, load_prompt(), [instruction_example("a", "甲", "乙" * 50)], "file", len(whole.prompt) + 7
     )[0]
     assert cut.prompt == whole.prompt
     assert cut.answer == whole.answer[:7]

@@ -10,6 +10,7 @@ from inference.rows import store_rows
 from inference.scores import Scores
 from qlora.config import InputError
 from qlora.data import json_rows
+from qlora.data.sources import read_rows
 
 ROWS = [
     {"id": f"r{n}", "instruction": f'翻譯：{"甲乙丙" * n}「"\\{{}}」\n', "output": "天地" * n}
@@ -48,8 +49,12 @@ def test_rows_are_read_whatever_the_pieces(piece, form, tmp_path, monkeypatch):
         ('[{"id": "a", "instruction": "x"},\n\n {"id: "b"}]', "line 3: is not valid JSON"),
         ('[{"id": "a", "instruction": "x"}] 1', "Extra data"),
         ('[{"id": "a", "instruction": "x"},]', "is not valid JSON"),
-        ('{"id": "a"}', "must be a JSON list of rows, not an object"),
-        ("12", "must be a JSON list of rows, not a number"),
+        ('{"id": "a"}', "row 0: is of no known shape; its columns are id"),
+        (
+            '{"data": [\n{"id": "a"}]}',
+            "must be a JSON list of rows, or one row a line, not an object of several",
+        ),
+        ("12", "must be a JSON list of rows, or one row a line, not a number"),
         ("[]", "holds no rows"),
         ("[" * 200_000, "nested too deeply"),
     ],
@@ -141,7 +146,7 @@ def test_what_is_broken_is_told_before_the_rest_is_read(tmp_path, monkeypatch):
 
 def test_a_quote_that_is_missing_does_not_take_the_memory_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "_PIECE_BYTES", 1 << 10)
-    monkeypatch.setattr(json_rows, "_MOST_ROW_BYTES", 1 << 14)
+    monkeypatch.setattr(json_rows, "MOST_ROW_BYTES", 1 << 14)
     path = tmp_path / "open.json"
     path.write_text('[{"id": "a", "instruction": "' + "x" * 200_000)
     with pytest.raises(InputError, match="line 1: begins a row of more than"):
@@ -149,7 +154,7 @@ def test_a_quote_that_is_missing_does_not_take_the_memory_of_the_file(tmp_path, 
     lines = tmp_path / "open.jsonl"
     lines.write_text('{"id": "a"}\n{"id": "' + "x" * 200_000)
     with pytest.raises(InputError, match="begins a row of more than"):
-        list(json_rows.read_rows(lines))
+        list(read_rows(lines))
 
 
 def test_scattered_rows_are_read_alone(tmp_path):

@@ -1,8 +1,9 @@
 """Owns the plan in words: before a sweep starts, and beside what was measured when it has ended."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qlora.data.prompts import EncodedExample
+from qlora.data.sources import joined
 from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
 from tuning.plan import Plan, gib
@@ -11,13 +12,17 @@ from tuning.space import Asha, Space
 
 
 def describe_plan(
-    space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], plan: Plan | None
+    space: Space,
+    train: Sequence[EncodedExample],
+    public: Sequence[EncodedExample],
+    shapes: Mapping[str, str],
+    plan: Plan | None,
 ) -> str:
     """Describe base, data, trials, schedule lengths and rungs, memory, disk and time.
 
-    Without a plan, what needs none.
+    `shapes`: what the rows of train and public hold, in words. Without a plan, what needs none.
     """
-    lines = [*_work_lines(space, train, public), *(_plan_lines(plan) if plan else [])]
+    lines = [*_work_lines(space, train, public, shapes), *(_plan_lines(plan) if plan else [])]
     if plan is None:
         lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
@@ -29,7 +34,9 @@ def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
     return f"plan        {memory}time {clock(plan.seconds)} planned, {clock(seconds)} measured"
 
 
-def _work_lines(space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample]) -> list[str]:
+def _work_lines(
+    space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], shapes: Mapping[str, str]
+) -> list[str]:
     prefix = whole_group([*train, *public]).prefix_length
     mean_tokens = sum(example.num_tokens for example in train) / len(train)
     fixed = space.trial_settings({})
@@ -39,8 +46,10 @@ def _work_lines(space: Space, train: Sequence[EncodedExample], public: Sequence[
     )
     lines = [
         f"base        {space.base_model.name} ({space.base_model.quantization}, {space.base_model.dtype})",
-        f"train       {len(train)} examples of {space.data.train}, {mean_tokens:.0f} tokens on average",
-        f"public      {len(public)} examples of {space.data.public}; all prompts share {prefix} tokens",
+        f"train       {len(train)} examples of {joined(space.data.train)} ({shapes['train']}), "
+        f"{mean_tokens:.0f} tokens on average",
+        f"public      {len(public)} examples of {joined(space.data.public)} ({shapes['public']}); "
+        f"all prompts share {prefix} tokens",
         f"search      {searched}",
         f"trials      {space.num_trials} by {space.searcher.type} search",
         f"epoch       {steps_per_epoch} steps of {fixed.batch_size} examples",

@@ -13,13 +13,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from qlora.config import (
     MAX_SEED,
     BaseModelSettings,
+    DataPlaces,
     InputError,
-    LocalPath,
     Number,
     Settings,
     TrialSettings,
     validated,
 )
+from qlora.data.row_shapes import Format, RowShape
 from qlora.files import read_yaml
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
 
@@ -40,12 +41,27 @@ def checked_name(name: str) -> str:
 
 
 class DataSettings(Settings):
-    """Data files, and how many of their first examples to use (all by default)."""
+    """Data sets, what their rows hold, and how many of their first examples to use (all by default).
 
-    train: LocalPath
-    public: LocalPath
+    A set is a file, a URI or a list of them. format, columns: see RowShape.
+    """
+
+    train: DataPlaces
+    public: DataPlaces
+    format: Literal["auto"] | Format = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
     train_examples: int | None = Field(None, ge=1)
     public_examples: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        assert self.shape, "built to be checked"
+        return self
+
+    @property
+    def shape(self) -> RowShape:
+        """Return what rows hold."""
+        return RowShape(format=self.format, columns=self.columns)
 
 
 class RandomSearch(Settings):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora.config import BaseModelSettings, InputError, validated
 from qlora.data.prompts import Prompt, load_prompt
+from qlora.data.row_shapes import AS_FOUND, RowShape
 from qlora.lora.peft_folder import adapter_base, check_adapter
 from tracking.registry import RegisteredAdapter, fetch_adapter, is_model_uri
 
@@ -30,7 +31,10 @@ class NamedAdapter:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of a command line that name a model; None where it says nothing."""
+    """The options of a command line that name a model; None where it says nothing.
+
+    shape: what the rows of `shots_from` hold.
+    """
 
     adapter: str | None = None
     base_model: str | None = None
@@ -39,6 +43,7 @@ class ModelOptions:
     prompt: str | None = None
     shots: int = 0
     shots_from: str | None = None
+    shape: RowShape = AS_FOUND
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,9 @@ def _base_settings(options: ModelOptions, adapter: NamedAdapter | None) -> BaseM
 def _prompt(options: ModelOptions, version: RegisteredAdapter | None) -> Prompt:
     asked = _asked_prompt(options)
     if asked is None and version is not None and version.prompt is not None:
-        prompt = load_prompt(str(version.prompt), options.shots, options.shots_from)
+        prompt = load_prompt(str(version.prompt), options.shots, options.shots_from, options.shape)
         return replace(prompt, name=version.tags.get("prompt", version.prompt.stem))
-    return load_prompt(asked or "default", options.shots, options.shots_from)
+    return load_prompt(asked or "default", options.shots, options.shots_from, options.shape)
 
 
 def _asked_prompt(options: ModelOptions) -> str | None:

@@ -5,6 +5,7 @@ Imports nothing heavy. Refuses to know any command.
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora.config import InputError
@@ -34,12 +35,14 @@ def check_writable(*folders: Path) -> None:
             raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, sources: Sequence[str] = ()) -> None:
     """Raise InputError for a file that can't be written in the end.
 
-    That is a folder, a name too long for the files beside it that it is written by, and what `check_writable`
-    finds.
+    That is one of `sources`, a folder, a name too long for the files beside it that it is written by, and
+    what `check_writable` finds.
     """
+    if any(Path(source).expanduser().resolve() == path.resolve() for source in sources):
+        raise InputError(path, "is the input too; name another file for the output")
     longest = os.pathconf(_nearest(path.parent), "PC_NAME_MAX") - _LONGEST_ADDITION
     if len(os.fsencode(path.name)) > longest:
         raise InputError(path, f"has too long a name for the files beside it; use at most {longest} bytes")

@@ -1,6 +1,7 @@
 """Owns the way from a data file to token ids. Read in this order:
 
-json_rows   from a JSON file of any length to rows
+sources     from a file, or another place, to rows: json_rows, table_rows
+row_shapes  from what a row holds to an example
 examples    from rows to validated examples
 prompts     from examples and a template to token ids
 """

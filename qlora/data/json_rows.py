@@ -1,8 +1,9 @@
-"""Owns reading rows: from a JSON list, or JSON Lines, of any length to parsed rows, one by one.
+"""Owns reading JSON: from a list, or JSON Lines, of any length to rows, one by one.
 
-A list is parsed incrementally: Python's JSON decoder is asked for one value at a time, and more text is read
-only if it ran out of text within a value. So no step holds the text of the whole file, and an error is raised
-as soon as the broken place is reached.
+Of a list, Python's JSON decoder is asked for one value at a time, and more text is read only if it ran out of
+text within a value. So no step holds the text of the whole file, and an error is raised, with its line, as
+soon as the broken place is reached. ijson, which streams too, reads half a surrogate pair as a question mark
+on its C parser without a word, refuses whole numbers of more than 64 bits, knows no lines, and is slower.
 
 Refuses to know what a row should hold.
 """
@@ -10,35 +11,30 @@ Refuses to know what a row should hold.
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora.config import InputError
+from qlora.data.table_rows import MOST_ROW_BYTES
 
+_NO_ROWS = "must be a JSON list of rows, or one row a line"
 _PIECE_BYTES = 1 << 20
-_MOST_ROW_BYTES = 1 << 26
 _LONGEST_TOKEN = 16  # characters that a cut can leave half read: -Infinity, or an escaped surrogate pair
 
 
-def read_rows(path: Path) -> Iterator[Any]:
-    """Parse the rows of a file: JSON Lines if its suffix says so, else a JSON list.
+def json_rows(place: str, file: BinaryIO) -> Iterator[Any]:
+    """Parse the items of a JSON list or, if the file begins with an object, the lines of JSON Lines.
 
-    Raises InputError, naming the line, for what can't be read.
+    Raises InputError, naming the line, for what is neither.
     """
-    try:
-        with open(path, "rb") as file:
-            if path.suffix in (".jsonl", ".ndjson"):
-                yield from _lines(path, file)
-            else:
-                yield from _list_items(path, file)
-    except FileNotFoundError:
-        raise InputError(path, "no such file; check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(path, "is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(path, f"can't be read: {error.strerror}") from None
-    except RecursionError:
-        raise InputError(path, "is nested too deeply to be rows") from None
+    text = _Text(place, file)
+    start = text.next_character()
+    if start == "[":
+        yield from _list_items(text)
+    elif start == "{":
+        file.seek(0)
+        yield from _lines(place, file)
+    else:
+        raise InputError(place, f"{_NO_ROWS}, not {json_kind(text.whole_value())}")
 
 
 def json_kind(value: Any) -> str:
@@ -51,29 +47,39 @@ def json_kind(value: Any) -> str:
         int: "a number",
         float: "a number",
     }
-    return kinds.get(type(value), "null")
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[Any]:
+def _lines(place: str, file: BinaryIO) -> Iterator[Any]:
     """Parse the lines of a JSON Lines file one by one; blank lines are passed over."""
     number = 0
-    while line := file.readline(_MOST_ROW_BYTES):
+    while line := file.readline(MOST_ROW_BYTES):
         number += 1
-        if len(line) == _MOST_ROW_BYTES:
-            raise _too_long(path, number)
+        if len(line) == MOST_ROW_BYTES:
+            raise _too_long(place, number)
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         if text.strip():
             try:
                 yield json.loads(text)
             except ValueError as error:
-                raise _problem(path, number, getattr(error, "colno", 1), error) from None
+                if _is_one_value(place, file):
+                    raise InputError(place, f"{_NO_ROWS}, not an object of several lines") from None
+                raise _problem(place, number, getattr(error, "colno", 1), error) from None
 
 
-def _list_items(path: Path, file: BinaryIO) -> Iterator[Any]:
+def _is_one_value(place: str, file: BinaryIO) -> bool:
+    """Tell whether a file is a single JSON value, whatever its lines."""
+    file.seek(0)
+    text = _Text(place, file)
+    try:
+        text.item()
+        return not text.next_character()
+    except (InputError, UnicodeDecodeError):
+        return False
+
+
+def _list_items(text: "_Text") -> Iterator[Any]:
     """Yield the items of a JSON list, reading no further than is needed to complete the next."""
-    text = _Text(path, file)
-    if text.next_character() != "[":
-        raise InputError(path, f"must be a JSON list of rows, not {json_kind(text.whole_value())}")
     text.skip(1)
     if text.next_character() == "]":
         text.skip(1)
@@ -93,8 +99,8 @@ def _list_items(path: Path, file: BinaryIO) -> Iterator[Any]:
 class _Text:
     """A file's text in pieces: what has been read and not yet taken, and the line where it stands."""
 
-    def __init__(self, path: Path, file: BinaryIO):
-        self._path = path
+    def __init__(self, place: str, file: BinaryIO):
+        self._place = place
         self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._decoder = json.JSONDecoder()
@@ -134,7 +140,7 @@ class _Text:
                     place = getattr(error, "pos", self._at)
                     line = self._line + self._text.count("\n", self._at, place)
                     column = place - self._text.rfind("\n", 0, place)
-                    raise _problem(self._path, line, column, error) from None
+                    raise _problem(self._place, line, column, error) from None
 
     def whole_value(self) -> Any:
         """Take the value that the file holds in place of a list."""
@@ -144,7 +150,7 @@ class _Text:
 
     def broken(self, problem: str) -> InputError:
         """Return the error for what stands here."""
-        return InputError(f"{self._path}:line {self._line}", f"is not valid JSON: {problem}")
+        return InputError(f"{self._place}:line {self._line}", f"is not valid JSON: {problem}")
 
     def _is_cut(self, error: ValueError) -> bool:
         """Tell whether a value may be whole once more is read."""
@@ -157,8 +163,8 @@ class _Text:
         if self._ended:
             return False
         kept = len(self._text) - self._at
-        if kept > _MOST_ROW_BYTES:
-            raise _too_long(self._path, self._line)
+        if kept > MOST_ROW_BYTES:
+            raise _too_long(self._place, self._line)
         piece = self._file.read(max(_PIECE_BYTES, kept))  # doubling keeps one long row linear
         self._text = self._text[self._at :] + self._decode.decode(piece, final=not piece)
         self._at = 0
@@ -166,15 +172,15 @@ class _Text:
         return not self._ended
 
 
-def _problem(path: Path, line: int, column: int, error: ValueError) -> InputError:
+def _problem(place: str, line: int, column: int, error: ValueError) -> InputError:
     """Return the error for what the parser said about a value of a file."""
-    where = f"{path}:line {line}"
+    where = f"{place}:line {line}"
     if isinstance(error, json.JSONDecodeError):
         return InputError(where, f"is not valid JSON: {error.msg} at column {column}")
     return InputError(where, "holds a number of too many digits; shorten it or write it as text")
 
 
-def _too_long(path: Path, line: int) -> InputError:
+def _too_long(place: str, line: int) -> InputError:
     return InputError(
-        f"{path}:line {line}", f"begins a row of more than {_MOST_ROW_BYTES >> 20} MiB, or a quote is missing"
+        f"{place}:line {line}", f"begins a row of more than {MOST_ROW_BYTES >> 20} MiB, or a quote is missing"
     )

@@ -21,7 +21,9 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from qlora.config import MAX_LENGTH_TOKENS, InputError, Settings, validated
-from qlora.data.examples import Example, load_examples
+from qlora.data.examples import load_examples
+from qlora.data.row_shapes import AS_FOUND, Example, Id, RowShape
+from qlora.data.sources import Places, joined
 from qlora.files import read_yaml
 
 PROMPT_FOLDER = Path(__file__).resolve().parents[2] / "prompts"
@@ -82,9 +84,10 @@ class EncodedExample:
     """The token ids of one example.
 
     `prompt` starts with BOS if the tokenizer has one; `answer` ends with EOS unless the example was cut.
+    Plain text is all answer but for what its first token is predicted from: BOS, or itself without one.
     """
 
-    id: str
+    id: Id
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
@@ -94,10 +97,12 @@ class EncodedExample:
         return len(self.prompt) + len(self.answer)
 
 
-def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Path | None = None) -> Prompt:
+def load_prompt(
+    name: str = "default", num_shots: int = 0, shots_from: Places | None = None, shape: RowShape = AS_FOUND
+) -> Prompt:
     """Load the prompt of `prompts/NAME.yaml`, or of the YAML file that `name` is the path of.
 
-    Its shots are the last `num_shots` examples of the training file `shots_from`.
+    Its shots are the last `num_shots` examples of the training set `shots_from`, which are of `shape`.
 
     Raises InputError for an unknown or malformed template and for shots that don't fit it.
     """
@@ -119,12 +124,15 @@ def load_prompt(name: str = "default", num_shots: int = 0, shots_from: str | Pat
         raise InputError(path, "--shots N and --shots-from FILE belong together; give both or neither")
     if shots_from is None:
         return Prompt(name, template)
-    examples = load_examples(shots_from, need_output=True)
+    examples = load_examples(shots_from, shape, need_output=True)
     if len(examples) < num_shots:
         raise InputError(
-            shots_from, f"holds {len(examples)} examples, fewer than the {num_shots} shots asked for"
+            joined(shots_from), f"holds {len(examples)} examples, fewer than the {num_shots} shots asked for"
         )
-    return Prompt(name, template, tuple(examples[-num_shots:]))
+    shots = tuple(examples[-num_shots:])
+    for shot in shots:
+        check_instruction(joined(shots_from), shot)
+    return Prompt(name, template, shots)
 
 
 def prompt_file(name: str) -> Path:
@@ -142,26 +150,40 @@ def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
     return (*bos, *_plain_ids(tokenizer, text))
 
 
+def check_instruction(where: str, example: Example) -> None:
+    """Raise InputError, naming `where`, for an example that a template has no place for."""
+    if not example.is_instruction:
+        kind = "a conversation" if example.turns else "plain text"
+        raise InputError(where, f"row {example.id!r} is {kind}, where the prompt takes one instruction")
+
+
 def encode_examples(
     tokenizer: Any,
     prompt: Prompt,
     examples: Sequence[Example],
-    source: object,
+    places: Places,
     max_length_tokens: int = MAX_LENGTH_TOKENS,
 ) -> list[EncodedExample]:
     """Tokenise examples with answers: prompt ids, answer ids and EOS, cut at `max_length_tokens`.
 
-    Raises InputError, naming `source` and the row, if the cut leaves no answer token to score.
+    Plain text has no prompt. Raises InputError, naming `places` and the row, if the cut leaves no answer
+    token to score, and for a conversation that the prompt has no place for.
     """
     encoded = []
     for number, example in enumerate(examples):
         assert example.output is not None, "load_examples(need_output=True) checks this"
-        prompt_ids = encode_prompt(tokenizer, prompt.render(example.instruction))
         answer_ids = (*_plain_ids(tokenizer, example.output), tokenizer.eos_token_id)
+        if example.turns:
+            check_instruction(joined(places), example)
+            prompt_ids = encode_prompt(tokenizer, prompt.render(example.instruction))
+        elif tokenizer.bos_token_id is not None:
+            prompt_ids = (tokenizer.bos_token_id,)
+        else:
+            prompt_ids, answer_ids = answer_ids[:1], answer_ids[1:]
         room = max_length_tokens - len(prompt_ids)
         if room < 1:
             raise InputError(
-                f"{source}:row {number}",
+                f"{joined(places)}:row {number}",
                 f"the prompt has {len(prompt_ids)} tokens, which leaves no answer within "
                 f"{max_length_tokens}; shorten the instruction or the prompt",
             )

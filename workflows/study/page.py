@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.data.sources import joined
 from qlora.provenance import git_commit, package_versions
 from reporting.study_page import StudyReport, write_study_page
 from tracking.links import pages_root, run_link
@@ -64,8 +65,8 @@ def study_report(
         examples=examples,
         facts={
             "commit": git_commit(),
-            "train": f"{study.data.train} ({len(prepared.train)} examples)",
-            "public": f"{study.data.public} ({len(prepared.public)} examples)",
+            "train": f"{joined(study.data.train)} ({len(prepared.train)} examples)",
+            "public": f"{joined(study.data.public)} ({len(prepared.public)} examples)",
             "trial": study.trial,
             "seed": study.seed,
             "engine": found["text zero-shot"]["engine"],

@@ -17,8 +17,10 @@ from typing import Any
 from inference.scores import Scores
 from qlora.base.model import load_config, load_tokenizer
 from qlora.config import DecodingSettings, InputError
-from qlora.data.examples import Example, examples_digest, load_examples
+from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
+from qlora.data.row_shapes import Example
+from qlora.data.sources import joined
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json
 from qlora.lora.peft_folder import AdapterFiles, check_adapter
@@ -57,14 +59,13 @@ def prepare_study(study: Study) -> PreparedStudy:
     """Read and tokenise a study's data. Raises InputError for a base, a prompt or data that can't be had."""
     data = study.data
     check_base(load_config(study.base_model.name), study.base_model.name)
-    train = load_examples(data.train, need_output=True)[: data.train_examples]
-    public = load_examples(data.public, need_output=True)[: data.public_examples]
+    train = load_examples(data.train, data.shape, need_output=True)[: data.train_examples]
+    public = load_examples(data.public, data.shape, need_output=True)[: data.public_examples]
     if len(public) < study.num_predictions:
-        raise InputError(
-            data.public, f"holds {len(public)} examples, fewer than num_predictions {study.num_predictions}"
-        )
+        problem = f"holds {len(public)} examples, fewer than num_predictions {study.num_predictions}"
+        raise InputError(joined(data.public), problem)
     tokenizer = load_tokenizer(study.base_model.name)
-    own, few_shot = load_prompt(study.prompt), load_prompt("few-shot", study.shots, data.train)
+    own, few_shot = load_prompt(study.prompt), load_prompt("few-shot", study.shots, data.train, data.shape)
     shown = Prompt(few_shot.name, few_shot.template, tuple(train[-study.shots :]))
     prompts = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
     encoded = {

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from qlora.base.reference import resolve_base
 from qlora.config import InputError
-from qlora.data.examples import Example, examples_digest, load_examples
+from qlora.data.examples import examples_digest, load_examples, shape_in_words
 from qlora.data.prompts import EncodedExample, Prompt, load_prompt, prompt_file
+from qlora.data.row_shapes import Example
+from qlora.data.sources import joined
 from tuning.space import Space
 from workflows.sweep.folder import SweepFolder
 
@@ -26,6 +28,7 @@ class SweepInputs:
     """A sweep's files, read once.
 
     prompt_text: the template's file. digests: of train and public examples and of the prompt, by role.
+    shapes: what the rows of both hold, in words.
     """
 
     train: Sequence[Example]
@@ -33,6 +36,7 @@ class SweepInputs:
     prompt: Prompt
     prompt_text: str
     digests: Mapping[str, str]
+    shapes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,16 +80,21 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
         raise InputError("searcher", "optuna is not installed; pip install '.[optuna]', or use random search")
     resolve_base(space.base_model.name)
     prompt, path = load_prompt(space.prompt), prompt_file(space.prompt)
-    train = load_examples(space.data.train, need_output=True)[: space.data.train_examples]
-    public = load_examples(space.data.public, need_output=True)[: space.data.public_examples]
+    data = space.data
+    train = load_examples(data.train, data.shape, need_output=True)[: data.train_examples]
+    public = load_examples(data.public, data.shape, need_output=True)[: data.public_examples]
     digests = {"train": examples_digest(train), "public": examples_digest(public), "prompt": prompt.digest}
-    places = {"train": space.data.train, "public": space.data.public, "prompt": path}
+    places = {"train": joined(data.train), "public": joined(data.public), "prompt": path}
     for role, digest in sweep.digests.items():
         if digests[role] != digest:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
-    return SweepInputs(train, public, prompt, path.read_text(encoding="utf-8"), digests)
+    shapes = {
+        role: shape_in_words(places, data.shape)
+        for role, places in (("train", data.train), ("public", data.public))
+    }
+    return SweepInputs(train, public, prompt, path.read_text(encoding="utf-8"), digests, shapes)
 
 
 def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.data.sources import joined
 from qlora.files import write_json, write_text
 from reporting.sweep_page import verdict, write_sweep_page
 from tracking.links import pages_root
@@ -33,8 +34,8 @@ def describe(sweep: SweepFolder, prepared: PreparedSweep, hardware: str, tracker
     inputs, data = prepared.inputs, sweep.space.data
     parameters = {"space_file": sweep.space_file, **_flat(sweep.space.model_dump(mode="json"))}
     examples = {
-        "train": (data.train, inputs.digests["train"], len(inputs.train)),
-        "public": (data.public, inputs.digests["public"], len(inputs.public)),
+        "train": (joined(data.train), inputs.digests["train"], len(inputs.train)),
+        "public": (joined(data.public), inputs.digests["public"], len(inputs.public)),
     }
     describe_sweep(tracker, parameters, examples)
     facts = provenance(sweep.space, hardware, inputs.digests)
