@@ -16,7 +16,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 from inference.engine import Engine, make_engine
-from qlora.base.model import load_tokenizer
+from qlora.base.model import context_tokens, load_tokenizer
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, DecodingSettings
 from qlora.data.prompts import encode_prompt, load_prompt, too_long_problem
 from qlora.served import load_merged
@@ -52,8 +52,7 @@ class AdapterModel(PythonModel):
         prompts = [
             encode_prompt(self._tokenizer, self._prompt.render(text)) for text in model_input["instruction"]
         ]
-        text_config = self._model.config.get_text_config()
-        room = getattr(text_config, "max_position_embeddings", MAX_LENGTH_TOKENS) - decoding.max_new_tokens
+        room = (context_tokens(self._model.config) or MAX_LENGTH_TOKENS) - decoding.max_new_tokens
         for row, prompt in enumerate(prompts):
             if problem := too_long_problem(len(prompt), room):
                 raise ValueError(f"row {row}: {problem}")

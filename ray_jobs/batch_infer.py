@@ -35,16 +35,16 @@ def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
-    from qlora.base.model import base_revision, load_config, load_tokenizer
+    from qlora.base.model import base_revision, context_tokens, load_config, load_tokenizer
     from workflows.model_choice import choose_model
 
     model = choose_model(model_options(arguments, arguments.model or arguments.adapter))
     config = load_config(model.base.name)
     load_tokenizer(model.base.name)
-    context_tokens = getattr(config.get_text_config(), "max_position_embeddings", MAX_LENGTH_TOKENS)
-    room = context_tokens - decoding.max_new_tokens
+    context = context_tokens(config) or MAX_LENGTH_TOKENS
+    room = context - decoding.max_new_tokens
     if room < 1:
-        problem = f"{decoding.max_new_tokens} leaves no room for a prompt within {context_tokens}"
+        problem = f"{decoding.max_new_tokens} leaves no room for a prompt within {context}"
         raise InputError("options:max_new_tokens", problem)
     for line in model.overridden:
         print(line)

@@ -113,6 +113,7 @@ def model_options(arguments: argparse.Namespace, adapter: str | None) -> "ModelO
         shots=arguments.shots,
         shots_from=arguments.shots_from,
         shape=row_shape(arguments),
+        max_length=getattr(arguments, "max_length", None),
     )
 
 

@@ -18,11 +18,13 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
+from qlora.config import MAX_LENGTH_TOKENS
 from ray_jobs.cli import (
     CommandParser,
     add_data_options,
     add_model_options,
     model_options,
+    positive_int,
     row_shape,
     show_progress,
 )
@@ -48,6 +50,13 @@ def main() -> None:
         help="rows with answers: JSON, JSON Lines, CSV, Parquet or Arrow; several files are one set",
     )
     add_data_options(parser)
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
+        f"was measured, else {MAX_LENGTH_TOKENS}; never more than the base has positions for)",
+    )
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
     arguments = parser.parse_args()
 
@@ -58,17 +67,20 @@ def main() -> None:
 
     shape = row_shape(arguments)
     examples = load_examples(arguments.data, shape, need_output=True)
-    from qlora.base.model import load_config, load_tokenizer
-    from qlora.data.prompts import encode_examples
+    from qlora.base.model import load_config, load_tokenizer, longest_example
+    from qlora.data.prompts import cut_in_words, encode_examples
     from qlora.packed.attention import check_base
     from workflows.model_choice import choose_model
 
     model_choice = choose_model(model_options(arguments, arguments.adapter))
     base, prompt = model_choice.base, model_choice.prompt
-    check_base(load_config(base.name), base.name)
-    encoded = encode_examples(load_tokenizer(base.name), prompt, examples, arguments.data)
-    for line in model_choice.overridden:
-        print(line)
+    config = load_config(base.name)
+    check_base(config, base.name)
+    max_length = longest_example(config, model_choice.max_length)
+    encoded = encode_examples(load_tokenizer(base.name), prompt, examples, arguments.data, max_length)
+    for line in (*model_choice.overridden, cut_in_words(encoded)):
+        if line:
+            print(line)
 
     values, mean, dtype = _measure(model_choice, encoded)
     digest = examples_digest(examples)
@@ -79,6 +91,7 @@ def main() -> None:
         "dtype": dtype,
         "data": joined(arguments.data),
         "data_digest": digest,
+        "max_length": max_length,
         "prompt": prompt.name,
         "prompt_digest": prompt.digest,
         "shots": arguments.shots,

@@ -1,6 +1,7 @@
 """The plan counts what is there, finds room for trials, and refuses what can't fit before anything starts."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,14 @@ def test_a_plan_in_words():
     assert unstopped.seconds == pytest.approx(unstopped.seconds_without_stopping)
     assert "planned, 3.0 GiB measured" in compare_with_run(plan, 3.0, 100)
     assert "no GPU here" in describe_plan(chosen, TRAIN, PUBLIC, SHAPES, None)
+
+
+def test_cut_examples_are_counted_in_the_plan():
+    cut = [replace(example, is_cut=number < 2) for number, example in enumerate(TRAIN)]
+    words = describe_plan(space(max_length=64), cut, PUBLIC, SHAPES, None)
+    longest = max(example.num_tokens for example in cut[:2])
+    train, public = (line for line in words.splitlines() if line.startswith(("train", "public")))
+    assert train.endswith(f"on average, 2 cut at {longest} tokens") and "cut" not in public
 
 
 def test_this_device_is_looked_at():

@@ -160,6 +160,18 @@ def test_perplexities_are_compared_under_one_tokenizer_only(store, tiny_base):
     assert not untold.is_champion, "a version that does not say has to have the same base"
 
 
+def test_perplexities_are_compared_at_one_length_only(store, tiny_base):
+    def register(number, perplexity, **facts):
+        run, uri = logged(store, tiny_base, f"cut{number}", seed=number)
+        return registry.register("cut", uri, run, perplexity, "d", {"base_model": "a", **facts})
+
+    before = register(30, 5.0)  # versions did not say so once, and were cut at 2048
+    shorter = register(31, 1.0, max_length="64")
+    same = register(32, 4.0, max_length="2048")
+    assert [one.is_champion for one in (before, shorter, same)] == [True, False, True]
+    assert "cut at 2048 tokens, this at 64" in shorter.reason
+
+
 def test_an_adapter_that_is_no_better_than_its_base_is_never_champion(store, tiny_base):
     def register(number, perplexity):
         run, uri = logged(store, tiny_base, f"weak{number}", seed=number)

@@ -24,6 +24,7 @@ CHAMPION = "champion"
 _HISTORY, _OPEN = "champions", "champion_change"
 _NUM_REMEMBERED = 200
 _VERDICT = "Champion: "
+_FIRST_MAX_LENGTH = "2048"  # of versions from before they said so
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
         return False, (
             f"champion version {present.version} was measured on other public examples; "
             "measure both on one file with ray_jobs/evaluate.py"
+        )
+    lengths = [one.tags.get("max_length", _FIRST_MAX_LENGTH) for one in (present, version)]
+    if lengths[0] != lengths[1]:
+        return False, (
+            f"champion version {present.version} was measured on examples cut at {lengths[0]} tokens, "
+            f"this at {lengths[1]}; measure both alike with ray_jobs/evaluate.py --max-length"
         )
     if not _same_tokenizer(present, version):
         return False, (

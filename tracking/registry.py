@@ -61,8 +61,9 @@ def register(
 ) -> Registration:
     """Make a logged model the newest version of a registered one, and champion if it beats the present one.
 
-    Champions are compared on the same public examples, told by `public_digest`, and with the same tokenizer
-    (fact `tokenizer_digest`) only, and have to beat the base alone (fact `zero_shot_public_perplexity`).
+    Champions are compared on the same public examples only, told by `public_digest`, cut at the same length
+    (fact `max_length`) and read by the same tokenizer (fact `tokenizer_digest`), and have to beat the base
+    alone (fact `zero_shot_public_perplexity`).
     Registering the same run's adapter again changes nothing.
     """
     client = connect()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from qlora.data.prompts import EncodedExample
+from qlora.data.prompts import EncodedExample, cut_in_words
 from qlora.data.sources import joined
 from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
@@ -47,9 +47,9 @@ def _work_lines(
     lines = [
         f"base        {space.base_model.name} ({space.base_model.quantization}, {space.base_model.dtype})",
         f"train       {len(train)} examples of {joined(space.data.train)} ({shapes['train']}), "
-        f"{mean_tokens:.0f} tokens on average",
+        f"{mean_tokens:.0f} tokens on average{_cut(train)}",
         f"public      {len(public)} examples of {joined(space.data.public)} ({shapes['public']}); "
-        f"all prompts share {prefix} tokens",
+        f"all prompts share {prefix} tokens{_cut(public)}",
         f"search      {searched}",
         f"trials      {space.num_trials} by {space.searcher.type} search",
         f"epoch       {steps_per_epoch} steps of {fixed.batch_size} examples",
@@ -60,6 +60,11 @@ def _work_lines(
         keeps = f"keeps 1 of {space.scheduler.reduction_factor:g}"
         lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}")
     return lines
+
+
+def _cut(examples: Sequence[EncodedExample]) -> str:
+    words = cut_in_words(examples)
+    return words and f", {words}"
 
 
 def _plan_lines(plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config import (
+    MAX_LENGTH_TOKENS,
     MAX_SEED,
     BaseModelSettings,
     DataPlaces,
@@ -125,12 +126,14 @@ class Space(Settings):
     """A whole search space file. `trial` holds fixed settings, `search` a sampler for each searched one.
 
     `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds
-    room for; it takes the place of resources_per_trial.gpu.
+    room for; it takes the place of resources_per_trial.gpu. max_length: tokens of an example, prompt and
+    answer, behind which it is cut.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
     prompt: str = "default"
+    max_length: int = Field(MAX_LENGTH_TOKENS, ge=2)
     trial: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, dict[str, Any]]
     num_samples: int = Field(8, ge=1)

@@ -7,7 +7,7 @@ option says otherwise, and what an option overrides is told.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora.config import BaseModelSettings, InputError, validated
+from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, validated
 from qlora.data.prompts import Prompt, load_prompt
 from qlora.data.row_shapes import AS_FOUND, RowShape
 from qlora.lora.peft_folder import adapter_base, check_adapter
@@ -44,18 +44,21 @@ class ModelOptions:
     shots: int = 0
     shots_from: str | None = None
     shape: RowShape = AS_FOUND
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
 class ModelChoice:
     """The model to work with.
 
-    overridden: a line for each thing that an option has in place of the version's own.
+    max_length: tokens where examples are cut to be scored, unless the base's context is shorter. overridden:
+    a line for each thing that an option has in place of the version's own.
     """
 
     base: BaseModelSettings
     adapter: NamedAdapter | None
     prompt: Prompt
+    max_length: int
     overridden: tuple[str, ...]
 
     @property
@@ -89,6 +92,10 @@ def choose_model(options: ModelOptions) -> ModelChoice:
         own = {
             "base model": (version.base_model, options.base_model),
             "quantization": (version.quantization, options.quantization),
+            "max length": (
+                version.tags.get("max_length"),
+                None if options.max_length is None else str(options.max_length),
+            ),
         }
         for name, (registered, asked) in own.items():
             if asked is not None and registered is not None and asked != registered:
@@ -99,7 +106,9 @@ def choose_model(options: ModelOptions) -> ModelChoice:
                 overridden.append(f"prompt {asked}, in place of {named}, {served}")
             elif digest is not None and prompt.digest != digest:
                 overridden.append(f"prompt {asked} as it reads now, in place of its text {served}")
-    return ModelChoice(base, adapter, prompt, tuple(overridden))
+    own_length = version.tags.get("max_length", "") if version is not None else ""
+    max_length = options.max_length or (int(own_length) if own_length.isdecimal() else MAX_LENGTH_TOKENS)
+    return ModelChoice(base, adapter, prompt, max_length, tuple(overridden))
 
 
 def _base_settings(options: ModelOptions, adapter: NamedAdapter | None) -> BaseModelSettings:

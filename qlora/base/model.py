@@ -26,6 +26,7 @@ from qlora.base.reference import BaseReference, resolve_base
 from qlora.config import BaseModelSettings, InputError
 
 _log = logging.getLogger(__name__)
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,18 @@ def load_config(name: str) -> Any:
 def base_revision(config: Any) -> str | None:
     """Return the hub commit that a config was loaded from, or None for a local or embedded base."""
     return getattr(config, "_commit_hash", None)
+
+
+def context_tokens(config: Any) -> int | None:
+    """Return how many tokens a base has positions for, as its config says; None if it does not."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in _CONTEXT_NAMES)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def longest_example(config: Any, max_length: int) -> int:
+    """Return where examples are cut, in tokens: `max_length`, or a base's context if that is shorter."""
+    return min(max_length, context_tokens(config) or max_length)
 
 
 def attention_shape(config: Any) -> AttentionShape:

@@ -85,11 +85,13 @@ class EncodedExample:
 
     `prompt` starts with BOS if the tokenizer has one; `answer` ends with EOS unless the example was cut.
     Plain text is all answer but for what its first token is predicted from: BOS, or itself without one.
+    is_cut: the answer is not whole.
     """
 
     id: Id
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    is_cut: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -187,8 +189,15 @@ def encode_examples(
                 f"the prompt has {len(prompt_ids)} tokens, which leaves no answer within "
                 f"{max_length_tokens}; shorten the instruction or the prompt",
             )
-        encoded.append(EncodedExample(example.id, prompt_ids, answer_ids[:room]))
+        is_cut = room < len(answer_ids)
+        encoded.append(EncodedExample(example.id, prompt_ids, answer_ids[:room], is_cut))
     return encoded
+
+
+def cut_in_words(examples: Sequence[EncodedExample]) -> str:
+    """Say how many examples are cut, and where; nothing if none is."""
+    cut = [example.num_tokens for example in examples if example.is_cut]
+    return f"{len(cut)} cut at {max(cut)} tokens" if cut else ""
 
 
 def too_long_problem(num_tokens: int, max_prompt_tokens: int) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from qlora.config import (
+    MAX_LENGTH_TOKENS,
     MAX_SEED,
     BaseModelSettings,
     InputError,
@@ -47,6 +48,7 @@ class Study(Settings):
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
     prompt: str = "default"
+    max_length: int = Field(MAX_LENGTH_TOKENS, ge=2)
     trial: dict[str, Any] = Field(default_factory=dict)
     stages: tuple[str, ...] = ("1+1+3", "1+1+1+1+1+1")
     shots: int = Field(3, ge=1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.scores import Scores
-from qlora.base.model import load_config, load_tokenizer
+from qlora.base.model import load_config, load_tokenizer, longest_example
 from qlora.config import DecodingSettings, InputError
 from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
@@ -58,7 +58,9 @@ class PreparedStudy:
 def prepare_study(study: Study) -> PreparedStudy:
     """Read and tokenise a study's data. Raises InputError for a base, a prompt or data that can't be had."""
     data = study.data
-    check_base(load_config(study.base_model.name), study.base_model.name)
+    config = load_config(study.base_model.name)
+    check_base(config, study.base_model.name)
+    limit = longest_example(config, study.max_length)
     train = load_examples(data.train, data.shape, need_output=True)[: data.train_examples]
     public = load_examples(data.public, data.shape, need_output=True)[: data.public_examples]
     if len(public) < study.num_predictions:
@@ -69,9 +71,10 @@ def prepare_study(study: Study) -> PreparedStudy:
     shown = Prompt(few_shot.name, few_shot.template, tuple(train[-study.shots :]))
     prompts = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
     encoded = {
-        kind: encode_examples(tokenizer, prompt, public, data.public) for kind, prompt in prompts.items()
+        kind: encode_examples(tokenizer, prompt, public, data.public, limit)
+        for kind, prompt in prompts.items()
     }
-    encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train)
+    encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train, limit)
     digests = {
         "train": examples_digest(train),
         "public": examples_digest(public),

@@ -41,11 +41,15 @@ class SweepInputs:
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The facts of a base that are known without its weights. revision: a hub commit."""
+    """The facts of a base that are known without its weights.
+
+    revision: a hub commit. max_length: tokens where examples are cut for it.
+    """
 
     size: "ModelSize"
     revision: str | None
     tokenizer_digest: str
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
 
     Raises InputError for bad data or a base that can't be had.
     """
-    from qlora.base.model import base_revision, load_config, load_tokenizer, tokenizer_digest
+    from qlora.base.model import base_revision, load_config, load_tokenizer, longest_example, tokenizer_digest
     from qlora.data.prompts import encode_examples
     from qlora.lora.peft_folder import AdapterFiles
     from qlora.packed.attention import check_base
@@ -116,11 +120,12 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
         problem = f"{config.model_type} has no linear layers for an adapter to target; choose another base"
         raise InputError(space.base_model.name, problem)
     tokenizer = load_tokenizer(space.base_model.name)
+    limit = longest_example(config, space.max_length)
     return PreparedSweep(
         space,
         inputs,
-        train=encode_examples(tokenizer, inputs.prompt, inputs.train, space.data.train),
-        public=encode_examples(tokenizer, inputs.prompt, inputs.public, space.data.public),
-        base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer)),
+        train=encode_examples(tokenizer, inputs.prompt, inputs.train, space.data.train, limit),
+        public=encode_examples(tokenizer, inputs.prompt, inputs.public, space.data.public, limit),
+        base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer), limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
     )

@@ -72,6 +72,7 @@ def register_best(
         "continued_from": sweep.start[0] if sweep.start else None,
         "base_revision": prepared.base.revision,
         "base_digest": base_digest,
+        "max_length": str(prepared.base.max_length),
     }
     known = {key: value for key, value in facts.items() if value}
     write_text(best.folder / "README.md", model_card(space, best.record, zero_shot, digests))
