@@ -18,18 +18,16 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from inference.output_files import output_file
 from inference.rows import RowStore
 from qlora.config import InputError
-from qlora.data.row_shapes import Example, Id
+from qlora.data.row_shapes import Example
 from qlora.failpoints import durable
 from qlora.files import replacing, write_json
 
-_WRITE_ROWS = 1000
 _SYNC_SECONDS = 1.0  # a machine that loses its power loses no more work than of this time
 _START, _END = len('["01234567", '), len("]\n")  # of a line, around its content
 
@@ -238,7 +236,7 @@ def write_predictions(
     that text.
     """
     errors: list[dict[str, Any]] = []
-    with output_file(path, partial(_ids, rows)) as add:
+    with output_file(path, lambda: (example.id for example in rows.all())) as add:
         for number, (example, text, error) in enumerate(_in_order(rows, journal)):
             if error is None:
                 each(example, text or "")
@@ -258,15 +256,7 @@ def beside(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{kind}.json")
 
 
-def _ids(rows: RowStore) -> Iterator[Id]:
-    """Read the ids of all rows, so many rows at a time."""
-    for start in range(0, len(rows), _WRITE_ROWS):
-        yield from (example.id for example in rows.read(start, min(start + _WRITE_ROWS, len(rows))))
-
-
 def _in_order(rows: RowStore, journal: Journal) -> Iterator[tuple[Example, str | None, str | None]]:
-    """Read each row's example, text and error, in input order, so many rows at a time."""
-    for start in range(0, len(rows), _WRITE_ROWS):
-        end = min(start + _WRITE_ROWS, len(rows))
-        for number, example in enumerate(rows.read(start, end), start):
-            yield example, *journal.read(number)
+    """Read each row's example, text and error, in input order."""
+    for number, example in enumerate(rows.all()):
+        yield example, *journal.read(number)

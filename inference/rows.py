@@ -9,7 +9,7 @@ Refuses to know prompts and models.
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from qlora.data.examples import as_json, checked_examples, from_json
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.sources import Places
 from qlora.files import replacing
+
+_FEW_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class RowStore:
     def read(self, start: int, end: int) -> list[Example]:
         """Read rows start .. end - 1."""
         return self.read_some(range(start, end))
+
+    def all(self) -> Iterator[Example]:
+        """Read all rows, a few at a time."""
+        for start in range(0, len(self), _FEW_ROWS):
+            yield from self.read(start, min(start + _FEW_ROWS, len(self)))
 
     def read_some(self, numbers: Sequence[int]) -> list[Example]:
         """Read the rows with these numbers, ascending, and no others."""

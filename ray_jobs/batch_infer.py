@@ -36,7 +36,7 @@ def main() -> None:
     arguments = _arguments()
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, context_tokens, load_config, load_tokenizer
-    from workflows.model_choice import choose_model
+    from workflows.model_choice import choose_model, trained_on_in_words
 
     model = choose_model(model_options(arguments, arguments.model or arguments.adapter))
     config = load_config(model.base.name)
@@ -74,6 +74,8 @@ def main() -> None:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
         facts = model_facts(work, uri, base_revision(config))
+        if seen := trained_on_in_words(model, rows.all(), len(rows)):
+            print(seen)
         if not arguments.quiet:
             show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
         try:

@@ -70,7 +70,7 @@ def main() -> None:
     from qlora.base.model import load_config, load_tokenizer, longest_example
     from qlora.data.prompts import cut_in_words, encode_examples
     from qlora.packed.attention import check_base
-    from workflows.model_choice import choose_model
+    from workflows.model_choice import choose_model, trained_on_in_words
 
     model_choice = choose_model(model_options(arguments, arguments.adapter))
     base, prompt = model_choice.base, model_choice.prompt
@@ -78,7 +78,8 @@ def main() -> None:
     check_base(config, base.name)
     max_length = longest_example(config, model_choice.max_length)
     encoded = encode_examples(load_tokenizer(base.name), prompt, examples, arguments.data, max_length)
-    for line in (*model_choice.overridden, cut_in_words(encoded)):
+    seen = trained_on_in_words(model_choice, examples, len(examples))
+    for line in (*model_choice.overridden, cut_in_words(encoded), seen):
         if line:
             print(line)
 

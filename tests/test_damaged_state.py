@@ -88,7 +88,7 @@ def sweep(results, tiny_base, write_rows) -> Path:
     path.write_text(yaml.safe_dump(good_space(tiny_base, write_rows)), encoding="utf-8")
     found = plan_sweep(results / "begun", str(path), [])
     inputs = read_inputs(found)
-    found.claim(inputs.digests, inputs.prompt_text)
+    found.claim(inputs.digests, inputs.prompt_text, inputs.sets)
     Ledger(results / "begun/trials").put(TrialRecord("42_00000", CONFIG, "running", (POINT,)))
     return results / "begun"
 
@@ -146,7 +146,7 @@ def test_the_adapter_that_trials_go_on_from(damage, sweep, resume):
     start.mkdir()
     (start / "adapter_config.json").write_text("{}")
     begun = replace(found, digests={}, start=("models:/tiny/1", start))
-    begun.claim(found.digests, found.prompt_file.read_text())
+    begun.claim(found.digests, found.prompt_file.read_text(), read_inputs(found).sets)
     reopen_sweep(sweep)
     if damage == "missing":
         shutil.rmtree(sweep / "start")

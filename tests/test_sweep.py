@@ -181,8 +181,9 @@ def test_the_champion_serves_evaluation_and_inference_as_it_was_trained(project,
     """
     best = sweep[2]["best"]
     assert best["model_uri"] == "models:/tiny/1"
-    asked = ["--adapter", "models:/tiny@champion", "--data", "public.json", "--output", "out/evaluation.json"]
-    finished(command(project, "evaluate", *asked))
+    kept = "results/one/public.jsonl"
+    asked = ["--adapter", "models:/tiny@champion", "--data", kept, "--output", "out/evaluation.json"]
+    assert "8 of 8 rows ask what the adapter was trained on" in finished(command(project, "evaluate", *asked))
     evaluation = json.loads((project / "out/evaluation.json").read_text())
     assert evaluation["mean_perplexity"] == pytest.approx(best["public_perplexity"], rel=1e-5)
     assert evaluation["count"] == len(evaluation["perplexities"]) == 8
@@ -194,6 +195,7 @@ def test_the_champion_serves_evaluation_and_inference_as_it_was_trained(project,
     out = finished(command(project, "batch_infer", *asked, "--max-new-tokens", "6"))
     assert "8 rows (8 generated now" in out
     assert "in place of" not in out
+    assert "8 of 8 rows ask what the adapter was trained on" in out
     assert "chrf" in out
     meta = json.loads((project / "out/outputs.json.meta.json").read_text())
     assert meta["model_uri"] == "models:/tiny/1"
@@ -216,8 +218,11 @@ def test_the_champion_serves_evaluation_and_inference_as_it_was_trained(project,
 
 @pytest.mark.slow
 def test_options_override_a_version_and_say_so(project, sweep):
-    asked = ["--adapter", "models:/tiny@champion", "--data", "public.json", "--output", "out/other.json"]
+    data = ["--data", "public.json", "train.json", "--max-length", "300", "--output", "out/other.json"]
+    asked = ["--adapter", "models:/tiny@champion", *data]
     out = finished(command(project, "evaluate", *asked, "--prompt", "default", "--quantization", "nf4"))
+    assert "24 of 24 rows ask what the adapter was trained on" in out
+    assert "max length 300, in place of 2048" in out
     assert "prompt default, in place of plain.yaml, which models:/tiny/1 is served with" in out
     assert "quantization nf4, in place of none" in out
     settings = json.loads((project / "out/other.json").read_text())["settings"]

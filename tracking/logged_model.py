@@ -35,24 +35,27 @@ class ModelFiles:
     """The files that a model is made of.
 
     adapter: its PEFT folder. prompt: its template's YAML file. script: what serves it. code: the packages
-    that the script imports.
+    that the script imports. trained_on: what tells what its training examples ask, if that is known.
     """
 
     adapter: Path
     prompt: Path
     script: Path
     code: Sequence[Path]
+    trained_on: Path | None = None
 
 
 @dataclass(frozen=True)
 class FetchedModel:
     """A model's files on this machine.
 
-    adapter: its PEFT folder. prompt: its template's file. settings: what its script is given.
+    adapter: its PEFT folder. prompt: its template's file. trained_on: what tells what its training examples
+    ask. settings: what its script is given.
     """
 
     adapter: Path
     prompt: Path | None
+    trained_on: Path | None
     settings: Mapping[str, str]
 
 
@@ -108,14 +111,17 @@ def fetch_model(source: str) -> FetchedModel:
     """
     root = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri()))
     if not (root / "MLmodel").exists():
-        return FetchedModel(root, None, {})
+        return FetchedModel(root, None, None, {})
     try:
         content = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))
         flavor = content["flavors"]["python_function"]
         artifacts, config = flavor["artifacts"], flavor.get("config") or {}
         adapter = _within(root, artifacts["adapter"]["path"])
-        prompt = _within(root, artifacts["prompt"]["path"]) if "prompt" in artifacts else None
-        return FetchedModel(adapter, prompt, dict(config))
+        prompt, trained_on = (
+            _within(root, artifacts[name]["path"]) if name in artifacts else None
+            for name in ("prompt", "trained_on")
+        )
+        return FetchedModel(adapter, prompt, trained_on, dict(config))
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, OSError):
         raise InputError(source, "is no model with an adapter of its own: its MLmodel names none") from None
 
@@ -164,6 +170,7 @@ def _upload(
         run_id=run_id,
         metadata=dict(metadata),
     )
+    artifacts = {"adapter": files.adapter, "prompt": files.prompt, "trained_on": files.trained_on}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         mlflow.pyfunc.save_model(
@@ -172,7 +179,7 @@ def _upload(
             python_model=str(files.script),
             model_config=dict(settings),
             signature=_SIGNATURE,
-            artifacts={"adapter": str(files.adapter), "prompt": str(files.prompt)},
+            artifacts={name: str(place) for name, place in artifacts.items() if place},
             code_paths=[str(one) for one in files.code],
             input_example=pandas.DataFrame({"instruction": [example]}),
             pip_requirements=requirements,

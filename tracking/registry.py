@@ -37,12 +37,14 @@ _READY, _UNKNOWN, _NO_NAME = "READY", "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAME
 class RegisteredAdapter:
     """A version of the registry on this machine.
 
-    folder: its PEFT folder. prompt: the file of the prompt that it was trained with. model_uri: its fixed
-    URI. base_model, quantization: what it is served on. model_id: of its logged model, if it has one.
+    folder: its PEFT folder. prompt: the file of the prompt that it was trained with. trained_on: what tells
+    what its training examples ask. model_uri: its fixed URI. base_model, quantization: what it is served on.
+    model_id: of its logged model, if it has one.
     """
 
     folder: Path
     prompt: Path | None
+    trained_on: Path | None
     model_uri: str
     tags: Mapping[str, str]
     base_model: str | None
@@ -199,6 +201,7 @@ def _fetched(source: str, uri: str, tags: Mapping[str, str], model_id: str | Non
     return RegisteredAdapter(
         folder=model.adapter,
         prompt=model.prompt,
+        trained_on=model.trained_on,
         model_uri=uri,
         tags=tags,
         base_model=tags.get("base_model") or model.settings.get("base_model"),

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from qlora.data.prompts import EncodedExample, cut_in_words
-from qlora.data.sources import joined
 from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
 from tuning.plan import Plan, gib
@@ -15,14 +14,14 @@ def describe_plan(
     space: Space,
     train: Sequence[EncodedExample],
     public: Sequence[EncodedExample],
-    shapes: Mapping[str, str],
+    words: Mapping[str, str],
     plan: Plan | None,
 ) -> str:
     """Describe base, data, trials, schedule lengths and rungs, memory, disk and time.
 
-    `shapes`: what the rows of train and public hold, in words. Without a plan, what needs none.
+    `words`: what the rows of train and public hold. Without a plan, what needs none.
     """
-    lines = [*_work_lines(space, train, public, shapes), *(_plan_lines(plan) if plan else [])]
+    lines = [*_work_lines(space, train, public, words), *(_plan_lines(plan) if plan else [])]
     if plan is None:
         lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
@@ -35,7 +34,7 @@ def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
 
 
 def _work_lines(
-    space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], shapes: Mapping[str, str]
+    space: Space, train: Sequence[EncodedExample], public: Sequence[EncodedExample], words: Mapping[str, str]
 ) -> list[str]:
     prefix = whole_group([*train, *public]).prefix_length
     mean_tokens = sum(example.num_tokens for example in train) / len(train)
@@ -46,9 +45,9 @@ def _work_lines(
     )
     lines = [
         f"base        {space.base_model.name} ({space.base_model.quantization}, {space.base_model.dtype})",
-        f"train       {len(train)} examples of {joined(space.data.train)} ({shapes['train']}), "
+        f"train       {len(train)} examples of {space.data.train_name} ({words['train']}), "
         f"{mean_tokens:.0f} tokens on average{_cut(train)}",
-        f"public      {len(public)} examples of {joined(space.data.public)} ({shapes['public']}); "
+        f"public      {len(public)} examples of {space.data.public_name} ({words['public']}); "
         f"all prompts share {prefix} tokens{_cut(public)}",
         f"search      {searched}",
         f"trials      {space.num_trials} by {space.searcher.type} search",

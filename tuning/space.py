@@ -22,6 +22,7 @@ from qlora.config import (
     validated,
 )
 from qlora.data.row_shapes import Format, RowShape
+from qlora.data.sources import joined
 from qlora.files import read_yaml
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
 
@@ -41,14 +42,22 @@ def checked_name(name: str) -> str:
     return name
 
 
+class PublicShare(Settings):
+    """A share of the training set that is held out to measure public perplexity on."""
+
+    fraction: Number = Field(gt=0, lt=1)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+
+
 class DataSettings(Settings):
     """Data sets, what their rows hold, and how many of their first examples to use (all by default).
 
-    A set is a file, a URI or a list of them. format, columns: see RowShape.
+    A set is a file, a URI or a list of them; the public one may be a share of the training set. format,
+    columns: see RowShape.
     """
 
     train: DataPlaces
-    public: DataPlaces
+    public: PublicShare | DataPlaces
     format: Literal["auto"] | Format = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     train_examples: int | None = Field(None, ge=1)
@@ -58,6 +67,18 @@ class DataSettings(Settings):
     def _shape_fits(self) -> Self:
         assert self.shape, "built to be checked"
         return self
+
+    @property
+    def train_name(self) -> str:
+        """Return what the training set is called."""
+        return joined(self.train)
+
+    @property
+    def public_name(self) -> str:
+        """Return what the public set is called."""
+        if isinstance(self.public, PublicShare):
+            return f"{self.public.fraction:g} of {self.train_name}, held out with seed {self.public.seed}"
+        return joined(self.public)
 
     @property
     def shape(self) -> RowShape:

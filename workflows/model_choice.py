@@ -4,12 +4,14 @@ A registered version knows how it is served: base, quantisation and prompt are t
 option says otherwise, and what an option overrides is told.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, validated
 from qlora.data.prompts import Prompt, load_prompt
-from qlora.data.row_shapes import AS_FOUND, RowShape
+from qlora.data.row_shapes import AS_FOUND, Example, RowShape
+from qlora.data.split import count_asked, read_keys
 from qlora.lora.peft_folder import adapter_base, check_adapter
 from tracking.registry import RegisteredAdapter, fetch_adapter, is_model_uri
 
@@ -70,6 +72,14 @@ class ModelChoice:
     def registered(self) -> RegisteredAdapter | None:
         """Return the version of the registry, if that is what was named."""
         return self.adapter.registered if self.adapter else None
+
+
+def trained_on_in_words(choice: ModelChoice, examples: Iterable[Example], num_examples: int) -> str:
+    """Say how many examples ask what a registered adapter was trained on; nothing if none does."""
+    if choice.registered is None or choice.registered.trained_on is None:
+        return ""
+    known = count_asked(examples, read_keys(choice.registered.trained_on))
+    return f"{known} of {num_examples} rows ask what the adapter was trained on" if known else ""
 
 
 def find_adapter(adapter: str) -> NamedAdapter:

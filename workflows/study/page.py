@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.data.sources import joined
 from qlora.provenance import git_commit, package_versions
 from reporting.study_page import StudyReport, write_study_page
 from tracking.links import pages_root, run_link
@@ -25,7 +24,7 @@ def publish_study(
     Returns what to tell people.
     """
     study, page = prepared.study, folder / "study.html"
-    drawn = random.Random(study.seed).sample(range(len(prepared.public)), study.num_predictions)
+    drawn = random.Random(study.seed).sample(range(len(prepared.sets.public)), study.num_predictions)
     write_study_page(page, study_report(name, prepared, found, sorted(drawn)))
     runs = metrics_of(study, found)
     experiment_id, run_id = note_study(_EXPERIMENT, name, study_id, runs, page)
@@ -48,7 +47,7 @@ def study_report(
     examples = []
     for index in chosen:
         texts = {label: found[f"text {key}"]["texts"][index] for key, label in kinds.items()}
-        example = prepared.public[index]
+        example = prepared.sets.public[index]
         examples.append((example.instruction, example.output or "", texts))
     by_prompt = reported.prompts if reported else {}
     return StudyReport(
@@ -65,8 +64,8 @@ def study_report(
         examples=examples,
         facts={
             "commit": git_commit(),
-            "train": f"{joined(study.data.train)} ({len(prepared.train)} examples)",
-            "public": f"{joined(study.data.public)} ({len(prepared.public)} examples)",
+            "train": f"{study.data.train_name} ({len(prepared.sets.train)} examples)",
+            "public": f"{study.data.public_name} ({len(prepared.sets.public)} examples)",
             "trial": study.trial,
             "seed": study.seed,
             "engine": found["text zero-shot"]["engine"],

@@ -17,15 +17,13 @@ from typing import Any
 from inference.scores import Scores
 from qlora.base.model import load_config, load_tokenizer, longest_example
 from qlora.config import DecodingSettings, InputError
-from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
-from qlora.data.row_shapes import Example
-from qlora.data.sources import joined
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json
 from qlora.lora.peft_folder import AdapterFiles, check_adapter
 from qlora.packed.attention import check_base
 from qlora.perplexity import mean_perplexity
+from workflows.data_sets import DataSets, read_data
 from workflows.session import FailedError
 from workflows.study.settings import Study, name_of
 from workflows.worker import Worker, generate_texts, measure_perplexities, train_stage
@@ -49,8 +47,7 @@ class PreparedStudy:
     """
 
     study: Study
-    train: Sequence[Example]
-    public: Sequence[Example]
+    sets: DataSets
     encoded: Mapping[str, Sequence[EncodedExample]]
     digests: Mapping[str, str]
 
@@ -61,27 +58,22 @@ def prepare_study(study: Study) -> PreparedStudy:
     config = load_config(study.base_model.name)
     check_base(config, study.base_model.name)
     limit = longest_example(config, study.max_length)
-    train = load_examples(data.train, data.shape, need_output=True)[: data.train_examples]
-    public = load_examples(data.public, data.shape, need_output=True)[: data.public_examples]
+    sets = read_data(data)
+    train, public = sets.train, sets.public
     if len(public) < study.num_predictions:
         problem = f"holds {len(public)} examples, fewer than num_predictions {study.num_predictions}"
-        raise InputError(joined(data.public), problem)
+        raise InputError(data.public_name, problem)
     tokenizer = load_tokenizer(study.base_model.name)
     own, few_shot = load_prompt(study.prompt), load_prompt("few-shot", study.shots, data.train, data.shape)
     shown = Prompt(few_shot.name, few_shot.template, tuple(train[-study.shots :]))
     prompts = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
     encoded = {
-        kind: encode_examples(tokenizer, prompt, public, data.public, limit)
+        kind: encode_examples(tokenizer, prompt, public, data.public_name, limit)
         for kind, prompt in prompts.items()
     }
     encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train, limit)
-    digests = {
-        "train": examples_digest(train),
-        "public": examples_digest(public),
-        "prompt": own.digest,
-        "few_shot_prompt": shown.digest,
-    }
-    return PreparedStudy(study, train, public, encoded, digests)
+    digests = {**sets.digests, "prompt": own.digest, "few_shot_prompt": shown.digest}
+    return PreparedStudy(study, sets, encoded, digests)
 
 
 class StudySteps:
@@ -102,6 +94,7 @@ class StudySteps:
         mine = {"study": self._study.model_dump(mode="json"), **self._prepared.digests}
         if not path.exists():
             study_id = uuid.uuid4().hex
+            self._prepared.sets.keep_public(self._folder)
             write_json(path, {"study_id": study_id, **mine})
             return study_id
         mend = "choose another --name, or remove the folder"
@@ -182,7 +175,7 @@ class StudySteps:
             prompts = [example.prompt for example in self._prepared.encoded[kind]]
             found = self._worker.do(generate_texts, self._study.base_model, adapter, prompts, decoding)
             scores = Scores()
-            for text, example in zip(found["texts"], self._prepared.public, strict=True):
+            for text, example in zip(found["texts"], self._prepared.sets.public, strict=True):
                 scores.add(text, example.output or "")
             return {
                 **found,

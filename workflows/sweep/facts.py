@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora.base.reference import split_revision
-from qlora.data.sources import joined
 from qlora.provenance import git_commit, package_versions
 from reporting.sweep_page import SweepReport, TrialReport
 from tuning.ledger import TrialRecord, share_of_epochs_saved
@@ -54,9 +53,9 @@ tags: [lora, qlora]
 
 # LoRA adapter of trial {record.trial_id}
 
-Trained on `{joined(space.data.train)}` for the base `{space.base_model.name}` in
+Trained on `{space.data.train_name}` for the base `{space.base_model.name}` in
 {space.base_model.quantization}. Public perplexity, the mean over the examples of
-`{joined(space.data.public)}` of exp(mean NLL of the answer tokens and EOS): **{found:.5g}** after {epochs:g}
+`{space.data.public_name}` of exp(mean NLL of the answer tokens and EOS): **{found:.5g}** after {epochs:g}
 epochs; the base alone has {zero_shot:.5g}. Load it with `PeftModel.from_pretrained(base_model, folder)`;
 prompts are those of the template `{space.prompt}`.
 
@@ -84,8 +83,8 @@ def sweep_report(
         "search": space.search,
         "scheduler": space.scheduler.model_dump(mode="json"),
         "seed": space.seed,
-        "train": f"{joined(data.train)} ({data.train_examples or 'all'} examples)",
-        "public": f"{joined(data.public)} ({data.public_examples or 'all'} examples)",
+        "train": f"{data.train_name} ({data.train_examples or 'all'} examples)",
+        "public": f"{data.public_name} ({data.public_examples or 'all'} examples)",
     }
     shown = {
         key.removeprefix("mlflow.source.").removeprefix("version."): value

@@ -4,6 +4,7 @@ Loads nothing heavy.
 
     results/NAME/sweep.json    id, settings, digests of data and prompt, written before anything runs
     results/NAME/prompt.yaml   the prompt's template as it was then
+    results/NAME/public.jsonl  the examples that public perplexity is measured on
     results/NAME/start/        the adapter that trials go on from, if there is one
     results/NAME/trials/       one record a trial
     results/NAME/ray/          Ray Tune's own state and checkpoints
@@ -30,6 +31,7 @@ from qlora.files import read_json, write_json, write_text
 from tracking.credentials import holds_credentials
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
+from workflows.data_sets import DataSets
 
 _ROLES = {"train", "public", "prompt"}  # of what sweep.json has digests; sweeps from before lack some
 _ZERO_SHOT, _START = "zero_shot.json", "start"
@@ -107,7 +109,7 @@ class SweepFolder:
                 f"holds an unfinished sweep; continue it with --resume {self.name}, or choose another --name",
             )
 
-    def claim(self, digests: Mapping[str, str], prompt_text: str) -> None:
+    def claim(self, digests: Mapping[str, str], prompt_text: str, sets: DataSets) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed.
 
         One that exists stays as it is.
@@ -118,6 +120,7 @@ class SweepFolder:
             with durable("start adapter"):
                 shutil.copytree(self.start[1], self.folder / _START, dirs_exist_ok=True)
         self.keep_prompt(prompt_text)
+        sets.keep_public(self.folder)
         content = {
             "sweep": self.name,
             "sweep_id": self.sweep_id,

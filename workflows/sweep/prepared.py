@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 
 from qlora.base.reference import resolve_base
 from qlora.config import InputError
-from qlora.data.examples import examples_digest, load_examples, shape_in_words
 from qlora.data.prompts import EncodedExample, Prompt, load_prompt, prompt_file
-from qlora.data.row_shapes import Example
-from qlora.data.sources import joined
 from tuning.space import Space
+from workflows.data_sets import DataSets, read_data
 from workflows.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
@@ -28,15 +26,12 @@ class SweepInputs:
     """A sweep's files, read once.
 
     prompt_text: the template's file. digests: of train and public examples and of the prompt, by role.
-    shapes: what the rows of both hold, in words.
     """
 
-    train: Sequence[Example]
-    public: Sequence[Example]
+    sets: DataSets
     prompt: Prompt
     prompt_text: str
     digests: Mapping[str, str]
-    shapes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -84,21 +79,15 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
         raise InputError("searcher", "optuna is not installed; pip install '.[optuna]', or use random search")
     resolve_base(space.base_model.name)
     prompt, path = load_prompt(space.prompt), prompt_file(space.prompt)
-    data = space.data
-    train = load_examples(data.train, data.shape, need_output=True)[: data.train_examples]
-    public = load_examples(data.public, data.shape, need_output=True)[: data.public_examples]
-    digests = {"train": examples_digest(train), "public": examples_digest(public), "prompt": prompt.digest}
-    places = {"train": joined(data.train), "public": joined(data.public), "prompt": path}
+    sets = read_data(space.data)
+    digests = {**sets.digests, "prompt": prompt.digest}
+    places = {"train": space.data.train_name, "public": space.data.public_name, "prompt": path}
     for role, digest in sweep.digests.items():
         if digests[role] != digest:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
-    shapes = {
-        role: shape_in_words(places, data.shape)
-        for role, places in (("train", data.train), ("public", data.public))
-    }
-    return SweepInputs(train, public, prompt, path.read_text(encoding="utf-8"), digests, shapes)
+    return SweepInputs(sets, prompt, path.read_text(encoding="utf-8"), digests)
 
 
 def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
@@ -124,8 +113,8 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     return PreparedSweep(
         space,
         inputs,
-        train=encode_examples(tokenizer, inputs.prompt, inputs.train, space.data.train, limit),
-        public=encode_examples(tokenizer, inputs.prompt, inputs.public, space.data.public, limit),
+        train=encode_examples(tokenizer, inputs.prompt, inputs.sets.train, space.data.train_name, limit),
+        public=encode_examples(tokenizer, inputs.prompt, inputs.sets.public, space.data.public_name, limit),
         base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer), limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.data.sources import joined
+from qlora.data.split import write_keys
 from qlora.files import write_json, write_text
 from reporting.sweep_page import verdict, write_sweep_page
 from tracking.links import pages_root
@@ -23,6 +23,8 @@ from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep
 
+_TRAINED_ON = "trained_on.bin"
+
 
 def track(sweep: SweepFolder) -> SweepTracker:
     """Start the sweep's run in the tracking server, or find it again after a restart."""
@@ -34,8 +36,8 @@ def describe(sweep: SweepFolder, prepared: PreparedSweep, hardware: str, tracker
     inputs, data = prepared.inputs, sweep.space.data
     parameters = {"space_file": sweep.space_file, **_flat(sweep.space.model_dump(mode="json"))}
     examples = {
-        "train": (joined(data.train), inputs.digests["train"], len(inputs.train)),
-        "public": (joined(data.public), inputs.digests["public"], len(inputs.public)),
+        "train": (data.train_name, inputs.digests["train"], len(inputs.sets.train)),
+        "public": (data.public_name, inputs.digests["public"], len(inputs.sets.public)),
     }
     describe_sweep(tracker, parameters, examples)
     facts = provenance(sweep.space, hardware, inputs.digests)
@@ -77,14 +79,16 @@ def register_best(
     known = {key: value for key, value in facts.items() if value}
     write_text(best.folder / "README.md", model_card(space, best.record, zero_shot, digests))
     sweep.keep_prompt(prepared.inputs.prompt_text)
+    write_keys(sweep.folder / _TRAINED_ON, prepared.inputs.sets.train)
     files = ModelFiles(
         adapter=best.folder,
         prompt=sweep.prompt_file,
+        trained_on=sweep.folder / _TRAINED_ON,
         script=PROJECT_ROOT / "deploy" / "served_model.py",
         code=[PROJECT_ROOT / "qlora", PROJECT_ROOT / "inference"],
     )
     metadata = {**known, "public_digest": digests["public"], "public_perplexity": perplexity}
-    uri = log_model(run_id, files, settings, prepared.inputs.public[0].instruction, metadata)
+    uri = log_model(run_id, files, settings, prepared.inputs.sets.public[0].instruction, metadata)
     try:
         prove(uri, perplexity)
     except FailedError:

@@ -54,7 +54,7 @@ def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) ->
     """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
     prepared = prepare(sweep, inputs)
     plan = _make_plan(prepared, device, 1) if device else None
-    print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.shapes, plan))
+    print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan))
 
 
 def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> None:
@@ -65,8 +65,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     hosts, prepared = started.hosts, prepare(sweep, inputs)
     device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
     plan = _make_plan(prepared, device, num_gpus())
-    print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.shapes, plan), flush=True)
-    sweep.claim(inputs.digests, inputs.prompt_text)
+    print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan), flush=True)
+    sweep.claim(inputs.digests, inputs.prompt_text, inputs.sets)
     resume_with(sweep.how_to_go_on)
     shares = sweep.space.trial_shares(plan.trials)
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
