@@ -28,7 +28,7 @@ from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine, search_rules
 from qlora.config import DecodingSettings
 from qlora.data.examples import load_examples
-from qlora.data.prompts import encode_prompt, load_prompt
+from qlora.data.prompts import load_prompt
 from qlora.served import quicken
 
 _FAMILIES = {
@@ -60,7 +60,7 @@ def main() -> None:
     model, tokenizer = load_model(arguments)
     rows = load_examples(arguments.data, need_output=False)[: arguments.examples]
     template = load_prompt()
-    prompts = [encode_prompt(tokenizer, template.render(row.instruction)) for row in rows]
+    prompts = [template.ids(tokenizer, row.turns) for row in rows]
     if arguments.shape:
         prompts = [fold(prompt) for prompt in prompts]
     decoding = DecodingSettings(

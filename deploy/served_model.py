@@ -18,7 +18,8 @@ from mlflow.pyfunc import PythonModel
 from inference.engine import Engine, make_engine
 from qlora.base.model import context_tokens, load_tokenizer
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, DecodingSettings
-from qlora.data.prompts import encode_prompt, load_prompt, too_long_problem
+from qlora.data.prompts import load_prompt, too_long_problem
+from qlora.data.row_shapes import Turn
 from qlora.served import load_merged
 
 _MOST_ENGINES = 4  # each keeps a cache of keys and values for its settings
@@ -49,9 +50,8 @@ class AdapterModel(PythonModel):
         Raises ValueError, naming the row, for a prompt that leaves no room for the new tokens.
         """
         decoding = DecodingSettings(**(params or {}))
-        prompts = [
-            encode_prompt(self._tokenizer, self._prompt.render(text)) for text in model_input["instruction"]
-        ]
+        asked = [[Turn("user", text)] for text in model_input["instruction"]]
+        prompts = [self._prompt.ids(self._tokenizer, turns) for turns in asked]
         room = (context_tokens(self._model.config) or MAX_LENGTH_TOKENS) - decoding.max_new_tokens
         for row, prompt in enumerate(prompts):
             if problem := too_long_problem(len(prompt), room):
@@ -62,7 +62,9 @@ class AdapterModel(PythonModel):
 
     def _engine(self, decoding: DecodingSettings) -> Engine:
         engine = self._engines.pop(decoding, None)
-        engine = engine or make_engine(self._model, self._tokenizer, decoding, self._attention)
+        engine = engine or make_engine(
+            self._model, self._tokenizer, decoding, self._attention, self._prompt.end_ids(self._tokenizer)
+        )
         self._engines[decoding] = engine  # last in order: the first is the one not used for longest
         if len(self._engines) > _MOST_ENGINES:
             self._engines.popitem(last=False)

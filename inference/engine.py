@@ -127,28 +127,32 @@ class TransformersEngine:
         return [(text.strip(), count) for text, count in zip(texts, counts, strict=True)]
 
 
-def load_engine(served: ServedModel, decoding: DecodingSettings) -> Engine:
+def load_engine(served: ServedModel, decoding: DecodingSettings, end_tokens: Sequence[int] = ()) -> Engine:
     """Load an engine with its model on this process's device.
 
-    It is the search where that equals `transformers.generate`, else `transformers.generate`. Raises
-    InputError if base or adapter can't be loaded.
+    It is the search where that equals `transformers.generate`, else `transformers.generate`. `end_tokens` end
+    outputs, too. Raises InputError if base or adapter can't be loaded.
     """
     model = load_merged(served.base, served.adapter)
-    return make_engine(model, load_tokenizer(served.base.name), decoding)
+    return make_engine(model, load_tokenizer(served.base.name), decoding, end_tokens=end_tokens)
 
 
 def make_engine(
-    model: Any, tokenizer: Any, decoding: DecodingSettings, attention: str | None = None
+    model: Any,
+    tokenizer: Any,
+    decoding: DecodingSettings,
+    attention: str | None = None,
+    end_tokens: Sequence[int] = (),
 ) -> Engine:
     """Make the engine for a loaded model.
 
     It is the search, which replaces modules of the model by faster ones, unless its settings or the model
     need `transformers.generate`; then the engine's name says why. Outputs end at the tokenizer's EOS, with
-    which answers end in training, as well as where the model's generation config says. `attention` is the
-    model's own, if other engines work with the same model.
+    which answers end in training, as well as where the model's generation config says, and at `end_tokens`.
+    `attention` is the model's own, if other engines work with the same model.
     """
     known = _as_tuple(model.generation_config.eos_token_id)
-    model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id]))
+    model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id, *end_tokens]))
     attention = attention or model.config._attn_implementation
     try:
         rules = search_rules(model, decoding)

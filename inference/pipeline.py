@@ -32,7 +32,8 @@ from inference.failures import first_line, generate_each, is_sound
 from inference.rows import RowStore
 from qlora.base.model import load_tokenizer
 from qlora.config import DecodingSettings, InputError
-from qlora.data.prompts import Prompt, encode_prompt, too_long_problem
+from qlora.data.prompts import AnyPrompt, too_long_problem
+from qlora.data.row_shapes import Turn
 from qlora.lora.peft_folder import AdapterFiles
 
 _WINDOW_ROWS = 4096
@@ -45,12 +46,17 @@ Result = tuple[int, str | None, str | None]  # row number, text, error
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a job on every row. A prompt of more than `max_prompt_tokens` fails its row."""
+    """The work of a job on every row.
+
+    A prompt of more than `max_prompt_tokens` fails its row. end_tokens: what ends answers under the prompt,
+    besides the tokenizer's EOS.
+    """
 
     served: ServedModel
-    prompt: Prompt
+    prompt: AnyPrompt
     decoding: DecodingSettings
     max_prompt_tokens: int
+    end_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,9 @@ class RowReader:
     def __init__(self, rows: RowStore):
         self.rows = rows
 
-    def instructions(self, numbers: list[int]) -> list[str]:
-        """Return the instructions of rows, given in ascending order."""
-        return [example.instruction for example in self.rows.read_some(numbers)]
+    def turns(self, numbers: list[int]) -> list[tuple[Turn, ...]]:
+        """Return what is asked in rows, given in ascending order."""
+        return [example.turns for example in self.rows.read_some(numbers)]
 
 
 class Tokenise:
@@ -93,10 +99,10 @@ class Tokenise:
         prompts: dict[int, list[int]] = {}
         errors: dict[int, str] = {}
         for piece in [] if self.witnessed.stop else self.witnessed.pieces(numbers, errors):
-            instructions = ray.get(self.reader.instructions.remote(sorted(piece)))
-            for number, instruction in zip(sorted(piece), instructions, strict=True):
+            asked = ray.get(self.reader.turns.remote(sorted(piece)))
+            for number, turns in zip(sorted(piece), asked, strict=True):
                 try:
-                    prompt = encode_prompt(self.tokenizer, self.work.prompt.render(instruction))
+                    prompt = self.work.prompt.ids(self.tokenizer, turns)
                 except Exception as error_of_row:
                     errors[number] = f"{type(error_of_row).__name__}: {first_line(error_of_row)}"
                     continue
@@ -134,7 +140,7 @@ class EngineActor:
             return
         try:
             with _local_adapter(work.served, files) as served:
-                self.engine = load_engine(served, work.decoding)
+                self.engine = load_engine(served, work.decoding, work.end_tokens)
         except InputError as error:
             self.refusal = error
 

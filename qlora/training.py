@@ -261,7 +261,7 @@ def _accumulate_gradients(
     """Run the passes of a step, which add to adapters' gradients; return each trial's loss, on the device."""
     bank = trainings[0].bank
     queues = [deque(split_by_budget(batch, budget_tokens)) for batch in batches]
-    num_answers = [sum(len(example.answer) for example in batch) for batch in batches]
+    num_answers = [sum(example.num_scored for example in batch) for batch in batches]
     losses = [torch.zeros((), device=bank.device) for _ in trainings]
     num_tokens = sum(group.num_tokens for queue in queues for group in queue)
     largest = min(budget_tokens, num_tokens)

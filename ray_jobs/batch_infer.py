@@ -36,11 +36,15 @@ def main() -> None:
     arguments = _arguments()
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, context_tokens, load_config, load_tokenizer
+    from qlora.data.examples import found_shape
+    from qlora.data.prompts import check_chat
     from workflows.model_choice import choose_model, trained_on_in_words
 
-    model = choose_model(model_options(arguments, arguments.model or arguments.adapter))
+    is_chat = found_shape(arguments.input, shape).holds_conversations
+    model = choose_model(model_options(arguments, arguments.model or arguments.adapter, is_chat))
     config = load_config(model.base.name)
-    load_tokenizer(model.base.name)
+    tokenizer = load_tokenizer(model.base.name)
+    check_chat(model.prompt, tokenizer, model.base.name)
     context = context_tokens(config) or MAX_LENGTH_TOKENS
     room = context - decoding.max_new_tokens
     if room < 1:
@@ -56,7 +60,8 @@ def main() -> None:
     from qlora.data.sources import joined
     from workflows.batch_summary import closing_words, note_prediction
 
-    work = Work(ServedModel(model.base, model.adapter_folder), model.prompt, decoding, room)
+    served, end_tokens = ServedModel(model.base, model.adapter_folder), model.prompt.end_ids(tokenizer)
+    work = Work(served, model.prompt, decoding, room, end_tokens)
     output = Path(arguments.output)
     check_output(output, arguments.input)
     check_temporary_folder()

@@ -50,8 +50,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="NAME",
-        help="the text around each instruction: a template of prompts/ or a YAML file (default: the one that "
-        "a registered adapter was trained with, few-shot with --shots, else `default`)",
+        help="the text around each instruction: a template of prompts/ or a YAML file, or `chat` for the "
+        "base's own chat template (default: the one that a registered adapter was trained with, `chat` for "
+        "conversations, few-shot with --shots, else `default`)",
+    )
+    parser.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        help="ask a chat template for thoughts before the answer, or for none (default: as it does itself)",
     )
     parser.add_argument(
         "--shots",
@@ -100,8 +106,13 @@ def row_shape(arguments: argparse.Namespace) -> RowShape:
     return validated("--columns", lambda: RowShape(format=arguments.data_format, columns=columns))
 
 
-def model_options(arguments: argparse.Namespace, adapter: str | None) -> "ModelOptions":
-    """Return what `add_model_options` and `add_data_options` read, with the adapter that was named."""
+def model_options(
+    arguments: argparse.Namespace, adapter: str | None, holds_conversations: bool
+) -> "ModelOptions":
+    """Return what `add_model_options` and `add_data_options` read, with the adapter that was named.
+
+    `holds_conversations`: the data that the model is used on do.
+    """
     from workflows.model_choice import ModelOptions
 
     return ModelOptions(
@@ -113,6 +124,9 @@ def model_options(arguments: argparse.Namespace, adapter: str | None) -> "ModelO
         shots=arguments.shots,
         shots_from=arguments.shots_from,
         shape=row_shape(arguments),
+        holds_conversations=holds_conversations,
+        loss=getattr(arguments, "loss", None),
+        thinking=None if arguments.thinking is None else arguments.thinking == "on",
         max_length=getattr(arguments, "max_length", None),
     )
 

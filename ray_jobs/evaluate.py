@@ -51,6 +51,12 @@ def main() -> None:
     )
     add_data_options(parser)
     parser.add_argument(
+        "--loss",
+        choices=("all", "last"),
+        help="score all turns of the assistant in a chat, or the last (default: as a registered adapter was "
+        "trained, else all)",
+    )
+    parser.add_argument(
         "--max-length",
         type=positive_int,
         metavar="N",
@@ -62,22 +68,25 @@ def main() -> None:
 
     output = Path(arguments.output)
     check_output(output, arguments.data)
-    from qlora.data.examples import examples_digest, load_examples
+    from qlora.data.examples import examples_digest, found_shape, load_examples
     from qlora.data.sources import joined
 
     shape = row_shape(arguments)
     examples = load_examples(arguments.data, shape, need_output=True)
+    is_chat = found_shape(arguments.data, shape).holds_conversations
     from qlora.base.model import load_config, load_tokenizer, longest_example
-    from qlora.data.prompts import cut_in_words, encode_examples
+    from qlora.data.prompts import check_chat, cut_in_words, encode_examples
     from qlora.packed.attention import check_base
     from workflows.model_choice import choose_model, trained_on_in_words
 
-    model_choice = choose_model(model_options(arguments, arguments.adapter))
+    model_choice = choose_model(model_options(arguments, arguments.adapter, is_chat))
     base, prompt = model_choice.base, model_choice.prompt
     config = load_config(base.name)
     check_base(config, base.name)
     max_length = longest_example(config, model_choice.max_length)
-    encoded = encode_examples(load_tokenizer(base.name), prompt, examples, arguments.data, max_length)
+    tokenizer = load_tokenizer(base.name)
+    check_chat(prompt, tokenizer, base.name)
+    encoded = encode_examples(tokenizer, prompt, examples, arguments.data, max_length)
     seen = trained_on_in_words(model_choice, examples, len(examples))
     for line in (*model_choice.overridden, cut_in_words(encoded), seen):
         if line:

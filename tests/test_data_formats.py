@@ -25,7 +25,7 @@ from inference.predictions import Journal, write_predictions
 from inference.rows import store_rows
 from qlora.config import InputError
 from qlora.data import sources
-from qlora.data.examples import load_examples, shape_in_words
+from qlora.data.examples import found_shape, load_examples
 from qlora.data.prompts import encode_examples, load_prompt
 from qlora.data.row_shapes import Example, RowShape, Turn, instruction_example
 from tuning.space import DataSettings
@@ -82,7 +82,7 @@ def test_every_format_gives_the_same_examples(name, is_packed, tmp_path):
     path = tmp_path / (f"{name}.gz" if is_packed else name)
     path.write_bytes(gzip.compress(content) if is_packed else content)
     assert load_examples(path, need_output=True) == EXAMPLES
-    assert shape_in_words(path) == "instruction + output"
+    assert found_shape(path).words == "instruction + output"
 
 
 def test_several_files_are_one_set(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_columns_are_named(write_rows):
         load_examples(path, need_output=True)
     shape = RowShape(columns={"id": "key", "instruction": "question", "output": "answer"})
     assert load_examples(path, shape, need_output=True) == [instruction_example(3, "甲", "乙")]
-    assert shape_in_words(path, shape) == "instruction + output, not used: source"
+    assert found_shape(path, shape).words == "instruction + output, not used: source"
     wrong = RowShape(columns={"instruction": "Question"})
     with pytest.raises(InputError, match="has no 'Question'; its columns are key, question"):
         load_examples(path, wrong, need_output=True)

@@ -69,7 +69,7 @@ def expected_seconds(
 
 def answer_share(train: Sequence[EncodedExample]) -> float:
     """Return the share of tokens that are answers, whose logits are computed."""
-    return sum(len(example.answer) for example in train) / sum(example.num_tokens for example in train)
+    return sum(example.num_scored for example in train) / sum(example.num_tokens for example in train)
 
 
 def _comparison_points(space: Space, steps: float) -> list[float]:

@@ -147,13 +147,16 @@ class Space(Settings):
     """A whole search space file. `trial` holds fixed settings, `search` a sampler for each searched one.
 
     `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds
-    room for; it takes the place of resources_per_trial.gpu. max_length: tokens of an example, prompt and
+    room for; it takes the place of resources_per_trial.gpu. prompt: by default, what fits the data. loss,
+    thinking: of a chat prompt, see ChatSettings. max_length: tokens of an example, prompt and
     answer, behind which it is cut.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
-    prompt: str = "default"
+    prompt: str | None = None
+    loss: Literal["all", "last"] | None = None
+    thinking: bool | None = None
     max_length: int = Field(MAX_LENGTH_TOKENS, ge=2)
     trial: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, dict[str, Any]]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.config import InputError
-from qlora.data.examples import examples_digest, load_examples, shape_in_words
+from qlora.data.examples import examples_digest, found_shape, load_examples
+from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import Example
 from qlora.data.sources import joined
 from qlora.data.split import as_row, asked_keys, count_asked, hold_out
@@ -24,12 +25,13 @@ class DataSets:
     """The examples of a sweep or a study.
 
     words: what the rows of train and public hold, and how many public examples ask what is trained on, for
-    people.
+    people. holds_conversations: training rows are messages.
     """
 
     train: Sequence[Example]
     public: Sequence[Example]
     words: Mapping[str, str]
+    holds_conversations: bool
 
     @property
     def digests(self) -> dict[str, str]:
@@ -45,7 +47,7 @@ class DataSets:
 def read_data(data: DataSettings) -> DataSets:
     """Read the sets that settings name. Raises InputError for data that can't be had."""
     train = load_examples(data.train, data.shape, need_output=True)
-    shape = shape_in_words(data.train, data.shape)
+    shape = found_shape(data.train, data.shape)
     if isinstance(data.public, PublicShare):
         try:
             train, public = hold_out(train, data.public.fraction, data.public.seed)
@@ -54,8 +56,18 @@ def read_data(data: DataSettings) -> DataSets:
         public_shape = shape
     else:
         public = load_examples(data.public, data.shape, need_output=True)
-        public_shape = shape_in_words(data.public, data.shape)
+        public_shape = found_shape(data.public, data.shape)
     train, public = train[: data.train_examples], public[: data.public_examples]
     leaked = count_asked(public, asked_keys(train))
     told = f"; {leaked} of them ask what a training example asks" if leaked else ""
-    return DataSets(train, public, {"train": shape, "public": public_shape + told})
+    words = {"train": shape.words, "public": public_shape.words + told}
+    return DataSets(train, public, words, shape.holds_conversations)
+
+
+def own_prompt(name: str | None, sets: DataSets, loss: str | None, thinking: bool | None) -> AnyPrompt:
+    """Load the prompt that settings name or, where they name none, that fits the data.
+
+    Raises InputError for one that can't be had, and for settings that it has no use for.
+    """
+    fitting = "chat" if sets.holds_conversations else "default"
+    return for_chat(load_prompt(name or fitting), "prompt", loss, thinking)

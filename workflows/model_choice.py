@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, validated
-from qlora.data.prompts import Prompt, load_prompt
+from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.split import count_asked, read_keys
 from qlora.lora.peft_folder import adapter_base, check_adapter
@@ -35,7 +35,8 @@ class NamedAdapter:
 class ModelOptions:
     """The options of a command line that name a model; None where it says nothing.
 
-    shape: what the rows of `shots_from` hold.
+    shape: what the rows of `shots_from` hold. holds_conversations: the data that the model is used on do.
+    loss, thinking: see ChatSettings.
     """
 
     adapter: str | None = None
@@ -46,6 +47,9 @@ class ModelOptions:
     shots: int = 0
     shots_from: str | None = None
     shape: RowShape = AS_FOUND
+    holds_conversations: bool = False
+    loss: str | None = None
+    thinking: bool | None = None
     max_length: int | None = None
 
 
@@ -59,7 +63,7 @@ class ModelChoice:
 
     base: BaseModelSettings
     adapter: NamedAdapter | None
-    prompt: Prompt
+    prompt: AnyPrompt
     max_length: int
     overridden: tuple[str, ...]
 
@@ -110,7 +114,7 @@ def choose_model(options: ModelOptions) -> ModelChoice:
         for name, (registered, asked) in own.items():
             if asked is not None and registered is not None and asked != registered:
                 overridden.append(f"{name} {asked}, in place of {registered}, {served}")
-        named, asked = version.tags.get("prompt"), _asked_prompt(options)
+        named, asked = version.tags.get("prompt"), _asked_prompt(options, version)
         if asked is not None and named is not None:
             if asked != named and prompt.digest != digest:
                 overridden.append(f"prompt {asked}, in place of {named}, {served}")
@@ -134,14 +138,23 @@ def _base_settings(options: ModelOptions, adapter: NamedAdapter | None) -> BaseM
     return validated("--base-model", lambda: BaseModelSettings.model_validate(content))
 
 
-def _prompt(options: ModelOptions, version: RegisteredAdapter | None) -> Prompt:
-    asked = _asked_prompt(options)
+def _prompt(options: ModelOptions, version: RegisteredAdapter | None) -> AnyPrompt:
+    asked = _asked_prompt(options, version)
     if asked is None and version is not None and version.prompt is not None:
         prompt = load_prompt(str(version.prompt), options.shots, options.shots_from, options.shape)
-        return replace(prompt, name=version.tags.get("prompt", version.prompt.stem))
-    return load_prompt(asked or "default", options.shots, options.shots_from, options.shape)
+        prompt = replace(prompt, name=version.tags.get("prompt", version.prompt.stem))
+    else:
+        prompt = load_prompt(asked or "default", options.shots, options.shots_from, options.shape)
+    return for_chat(prompt, "--prompt", options.loss, options.thinking)
 
 
-def _asked_prompt(options: ModelOptions) -> str | None:
-    """Return the template that the options ask for; shots alone mean few-shot."""
-    return options.prompt or ("few-shot" if options.shots else None)
+def _asked_prompt(options: ModelOptions, version: RegisteredAdapter | None) -> str | None:
+    """Return the prompt that the options ask for: one that is named or, for shots alone, `few-shot`.
+
+    Conversations and a version that was trained on them bring `chat`, which takes shots too.
+    """
+    is_chat = options.holds_conversations and (version is None or version.prompt is None)
+    if options.prompt or is_chat:
+        return options.prompt or "chat"
+    own_takes_shots = version is not None and version.tags.get("prompt_kind") == "chat"
+    return "few-shot" if options.shots and not own_takes_shots else None

@@ -114,10 +114,11 @@ def measure_perplexities(
 def generate_texts(
     base: BaseModelSettings,
     adapter: AdapterFiles | None,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[Sequence[int]],
     decoding: DecodingSettings,
+    end_tokens: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Generate a text for each prompt.
+    """Generate a text for each prompt; `end_tokens` end them, as in `load_engine`.
 
     Returns `texts` in the prompts' order, `num_tokens` (new ones), `seconds` of generating alone, the GPU's
     `peak_memory_gib` (0 on a CPU) and the `engine`'s name.
@@ -126,7 +127,9 @@ def generate_texts(
 
     from inference.engine import ServedModel, load_engine
 
-    engine = _with_adapter(adapter, lambda folder: load_engine(ServedModel(base, folder), decoding))
+    engine = _with_adapter(
+        adapter, lambda folder: load_engine(ServedModel(base, folder), decoding, end_tokens)
+    )
     started, texts, num_tokens = time.monotonic(), [""] * len(prompts), 0
     for index, text, count in engine.generate(prompts):
         texts[index] = text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qlora.config import InputError
-from qlora.data.row_shapes import AS_FOUND, Example, RowShape, Turn
+from qlora.data.row_shapes import AS_FOUND, Example, FoundShape, RowShape, Turn
 from qlora.data.sources import Places, joined, read_rows
 
 
@@ -39,13 +39,13 @@ def checked_examples(places: Places, shape: RowShape = AS_FOUND, *, need_output:
         raise InputError(joined(places), "holds no rows; give at least one")
 
 
-def shape_in_words(places: Places, shape: RowShape = AS_FOUND) -> str:
-    """Return what the rows of a set hold, for people, such as `instruction + output`.
+def found_shape(places: Places, shape: RowShape = AS_FOUND) -> FoundShape:
+    """Return the shape that a set has by its first row.
 
-    Raises InputError if its first row is of no known shape.
+    Raises InputError if it has no rows, or its first is of no known shape.
     """
     for where, row in read_rows(places):
-        return shape.of_row(where, row).words
+        return shape.of_row(where, row)
     raise InputError(joined(places), "holds no rows; give at least one")
 
 

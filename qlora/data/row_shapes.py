@@ -139,6 +139,11 @@ class FoundShape:
     names: Mapping[str, str]
     words: str
 
+    @property
+    def holds_conversations(self) -> bool:
+        """Tell whether rows are conversations, of one turn or of several."""
+        return self.format in ("messages", "conversations")
+
     def example(self, where: str, number: int, row: Any, need_output: bool) -> Example:
         """Make the example of a row, which is the `number`th of its set.
 
@@ -147,7 +152,7 @@ class FoundShape:
         if not isinstance(row, Mapping):
             raise InputError(where, f"must be an object with named values, not {json_kind(row)}")
         identifier = self._identifier(where, number, row)
-        if self.format in ("messages", "conversations"):
+        if self.holds_conversations:
             turns = _turns(where, self._value(where, row, self.format))
             if not _is_blank(row.get(self.names["system"])):
                 turns.insert(0, Turn("system", self._text(where, row, "system")))

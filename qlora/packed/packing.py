@@ -95,8 +95,10 @@ def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layo
             ids += example.prompt[p:]
             ids += example.answer
             positions.append(np.arange(p, example.num_tokens))
-            predictors.append(np.arange(len(ids) - len(example.answer) - 1, len(ids) - 1))
-            answer_lengths_N.append(len(example.answer))
+            behind = len(ids) - len(example.answer) - 1
+            scored = np.arange(len(example.answer)) if example.scored is None else np.array(example.scored)
+            predictors.append(behind + scored)
+            answer_lengths_N.append(example.num_scored)
         prefix = Rows((p,), 0, device)
         suffixes = Rows(tuple(example.num_tokens - p for example in group.examples), p, device)
         parts.append(Part(start, prefix, suffixes))
@@ -109,7 +111,7 @@ def lay_out(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layo
         targets_A=ids_T[predictors_A + 1],
         rows_A=np.repeat(np.arange(len(answer_lengths_N)), answer_lengths_N),
         parts=tuple(parts),
-        num_answers=tuple(sum(len(one.answer) for one in group.examples) for group in groups),
+        num_answers=tuple(sum(one.num_scored for one in group.examples) for group in groups),
     )
 
 

@@ -42,12 +42,15 @@ class Study(Settings):
     """A study.
 
     stages: lineages of training; what two of them begin with alike is trained once. trial: settings of
-    training but epochs. Texts are generated for the public examples.
+    training but epochs. prompt: by default, what fits the data. loss, thinking: of a chat prompt, see
+    ChatSettings. Texts are generated for the public examples.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
     data: DataSettings
-    prompt: str = "default"
+    prompt: str | None = None
+    loss: Literal["all", "last"] | None = None
+    thinking: bool | None = None
     max_length: int = Field(MAX_LENGTH_TOKENS, ge=2)
     trial: dict[str, Any] = Field(default_factory=dict)
     stages: tuple[str, ...] = ("1+1+3", "1+1+1+1+1+1")

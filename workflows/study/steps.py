@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 from inference.scores import Scores
 from qlora.base.model import load_config, load_tokenizer, longest_example
 from qlora.config import DecodingSettings, InputError
-from qlora.data.prompts import EncodedExample, Prompt, encode_examples, load_prompt
+from qlora.data.prompts import AnyPrompt, EncodedExample, Prompt, check_chat, encode_examples, load_prompt
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json
 from qlora.lora.peft_folder import AdapterFiles, check_adapter
 from qlora.packed.attention import check_base
 from qlora.perplexity import mean_perplexity
-from workflows.data_sets import DataSets, read_data
+from workflows.data_sets import DataSets, own_prompt, read_data
 from workflows.session import FailedError
 from workflows.study.settings import Study, name_of
 from workflows.worker import Worker, generate_texts, measure_perplexities, train_stage
@@ -42,13 +42,15 @@ _HELD = {  # by the first word of a step's key, what its file holds at least
 class PreparedStudy:
     """The data that a study works on, made once.
 
-    encoded: public examples as token ids by kind of prompt, and the training examples. digests: of data and
-    prompts.
+    encoded: public examples as token ids by kind of prompt, and the training examples. asked: token ids that
+    ask for their answers, by kind of prompt. end_tokens: see load_engine. digests: of data and prompts.
     """
 
     study: Study
     sets: DataSets
     encoded: Mapping[str, Sequence[EncodedExample]]
+    asked: Mapping[str, Sequence[Sequence[int]]]
+    end_tokens: tuple[int, ...]
     digests: Mapping[str, str]
 
 
@@ -64,16 +66,22 @@ def prepare_study(study: Study) -> PreparedStudy:
         problem = f"holds {len(public)} examples, fewer than num_predictions {study.num_predictions}"
         raise InputError(data.public_name, problem)
     tokenizer = load_tokenizer(study.base_model.name)
-    own, few_shot = load_prompt(study.prompt), load_prompt("few-shot", study.shots, data.train, data.shape)
-    shown = Prompt(few_shot.name, few_shot.template, tuple(train[-study.shots :]))
-    prompts = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
+    own = own_prompt(study.prompt, sets, study.loss, study.thinking)
+    check_chat(own, tokenizer, study.base_model.name)
+    is_template = isinstance(own, Prompt)
+    few_shot = load_prompt("few-shot", study.shots, data.train, data.shape) if is_template else own
+    shown = replace(few_shot, shots=tuple(train[-study.shots :]))
+    prompts: dict[str, AnyPrompt] = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
     encoded = {
         kind: encode_examples(tokenizer, prompt, public, data.public_name, limit)
         for kind, prompt in prompts.items()
     }
     encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train, limit)
     digests = {**sets.digests, "prompt": own.digest, "few_shot_prompt": shown.digest}
-    return PreparedStudy(study, sets, encoded, digests)
+    asked = {
+        kind: [prompt.ids(tokenizer, example.turns) for example in public] for kind, prompt in prompts.items()
+    }
+    return PreparedStudy(study, sets, encoded, asked, own.end_ids(tokenizer), digests)
 
 
 class StudySteps:
@@ -172,8 +180,9 @@ class StudySteps:
         self, name: str, kind: str, adapter: AdapterFiles | None, decoding: DecodingSettings
     ) -> dict[str, Any]:
         def generate() -> dict[str, Any]:
-            prompts = [example.prompt for example in self._prepared.encoded[kind]]
-            found = self._worker.do(generate_texts, self._study.base_model, adapter, prompts, decoding)
+            prompts, end_tokens = self._prepared.asked[kind], self._prepared.end_tokens
+            base = self._study.base_model
+            found = self._worker.do(generate_texts, base, adapter, prompts, decoding, end_tokens)
             scores = Scores()
             for text, example in zip(found["texts"], self._prepared.sets.public, strict=True):
                 scores.add(text, example.output or "")

@@ -38,7 +38,9 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-def model_card(space: Space, record: TrialRecord, zero_shot: float, digests: Mapping[str, str]) -> str:
+def model_card(
+    space: Space, record: TrialRecord, zero_shot: float, digests: Mapping[str, str], prompt: str
+) -> str:
     """Write README.md of an adapter's folder."""
     assert record.best is not None
     found, epochs = record.best["public_perplexity"], record.best["epoch"]
@@ -57,7 +59,7 @@ Trained on `{space.data.train_name}` for the base `{space.base_model.name}` in
 {space.base_model.quantization}. Public perplexity, the mean over the examples of
 `{space.data.public_name}` of exp(mean NLL of the answer tokens and EOS): **{found:.5g}** after {epochs:g}
 epochs; the base alone has {zero_shot:.5g}. Load it with `PeftModel.from_pretrained(base_model, folder)`;
-prompts are those of the template `{space.prompt}`.
+prompts are those of `{prompt}`.
 
 | setting | value |
 |---|---|

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from qlora.base.reference import resolve_base
 from qlora.config import InputError
-from qlora.data.prompts import EncodedExample, Prompt, load_prompt, prompt_file
+from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
 from tuning.space import Space
-from workflows.data_sets import DataSets, read_data
+from workflows.data_sets import DataSets, own_prompt, read_data
 from workflows.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 class SweepInputs:
     """A sweep's files, read once.
 
-    prompt_text: the template's file. digests: of train and public examples and of the prompt, by role.
+    prompt_text: what the prompt is loaded from again. digests: of train and public examples and of the
+    prompt, by role.
     """
 
     sets: DataSets
-    prompt: Prompt
+    prompt: AnyPrompt
     prompt_text: str
     digests: Mapping[str, str]
 
@@ -78,16 +79,20 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
     if space.searcher.type == "optuna" and importlib.util.find_spec("optuna") is None:
         raise InputError("searcher", "optuna is not installed; pip install '.[optuna]', or use random search")
     resolve_base(space.base_model.name)
-    prompt, path = load_prompt(space.prompt), prompt_file(space.prompt)
     sets = read_data(space.data)
+    prompt = own_prompt(space.prompt, sets, space.loss, space.thinking)
     digests = {**sets.digests, "prompt": prompt.digest}
-    places = {"train": space.data.train_name, "public": space.data.public_name, "prompt": path}
+    places = {
+        "train": space.data.train_name,
+        "public": space.data.public_name,
+        "prompt": str(prompt_file(prompt.name)),
+    }
     for role, digest in sweep.digests.items():
         if digests[role] != digest:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
-    return SweepInputs(sets, prompt, path.read_text(encoding="utf-8"), digests)
+    return SweepInputs(sets, prompt, prompt_text(prompt), digests)
 
 
 def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
@@ -96,7 +101,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     Raises InputError for bad data or a base that can't be had.
     """
     from qlora.base.model import base_revision, load_config, load_tokenizer, longest_example, tokenizer_digest
-    from qlora.data.prompts import encode_examples
+    from qlora.data.prompts import check_chat, encode_examples
     from qlora.lora.peft_folder import AdapterFiles
     from qlora.packed.attention import check_base
     from tuning.model_size import model_size
@@ -109,6 +114,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
         problem = f"{config.model_type} has no linear layers for an adapter to target; choose another base"
         raise InputError(space.base_model.name, problem)
     tokenizer = load_tokenizer(space.base_model.name)
+    check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
     return PreparedSweep(
         space,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.data.chat import ChatPrompt
 from qlora.data.split import write_keys
 from qlora.files import write_json, write_text
 from reporting.sweep_page import verdict, write_sweep_page
@@ -66,7 +67,8 @@ def register_best(
         **settings,
         "sweep": sweep.name,
         "trial_id": best.record.trial_id,
-        "prompt": space.prompt,
+        "prompt": prepared.inputs.prompt.name,
+        "prompt_kind": "chat" if isinstance(prepared.inputs.prompt, ChatPrompt) else "template",
         "zero_shot_public_perplexity": repr(zero_shot),
         "train_digest": digests["train"],
         "prompt_digest": digests["prompt"],
@@ -77,7 +79,8 @@ def register_best(
         "max_length": str(prepared.base.max_length),
     }
     known = {key: value for key, value in facts.items() if value}
-    write_text(best.folder / "README.md", model_card(space, best.record, zero_shot, digests))
+    card = model_card(space, best.record, zero_shot, digests, prepared.inputs.prompt.name)
+    write_text(best.folder / "README.md", card)
     sweep.keep_prompt(prepared.inputs.prompt_text)
     write_keys(sweep.folder / _TRAINED_ON, prepared.inputs.sets.train)
     files = ModelFiles(
