@@ -7,7 +7,8 @@ training recipe, so this file is also where to see which hyperparameters there a
 Refuses to know torch, Ray and MLflow, so that it imports at once.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -30,6 +31,36 @@ MAX_SEED = 2**32 - 1  # what NumPy's and every other generator takes
 def printable(text: str) -> str:
     """Return a text with escapes in place of what does not print: line ends, a terminal's commands."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+# What settings are called by Hugging Face's Trainer and TRL, LLaMA-Factory, Axolotl and Unsloth.
+_BATCH = "trial.batch_size, the examples of a step; how many go through together is planned"
+_OTHER_NAMES = {
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "per_device_train_batch_size", "micro_batch_size"), _BATCH
+    ),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "trial.warmup_fraction, a share of the steps"),
+    **dict.fromkeys(
+        ("num_train_epochs", "num_epochs", "max_steps"), "trial.epochs, a number or stages such as 1+1+3"
+    ),
+    **dict.fromkeys(("cutoff_len", "max_seq_length", "sequence_len", "model_max_length"), "max_length"),
+    **dict.fromkeys(("optim", "optimizer"), "AdamW, and no setting"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "trial.schedule"),
+    **dict.fromkeys(("model_name_or_path", "model", "model_id"), "base_model.name"),
+    **dict.fromkeys(("load_in_4bit", "quantization_bit", "adapter"), "base_model.quantization"),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), "base_model.dtype"),
+    **dict.fromkeys(("lr", "learning_rates"), "learning_rate"),
+    **dict.fromkeys(("lora_rank", "rank", "r"), "lora_r"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "trial.target_modules"),
+    **dict.fromkeys(("dataset", "datasets", "train_file", "data_path"), "data.train"),
+    **dict.fromkeys(("val_set_size", "val_size", "test_size"), "data.public: {fraction: F}"),
+    **dict.fromkeys(("eval_dataset", "validation_file"), "data.public"),
+    **dict.fromkeys(("template", "chat_template"), "prompt"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "data.format: text, which scores every token"),
+    **dict.fromkeys(("eval_steps", "evaluation_strategy", "eval_strategy"), "trial.evaluations_per_epoch"),
+    **dict.fromkeys(("output_dir", "run_name"), "the option --name"),
+    **dict.fromkeys(("gradient_checkpointing", "packing", "sample_packing"), "planned, and no setting"),
+}
 
 
 class InputError(ValueError):
@@ -99,9 +130,9 @@ def _epochs_from_text(value: Any) -> Any:
 
 
 def _list_from_text(value: Any) -> Any:
-    """Convert a single name to a list of one."""
-    is_one_name = isinstance(value, str) and value != "all-linear"
-    return (value,) if is_one_name else value
+    """Convert names in one text, with commas between them, to a list."""
+    is_names = isinstance(value, str) and value != "all-linear"
+    return tuple(name.strip() for name in value.split(",")) if is_names else value
 
 
 def _expanded_home(name: Any) -> Any:
@@ -183,12 +214,28 @@ class DecodingSettings(Settings):
         return self
 
 
+def meant_by(key: str, known: Iterable[str]) -> str:
+    """Say what an unknown key may mean: what another tool's name is called here, or the nearest known one."""
+    if key in _OTHER_NAMES:
+        return f"here that is {_OTHER_NAMES[key]}"
+    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
+    return f"did you mean {nearest[0]}?" if nearest else "remove it or mend its spelling"
+
+
+def _all_settings(settings: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Yield a class of settings and all below it."""
+    yield settings
+    for below in settings.__subclasses__():
+        yield from _all_settings(below)
+
+
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Return the dotted key and the plain words of a validation error's first problem."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return key, "unknown key; remove it or mend its spelling"
+        known = {name for settings in _all_settings(Settings) for name in settings.model_fields}
+        return key, f"unknown key; {meant_by(str(problem['loc'][-1]), known)}"
     return key, problem["msg"].removeprefix("Value error, ")
 
 

@@ -196,10 +196,31 @@ def test_bad_files_are_refused(case, evaluate, infer, tmp_path):
 
 
 SPACES = {
-    "an unknown key": (lambda s: s.update(serach={}), "serach: unknown key"),
+    "an unknown key": (lambda s: s.update(serach={}), "serach: unknown key; did you mean search?"),
+    "a key that means nothing": (lambda s: s.update(zzz=1), "zzz: unknown key; remove it or mend"),
+    "another tool's length": (
+        lambda s: s.update(cutoff_len=512),
+        "cutoff_len: unknown key; here that is max_length",
+    ),
+    "another tool's epochs": (
+        lambda s: s.update(num_train_epochs=3),
+        "num_train_epochs: unknown key; here that is trial.epochs",
+    ),
+    "another tool's optimizer": (
+        lambda s: s.update(trial={"optim": "adamw_8bit"}),
+        "optim: unknown key; here that is AdamW, and no setting",
+    ),
+    "another tool's batches": (
+        lambda s: s.update(trial={"gradient_accumulation_steps": 8}),
+        "here that is trial.batch_size, the examples of a step",
+    ),
+    "another tool's warmup": (
+        lambda s: s["search"].update(warmup_ratio={"choice": [0.1]}),
+        "search.warmup_ratio is no trial setting; here that is trial.warmup_fraction",
+    ),
     "an unknown setting": (
         lambda s: s["search"].update(learning_rat={"choice": [1]}),
-        "search.learning_rat is no trial setting",
+        "search.learning_rat is no trial setting; did you mean learning_rate?",
     ),
     "an unknown sampler": (
         lambda s: s["search"].update(lora_r={"choose": [1]}),

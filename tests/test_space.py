@@ -196,6 +196,8 @@ def test_numbers_given_as_text_are_numbers():
 def test_one_target_module_may_stand_alone():
     space = load_space("search_spaces/quickstart.yaml", ["trial.target_modules=q_proj"])
     assert space.trial_settings({}).target_modules == ("q_proj",)
+    space = load_space("search_spaces/quickstart.yaml", ["trial.target_modules='q_proj, v_proj'"])
+    assert space.trial_settings({}).target_modules == ("q_proj", "v_proj")
 
 
 @pytest.mark.parametrize("key", ["lora_r", "lora_alpha", "epochs"])

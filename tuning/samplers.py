@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora.config import TrialSettings, first_problem
+from qlora.config import TrialSettings, first_problem, meant_by
 
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "uniform": ("lower", "upper"),
@@ -40,7 +40,10 @@ def checked_sampler(key: str, sampler: dict[str, Any]) -> dict[str, list[Any]]:
     """
     where = f"search.{key}"
     if key not in TrialSettings.model_fields:
-        raise ValueError(f"{where} is no trial setting; there are: {', '.join(TrialSettings.model_fields)}")
+        meant = meant_by(key, TrialSettings.model_fields)
+        raise ValueError(
+            f"{where} is no trial setting; {meant}; there are: {', '.join(TrialSettings.model_fields)}"
+        )
     if len(sampler) != 1:
         raise ValueError(f"{where} must hold one sampler, such as {{loguniform: [1.0e-5, 1.0e-3]}}")
     name, arguments = next(iter(sampler.items()))
