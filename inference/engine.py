@@ -13,6 +13,7 @@ import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 import torch
@@ -89,12 +90,21 @@ class TransformersEngine:
         """Generate as Engine says; a batch runs until its longest output ends."""
         if self.attention is not None and self.model.config._attn_implementation != self.attention:
             self.model.set_attn_implementation(self.attention)
-        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-        for start in range(0, len(order), self.batch_rows):
-            indices = order[start : start + self.batch_rows]
+        for indices in self._batches(prompts):
             outputs = self._generate([prompts[index] for index in indices])
             for index, (text, num_tokens) in zip(indices, outputs, strict=True):
                 yield index, text, num_tokens
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Yield the indices of each batch's prompts, the longest first.
+
+        A repetition penalty takes the tokens that pad a prompt for its own, so that no prompt is padded then.
+        """
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+        is_one_length = self.decoding.repetition_penalty is not None
+        for _, alike in groupby(order, lambda index: len(prompts[index]) if is_one_length else 0):
+            while batch := list(islice(alike, self.batch_rows)):
+                yield batch
 
     @torch.inference_mode()
     def _generate(self, prompts: list[Sequence[int]]) -> list[tuple[str, int]]:
@@ -124,7 +134,8 @@ class TransformersEngine:
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         ends = _as_tuple(self.model.generation_config.eos_token_id)
         counts = [_tokens_until(tokens, ends) for tokens in new.tolist()]
-        return [(text.strip(), count) for text, count in zip(texts, counts, strict=True)]
+        texts = [_without_stop(text, self.decoding.stop or ()).strip() for text in texts]
+        return list(zip(texts, counts, strict=True))
 
 
 def load_engine(served: ServedModel, decoding: DecodingSettings, end_tokens: Sequence[int] = ()) -> Engine:
@@ -175,6 +186,11 @@ def make_engine(
     return BeamEngine(searcher=BeamSearcher(model, rules, decoding.seed), tokenizer=tokenizer, name=name)
 
 
+def _without_stop(text: str, stop: Sequence[str]) -> str:
+    """Return what stands before the first of the texts that end an output."""
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+
+
 def _tokens_until(tokens: list[int], ends: tuple[int, ...]) -> int:
     """Count the tokens up to the first that ends an output, that one included."""
     for place, token in enumerate(tokens):
@@ -204,7 +220,8 @@ def generate_options(decoding: DecodingSettings) -> dict[str, Any]:
 
     It fills in the others from the model and its own defaults.
     """
-    return decoding.model_dump(exclude_none=True, exclude={"seed"})
+    options = decoding.model_dump(exclude_none=True, exclude={"seed", "stop"})
+    return {**options, "stop_strings": list(decoding.stop)} if decoding.stop else options
 
 
 def search_rules(model: Any, decoding: DecodingSettings) -> SearchRules:
@@ -225,8 +242,8 @@ def search_rules(model: Any, decoding: DecodingSettings) -> SearchRules:
         elif not isinstance(processor, MinNewTokensLengthLogitsProcessor):
             others.append(type(processor).__name__)
     if others or config.stop_strings or config.max_time:
-        asked_for = ", ".join(others) or "stop strings or a time limit"
-        raise ValueError(f"the model's generation config asks for {asked_for}")
+        asked_for = ", ".join(others) or "stop texts or a time limit"
+        raise ValueError(f"asked for: {asked_for}")
     return SearchRules(
         num_beams=config.num_beams,
         max_new_tokens=decoding.max_new_tokens,

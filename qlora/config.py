@@ -188,7 +188,10 @@ class TrialSettings(Settings):
 
 
 class DecodingSettings(Settings):
-    """Settings of text generation. What is not named here follows transformers' defaults."""
+    """Settings of text generation. What is not named here follows transformers' defaults.
+
+    stop: texts at the first of which an output ends, without it.
+    """
 
     num_beams: int = Field(3, ge=1)
     max_new_tokens: int = Field(128, ge=1)
@@ -200,6 +203,9 @@ class DecodingSettings(Settings):
     top_k: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, gt=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    repetition_penalty: float | None = Field(None, gt=0)
+    no_repeat_ngram_size: int | None = Field(None, ge=1)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

@@ -166,6 +166,24 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, metavar="T", help="below 1 sharpens the draw, above 1 flattens it"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes the draws repeatable")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="above 1 makes tokens less likely that prompt or output have already (default: 1)",
+    )
+    parser.add_argument(
+        "--no-repeat-ngram-size",
+        type=int,
+        metavar="N",
+        help="let no sequence of N tokens stand twice (default: no limit)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end an output at this text, without it; may be given several times",
+    )
 
 
 def decoding_settings(arguments: argparse.Namespace) -> DecodingSettings:
