@@ -29,11 +29,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from inference.attempts import EnginesDiedError, Witness, Witnessed
 from inference.engine import ServedModel, load_engine
 from inference.failures import first_line, generate_each, is_sound
-from inference.rows import RowStore
+from inference.rows import RowReader, RowStore
 from qlora.base.model import load_tokenizer
 from qlora.config import DecodingSettings, InputError
 from qlora.data.prompts import AnyPrompt, too_long_problem
-from qlora.data.row_shapes import Turn
 from qlora.lora.peft_folder import AdapterFiles
 
 _WINDOW_ROWS = 4096
@@ -67,17 +66,6 @@ class Report:
     num_tokens: int
     engine: str
     seconds: float
-
-
-class RowReader:
-    """A server of a RowStore's rows, on the node where their file is."""
-
-    def __init__(self, rows: RowStore):
-        self.rows = rows
-
-    def turns(self, numbers: list[int]) -> list[tuple[Turn, ...]]:
-        """Return what is asked in rows, given in ascending order."""
-        return [example.turns for example in self.rows.read_some(numbers)]
 
 
 class Tokenise:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.data.examples import as_json, checked_examples, from_json
-from qlora.data.row_shapes import AS_FOUND, Example, RowShape
+from qlora.data.row_shapes import AS_FOUND, Example, RowShape, Turn
 from qlora.data.sources import Places
 from qlora.files import replacing
 
@@ -57,6 +57,20 @@ class RowStore:
                 examples.append(from_json(json.loads(file.readline())))
                 next_number = number + 1
         return examples
+
+
+class RowReader:
+    """A server of a RowStore's rows, on the node where their file is.
+
+    Its process loads what this module does, and no model's libraries.
+    """
+
+    def __init__(self, rows: RowStore):
+        self.rows = rows
+
+    def turns(self, numbers: list[int]) -> list[tuple[Turn, ...]]:
+        """Return what is asked in rows, given in ascending order."""
+        return [example.turns for example in self.rows.read_some(numbers)]
 
 
 def store_rows(places: Places, folder: Path, shape: RowShape = AS_FOUND) -> RowStore:

@@ -170,6 +170,11 @@ def test_a_driver_of_sweeps_starts_without_peft():
     assert "peft" not in loaded_by("import tuning.sweep, workflows.sweep.run")
 
 
+def test_processes_that_hand_out_rows_load_no_model_libraries():
+    loaded = loaded_by("import inference.rows, inference.attempts")
+    assert "torch" not in loaded and "transformers" not in loaded
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_quick_and_loads_nothing_heavy(command):
     code = f"""
