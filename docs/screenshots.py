@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tracking.address import tracking_uri
 from tracking.links import run_link
-from tracking.store import tracking_uri
 from workflows.sweep.closing import summary_links
 
 _ROOT = Path(__file__).resolve().parent.parent

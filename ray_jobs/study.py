@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
+from tracking.address import check_reachable
 from workflows.lock import locked
 from workflows.preflight import check_temporary_folder, check_writable, store_folders
 from workflows.session import STUDIES_FOLDER, connect_ray, resume_with, run
@@ -50,6 +51,7 @@ def main() -> None:
     prepared, folder = prepare_study(study), STUDIES_FOLDER / name
     steps = StudySteps(prepared, folder, lambda line: print(line, flush=True))
     check_writable(folder, *store_folders())
+    check_reachable()
     check_temporary_folder()
     with locked(folder):
         remove_unfinished(folder)

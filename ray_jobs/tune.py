@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from qlora.config import InputError
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
+from tracking.address import check_reachable
 from workflows.lock import locked
 from workflows.preflight import check_temporary_folder, check_writable, store_folders
 from workflows.session import RESULTS_FOLDER, STUDIES_FOLDER, run
@@ -50,6 +51,7 @@ def main() -> None:
         from workflows.sweep.start import start
 
         check_writable(folder, *store_folders())
+        check_reachable()
         check_temporary_folder()
         with locked(folder, sweep.space.storage and f"{sweep.space.storage.rstrip('/')}/{name}"):
             sweep.check_free()  # another command may have been here just before

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from tracking.address import away
 from tracking.errors import TrackingAwayError
-from tracking.store import away
 
 _GATHER_SECONDS = 1.0  # a trial's last point and its end come together, and go together
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0

@@ -21,7 +21,8 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from qlora.config import InputError
 from qlora.failpoints import durable
 from qlora.provenance import package_versions
-from tracking.store import asking, connect, tracking_uri
+from tracking.address import tracking_uri
+from tracking.store import asking, connect
 
 _SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "instruction")]),

@@ -1,9 +1,8 @@
-"""Owns the way to the tracking store: its address, a client, and one error for a server that gives no answer.
+"""Owns the way to the tracking store: a client, and one error for a server that gives no answer.
 
 Refuses to know what is kept there.
 """
 
-import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora.config import InputError
 from qlora.failpoints import durable
+from tracking.address import address, away, check_addresses, reach_database, registry_uri, tracking_uri
 from tracking.credentials import hide_credentials, without_password
 from tracking.errors import TrackingAwayError
 
@@ -29,13 +29,7 @@ _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's pa
 # A refused connection is given up after 12 to 15 s (0 + 4 + 8 s and jitter); by default after 247 s.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
 _QUIET = "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"  # "View run ... at ...", and a request for each such line
-_DATABASES = ("postgresql", "mysql", "mssql")
 _UNAUTHORISED = (401, 403)
-
-
-def tracking_uri() -> str:
-    """Return $MLFLOW_TRACKING_URI, else the SQLite store under the project's mlruns/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
 
 
 def connect() -> MlflowClient:
@@ -51,10 +45,11 @@ def connect() -> MlflowClient:
     uri = tracking_uri()
     (PROJECT_ROOT / "mlruns").mkdir(exist_ok=True)
     with asking():
-        _reach_database(uri)
+        check_addresses()
+        reach_database(uri)
         if mlflow.get_tracking_uri() != uri:
             mlflow.set_tracking_uri(uri)  # for what MLflow calls in itself
-        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        return MlflowClient(tracking_uri=uri, registry_uri=registry_uri())
 
 
 @contextmanager
@@ -75,16 +70,10 @@ def asking() -> Iterator[None]:
             raise
         if error.get_http_status_code() in _UNAUTHORISED:
             problem = "refuses name and password; see MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            raise InputError(_address(), problem) from None
+            raise InputError(address(), problem) from None
         if without_password(str(error)) != str(error):
             raise MlflowException(without_password(str(error))) from None
         raise
-
-
-def away(reason: str) -> TrackingAwayError:
-    """Return the error for a server that gives no answer, with the reason on the same line."""
-    words = " ".join(without_password(reason).split())
-    return TrackingAwayError(f"the tracking server {_address()} can't be reached: {words}")
 
 
 def ensure_experiment(client: MlflowClient, name: str) -> str:
@@ -129,25 +118,6 @@ def children(client: MlflowClient, experiment_id: str, parent_run_id: str, more:
 def params(parameters: Mapping[str, Any]) -> list[Param]:
     """Return parameters as MLflow takes them."""
     return [Param(key, str(value)[:6000]) for key, value in parameters.items()]
-
-
-@functools.cache
-def _reach_database(uri: str) -> None:
-    """Reach a database server once. MLflow by itself goes on trying for 101 s."""
-    if uri.partition(":")[0].partition("+")[0] in _DATABASES:
-        try:
-            engine = sqlalchemy.create_engine(uri)
-        except ModuleNotFoundError as error:
-            raise InputError(_address(), f"needs the Python package {error.name}") from None
-        with engine.connect():
-            pass
-        engine.dispose()
-
-
-def _address() -> str:
-    own, registry = tracking_uri(), os.environ.get("MLFLOW_REGISTRY_URI")
-    both = f"{own} with the registry {registry}" if registry and registry != own else own
-    return without_password(both)
 
 
 def _why_away(error: BaseException) -> str | None:

@@ -15,7 +15,8 @@ from mlflow.entities import Metric
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from qlora.failpoints import durable
-from tracking.store import asking, connect, tracking_uri
+from tracking.address import tracking_uri
+from tracking.store import asking, connect
 
 _INTERVAL_SECONDS = 10
 _SAMPLES_A_REQUEST = 25  # MLflow takes 1000 metrics a request; a machine with many GPUs has dozens a sample

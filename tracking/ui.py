@@ -10,9 +10,10 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from tracking.address import tracking_uri
 from tracking.links import pages_root, trials_link, version_link
 from tracking.registry import CHAMPION
-from tracking.store import PROJECT_ROOT, connect, tracking_uri
+from tracking.store import PROJECT_ROOT, connect
 
 
 def main() -> None:
