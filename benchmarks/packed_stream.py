@@ -1,6 +1,6 @@
 """One optimizer step on 16 examples: padded rows through plain PEFT against the packed stream.
 
-    python benchmarks/packed_stream.py [--data FILE] [--steps 2]
+    python benchmarks/packed_stream.py [--data FILE] [--prompt chat] [--steps 2]
 
 Both run in this process, each on its own NF4 base: the baseline is PEFT as it is, ours is this project's
 bank, with its NF4 values dequantised if memory allows. After a warm-up step each, steps alternate and the
@@ -39,12 +39,14 @@ def main() -> None:
     )
     parser.add_argument("--base-model", default=DEFAULT_BASE)
     parser.add_argument("--data", default="data/sample/train.json")
+    parser.add_argument("--prompt", default="default")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--lora-dropout", type=float, default=0.1)
     arguments = parser.parse_args()
     rows = load_examples(arguments.data, need_output=True)[:16]
-    examples = encode_examples(load_tokenizer(arguments.base_model), load_prompt(), rows, arguments.data)
+    prompt = load_prompt(arguments.prompt)
+    examples = encode_examples(load_tokenizer(arguments.base_model), prompt, rows, arguments.data)
     settings = TrialSettings(
         lora_r=arguments.lora_r, lora_dropout=arguments.lora_dropout, learning_rate=1e-6, schedule="constant"
     )
@@ -75,6 +77,7 @@ def main() -> None:
             **vars(arguments),
             "threads": torch.get_num_threads(),
             "padded_tokens": width * len(examples),
+            "unshared_tokens": sum(example.num_tokens for example in examples),
             "packed_tokens": pack(examples).num_tokens,
             "losses": first,
             "seconds": seconds,
@@ -126,7 +129,9 @@ def padded_rows(examples: list[EncodedExample]) -> tuple[torch.Tensor, torch.Ten
     for row, example in enumerate(examples):
         n = example.num_tokens
         ids[row, :n], mask[row, :n] = torch.tensor(example.prompt + example.answer), 1
-        labels[row, len(example.prompt) : n] = torch.tensor(example.answer)
+        scored = range(len(example.answer)) if example.scored is None else example.scored
+        for place in scored:
+            labels[row, len(example.prompt) + place] = example.answer[place]
     return ids, mask, labels
 
 
