@@ -351,8 +351,9 @@ def test_plain_text_is_learned_whole():
 
 
 def test_a_template_has_no_place_for_a_conversation(evaluate, write_rows):  # noqa: F811
-    error = evaluate(write_rows([{"messages": chat("甲", "乙", "丙", "丁")}]))
-    assert "row 0 is a conversation, where the prompt takes one instruction" in error
+    rows = write_rows([{"messages": chat("甲", "乙", "丙", "丁")}])
+    error = evaluate(rows, "--prompt", "default")
+    assert "row 0: it is a conversation, where the prompt takes one instruction; prompt: chat takes" in error
 
 
 def test_batch_inference_answers_no_plain_text(infer, write_rows):  # noqa: F811

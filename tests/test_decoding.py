@@ -45,12 +45,12 @@ def test_an_output_ends_before_the_first_stop_text():
 
 def test_repetition_is_what_is_penalised():
     """A model that says one token for ever is made to say others."""
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[70] = 0.1
     ids = {}
     for penalty in (None, 5.0):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[70] = 0.1
         decoding = DecodingSettings(
             num_beams=1, max_new_tokens=6, repetition_penalty=penalty, do_sample=False
         )

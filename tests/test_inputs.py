@@ -173,7 +173,7 @@ def test_evaluate_refuses_bad_rows(case, evaluate, write_rows):
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_batch_infer_refuses_bad_rows(case, infer, write_rows):
     rows, problem = BAD_DATA[case]
-    assert problem in infer(write_rows(rows))
+    assert problem in infer(write_rows(rows), "--prompt", "default")
 
 
 @pytest.mark.parametrize("case", {**BAD_DATA, **BAD_ANSWERS})
@@ -208,7 +208,7 @@ SPACES = {
     ),
     "another tool's optimizer": (
         lambda s: s.update(trial={"optim": "adamw_8bit"}),
-        "optim: unknown key; here that is AdamW, and no setting",
+        "unknown key; here that is AdamW, and no setting",
     ),
     "another tool's batches": (
         lambda s: s.update(trial={"gradient_accumulation_steps": 8}),

@@ -47,7 +47,7 @@ def away(reason: str) -> TrackingAwayError:
 def check_addresses() -> None:
     """Raise InputError for an address that no store can have, or whose database lacks its Python package."""
     for uri in dict.fromkeys((tracking_uri(), registry_uri())):
-        scheme = uri.partition(":")[0].lower() if ":" in uri else ""
+        scheme = uri.partition(":")[0].lower() if ":" in uri or uri in _DATABRICKS else ""
         kind = scheme.partition("+")[0]
         where = without_password(uri)
         if kind in ("", "file"):
