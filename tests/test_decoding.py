@@ -1,7 +1,6 @@
 """Settings that the beam search lacks go to `transformers.generate`, and each output is as it is alone."""
 
 import pytest
-import torch
 from conftest import byte_tokenizer, tiny_model
 from test_beam_engine import prompts
 
@@ -43,20 +42,10 @@ def test_an_output_ends_before_the_first_stop_text():
         assert whole.startswith(cut) and not any(stop in cut for stop in stops)
 
 
-def test_repetition_is_what_is_penalised():
-    """A model that says one token for ever is made to say others."""
-    ids = {}
-    for penalty in (None, 5.0):
-        model = tiny_model("llama")
-        with torch.no_grad():
-            model.lm_head.weight.zero_()
-            model.lm_head.weight[70] = 0.1
-        decoding = DecodingSettings(
-            num_beams=1, max_new_tokens=6, repetition_penalty=penalty, do_sample=False
-        )
-        engine = make_engine(model, byte_tokenizer(), decoding)
-        ids[penalty] = next(iter(engine.generate([prompts()[0]])))[1]
-    assert ids[None] != ids[5.0]
+def test_settings_of_repetition_change_what_is_said():
+    plain, _ = texts_of({"num_beams": 1, "stop": ("\0\0\0",)}, prompts())
+    for settings in ({"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 1}):
+        assert texts_of({"num_beams": 1, **settings}, prompts())[0] != plain
 
 
 @pytest.mark.parametrize(
