@@ -323,3 +323,31 @@ def test_what_is_stopped_can_go_on():
         assert session.can_go_on(error)
     for error in (session.FailedError("x"), ValueError("x")):
         assert not session.can_go_on(error)
+
+
+def test_a_command_that_ends_leaves_nothing_undone(tmp_path):
+    """Its process is left without Python's own ending, but not before others have done their work."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        f"""
+import atexit, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from workflows.session import FailedError, run
+
+def late():
+    time.sleep(0.5)
+    print("thread", end=" ")
+
+def main():
+    atexit.register(lambda: print("registered", end=" "))
+    threading.Thread(target=late).start()
+    print("main", end=" ")
+    raise FailedError("as it should")
+
+run(main)
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "main thread registered ")
+    assert done.stderr == "failed: as it should\n"
