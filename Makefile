@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 base: $(STAMP)  ## convert the embedded base once into ~/.cache/qlora
 	@TQDM_DISABLE=1 $(BIN)/python -W ignore -c 'from qlora.base.reference import embedded_base_folder; print(embedded_base_folder())'
 
-test: $(STAMP)  ## run the fast tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## run the fast tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)  ## run the slow tests too, with PostgreSQL, an S3-like store and a browser
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,datasets,servers,browser]'
