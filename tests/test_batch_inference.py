@@ -115,6 +115,7 @@ def processes_of(process: subprocess.Popen, name: str) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_killed_workers_and_drivers_lose_no_finished_row(
     expected, tiny_base, many, tmp_path, capsys, monkeypatch
 ):

@@ -147,7 +147,8 @@ def test_no_class_inherits_implementation(path):
 
 
 def loaded_by(code: str) -> str:
-    report = f"import sys; {code}\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    told = f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    report = f"import atexit, sys; atexit.register(lambda: {told}); {code}"  # a command leaves its process
     return subprocess.run(
         [sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
