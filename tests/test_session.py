@@ -196,6 +196,13 @@ def test_a_user_without_a_name_is_a_number(monkeypatch):
 
 
 RECORDS = [TrialRecord("a", {"epochs": 1}, "running"), TrialRecord("b", {"epochs": 2}, "pending")]
+SHOW = """
+from tuning import screen
+from tuning.ledger import TrialRecord
+RECORDS = [TrialRecord("a", {"epochs": 1}, "running"), TrialRecord("b", {"epochs": 2}, "pending")]
+screen._SECONDS_BETWEEN_FRAMES = 0
+show = screen.SweepScreen(2, 9.0)
+"""
 
 
 def test_a_table_is_printed_where_there_is_no_terminal(capsys):
@@ -213,16 +220,11 @@ def test_a_table_is_printed_where_there_is_no_terminal(capsys):
 def test_a_table_is_redrawn_in_place_on_a_terminal():
     """A whole screen of frames leaves one table behind: each frame moves back over the one before."""
     code = """
-import time
-from tests.test_session import RECORDS
-from tuning import screen
-screen._SECONDS_BETWEEN_FRAMES = 0
-show = screen.SweepScreen(2, 9.0)
 for _ in range(5):
     show.update(RECORDS)
 show.close(RECORDS)
 """
-    shown = in_a_terminal([sys.executable, "-c", code])
+    shown = in_a_terminal([sys.executable, "-c", SHOW + code])
     assert shown.count("0/2 trials ended") >= 5
     ups = shown.count("\x1b[1A")
     assert ups >= 4 * (shown.rpartition("0/2")[0].count("\n") // 6)
@@ -231,17 +233,13 @@ show.close(RECORDS)
 
 def test_the_terminal_is_given_back_whatever_happens():
     code = """
-from tests.test_session import RECORDS
-from tuning import screen
-screen._SECONDS_BETWEEN_FRAMES = 0
-show = screen.SweepScreen(2, 9.0)
 try:
     show.update(RECORDS)
     raise OSError("the tracking server went away")
 except OSError:
     show.stop()
 """
-    shown = in_a_terminal([sys.executable, "-c", code])
+    shown = in_a_terminal([sys.executable, "-c", SHOW + code])
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
 
 
