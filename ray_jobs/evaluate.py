@@ -4,6 +4,7 @@
         --data data/sample/public_test.json --output results/champion.json
 """
 
+import argparse
 import math
 import sys
 import time
@@ -40,32 +41,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Parse, validate, measure, write."""
-    parser = CommandParser(__doc__)
-    add_model_options(parser)
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        required=True,
-        nargs="+",
-        help="rows with answers: JSON, JSON Lines, CSV, Parquet or Arrow; several files are one set",
-    )
-    add_data_options(parser)
-    parser.add_argument(
-        "--loss",
-        choices=("all", "last"),
-        help="score all turns of the assistant in a chat, or the last (default: as a registered adapter was "
-        "trained, else all)",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive_int,
-        metavar="N",
-        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
-        f"was measured, else {MAX_LENGTH_TOKENS}; never more than the base has positions for)",
-    )
-    parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
-    arguments = parser.parse_args()
-
+    arguments = _arguments()
     output = Path(arguments.output)
     check_output(output, arguments.data)
     from qlora.data.examples import examples_digest, found_shape, load_examples
@@ -124,6 +100,34 @@ def main() -> None:
         resume_with(f"the result is in {output}; for its record run the same command again")
         note_use(model_choice.registered, "evaluation", told, metrics, [output])
     print(f"mean perplexity {mean:.4f} over {len(values)} examples -> {arguments.output}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = CommandParser(__doc__)
+    add_model_options(parser)
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        nargs="+",
+        help="rows with answers: JSON, JSON Lines, CSV, Parquet or Arrow; several files are one set",
+    )
+    add_data_options(parser)
+    parser.add_argument(
+        "--loss",
+        choices=("all", "last"),
+        help="score all turns of the assistant in a chat, or the last (default: as a registered adapter was "
+        "trained, else all)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
+        f"was measured, else {MAX_LENGTH_TOKENS}; never more than the base has positions for)",
+    )
+    parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
+    return parser.parse_args()
 
 
 def _measure(choice: "ModelChoice", examples: "Sequence[EncodedExample]") -> tuple[list[float], float, str]:

@@ -45,6 +45,7 @@ def test_an_address_that_no_store_has(uri, variable, monkeypatch):
 def test_addresses_that_a_store_can_have(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     check_addresses()
+    assert address.address() == uri
 
 
 @pytest.fixture
@@ -80,6 +81,7 @@ def test_a_server_that_is_only_starting_is_waited_for(patience, monkeypatch):
     thread = threading.Thread(target=start)
     thread.start()
     check_reachable()
+    assert server, "it is not given up before it answers"
     thread.join()
     server[0].server_close()
 

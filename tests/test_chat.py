@@ -104,6 +104,9 @@ CONVERSATIONS = {
         "c", (SYSTEM, Turn("user", "一"), Turn("assistant", "二二"), Turn("user", "二二")), "二"
     ),
     "the same again": Example("d", (Turn("user", "同"), Turn("assistant", "同"), Turn("user", "同")), "同"),
+    "words of the tags": Example(
+        "g", (Turn("user", "問"), Turn("assistant", "<"), Turn("user", "再")), "think"
+    ),
     "with its header as text": Example("e", (Turn("user", "assistant\n"),), "assistant\nuser"),
     "with thoughts": Example(
         "f",

@@ -9,6 +9,7 @@ import functools
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from qlora.config import InputError
 from tracking.credentials import hide_credentials, without_password
@@ -89,7 +90,7 @@ def reach_database(uri: str) -> None:
             engine.dispose()
 
 
-def _engine(uri: str):  # type: ignore[no-untyped-def]
+def _engine(uri: str) -> Any:
     """Return SQLAlchemy's engine for a database, which is not reached yet."""
     import sqlalchemy
 

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -19,11 +18,18 @@ from mlflow.exceptions import MlflowException
 
 from qlora.config import InputError
 from qlora.failpoints import durable
-from tracking.address import address, away, check_addresses, reach_database, registry_uri, tracking_uri
+from tracking.address import (
+    PROJECT_ROOT,
+    address,
+    away,
+    check_addresses,
+    reach_database,
+    registry_uri,
+    tracking_uri,
+)
 from tracking.credentials import hide_credentials, without_password
 from tracking.errors import TrackingAwayError
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PARENT = "mlflow.parentRunId"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's pages know what to open with
 # A refused connection is given up after 12 to 15 s (0 + 4 + 8 s and jitter); by default after 247 s.

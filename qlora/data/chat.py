@@ -131,11 +131,14 @@ def _whole(example: Example) -> list[Turn]:
 def _end(text: str, start: int, content: str) -> int:
     """Return where what the assistant says ends in a rendered conversation.
 
-    Templates write it as it is, without white space around it, or without its thoughts. Raises ValueError if
-    it is nowhere.
+    Templates write it as it is, without white space around it, or without its thoughts; they put nothing
+    before it but thoughts, in whose tags its own words may stand, too. Raises ValueError if it is nowhere.
     """
     for said in (content, content.strip(), content.rpartition(_THOUGHTS_END)[2].strip()):
         found = text.find(said, start) if said else -1
-        if found >= 0:
-            return found + len(said)
+        while found >= 0:
+            before = text[start:found].strip()
+            if not before or before.endswith(_THOUGHTS_END):
+                return found + len(said)
+            found = text.find(said, found + 1)
     raise ValueError("the base's chat template does not hold what the assistant says as it is written")

@@ -89,10 +89,7 @@ class Prompt:
 
         Raises ValueError for a conversation, which a template has no place for.
         """
-        if len(turns) != 1 or turns[0].role != "user":
-            kind = "a conversation" if turns else "plain text"
-            raise ValueError(f"it is {kind}, where the prompt takes one instruction; {_USE_CHAT}")
-        return encode_prompt(tokenizer, self.render(turns[0].content))
+        return encode_prompt(tokenizer, self.render(_instruction_of(turns)))
 
     def encode(self, tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
         """Return the token ids of prompt, answer and EOS, and the places of those that are scored.
@@ -172,7 +169,10 @@ def load_prompt(
             "prompt",
         )
     for shot in shots:
-        check_instruction(joined(shots_from or ""), shot)
+        try:
+            _instruction_of(shot.turns)
+        except ValueError as error:
+            raise InputError(joined(shots_from or ""), f"row {shot.id!r} can be no shot: {error}") from None
     return Prompt(name, template, shots)
 
 
@@ -232,11 +232,12 @@ def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
     return (*bos, *_plain_ids(tokenizer, text))
 
 
-def check_instruction(where: str, example: Example) -> None:
-    """Raise InputError, naming `where`, for an example that a template has no place for."""
-    if not example.is_instruction:
-        kind = "a conversation" if example.turns else "plain text"
-        raise InputError(where, f"row {example.id!r} is {kind}, where the prompt takes one instruction")
+def _instruction_of(turns: Sequence[Turn]) -> str:
+    """Return the one instruction that turns are. Raises ValueError for others."""
+    if len(turns) != 1 or turns[0].role != "user":
+        kind = "a conversation" if turns else "plain text"
+        raise ValueError(f"it is {kind}, where the prompt takes one instruction; {_USE_CHAT}")
+    return turns[0].content
 
 
 def encode_examples(
