@@ -131,7 +131,7 @@ class Journal:
                 old = _parsed(line if first is None else first)  # journals had no checksums once
                 if not isinstance(old, dict):
                     raise InputError(self.path, f"is damaged; {mend}")
-                changed = [key for key in {**old, **wanted} if old.get(key) != wanted.get(key)]
+                changed = [key for key in {**old, **wanted} if _given(old, key) != _given(wanted, key)]
                 if changed:
                     problem = f"holds rows of a job with another {', '.join(changed)}; {mend}"
                     raise InputError(self.path.parent, problem)
@@ -196,6 +196,12 @@ class Journal:
                     new.write(line.decode())
                     self.places[index] = end
                     end += len(line)
+
+
+def _given(settings: dict[str, Any], key: str) -> Any:
+    """Return a setting without what it leaves open: a journal from before a choice came leaves it open."""
+    value = settings.get(key)
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def _content(value: Any) -> bytes:

@@ -12,7 +12,7 @@ from test_inputs import GOOD, good_space, nothing_heavy_happens, refused  # noqa
 
 import ray_jobs.study
 import ray_jobs.tune
-from qlora.config import TrialSettings
+from qlora.config import InputError, TrialSettings
 from qlora.files import remove_unfinished, write_json
 from tuning.ledger import Ledger, TrialRecord
 from workflows.study.settings import load_study
@@ -189,8 +189,8 @@ def test_perplexities_that_are_no_numbers_are_never_best(sweep):
 
 
 @pytest.fixture
-def study(results, tiny_base, write_rows, capsys, monkeypatch):
-    """Run a study that must be refused without a change; returns the line."""
+def study_file(results, tiny_base, write_rows) -> Path:
+    """The file of a small study."""
     data = str(write_rows(GOOD, "good.json"))
     content = {
         "base_model": {"name": str(tiny_base), "quantization": "none"},
@@ -202,14 +202,40 @@ def study(results, tiny_base, write_rows, capsys, monkeypatch):
     }
     path = results.parent / "study.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    folder = results / "studies/study"
+    return path
 
-    prepared = prepare_study(load_study(str(path), []))
-    StudySteps(prepared, folder, print).claim()
+
+def begun(study_file: Path, folder: Path, *overrides: str) -> str | None:
+    """Begin a study in a folder, or go on with it; returns its id."""
+    return StudySteps(prepare_study(load_study(str(study_file), list(overrides))), folder, print).claim()
+
+
+def test_a_study_from_before_a_setting_came_is_gone_on_with(results, study_file):
+    folder = results / "studies/study"
+    first = begun(study_file, folder)
+    path = folder / "study.json"
+    kept = json.loads(path.read_text())
+    for key in ("loss", "thinking", "max_length"):
+        del kept["study"][key]
+    del kept["study"]["data"]["format"], kept["study"]["data"]["columns"]
+    path.write_text(json.dumps({**kept, "study": {**kept["study"], "prompt": "default"}}))
+    assert begun(study_file, folder) == first
+    plain = results.parent / "plain.yaml"
+    plain.write_text("template: '{instruction}'", encoding="utf-8")
+    for other in ("max_length=1024", "trial.learning_rate=0.002", f"prompt={plain}"):
+        with pytest.raises(InputError, match="holds a study with other settings or data"):
+            begun(study_file, folder, other)
+
+
+@pytest.fixture
+def study(results, study_file, capsys, monkeypatch):
+    """Run a study that must be refused without a change; returns the line."""
+    folder = results / "studies/study"
+    begun(study_file, folder)
 
     def run() -> str:
         before = contents(folder)
-        error = refused(ray_jobs.study, capsys, monkeypatch, "--study", path)
+        error = refused(ray_jobs.study, capsys, monkeypatch, "--study", study_file)
         assert contents(folder) == before
         return error
 

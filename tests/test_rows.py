@@ -94,6 +94,15 @@ def test_another_jobs_rows_are_never_mixed_in(tmp_path):
         Journal(tmp_path, {"model": {"base": "b"}, "prompt": "p"}, 4, resume=True)
 
 
+def test_a_job_from_before_a_choice_came_is_gone_on_with(tmp_path):
+    """A setting that it does not name is one that it leaves open; one that is given is another job's."""
+    Journal(tmp_path, {"generation settings": {"num_beams": 3, "seed": None}}, 4, resume=False).close()
+    today = {"num_beams": 3, "seed": None, "stop": None}
+    Journal(tmp_path, {"generation settings": today}, 4, resume=True).close()
+    with pytest.raises(InputError, match="a job with another generation settings"):
+        Journal(tmp_path, {"generation settings": {**today, "stop": ["a"]}}, 4, resume=True)
+
+
 def test_failed_rows_are_kept_apart(tmp_path):
     rows = store_rows(write(tmp_path / "in.json", ROWS[:3]), tmp_path / "work")
     journal = Journal(tmp_path / "work", {}, 3, resume=False)

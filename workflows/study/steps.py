@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from inference.scores import Scores
 from qlora.base.model import load_config, load_tokenizer, longest_example
 from qlora.config import DecodingSettings, InputError
@@ -99,7 +101,7 @@ class StudySteps:
         Raises InputError if the folder's steps belong to something else, and for a damaged file.
         """
         path = self._folder / "study.json"
-        mine = {"study": self._study.model_dump(mode="json"), **self._prepared.digests}
+        mine: dict[str, Any] = {"study": self._study.model_dump(mode="json"), **self._prepared.digests}
         if not path.exists():
             study_id = uuid.uuid4().hex
             self._prepared.sets.keep_public(self._folder)
@@ -109,7 +111,9 @@ class StudySteps:
         kept = read_json(path, mend)
         if not isinstance(kept.get("study"), dict) or not isinstance(kept.get("study_id") or "", str):
             raise InputError(path, f"is damaged (it lacks what a study has); {mend}")
-        if any(kept[key] != mine[key] for key in mine if key in kept):
+        if _compared(kept["study"]) != _compared(mine["study"]) or any(
+            kept[key] != digest for key, digest in self._prepared.digests.items() if key in kept
+        ):
             raise InputError(self._folder, "holds a study with other settings or data; choose another --name")
         for step in sorted((self._folder / "steps").glob("*.json")):
             _read_step(step)
@@ -214,6 +218,18 @@ class StudySteps:
 
     def _adapter(self, stages: tuple[int, ...]) -> AdapterFiles:
         return AdapterFiles.read(self._adapter_folder(stages))
+
+
+def _compared(study: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what tells a study's settings from another's, of one from before some of them, too.
+
+    The prompt is told by its digest, whether it was named or fits the data.
+    """
+    try:
+        content = Study.model_validate(study).model_dump(mode="json")
+    except ValidationError:
+        content = dict(study)
+    return {key: value for key, value in content.items() if key != "prompt"}
 
 
 def _read_step(path: Path) -> dict[str, Any]:
