@@ -31,6 +31,7 @@ from inference.beam_search import SearchState
 from inference.kv_cache import KVCache
 from qlora.base.device import triton_module
 from qlora.packed.attention import REFUSED_KEYWORDS, attend_rows, refuse_inexact
+from qlora.packed.handed_down import keep_keywords, keyword
 from qlora.packed.stream import Rows
 
 _kernel = triton_module("inference.decode_kernel")
@@ -225,6 +226,7 @@ def use_cached_attention(model: PreTrainedModel) -> None:
     if model.config._attn_implementation == "cached":
         return
     refuse_inexact(model)
+    keep_keywords(model)
     AttentionInterface.register("cached", cached_attention)
     AttentionMaskInterface.register("cached", lambda *_, **__: None)
     model.set_attn_implementation("cached")
@@ -247,6 +249,7 @@ def cached_attention(
     query [1, H, T, D], key and value [1, J, T, D] -> ([1, T, H, D], None). Raises ValueError if the pass did
     not arrive, or if the model asks for something that is not computed here.
     """
+    cached = keyword("cached") if cached is None else cached
     is_refused = any(others.get(name) is not None for name in REFUSED_KEYWORDS)
     if cached is None or attention_mask is not None or is_refused:
         raise ValueError(

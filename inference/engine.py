@@ -17,6 +17,7 @@ from itertools import groupby, islice
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
     TemperatureLogitsWarper,
@@ -28,6 +29,7 @@ from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
 from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
+from qlora.packed.agreement import check_agreement, eager_attention, random_tokens
 from qlora.served import describe_weights, load_merged, quicken
 
 _log = logging.getLogger(__name__)
@@ -209,10 +211,34 @@ def _as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
 def _try_out(model: Any, rules: SearchRules) -> None:
     """Search with two short prompts, through prefix, prefill and two decode steps.
 
-    Some models show only here, by an error, that the search's attention can't serve them.
+    Raises ValueError if the last step's logits are not those of the model's own attention: a family may use
+    attention in a way that the search's cache can't serve. Others show it by an error of their own.
     """
-    short = replace(rules, max_new_tokens=2, min_new_tokens=0)
-    dict(BeamSearcher(model, short, seed=0).search([(0, 0, 1, 1), (0, 0, 0, 1)]))
+    rules = replace(
+        rules, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=max(2, rules.num_beams)
+    )
+    vocabulary = model.config.get_text_config().vocab_size
+    shared, *owns = (random_tokens(count, vocabulary, seed) for seed, count in enumerate((5, 4, 4)))
+    prompts = [(*shared, *own) for own in owns]
+    fed: list[tuple[Tensor, Tensor]] = []  # of each decode step: tokens of all beams [T], their logits [T, V]
+
+    def keep(module: Any, given: Any, named: dict[str, Any], out: Any) -> None:
+        if named["logits_to_keep"] == 0:
+            # A copy, since the search overwrites its tokens; the logits stay where a recorded step puts them.
+            fed.append((named["input_ids"][0].clone(), out.logits[0]))
+
+    hook = model.register_forward_hook(keep, with_kwargs=True)
+    try:
+        dict(BeamSearcher(model, rules).search(prompts))
+    finally:
+        hook.remove()
+    tokens_T, logits_TV = fed[-1]
+    beams = tokens_T.view(len(prompts), -1).tolist()
+    rows = [[*prompt, token] for prompt, tokens in zip(prompts, beams, strict=True) for token in tokens]
+    with eager_attention(model), torch.no_grad():
+        ids = torch.tensor(rows, device=model.device)
+        own_TV = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, 0]
+    check_agreement(logits_TV, own_TV, model.dtype)
 
 
 def generate_options(decoding: DecodingSettings) -> dict[str, Any]:

@@ -39,10 +39,15 @@ Read it in this order, and learn
     packed/stream            what a packed sequence is, and who attends to whom in it
     packed/packing           how examples become groups of a bounded size, and groups a stream
     packed/attention         how to give a transformers model another attention
+    packed/handed_down       a batch for families that hand no keywords down
+    packed/agreement         trying a loaded model against its own attention
     packed/flash_attention   joining two softmaxes by their log-sum-exps
 
     base/reference           what the name of a base stands for
     base/device              dtype and free memory of a device
+    base/loading             transformers' loading, quiet and failing in one line
+    base/weights             weights that are missing, left over or no numbers
+    base/rotary              positions that do not depend on what an example is next to
     base/model               a frozen model in NF4 (QLoRA)
     base/fused               one kernel in place of several
 

@@ -35,15 +35,15 @@ def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
-    from qlora.base.model import base_revision, context_tokens, load_config, load_tokenizer
+    from qlora.base.model import base_revision, context_tokens
     from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat
+    from workflows.checked_base import load_facts
     from workflows.model_choice import choose_model, trained_on_in_words
 
     is_chat = found_shape(arguments.input, shape).holds_conversations
     model = choose_model(model_options(arguments, arguments.model or arguments.adapter, is_chat))
-    config = load_config(model.base.name)
-    tokenizer = load_tokenizer(model.base.name)
+    config, tokenizer = load_facts(model.base, is_packed=False)
     check_chat(model.prompt, tokenizer, model.base.name)
     context = context_tokens(config) or MAX_LENGTH_TOKENS
     room = context - decoding.max_new_tokens

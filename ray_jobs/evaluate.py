@@ -50,17 +50,15 @@ def main() -> None:
     shape = row_shape(arguments)
     examples = load_examples(arguments.data, shape, need_output=True)
     is_chat = found_shape(arguments.data, shape).holds_conversations
-    from qlora.base.model import load_config, load_tokenizer, longest_example
+    from qlora.base.model import longest_example
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
-    from qlora.packed.attention import check_base
+    from workflows.checked_base import load_facts
     from workflows.model_choice import choose_model, trained_on_in_words
 
     model_choice = choose_model(model_options(arguments, arguments.adapter, is_chat))
     base, prompt = model_choice.base, model_choice.prompt
-    config = load_config(base.name)
-    check_base(config, base.name)
+    config, tokenizer = load_facts(base, is_packed=True)
     max_length = longest_example(config, model_choice.max_length)
-    tokenizer = load_tokenizer(base.name)
     check_chat(prompt, tokenizer, base.name)
     encoded = encode_examples(tokenizer, prompt, examples, arguments.data, max_length)
     seen = trained_on_in_words(model_choice, examples, len(examples))
@@ -136,12 +134,12 @@ def _measure(choice: "ModelChoice", examples: "Sequence[EncodedExample]") -> tup
     Raises FailedError for a mean that is no finite number.
     """
     from qlora.base.device import default_token_budget
-    from qlora.packed.attention import use_packed_attention
+    from qlora.packed.agreement import pack_attention
     from qlora.perplexity import example_perplexities, mean_perplexity
     from qlora.served import load_served
 
     model = load_served(choice.base, choice.adapter_folder)
-    use_packed_attention(model)
+    pack_attention(model, choice.base.name)
     progress = partial(show_progress, time.monotonic(), unit="examples")
     values = example_perplexities(model, examples, default_token_budget(), progress)
     mean = mean_perplexity(values)

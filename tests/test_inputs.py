@@ -93,7 +93,12 @@ def nothing_heavy_happens(monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("this must not happen before the input is checked")
 
-    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", forbidden)
+    load = base_model.AutoModelForCausalLM.from_pretrained
+
+    def load_headers(*names, **options):
+        return load(*names, **options) if options.get("device_map") == "meta" else forbidden()
+
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", load_headers)
     monkeypatch.setattr(session, "connect_ray", forbidden)
     monkeypatch.setattr(workflows.sweep.start, "connect_ray", forbidden)
     monkeypatch.setattr(ray_jobs.batch_infer, "connect_ray", forbidden)

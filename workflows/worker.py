@@ -100,13 +100,13 @@ def measure_perplexities(
     Returns the values and the dtype of the weights.
     """
     from qlora.base.device import default_token_budget
-    from qlora.packed.attention import use_packed_attention
+    from qlora.packed.agreement import pack_attention
     from qlora.perplexity import example_perplexities
     from qlora.served import load_served
 
     _wait_for_memory()
     model = _with_adapter(adapter, lambda folder: load_served(base, folder))
-    use_packed_attention(model)
+    pack_attention(model, base.name)
     values = example_perplexities(model, examples, default_token_budget())
     return values, str(model.dtype).removeprefix("torch.")
 

@@ -17,15 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from qlora.base.device import compute_dtype, default_device, free_bytes
+from qlora.base.loading import first_line, from_pretrained, no_progress_bar
 from qlora.base.reference import BaseReference, resolve_base
+from qlora.base.rotary import fix_frequencies, positions_of_one_set
+from qlora.base.weights import LOADING_INFO, are_here, check_finite, check_loading, check_quantised
 from qlora.config import BaseModelSettings, InputError
 
 _log = logging.getLogger(__name__)
+_MIXTURE_PARTS = {"experts", "router", "gate", "shared_expert_gate"}
+_EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -45,7 +49,7 @@ def load_tokenizer(name: str) -> Any:
     Raises InputError if it can't be loaded, or has no EOS token to end answers with.
     """
     reference = resolve_base(name)
-    tokenizer = _from_pretrained(AutoTokenizer, name, reference)
+    tokenizer = from_pretrained(AutoTokenizer, name, reference)
     if tokenizer.eos_token_id is None:
         raise InputError(
             name,
@@ -71,7 +75,7 @@ def load_config(name: str) -> Any:
     Raises InputError unless transformers itself, without remote code, has its architecture as a causal
     language model.
     """
-    config = _from_pretrained(AutoConfig, name, resolve_base(name))
+    config = from_pretrained(AutoConfig, name, resolve_base(name))
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(
             name, f"{config.model_type} is no causal language model; choose a decoder such as Llama or Qwen"
@@ -85,10 +89,15 @@ def base_revision(config: Any) -> str | None:
 
 
 def context_tokens(config: Any) -> int | None:
-    """Return how many tokens a base has positions for, as its config says; None if it does not."""
+    """Return how many tokens a base has positions for, as its config says; None if it does not.
+
+    Positions that would change what an example is next to are not counted (qlora.base.rotary).
+    """
     text = config.get_text_config()
     found = (getattr(text, name, None) for name in _CONTEXT_NAMES)
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
+    told = next((value for value in found if isinstance(value, int) and value > 0), None)
+    limits = [limit for limit in (told, positions_of_one_set(config)) if limit is not None]
+    return min(limits, default=None)
 
 
 def longest_example(config: Any, max_length: int) -> int:
@@ -107,15 +116,40 @@ def attention_shape(config: Any) -> AttentionShape:
     )
 
 
+def check_weights(settings: BaseModelSettings, config: Any) -> None:
+    """Raise InputError for weights that `load_base` would refuse, as far as their headers show it.
+
+    A hub's weights that are not on this machine are looked at when they are loaded.
+    """
+    check_quantised(config, settings)
+    reference = resolve_base(settings.name)
+    if are_here(reference):
+        _check_headers(settings, config, reference)
+
+
+def check_vocabulary(settings: BaseModelSettings, config: Any, tokenizer: Any) -> None:
+    """Raise InputError for a tokenizer with tokens that a base has no embeddings for."""
+    size, last = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise InputError(
+            settings.name,
+            f"its tokenizer goes up to token {last}, and its config has embeddings for {size}; "
+            "give a tokenizer and a model that belong together",
+        )
+
+
 def load_base(settings: BaseModelSettings, device: torch.device | None = None) -> PreTrainedModel:
     """Load the frozen model in eval mode on `device`, else on this process's.
 
-    Raises InputError if it can't.
+    Raises InputError if it can't, and for weights that are missing, left over or no finite numbers.
     """
     reference = resolve_base(settings.name)
+    config = load_config(settings.name)
+    check_weights(settings, config)
+    was_here = are_here(reference)
     device = device or default_device()
     dtype = compute_dtype(settings, device)
-    model = _from_pretrained(
+    model = from_pretrained(
         AutoModelForCausalLM,
         settings.name,
         reference,
@@ -124,24 +158,42 @@ def load_base(settings: BaseModelSettings, device: torch.device | None = None) -
         use_safetensors=True,
         quantization_config=_nf4_config(dtype) if settings.quantization == "nf4" else None,
     )
+    if not was_here:
+        _check_headers(settings, config, reference)
+    check_finite(settings.name, reference, device)
+    fix_frequencies(model)
     keep_gradients_on_cpu(model)
     return model.requires_grad_(False).eval()
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the linear layers that an adapter may target, all but the head: name -> (inputs, outputs)."""
+    """Return the linear layers that an adapter may target: name -> (inputs, outputs).
+
+    The head is none of them, nor are routers and experts of a mixture, nor its dense layers of the names that
+    experts have: PEFT 0.21 takes those names, alone or in full, for all experts as one fused tensor, so that
+    an adapter on such a layer could not be loaded back.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
+    names = {name: name.split(".") for name, _ in model.named_modules()}
+    is_mixture = any("experts" in parts for parts in names.values())
+
+    def is_left_alone(parts: list[str]) -> bool:
+        return is_mixture and (parts[-1] in _EXPERT_NAMES or not _MIXTURE_PARTS.isdisjoint(parts))
+
     return {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if _is_plain_linear(module) and module is not head and not is_left_alone(names[name])
     }
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """Build a model of this config without weights, to look at."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """Build a model of this config without weights, to look at. Raises ValueError if there is none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a family's code does with what it does not know
+        raise ValueError(f"config.json describes no model: {first_line(error)}") from error
 
 
 def keep_gradients_on_cpu(model: nn.Module) -> None:
@@ -187,23 +239,26 @@ def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer and nothing more, as routers of some families are."""
+    return type(module) is nn.Linear or (
+        isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
+    )
+
+
 def _nf4_layers(model: nn.Module) -> list[Any]:
     from bitsandbytes.nn import Linear4bit  # takes seconds to load
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
-def _from_pretrained(auto_class: Any, name: str, reference: BaseReference, **options: Any) -> Any:
-    """Load with one of transformers' Auto classes. Raises InputError, naming the base, if that fails."""
-    try:
-        return auto_class.from_pretrained(
-            reference.location,
-            revision=reference.revision,
-            trust_remote_code=False,
-            local_files_only=reference.kind != "hub",
-            **options,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else repr(error)
-        raise InputError(name, f"can't be loaded: {reason}") from error
+def _check_headers(settings: BaseModelSettings, config: Any, reference: BaseReference) -> None:
+    """Raise InputError unless the weights on this machine are, by their headers, those of the config.
+
+    It is done without quantising, which would hide other shapes. A folder in NF4 has other tensors.
+    """
+    if getattr(config, "quantization_config", None) is None:
+        options = {"device_map": "meta", "use_safetensors": True, **LOADING_INFO}
+        with no_progress_bar():
+            _, info = from_pretrained(AutoModelForCausalLM, settings.name, reference, **options)
+        check_loading(settings.name, config.model_type, info)

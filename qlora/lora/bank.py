@@ -33,7 +33,7 @@ from qlora.lora.banked_linear import BankedLinear, Route, Switch, kernels
 from qlora.lora.peft_folder import WEIGHTS, AdapterContent
 from qlora.lora.products import MAX_GPU_RANK, Dropout, LayerPart
 from qlora.lora.tables import BankTables, make_bank_tables, make_pass_tables
-from qlora.packed.attention import use_packed_attention
+from qlora.packed.agreement import pack_attention
 from qlora.packed.packing import Group
 from qlora.packed.stream import PackedBatch
 
@@ -173,9 +173,9 @@ class AdapterBank:
         from peft import LoraConfig  # takes seconds to load
 
         name, revision = split_revision(self.base_name)
-        # Targets are given by the ends of their names (q_proj) if no other layer has them, else in full.
+        # Targets are given by the ends of their names (q_proj) if no other module has them, else in full.
         ends = {layer.rpartition(".")[2] for layer in adapter.layers}
-        num_named = sum(layer.rpartition(".")[2] in ends for layer in self._linear)
+        num_named = sum(layer.rpartition(".")[2] in ends for layer, _ in self.model.named_modules())
         targets = sorted(ends if num_named == len(adapter.layers) else adapter.layers)
         config = LoraConfig(
             r=adapter.settings.lora_r,
@@ -233,7 +233,7 @@ def is_targeted(name: str, wanted: Any) -> bool:
 def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
     """Describe what is wrong with target modules; return None if each of them names a linear layer.
 
-    The head is none of these.
+    The head is none of these; for mixtures see qlora.base.model.linear_layers.
     """
     if wanted == "all-linear":
         return None
@@ -245,7 +245,10 @@ def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
     if not missing:
         return None
     there = sorted({name.rpartition(".")[2] for name in linear})
-    return f"no linear layer is called {', '.join(missing)}; there are: {', '.join(there)}"
+    return (
+        f"no linear layer is called {', '.join(missing)}; there are: {', '.join(there)} "
+        "(the head takes no adapter; nor do a mixture's routers and experts, and layers of their names)"
+    )
 
 
 def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> AdapterBank:
@@ -254,9 +257,9 @@ def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> Ad
     Its NF4 values are dequantised once if memory allows. Raises InputError if the base can't be loaded.
     """
     model = dequantised_if_it_fits(load_base(base, device))
-    use_packed_attention(model)
     if model.device.type == "cuda":
         fuse_for_training(model)
+    pack_attention(model, base.name)  # last, so that what is fused is tried, too
     return AdapterBank(model, base.name)
 
 

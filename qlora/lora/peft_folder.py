@@ -29,6 +29,12 @@ from qlora.config import InputError
 if TYPE_CHECKING:  # PEFT takes seconds to load; a command that only starts others' work need not wait for it
     from peft import LoraConfig, PeftModel
 
+# Kinds of LoRA whose products are not those of two matrices beside a weight of the base as it is.
+_OTHER_KINDS = {
+    *("lora_bias", "layer_replication", "alora_invocation_tokens", "arrow_config", "megatron_config"),
+    *("use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
+}
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # which leave the base as it is
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -120,6 +126,15 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
         raise InputError(path / CONFIG, f"is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(path / CONFIG, "peft_type is not LORA; give a LoRA adapter")
+    if others := [key for key in sorted(_OTHER_KINDS) if config.get(key)]:
+        raise InputError(path / CONFIG, f"asks for {', '.join(others)}; give a LoRA adapter without")
+    beginning = config.get("init_lora_weights", True)
+    if beginning not in _PLAIN_BEGINNINGS:
+        raise InputError(
+            path / CONFIG,
+            f"was begun by {beginning}, which changes the base that it belongs to; save it as a plain LoRA "
+            "adapter, in PEFT by save_pretrained with path_initial_model_for_weight_conversion",
+        )
     if not (path / WEIGHTS).is_file():
         raise InputError(folder, f"holds no {WEIGHTS}; save the adapter again with safe_serialization=True")
     try:

@@ -27,12 +27,18 @@ from transformers.masking_utils import AttentionMaskInterface
 from qlora.base.model import skeleton
 from qlora.config import InputError
 from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
+from qlora.packed.handed_down import keep_keywords, keyword
 from qlora.packed.stream import Bucket, PackedBatch, Rows
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Not cuDNN's: it plans anew for every shape (5 ms a layer on an H100), and shapes change every step.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_BYPASSED = "{} models don't use transformers' AttentionInterface; choose a decoder that does, such as Llama"
 REFUSED_KEYWORDS = ("s_aux", "head_mask", "position_bias", "alibi")
+
+
+class NotComputedError(ValueError):
+    """A model asks attention for something that is not computed here."""
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -41,15 +47,18 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     Raises ValueError as `refuse_inexact` does.
     """
     refuse_inexact(model)
+    keep_keywords(model)
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", _no_mask)
     model.set_attn_implementation("packed")
 
 
-def check_base(config: Any, name: str) -> None:
-    """Raise InputError, naming the base, for a config whose model `use_packed_attention` would refuse."""
+def check_attention(config: Any, name: str) -> None:
+    """Raise InputError, naming the base, for a config whose model can't work with packed attention."""
     try:
         refuse_inexact(skeleton(config))
+        if _count_calls(skeleton(config)) == 0:
+            raise NotComputedError(_BYPASSED.format(config.model_type))
     except ValueError as error:
         raise InputError(name, str(error)) from None
 
@@ -63,11 +72,9 @@ def refuse_inexact(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     family = model.config.model_type
     other_layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
-    if not getattr(model, "_supports_attention_backend", False) or model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{family} models don't use transformers' AttentionInterface; "
-            "choose a decoder that does, such as Llama"
-        )
+    is_told = getattr(model, "_supports_attention_backend", False)  # some families don't say so
+    if model.config.is_encoder_decoder or not (is_told or _count_calls(skeleton(model.config))):
+        raise NotComputedError(_BYPASSED.format(family))
     if getattr(model, "_is_stateful", False) or other_layers:
         kinds = ", ".join(sorted(other_layers)) or "state space"
         raise ValueError(
@@ -98,15 +105,9 @@ def packed_attention(
     query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None). Raises ValueError if the batch did
     not arrive, or if the model asks for something that is not computed here.
     """
-    if packed is None:
-        raise ValueError(
-            f"{type(module).__name__} got no PackedBatch: call the model with packed=batch; "
-            "if you did, this family doesn't hand keywords down to attention and can't be packed"
-        )
-    refused = [name for name in REFUSED_KEYWORDS if others.get(name) is not None]
-    if refused or attention_mask is not None:
-        asked_for = ", ".join(refused) or "an explicit mask"
-        raise ValueError(f"packed attention doesn't compute {asked_for}; choose another model family")
+    packed = keyword("packed") if packed is None else packed
+    _check_call(module, attention_mask, packed, **others)
+    assert packed is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # squeeze, since the gradient of [0] is a copy
     q_THD, k_TKD, v_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -134,6 +135,53 @@ def packed_attention(
                 )
                 outs_SHD.append(out_SHD)
     return torch.cat(outs_SHD)[None], None
+
+
+def _count_calls(model: PreTrainedModel) -> int | None:
+    """Call a model without weights, and count the calls of attention that would be this project's.
+
+    Return None for a family that can't be called without weights, as one that looks at values. Raises
+    NotComputedError as `packed_attention` does.
+    """
+    num_calls = 0
+
+    def look(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **others: Any
+    ) -> tuple[Tensor, None]:
+        nonlocal num_calls
+        num_calls += 1
+        attention_mask = mask[0] if mask else others.pop("attention_mask", None)
+        packed = others.pop("packed", None) or keyword("packed")
+        _check_call(module, attention_mask, packed, **others)
+        return value.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    keep_keywords(model)
+    AttentionInterface.register("counted", look)
+    AttentionMaskInterface.register("counted", _no_mask)
+    model.set_attn_implementation("counted")
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        everywhere = torch.ones_like(tokens)  # given, so that nothing is looked for in positions
+        model(input_ids=tokens, attention_mask=everywhere, packed=object(), use_cache=False)
+    except NotComputedError:
+        raise
+    except Exception:
+        return None
+    return num_calls
+
+
+def _check_call(
+    module: torch.nn.Module, attention_mask: Tensor | None, packed: Any = None, **others: Any
+) -> None:
+    """Raise NotComputedError if a layer got no batch, or asks for something that is not computed here."""
+    if packed is None:
+        raise NotComputedError(
+            f"{type(module).__name__} got no PackedBatch: call the model with packed=batch"
+        )
+    refused = [name for name in REFUSED_KEYWORDS if others.get(name) is not None]
+    if refused or attention_mask is not None:
+        asked_for = ", ".join(refused) or "an explicit mask"
+        raise NotComputedError(f"packed attention doesn't compute {asked_for}; choose another model family")
 
 
 def attend_rows(

@@ -17,14 +17,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from inference.scores import Scores
-from qlora.base.model import load_config, load_tokenizer, longest_example
+from qlora.base.model import longest_example
 from qlora.config import DecodingSettings, InputError
 from qlora.data.prompts import AnyPrompt, EncodedExample, Prompt, check_chat, encode_examples, load_prompt
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json
 from qlora.lora.peft_folder import AdapterFiles, check_adapter
-from qlora.packed.attention import check_base
 from qlora.perplexity import mean_perplexity
+from workflows.checked_base import load_facts
 from workflows.data_sets import DataSets, own_prompt, read_data
 from workflows.session import FailedError
 from workflows.study.settings import Study, name_of
@@ -59,15 +59,13 @@ class PreparedStudy:
 def prepare_study(study: Study) -> PreparedStudy:
     """Read and tokenise a study's data. Raises InputError for a base, a prompt or data that can't be had."""
     data = study.data
-    config = load_config(study.base_model.name)
-    check_base(config, study.base_model.name)
+    config, tokenizer = load_facts(study.base_model, is_packed=True)
     limit = longest_example(config, study.max_length)
     sets = read_data(data)
     train, public = sets.train, sets.public
     if len(public) < study.num_predictions:
         problem = f"holds {len(public)} examples, fewer than num_predictions {study.num_predictions}"
         raise InputError(data.public_name, problem)
-    tokenizer = load_tokenizer(study.base_model.name)
     own = own_prompt(study.prompt, sets, study.loss, study.thinking)
     check_chat(own, tokenizer, study.base_model.name)
     is_template = isinstance(own, Prompt)

@@ -100,20 +100,18 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
 
     Raises InputError for bad data or a base that can't be had.
     """
-    from qlora.base.model import base_revision, load_config, load_tokenizer, longest_example, tokenizer_digest
+    from qlora.base.model import base_revision, longest_example, tokenizer_digest
     from qlora.data.prompts import check_chat, encode_examples
     from qlora.lora.peft_folder import AdapterFiles
-    from qlora.packed.attention import check_base
     from tuning.model_size import model_size
+    from workflows.checked_base import load_facts
 
     space = sweep.space
-    config = load_config(space.base_model.name)
-    check_base(config, space.base_model.name)
+    config, tokenizer = load_facts(space.base_model, is_packed=True)
     size = model_size(config)
     if not size.layers:
         problem = f"{config.model_type} has no linear layers for an adapter to target; choose another base"
         raise InputError(space.base_model.name, problem)
-    tokenizer = load_tokenizer(space.base_model.name)
     check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
     return PreparedSweep(

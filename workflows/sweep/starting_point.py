@@ -9,7 +9,11 @@ from qlora.lora.peft_folder import CONFIG, check_adapter
 from workflows.model_choice import find_adapter
 
 _FIXED = ("r", "lora_alpha", "target_modules")
-_UNKNOWN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+_UNKNOWN = {
+    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    *("target_parameters", "trainable_token_indices"),
+    *("layers_to_transform", "layers_pattern", "exclude_modules"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,10 @@ def starting_point(adapter: str) -> StartingPoint:
     """Find a PEFT folder or a models:/ URI. Raises InputError for an adapter that trials can't go on from."""
     found = find_adapter(adapter)
     config = check_adapter(found.folder)
-    if unknown := [key for key in _UNKNOWN if config.get(key)]:
+    unknown = [key for key in sorted(_UNKNOWN) if config.get(key)]
+    if config.get("bias", "none") != "none":
+        unknown.append("bias")
+    if unknown:
         raise InputError(
             adapter,
             f"has {', '.join(unknown)}, which trials don't have; choose an adapter that was trained here",

@@ -1,0 +1,63 @@
+"""Owns how transformers loads a base's config, tokenizer and weights: quietly, and failing in one line.
+
+Safetensors only, no remote code. Refuses to know what is loaded.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from qlora.base.reference import BaseReference
+from qlora.config import InputError
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Have transformers show no progress bar, within: nothing is loaded."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Keep what transformers says of its loading off the screen, within; what matters is checked."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def from_pretrained(auto_class: Any, name: str, reference: BaseReference, **options: Any) -> Any:
+    """Load with one of transformers' Auto classes. Raises InputError, naming the base, if that fails."""
+    try:
+        with _quiet_report():
+            return auto_class.from_pretrained(
+                reference.location,
+                revision=reference.revision,
+                trust_remote_code=False,
+                local_files_only=reference.kind != "hub",
+                **options,
+            )
+    except StrictDataclassError as error:
+        raise InputError(name, f"config.json is no good: {first_line(error.__cause__ or error)}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(name, f"can't be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, with its type where that is a word alone."""
+    text = str(error).strip()
+    return text.splitlines()[0] if " " in text else repr(error)

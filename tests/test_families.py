@@ -1,0 +1,86 @@
+"""Over published families: perplexity, training, reloading and beams equal transformers and PEFT."""
+
+import pytest
+import torch
+from conftest import byte_tokenizer, random_examples
+from families import FAMILIES, family_model
+from oracles import loop_perplexities, padded_loss, peft_adapter
+from peft import PeftModel
+
+from inference.engine import make_engine
+from qlora.config import DecodingSettings, TrialSettings
+from qlora.lora.bank import AdapterBank, linear_layers
+from qlora.packed.agreement import pack_attention
+from qlora.perplexity import adapter_perplexities, example_perplexities
+from qlora.training import Training
+
+SAMPLE = ("llama-llama3", "qwen3-moe-mixed", "gemma3", "phi3-longrope", "diffllama")  # the others are slow
+EVERY = [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in FAMILIES]
+# The cache of the search holds keys and values of one width, for one call of attention a layer.
+LEFT_TO_GENERATE = {"diffllama", "deepseek-v2", "deepseek-v3"}
+SETTINGS = TrialSettings(learning_rate=0.01, lora_r=4, lora_dropout=0.0, batch_size=4, seed=3)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_perplexity_is_that_of_the_models_own_attention(name):
+    examples = random_examples(6)
+    expected = loop_perplexities(family_model(name), examples)
+    model = family_model(name)
+    pack_attention(model, name)
+    assert example_perplexities(model, examples, 10_000) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_adapter_trains_as_in_peft_and_is_loaded_back_by_it(name, tmp_path):
+    base = family_model(name).requires_grad_(False)
+    pack_attention(base, name)
+    run = Training(AdapterBank(base, name), random_examples(8), SETTINGS)
+    targets = tuple(linear_layers(family_model(name)))
+    named = SETTINGS.model_copy(update={"target_modules": targets})
+    plain = adapter_on_plain_layers(name, named)
+    parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+    for step in range(2):
+        loss = padded_loss(plain, run.batch_at(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = 0.01 * (2 - step) / 2
+        optimizer.step()
+        optimizer.zero_grad()
+        assert run.advance(10_000).loss == pytest.approx(loss.item(), rel=1e-4)
+    run.bank.save(run.adapter, tmp_path)
+    loaded = PeftModel.from_pretrained(family_model(name), tmp_path).eval()
+    found = adapter_perplexities(run.bank, [(run.adapter, run.examples)], 10_000)[0]
+    assert found == pytest.approx(loop_perplexities(loaded, run.examples), rel=1e-4)
+
+
+def adapter_on_plain_layers(name: str, settings: TrialSettings) -> PeftModel:
+    """The oracle: PEFT's adapter on the same layers."""
+    return peft_adapter(family_model(name).requires_grad_(False), settings)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_beams_are_those_of_generate(name):
+    decoding = DecodingSettings(num_beams=3, max_new_tokens=12)
+    prompts = [example.prompt for example in random_examples(5, shared=12)]
+    model, tokenizer = family_model(name), byte_tokenizer()
+    expected = [generated(model, tokenizer, prompt) for prompt in prompts]
+    engine = make_engine(family_model(name), tokenizer, decoding)
+    assert engine.name.startswith("transformers.generate" if name in LEFT_TO_GENERATE else "beam engine")
+    found = {index: text for index, text, _ in engine.generate(prompts)}
+    assert [found[index] for index in range(len(prompts))] == expected
+
+
+@torch.inference_mode()
+def generated(model, tokenizer, prompt: tuple[int, ...]) -> str:
+    """The oracle: one prompt, alone, under eager attention."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=3,
+        max_new_tokens=12,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    return tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()

@@ -1,0 +1,25 @@
+"""Owns what is found of a base before work starts: by its config, its tokenizer and its weights' headers.
+
+What only weights show is found when they are loaded (qlora.base.model, qlora.packed.agreement).
+"""
+
+from typing import Any
+
+from qlora.base.model import check_vocabulary, check_weights, load_config, load_tokenizer
+from qlora.config import BaseModelSettings
+from qlora.packed.attention import check_attention
+
+
+def load_facts(settings: BaseModelSettings, *, is_packed: bool) -> tuple[Any, Any]:
+    """Load a base's config and tokenizer, and check that its weights fit them.
+
+    `is_packed`: whether it will work with packed attention, too. Raises InputError, naming the base, if it
+    can't be had or won't do.
+    """
+    config = load_config(settings.name)
+    if is_packed:
+        check_attention(config, settings.name)
+    tokenizer = load_tokenizer(settings.name)
+    check_vocabulary(settings, config, tokenizer)
+    check_weights(settings, config)
+    return config, tokenizer
