@@ -39,7 +39,7 @@ def main() -> None:
     from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat
     from workflows.checked_base import load_facts
-    from workflows.model_choice import choose_model, trained_on_in_words
+    from workflows.model_choice import choose_model, reading_in_words, trained_on_in_words
 
     is_chat = found_shape(arguments.input, shape).holds_conversations
     model = choose_model(model_options(arguments, arguments.model or arguments.adapter, is_chat))
@@ -50,8 +50,9 @@ def main() -> None:
     if room < 1:
         problem = f"{decoding.max_new_tokens} leaves no room for a prompt within {context}"
         raise InputError("options:max_new_tokens", problem)
-    for line in model.overridden:
-        print(line)
+    for line in (*model.overridden, reading_in_words(model, tokenizer)):
+        if line:
+            print(line)
 
     from inference.attempts import EnginesDiedError
     from inference.engine import ServedModel

@@ -53,7 +53,7 @@ def main() -> None:
     from qlora.base.model import longest_example
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
     from workflows.checked_base import load_facts
-    from workflows.model_choice import choose_model, trained_on_in_words
+    from workflows.model_choice import choose_model, reading_in_words, trained_on_in_words
 
     model_choice = choose_model(model_options(arguments, arguments.adapter, is_chat))
     base, prompt = model_choice.base, model_choice.prompt
@@ -62,7 +62,8 @@ def main() -> None:
     check_chat(prompt, tokenizer, base.name)
     encoded = encode_examples(tokenizer, prompt, examples, arguments.data, max_length)
     seen = trained_on_in_words(model_choice, examples, len(examples))
-    for line in (*model_choice.overridden, cut_in_words(encoded), seen):
+    reading = reading_in_words(model_choice, tokenizer)
+    for line in (*model_choice.overridden, reading, cut_in_words(encoded), seen):
         if line:
             print(line)
 

@@ -6,6 +6,7 @@ finds it by its own `generation` marks, which published templates lack, and this
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +14,16 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from test_inputs import GOOD, evaluate, infer, nothing_heavy_happens, refused  # noqa: F401
 
-from qlora.config import InputError
+from qlora.base.model import template_digest, tokenizer_digest
+from qlora.config import BaseModelSettings, InputError
 from qlora.data.chat import ChatPrompt, ChatSettings
 from qlora.data.prompts import check_chat, encode_examples, for_chat, load_prompt, prompt_text
 from qlora.data.row_shapes import Example, Turn
 from qlora.packed.attention import use_packed_attention
 from qlora.packed.packing import whole_group
 from qlora.perplexity import example_perplexities
+from tracking.registry import RegisteredAdapter
+from workflows.model_choice import ModelChoice, NamedAdapter, reading_in_words
 
 LLAMA_3 = (
     "{% for m in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}"
@@ -271,3 +275,21 @@ def test_a_chat_file_is_checked(tmp_path):
     path.write_text(json.dumps({"chat": {"lass": "all"}}), encoding="utf-8")
     with pytest.raises(InputError, match="lass"):
         load_prompt(str(path))
+
+
+def test_a_changed_template_or_tokenizer_is_told(tmp_path):
+    """A version was trained under one reading of its prompts; a base may read them in another way today."""
+    tokenizer = tokenizer_with(LLAMA_3)
+    tags = {"tokenizer_digest": tokenizer_digest(tokenizer), "template_digest": template_digest(tokenizer)}
+    version = RegisteredAdapter(tmp_path, None, None, "models:/chat/1", tags, "base", "none", None)
+    choice = ModelChoice(
+        BaseModelSettings(), NamedAdapter(tmp_path, version), ChatPrompt("chat", ChatSettings()), 2048, ()
+    )
+    assert reading_in_words(choice, tokenizer) == ""
+    other = tokenizer_with(CHATML)
+    words = "the chat template of smollm2-135m-instruct changed since models:/chat/1 was trained"
+    assert reading_in_words(choice, other) == words
+    other.add_tokens(["<another>"])
+    assert reading_in_words(choice, other).startswith("the tokenizer and the chat template of")
+    version = replace(version, tags={})  # from before digests were kept
+    assert reading_in_words(replace(choice, adapter=NamedAdapter(tmp_path, version)), other) == ""

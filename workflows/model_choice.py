@@ -7,6 +7,7 @@ option says otherwise, and what an option overrides is told.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, validated
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
@@ -84,6 +85,21 @@ def trained_on_in_words(choice: ModelChoice, examples: Iterable[Example], num_ex
         return ""
     known = count_asked(examples, read_keys(choice.registered.trained_on))
     return f"{known} of {num_examples} rows ask what the adapter was trained on" if known else ""
+
+
+def reading_in_words(choice: ModelChoice, tokenizer: Any) -> str:
+    """Say that a base no longer reads prompts as when a registered adapter was trained; else nothing."""
+    from qlora.base.model import template_digest, tokenizer_digest
+
+    version = choice.registered
+    digests = {"tokenizer": tokenizer_digest(tokenizer), "chat template": template_digest(tokenizer)}
+    tags = version.tags if version else {}
+    before = {"tokenizer": tags.get("tokenizer_digest"), "chat template": tags.get("template_digest")}
+    changed = [what for what, digest in before.items() if digest not in (None, digests[what])]
+    if version is None or not changed:
+        return ""
+    parts = " and the ".join(changed)
+    return f"the {parts} of {choice.base.name} changed since {version.model_uri} was trained"
 
 
 def find_adapter(adapter: str) -> NamedAdapter:

@@ -69,6 +69,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
+def template_digest(tokenizer: Any) -> str | None:
+    """Return the SHA-256 (hexadecimal) of a tokenizer's chat template, None if it has none."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def load_config(name: str) -> Any:
     """Load a base's transformers config, without its weights.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora.base.reference import resolve_base
 from qlora.config import InputError
+from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
 from tuning.space import Space
 from workflows.data_sets import DataSets, own_prompt, read_data
@@ -39,12 +40,14 @@ class SweepInputs:
 class BaseFacts:
     """The facts of a base that are known without its weights.
 
-    revision: a hub commit. max_length: tokens where examples are cut for it.
+    revision: a hub commit. template_digest: of the chat template that prompts are in, if they are in one.
+    max_length: tokens where examples are cut for it.
     """
 
     size: "ModelSize"
     revision: str | None
     tokenizer_digest: str
+    template_digest: str | None
     max_length: int
 
 
@@ -100,7 +103,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
 
     Raises InputError for bad data or a base that can't be had.
     """
-    from qlora.base.model import base_revision, longest_example, tokenizer_digest
+    from qlora.base.model import base_revision, longest_example, template_digest, tokenizer_digest
     from qlora.data.prompts import check_chat, encode_examples
     from qlora.lora.peft_folder import AdapterFiles
     from tuning.model_size import model_size
@@ -114,11 +117,12 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
         raise InputError(space.base_model.name, problem)
     check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
+    template = template_digest(tokenizer) if isinstance(inputs.prompt, ChatPrompt) else None
     return PreparedSweep(
         space,
         inputs,
         train=encode_examples(tokenizer, inputs.prompt, inputs.sets.train, space.data.train_name, limit),
         public=encode_examples(tokenizer, inputs.prompt, inputs.sets.public, space.data.public_name, limit),
-        base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer), limit),
+        base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer), template, limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
     )

@@ -73,6 +73,7 @@ def register_best(
         "train_digest": digests["train"],
         "prompt_digest": digests["prompt"],
         "tokenizer_digest": prepared.base.tokenizer_digest,
+        "template_digest": prepared.base.template_digest,
         "continued_from": sweep.start[0] if sweep.start else None,
         "base_revision": prepared.base.revision,
         "base_digest": base_digest,
