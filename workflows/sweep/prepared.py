@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora.base.reference import resolve_base
+from qlora.base.reference import base_files_digest, resolve_base
 from qlora.config import InputError
 from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class SweepInputs:
     """A sweep's files, read once.
 
-    prompt_text: what the prompt is loaded from again. digests: of train and public examples and of the
-    prompt, by role.
+    prompt_text: what the prompt is loaded from again. digests: of train and public examples, of the
+    prompt and, if it is local, of the base without its weights' values, by role.
     """
 
     sets: DataSets
@@ -85,13 +85,16 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
     sets = read_data(space.data)
     prompt = own_prompt(space.prompt, sets, space.loss, space.thinking)
     digests = {**sets.digests, "prompt": prompt.digest}
+    if files := base_files_digest(space.base_model.name):
+        digests["base_files"] = files
     places = {
+        "base_files": space.base_model.name,
         "train": space.data.train_name,
         "public": space.data.public_name,
         "prompt": str(prompt_file(prompt.name)),
     }
     for role, digest in sweep.digests.items():
-        if digests[role] != digest:
+        if digests.get(role) != digest:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
