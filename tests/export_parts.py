@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedToken
 SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN_SPLIT = (
@@ -60,7 +61,7 @@ EXTENDED = {
 
 
 def byte_level(split: str | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges, at most 300 tokens."""
+    """Byte-level BPE with merges, at most 290 tokens."""
     tokenizer = Tokenizer(models.BPE())
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     cut = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
@@ -70,7 +71,7 @@ def byte_level(split: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """BPE with byte fallback, as Llama 2's and Mistral's, at most 300 tokens."""
+    """BPE with byte fallback, as Llama 2's and Mistral's, at most 290 tokens."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -93,7 +94,7 @@ def write_base(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast) ->
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.08)
             elif "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
@@ -121,7 +122,7 @@ def write_adapter(base: Path, folder: Path, rank: int = 4, std: float = 0.1, **s
 
 def _trained(tokenizer: Tokenizer, alphabet: list[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=290, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     return _wrapped(tokenizer)

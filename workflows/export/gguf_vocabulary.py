@@ -72,10 +72,6 @@ def read_vocabulary(tokenizer: Any, base: str, num_rows: int) -> Vocabulary:
             f"its tokenizer is {model['type']} without merges, which can't be said in GGUF; "
             "use --format merged",
         )
-    if len(tokenizer) > num_rows:
-        raise InputError(
-            base, f"its tokenizer has {len(tokenizer)} tokens, and its embedding {num_rows} rows"
-        )
     is_spm = bool(model.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, model, num_rows, is_spm)
     if is_spm:
@@ -102,7 +98,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: A
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
-        if number is not None:
+        if number is not None and number < len(vocabulary.tokens):
             add(number)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -111,7 +107,10 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: A
 def _tokens(
     tokenizer: Any, model: dict[str, Any], num_rows: int, is_spm: bool
 ) -> tuple[list[str], list[TokenType]]:
-    """Return the text and kind of each row's token; rows without one get a name that no text has."""
+    """Return the text and kind of each row's token; rows without one get a name that no text has.
+
+    Tokens without a row, which some tokenizers have, are left out: no model could read them.
+    """
     known = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []

@@ -60,13 +60,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _plain(module: nn.Module, name: str, tensor: Any) -> Tensor:
+def _plain(module: Any, name: str, tensor: Any) -> Tensor:
     """Return a tensor's values in float32, dequantised if need be."""
     if name == "weight" and getattr(tensor, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        tensor = dequantize_4bit(tensor.data, tensor.quant_state).reshape(
-            module.out_features,  # type: ignore[arg-type]
-            module.in_features,
-        )
+        shape = (module.out_features, module.in_features)
+        tensor = dequantize_4bit(tensor.data, tensor.quant_state).reshape(shape)
     return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()

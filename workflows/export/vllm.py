@@ -138,9 +138,9 @@ def usage_of_vllm(work: Work) -> str:
         more |= {"prompt": work.example_text, "add_special_tokens": False}
     body = json.dumps({"model": work.name, **more}, ensure_ascii=False)
     values = (
-        "The adapter was tuned on a base in NF4. `--quantization bitsandbytes` lets vLLM quantise the base as "
-        "it loads it, to NF4 in blocks of 64 with double quantisation, which are the values of the tuning; on "
-        "several GPUs (`--tensor-parallel-size`) the blocks of scales are others.\n\n"
+        "The adapter was tuned on a base in NF4. `--quantization bitsandbytes` lets vLLM quantise the base "
+        "as it loads it, to NF4 in blocks of 64 with double quantisation: the values of the tuning. On "
+        "several GPUs (`--tensor-parallel-size`) the scales' own blocks are others.\n\n"
         if work.base.quantization == "nf4"
         else ""
     )
