@@ -1,5 +1,6 @@
 """What serves an adapter elsewhere, whole: `mlflow models serve`, and exports of the embedded base."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,10 +10,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import mlflow
 import pytest
-
 from export_parts import CHATS, ROWS, byte_level, write_adapter, write_base
 from test_export import exported, registered, result
 
@@ -46,7 +47,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def answer(port: int, body: dict, process: subprocess.Popen) -> dict:
+def answer(port: int, body: dict, process: subprocess.Popen, log) -> dict:
     """Ask a server until it is up."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations",
@@ -59,7 +60,7 @@ def answer(port: int, body: dict, process: subprocess.Popen) -> dict:
             with urllib.request.urlopen(request, timeout=120) as found:
                 return json.load(found)
         except (ConnectionError, urllib.error.URLError):
-            assert process.poll() is None and time.monotonic() < end
+            assert process.poll() is None and time.monotonic() < end, log.read_text(encoding="utf-8")
             time.sleep(1)
 
 
@@ -70,21 +71,25 @@ def test_mlflow_serves_what_the_engine_generates(prompt, store, tmp_path):
     uri = registered(base, adapter, "d", PROMPT_FOLDER / f"{prompt}.yaml", prompt_kind=prompt)
     port, asked = free_port(), ["翻譯：春風", "the north"]
     serve = (sys.executable, "-m", "mlflow", "models", "serve", "-m", uri)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # mlflow looks for uvicorn
+    log = (tmp_path / "serve.log").open("w", encoding="utf-8")
     process = subprocess.Popen(
         [*serve, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
         cwd=tmp_path,
-        env={**os.environ, "MLFLOW_TRACKING_URI": store, "PYTHONPATH": ""},
+        env={**os.environ, "MLFLOW_TRACKING_URI": store, "PYTHONPATH": "", "PATH": path},
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     try:
         body = {"dataframe_records": [{"instruction": text} for text in asked]}
         params = {"num_beams": 2, "max_new_tokens": 6}
-        found = answer(port, body | {"params": params}, process)
+        found = answer(port, body | {"params": params}, process, tmp_path / "serve.log")
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the server's own workers are of its session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # the server's own workers are of its session
         process.wait(timeout=60)
+        log.close()
     settings = BaseModelSettings(name=str(base), quantization="none")
     tokenizer, own = load_tokenizer(str(base)), load_prompt(prompt)
     decoding = DecodingSettings(**params)
@@ -97,7 +102,7 @@ def test_mlflow_serves_what_the_engine_generates(prompt, store, tmp_path):
 @pytest.mark.parametrize("kind", ["default", "chat"])
 def test_the_embedded_base_is_exported_in_every_format(kind, store, monkeypatch, capsys, tmp_path):
     name = "smollm2-135m-instruct"
-        adapter = write_adapter(embedded_base_folder(), tmp_path / "adapter", std=0.01)
+    adapter = write_adapter(embedded_base_folder(), tmp_path / "adapter", std=0.01)
     rows = ROWS if kind == "default" else CHATS
     public = tmp_path / "results" / "night" / "public.jsonl"
     public.parent.mkdir(parents=True)
