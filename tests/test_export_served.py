@@ -14,7 +14,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from export_parts import CHATS, ROWS, byte_level, write_adapter, write_base
+from conftest import ROOT
+from export_parts import byte_level, write_adapter, write_base
 from test_export import exported, registered, result
 
 import workflows.export.work
@@ -25,6 +26,7 @@ from qlora.config import BaseModelSettings, DecodingSettings
 from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import PROMPT_FOLDER, load_prompt
 from qlora.data.row_shapes import Turn
+from qlora.data.split import as_row
 from tracking import store as tracking_store
 
 pytestmark = pytest.mark.slow
@@ -102,24 +104,23 @@ def test_mlflow_serves_what_the_engine_generates(prompt, store, tmp_path):
 @pytest.mark.parametrize("kind", ["default", "chat"])
 def test_the_embedded_base_is_exported_in_every_format(kind, store, monkeypatch, capsys, tmp_path):
     name = "smollm2-135m-instruct"
-    adapter = write_adapter(embedded_base_folder(), tmp_path / "adapter", std=0.01)
-    rows = ROWS if kind == "default" else CHATS
+    adapter = write_adapter(embedded_base_folder(), tmp_path / "adapter", rank=12, std=0.004)
+    sample = load_examples(str(ROOT / "data" / "sample" / "public_test.json"), need_output=True)[:4]
+    rows = [as_row(example) for example in sample]
+    if kind == "chat":
+        turns = (("user", "instruction"), ("assistant", "output"))
+        rows = [{"messages": [{"role": role, "content": row[key]} for role, key in turns]} for row in rows]
     public = tmp_path / "results" / "night" / "public.jsonl"
     public.parent.mkdir(parents=True)
     public.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     digest = examples_digest(load_examples(str(public), need_output=True))
     prompt = PROMPT_FOLDER / f"{kind}.yaml"
     uri = registered(name, adapter, digest, prompt, quantization="nf4")
-    for options in (
-        ("merged",),
-        ("vllm",),
-        ("vllm", "--rank", "4"),
-        ("gguf",),
-        ("gguf", "--gguf-type", "q8_0"),
-    ):
+    formats = [("merged",), ("gguf",)]
+    if kind == "default":
+        formats += [("vllm",), ("vllm", "--rank", "4"), ("gguf", "--gguf-type", "q8_0")]
+    for options in formats:
         output = tmp_path / "-".join(options)
         assert exported(monkeypatch, uri, output, "--format", *options) == 0, capsys.readouterr().err
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
         assert abs(result(output)["figures"]["difference"]) < 0.01
-        print(options, result(output)["figures"])
-    assert "vllm serve" in (tmp_path / "vllm" / "README.md").read_text(encoding="utf-8")

@@ -21,15 +21,15 @@ _TITLES = {
 def export_settings(work: Work) -> dict[str, Any]:
     """Return what an export is made of, by which it is told from others."""
     settings, choice = work.settings, work.choice
-    chosen = {
+    own: dict[str, dict[str, Any]] = {
         "merged": {"dtype": settings.dtype},
         "vllm": {"rank": settings.rank},
         "gguf": {"gguf_type": settings.gguf_type},
-    }[settings.format]
+    }
     version = choice.registered
     return {
         "format": settings.format,
-        **chosen,
+        **own[settings.format],
         "original_weights": settings.original_weights,
         "model": version.model_uri if version else str(work.adapter_folder),
         "base_model": choice.base.name,
