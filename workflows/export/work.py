@@ -72,7 +72,7 @@ class PublicSet:
 
 @dataclass(frozen=True)
 class Work:
-    """What is exported, and what it is scored on.
+    """An adapter that is exported, with what it is scored on.
 
     config, tokenizer: the base's. encoded: the examples as the champion reads them, cut at `max_length`.
     """
