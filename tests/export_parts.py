@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGS, SIZE, WORDS
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -53,6 +53,9 @@ EXTENDED = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZE, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     ),
     "gemma3": Gemma3TextConfig(
         **{**SIZE, "num_hidden_layers": 6}, head_dim=16, query_pre_attn_scalar=16, sliding_window=16
@@ -108,9 +111,8 @@ def write_adapter(base: Path, folder: Path, rank: int = 4, std: float = 0.1, **s
     """Write an adapter with both factors drawn at random, as PEFT makes it."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", **settings
-    )
+    settings = {"target_modules": "all-linear", **settings}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **settings)
     adapted = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

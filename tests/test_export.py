@@ -9,7 +9,7 @@ import mlflow
 import pytest
 import torch
 from conftest import ROOT, command, copy_project
-from export_parts import CHATS, ROWS, byte_level, write_adapter, write_base
+from export_parts import CHATS, QWEN_SPLIT, ROWS, byte_level, write_adapter, write_base
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -116,6 +116,16 @@ def test_a_base_without_nf4_is_merged_as_peft_does(monkeypatch, base, adapter, r
     merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(found), logits(rounded(merged, torch.float16)), rtol=1e-3, atol=1e-4)
+
+
+def test_experts_stay_beside_merged_attention(monkeypatch, rows, tmp_path):
+    base = write_base("qwen3_moe", tmp_path / "base", byte_level(QWEN_SPLIT))
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj"])
+    options = ("--format", "merged", "--dtype", "float16", "--data", rows)
+    assert exported(monkeypatch, adapter, tmp_path / "out", *options) == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    wanted = oracle(base, adapter, dtype=torch.float16)
+    torch.testing.assert_close(logits(found), logits(wanted), rtol=1e-3, atol=1e-2)
 
 
 def test_the_bases_own_weights_are_exported_on_request_and_the_difference_told(
