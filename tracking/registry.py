@@ -157,7 +157,7 @@ def note_use(
     files: Sequence[Path] = (),
     use_id: str | None = None,
 ) -> None:
-    """Log a finished run of kind `evaluation` or `prediction`, linked to the version that made it.
+    """Log a finished run of kind `evaluation`, `prediction` or `export`, linked to the version that made it.
 
     `use_id`: of this very use; what an ended process left of its run is completed.
     """

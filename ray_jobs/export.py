@@ -1,0 +1,193 @@
+"""Export a tuned adapter for other programs, loaded back and scored before it is called done.
+
+    python ray_jobs/export.py --model models:/wide@champion --format merged --output exports/wide
+    python ray_jobs/export.py --model models:/wide@champion --format vllm --output exports/wide-lora
+    python ray_jobs/export.py --model models:/wide@champion --format gguf --gguf-type q8_0 \\
+        --output exports/wide-gguf
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from workflows.stopping import leave_at_signals
+
+if __name__ == "__main__":
+    leave_at_signals()  # while the rest loads
+
+from qlora.config import MAX_LENGTH_TOKENS, InputError
+from ray_jobs.cli import CommandParser, add_data_options, positive_int, row_shape, show_progress
+from workflows.preflight import check_writable
+from workflows.session import run
+
+if TYPE_CHECKING:
+    from workflows.export.work import ExportSettings, Work
+
+_BELONGS_TO = {"dtype": "merged", "gguf_type": "gguf", "rank": "vllm"}
+
+
+def main() -> None:
+    """Parse, validate, export, record."""
+    arguments = _arguments()
+    output = Path(arguments.output).expanduser()
+    check_writable(output.parent)
+    work = _work(arguments, _checked_options(arguments))
+    from workflows.export.steps import check, export, finished, record
+
+    if (content := finished(work)) is None:
+        check(work)
+        content = export(work, _Screen().show)
+    record(work, content)
+    for note in content["notes"]:
+        print(note)
+    figures = content["figures"]
+    export_ppl, champion_ppl = figures["export_perplexity"], figures["champion_perplexity"]
+    print(
+        f"public perplexity {export_ppl:.4f}, champion {champion_ppl:.4f} ({figures['difference']:+.3%}), "
+        f"over {figures['count']:.0f} examples -> {arguments.output}"
+    )
+    print(f"how to use it: {output / 'README.md'}")
+
+
+class _Screen:
+    """Show the progress of one scoring after the other."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Show how many examples the champion or the export was scored on."""
+        started = self._started.setdefault(what, time.monotonic())
+        show_progress(started, done, total, f"examples of the {what}'s score")
+
+
+def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
+    """Find the model and the examples. Raises InputError for what can't be had or does not fit."""
+    from qlora.base.model import load_config, load_tokenizer, longest_example
+    from qlora.data.prompts import check_chat, cut_in_words, encode_examples
+    from qlora.packed.attention import check_base
+    from workflows.export.work import Work, read_public_set
+    from workflows.model_choice import ModelOptions, choose_model, find_adapter
+
+    shape = row_shape(arguments)
+    version = find_adapter(arguments.model).registered
+    public = read_public_set(arguments.data, version, shape)
+    choice = choose_model(
+        ModelOptions(
+            adapter=arguments.model,
+            base_model=arguments.base_model,
+            quantization=arguments.quantization,
+            prompt=arguments.prompt,
+            shape=shape,
+            holds_conversations=public.holds_conversations,
+            thinking=None if arguments.thinking is None else arguments.thinking == "on",
+            max_length=arguments.max_length,
+        )
+    )
+    name = choice.base.name
+    config = load_config(name)
+    check_base(config, name)
+    tokenizer = load_tokenizer(name)
+    check_chat(choice.prompt, tokenizer, name)
+    max_length = longest_example(config, choice.max_length)
+    encoded = encode_examples(tokenizer, choice.prompt, public.examples, public.words, max_length)
+    other = version is not None and version.tags.get("public_digest") not in (None, public.digest)
+    own = "other examples than the version's public perplexity was measured on" if other else ""
+    for line in (*choice.overridden, cut_in_words(encoded), own):
+        if line:
+            print(line)
+    return Work(settings, choice, config, tokenizer, public, encoded, max_length)
+
+
+def _checked_options(arguments: argparse.Namespace) -> "ExportSettings":
+    """Return how the export is asked for. Raises InputError for an option of another format."""
+    given = {key: getattr(arguments, key) for key in _BELONGS_TO}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given:
+        if _BELONGS_TO[key] != arguments.format:
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(option, f"belongs to --format {_BELONGS_TO[key]}; leave it out")
+    from workflows.export.work import ExportSettings
+
+    output = Path(arguments.output).expanduser()
+    return ExportSettings(arguments.format, output, original_weights=arguments.original_weights, **given)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = CommandParser(__doc__)
+    parser.add_argument(
+        "--model",
+        metavar="ADAPTER",
+        required=True,
+        help="the adapter: models:/NAME@ALIAS, models:/NAME/VERSION or a PEFT folder",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("merged", "vllm", "gguf"),
+        required=True,
+        help="a transformers folder with the adapter in its weights, the adapter as vLLM serves it, or a "
+        "file for llama.cpp and Ollama",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", required=True, help="where to write it; a folder that is not there yet"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), help="of merged weights (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--gguf-type", choices=("f16", "q8_0"), help="how a GGUF file stores matrices (default: f16)"
+    )
+    parser.add_argument(
+        "--rank",
+        type=positive_int,
+        metavar="R",
+        help="reduce an adapter for vLLM to this rank, by singular values (default: as it is)",
+    )
+    parser.add_argument(
+        "--original-weights",
+        action="store_true",
+        help="put the adapter onto the base's own weights in place of the NF4 values that it was tuned on; "
+        "the difference is told",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        nargs="+",
+        help="rows with answers to score on (default: the public examples of the version's own sweep)",
+    )
+    add_data_options(parser)
+    parser.add_argument(
+        "--base-model", metavar="BASE", help="the base, if it is elsewhere now (default: the adapter's own)"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("nf4", "none"),
+        help="how the base was stored in tuning (default: as a registered adapter was trained, else nf4)",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="NAME",
+        help="the prompt of a PEFT folder: a template of prompts/ or a YAML file, or `chat` (default: the "
+        "one that a registered adapter was trained with, `chat` for conversations, else `default`)",
+    )
+    parser.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        help="ask a chat template for thoughts before the answer, or for none (default: as it does itself)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
+        f"was measured, else {MAX_LENGTH_TOKENS})",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""An adapter on its way to other programs: written, loaded back, scored, described."""
