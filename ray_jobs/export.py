@@ -67,11 +67,11 @@ class _Screen:
 
 def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
     """Find the model and the examples. Raises InputError for what can't be had or does not fit."""
-    from qlora.base.model import load_config, load_tokenizer, longest_example
+    from qlora.base.model import longest_example
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
-    from qlora.packed.attention import check_base
+    from workflows.checked_base import load_facts
     from workflows.export.work import Work, read_public_set
-    from workflows.model_choice import ModelOptions, choose_model, find_adapter
+    from workflows.model_choice import ModelOptions, choose_model, find_adapter, reading_in_words
 
     shape = row_shape(arguments)
     version = find_adapter(arguments.model).registered
@@ -88,16 +88,13 @@ def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
             max_length=arguments.max_length,
         )
     )
-    name = choice.base.name
-    config = load_config(name)
-    check_base(config, name)
-    tokenizer = load_tokenizer(name)
-    check_chat(choice.prompt, tokenizer, name)
+    config, tokenizer = load_facts(choice.base, is_packed=True)
+    check_chat(choice.prompt, tokenizer, choice.base.name)
     max_length = longest_example(config, choice.max_length)
     encoded = encode_examples(tokenizer, choice.prompt, public.examples, public.words, max_length)
     other = version is not None and version.tags.get("public_digest") not in (None, public.digest)
     own = "other examples than the version's public perplexity was measured on" if other else ""
-    for line in (*choice.overridden, cut_in_words(encoded), own):
+    for line in (*choice.overridden, reading_in_words(choice, tokenizer), cut_in_words(encoded), own):
         if line:
             print(line)
     return Work(settings, choice, config, tokenizer, public, encoded, max_length)

@@ -1,6 +1,7 @@
 """export.py refuses what can't be exported before anything is loaded or written, and names it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -171,12 +172,11 @@ def test_a_tokenizer_that_splits_by_no_known_rule_is_refused(capsys, monkeypatch
     assert "splits text in a way that GGUF has no name for" in error
 
 
-def test_a_disk_that_is_too_small_is_told_before_work(capsys, monkeypatch, adapter, rows, tmp_path):
-    """A base whose config asks for more than any disk has; its weights are never read."""
-    big = tmp_path / "base"
-    write_base(big, EXTENDED["llama"])
-    config = json.loads((big / "config.json").read_text())
-    (big / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
-    options = ("--base-model", big, "--output", tmp_path / "out", "--data", rows, "--format", "merged")
+def test_a_disk_that_is_too_small_is_told_before_work(
+    capsys, monkeypatch, adapter, rows, tmp_path, tiny_base
+):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=100))
+    options = ("--base-model", tiny_base, "--output", tmp_path / "out", "--data", rows, "--format", "merged")
     error = refused(ray_jobs.export, capsys, monkeypatch, "--model", adapter, *options)
     assert "GiB free, and the export takes" in error

@@ -18,7 +18,7 @@ from qlora.base.device import default_token_budget
 from qlora.config import InputError
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json, write_text
-from qlora.packed.attention import use_packed_attention
+from qlora.packed.agreement import pack_attention
 from qlora.perplexity import example_perplexities, mean_perplexity
 from qlora.served import load_merged
 from tracking.registry import note_use
@@ -143,7 +143,7 @@ def _make(work: Work, folder: Path, progress: Progress) -> dict[str, Any]:
 def _champion(work: Work, progress: Progress) -> float:
     """Measure the champion as it is served. Raises FailedError if that gives no finite number."""
     model = load_merged(work.choice.base, str(work.adapter_folder))
-    use_packed_attention(model)
+    pack_attention(model, work.choice.base.name)
     values = example_perplexities(
         model, work.encoded, default_token_budget(), lambda done, total: progress("champion", done, total)
     )

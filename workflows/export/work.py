@@ -27,17 +27,7 @@ if TYPE_CHECKING:
 INSTRUCTION = "Hello"  # of examples of how an export is asked
 Format = Literal["merged", "vllm", "gguf"]
 # Settings of adapter_config.json under which an adapter is more than W + scale * B A.
-_MORE_THAN_LORA = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "megatron_config",
-)
+_MORE_THAN_LORA = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
