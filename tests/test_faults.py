@@ -411,14 +411,21 @@ def test_a_clock_that_jumps(project, whole, tmp_path):
 @pytest.mark.parametrize("grace_seconds", ["", "15"])
 def test_a_stopped_cluster_job_goes_on(grace_seconds, project, whole):
     """`ray job stop` sends SIGTERM, and SIGKILL 3 s later: what matters is done by then. Given 15 s, trials
-    keep where they stand.
+    keep where they stand, which shows in epochs that take long beside a report.
     """
-    name = f"job{grace_seconds}"
+    name, settings = f"job{grace_seconds}", SWEEP
+    if grace_seconds:
+        rows = json.loads((project / "train.json").read_text())
+        rows = [{**row, "id": f"{row['id']}-{n}"} for n in range(20) for row in rows]
+        (project / "long.json").write_text(json.dumps(rows))
+        settings = (*SWEEP, "--set", "data.train=long.json", "--set", "search.epochs={choice: [3]}")
+        finished(command(project, "tune", "--space", "space.yaml", "--name", "long", *settings))
+        whole = ledger(project, "long")
     with cluster({"RAY_JOB_STOP_WAIT_TIME_S": grace_seconds} if grace_seconds else {}) as address:
         ray = [Path(sys.executable).with_name("ray"), "job"]
         environment = {**os.environ, "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": ""}
         submit = [*ray, "submit", "--no-wait", "--submission-id", "sweep", "--", sys.executable]
-        arguments = ("--space", "space.yaml", "--name", name, *SWEEP)
+        arguments = ("--space", "space.yaml", "--name", name, *settings)
         script = project / "ray_jobs/tune.py"
         at = ["env", f"PYTHONPATH={project}", "sh", "-c", 'cd "$0" && exec "$@"', project]
         job = [*submit[:-1], *at, sys.executable, script, *arguments]
