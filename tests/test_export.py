@@ -225,6 +225,7 @@ def test_an_export_that_is_off_by_more_than_one_percent_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_and_is_made_again(monkeypatch, tmp_path, base, adapter, rows):
     copy_project(tmp_path / "project")
     failpoints, output = tmp_path / "failpoints", tmp_path / "out"

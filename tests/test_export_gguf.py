@@ -38,7 +38,12 @@ def read_back(output, base, family):
     )
 
 
-@pytest.mark.parametrize("family", TOKENIZERS)
+SAMPLE = ("llama", "gemma3")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=[] if one in SAMPLE else pytest.mark.slow) for one in TOKENIZERS]
+)
 def test_a_file_is_what_peft_gives(family, monkeypatch, capsys, write_rows, tmp_path):
     base = write_base(family, tmp_path / "base", TOKENIZERS[family]())
     adapter = write_adapter(base, tmp_path / "adapter")
