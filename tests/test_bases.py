@@ -23,7 +23,7 @@ from qlora.packed.agreement import pack_attention
 from qlora.packed.attention import check_attention
 from qlora.perplexity import example_perplexities
 from tuning.model_size import model_size
-from workflows.checked_base import load_facts
+from workflows.checked_base import load_facts, trainable_size
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -231,6 +231,12 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 def test_families_that_would_not_be_exact_are_refused_by_their_config(family, options, words):
     with pytest.raises(InputError, match=words):
         check_attention(AutoConfig.for_model(family, **SMALL, **options), "a base")
+
+
+def test_a_base_without_layers_for_an_adapter_is_refused():
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=300)
+    with pytest.raises(InputError, match="a base: gpt2 has no linear layers for an adapter to target"):
+        trainable_size(config, "a base")
 
 
 def test_a_mixtures_routers_and_experts_get_no_adapter():

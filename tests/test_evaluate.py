@@ -33,7 +33,7 @@ def test_a_figure_that_is_no_number_is_not_written(monkeypatch, capsys, tmp_path
     output.unlink()
     model = tiny_model("llama")
     with torch.no_grad():
-        model.lm_head.weight[3].fill_(torch.nan)
+        model.lm_head.weight.mul_(1e5)  # so sure of other tokens that a perplexity is beyond all numbers
     model.save_pretrained(tmp_path / "broken")
     byte_tokenizer().save_pretrained(tmp_path / "broken")
     capsys.readouterr()

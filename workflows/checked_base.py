@@ -6,8 +6,9 @@ What only weights show is found when they are loaded (qlora.base.model, qlora.pa
 from typing import Any
 
 from qlora.base.model import check_vocabulary, check_weights, load_config, load_tokenizer
-from qlora.config import BaseModelSettings
+from qlora.config import BaseModelSettings, InputError
 from qlora.packed.attention import check_attention
+from tuning.model_size import ModelSize, model_size
 
 
 def load_facts(settings: BaseModelSettings, *, is_packed: bool) -> tuple[Any, Any]:
@@ -23,3 +24,15 @@ def load_facts(settings: BaseModelSettings, *, is_packed: bool) -> tuple[Any, An
     check_vocabulary(settings, config, tokenizer)
     check_weights(settings, config)
     return config, tokenizer
+
+
+def trainable_size(config: Any, name: str) -> ModelSize:
+    """Return the size of a base that adapters are to be trained on.
+
+    Raises InputError, naming it, if it has no layer for an adapter.
+    """
+    size = model_size(config)
+    if not size.layers:
+        problem = f"{config.model_type} has no linear layers for an adapter to target; choose another base"
+        raise InputError(name, problem)
+    return size

@@ -24,7 +24,7 @@ from qlora.failpoints import durable
 from qlora.files import read_json, write_json
 from qlora.lora.peft_folder import AdapterFiles, check_adapter
 from qlora.perplexity import mean_perplexity
-from workflows.checked_base import load_facts
+from workflows.checked_base import load_facts, trainable_size
 from workflows.data_sets import DataSets, own_prompt, read_data
 from workflows.session import FailedError
 from workflows.study.settings import Study, name_of
@@ -60,6 +60,7 @@ def prepare_study(study: Study) -> PreparedStudy:
     """Read and tokenise a study's data. Raises InputError for a base, a prompt or data that can't be had."""
     data = study.data
     config, tokenizer = load_facts(study.base_model, is_packed=True)
+    trainable_size(config, study.base_model.name)
     limit = longest_example(config, study.max_length)
     sets = read_data(data)
     train, public = sets.train, sets.public

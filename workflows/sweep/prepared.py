@@ -109,15 +109,11 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     from qlora.base.model import base_revision, longest_example, template_digest, tokenizer_digest
     from qlora.data.prompts import check_chat, encode_examples
     from qlora.lora.peft_folder import AdapterFiles
-    from tuning.model_size import model_size
-    from workflows.checked_base import load_facts
+    from workflows.checked_base import load_facts, trainable_size
 
     space = sweep.space
     config, tokenizer = load_facts(space.base_model, is_packed=True)
-    size = model_size(config)
-    if not size.layers:
-        problem = f"{config.model_type} has no linear layers for an adapter to target; choose another base"
-        raise InputError(space.base_model.name, problem)
+    size = trainable_size(config, space.base_model.name)
     check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
     template = template_digest(tokenizer) if isinstance(inputs.prompt, ChatPrompt) else None
