@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora.packed.attention import packed_logits
 from qlora.packed.stream import PackedBatch
 
 _LOGIT_ROWS = (
@@ -26,14 +27,7 @@ def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
 
     `model` must have packed attention (qlora.packed.attention).
     """
-    out = model(
-        input_ids=batch.input_ids_T[None],
-        position_ids=batch.position_ids_T[None],
-        packed=batch,
-        use_cache=False,
-        logits_to_keep=batch.predictors_A,
-    )
-    logits_AV = out.logits.squeeze(0)  # squeeze, since the gradient of [0] is a copy
+    logits_AV = packed_logits(model, batch)
     if torch.is_grad_enabled():
         return F.cross_entropy(logits_AV.float(), batch.targets_A, reduction="none")
     pieces = zip(logits_AV.split(_LOGIT_ROWS), batch.targets_A.split(_LOGIT_ROWS), strict=True)

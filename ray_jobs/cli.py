@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qlora.config import DecodingSettings, InputError, validated
+from qlora.config import MAX_LENGTH_TOKENS, DecodingSettings, InputError, validated
 from qlora.data.row_shapes import RowShape
 from workflows.session import EXIT_BAD_INPUT
 
@@ -34,8 +34,8 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(EXIT_BAD_INPUT)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a base, an adapter and a prompt."""
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a base, how it is stored, and a prompt."""
     parser.add_argument(
         "--base-model",
         metavar="BASE",
@@ -43,41 +43,57 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "(default: the one that the adapter was trained on)",
     )
     parser.add_argument(
-        "--adapter",
-        metavar="ADAPTER",
-        help="the adapter on it: a PEFT folder, models:/NAME@ALIAS or models:/NAME/VERSION (default: none)",
+        "--quantization",
+        choices=("nf4", "none"),
+        help="how the base's weights are stored (default: as a registered adapter was trained, else nf4)",
     )
     parser.add_argument(
         "--prompt",
         metavar="NAME",
         help="the text around each instruction: a template of prompts/ or a YAML file, or `chat` for the "
         "base's own chat template (default: the one that a registered adapter was trained with, `chat` for "
-        "conversations, few-shot with --shots, else `default`)",
+        "conversations, else `default`)",
     )
     parser.add_argument(
         "--thinking",
         choices=("on", "off"),
         help="ask a chat template for thoughts before the answer, or for none (default: as it does itself)",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a base, an adapter and a prompt, and how the model is run."""
+    add_base_options(parser)
+    parser.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        help="the adapter on it: a PEFT folder, models:/NAME@ALIAS or models:/NAME/VERSION (default: none)",
+    )
     parser.add_argument(
         "--shots",
         type=positive_int,
         default=0,
         metavar="N",
-        help="examples shown in the prompt (default: none)",
+        help="examples shown in the prompt, under `few-shot` unless another is named (default: none)",
     )
     parser.add_argument(
         "--shots-from", metavar="FILE", help="the training file whose last N examples are shown"
     )
     parser.add_argument(
-        "--quantization",
-        choices=("nf4", "none"),
-        help="how the base's weights are stored (default: as a registered adapter was trained, else nf4)",
-    )
-    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="what is computed in (default: bfloat16 on GPUs that have it, else float32)",
+    )
+
+
+def add_max_length_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where examples are cut to be scored."""
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
+        f"was measured, else {MAX_LENGTH_TOKENS}; never more than the base has positions for)",
     )
 
 
@@ -109,9 +125,9 @@ def row_shape(arguments: argparse.Namespace) -> RowShape:
 def model_options(
     arguments: argparse.Namespace, adapter: str | None, holds_conversations: bool
 ) -> "ModelOptions":
-    """Return what `add_model_options` and `add_data_options` read, with the adapter that was named.
+    """Return what `add_base_options` or `add_model_options`, and `add_data_options`, read.
 
-    `holds_conversations`: the data that the model is used on do.
+    `adapter`: the one that was named. `holds_conversations`: the data that the model is used on do.
     """
     from workflows.model_choice import ModelOptions
 
@@ -119,10 +135,10 @@ def model_options(
         adapter=adapter,
         base_model=arguments.base_model,
         quantization=arguments.quantization,
-        dtype=arguments.dtype,
+        dtype=getattr(arguments, "dtype", None),
         prompt=arguments.prompt,
-        shots=arguments.shots,
-        shots_from=arguments.shots_from,
+        shots=getattr(arguments, "shots", 0),
+        shots_from=getattr(arguments, "shots_from", None),
         shape=row_shape(arguments),
         holds_conversations=holds_conversations,
         loss=getattr(arguments, "loss", None),

@@ -19,13 +19,12 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
-from qlora.config import MAX_LENGTH_TOKENS
 from ray_jobs.cli import (
     CommandParser,
     add_data_options,
+    add_max_length_option,
     add_model_options,
     model_options,
-    positive_int,
     row_shape,
     show_progress,
 )
@@ -50,7 +49,7 @@ def main() -> None:
     shape = row_shape(arguments)
     examples = load_examples(arguments.data, shape, need_output=True)
     is_chat = found_shape(arguments.data, shape).holds_conversations
-    from qlora.base.model import longest_example
+    from qlora.base.model import length_reason, longest_example
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
     from workflows.checked_base import load_facts
     from workflows.model_choice import choose_model, reading_in_words, trained_on_in_words
@@ -60,7 +59,8 @@ def main() -> None:
     config, tokenizer = load_facts(base, is_packed=True)
     max_length = longest_example(config, model_choice.max_length)
     check_chat(prompt, tokenizer, base.name)
-    encoded = encode_examples(tokenizer, prompt, examples, arguments.data, max_length)
+    reason = length_reason(config, model_choice.max_length)
+    encoded = encode_examples(tokenizer, prompt, examples, arguments.data, max_length, reason)
     seen = trained_on_in_words(model_choice, examples, len(examples))
     reading = reading_in_words(model_choice, tokenizer)
     for line in (*model_choice.overridden, reading, cut_in_words(encoded), seen):
@@ -118,13 +118,7 @@ def _arguments() -> argparse.Namespace:
         help="score all turns of the assistant in a chat, or the last (default: as a registered adapter was "
         "trained, else all)",
     )
-    parser.add_argument(
-        "--max-length",
-        type=positive_int,
-        metavar="N",
-        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
-        f"was measured, else {MAX_LENGTH_TOKENS}; never more than the base has positions for)",
-    )
+    add_max_length_option(parser)
     parser.add_argument("--output", metavar="FILE", required=True, help="where to write the JSON result")
     return parser.parse_args()
 

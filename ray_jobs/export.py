@@ -19,15 +19,24 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
-from qlora.config import MAX_LENGTH_TOKENS, InputError
-from ray_jobs.cli import CommandParser, add_data_options, positive_int, row_shape, show_progress
+from qlora.config import InputError
+from ray_jobs.cli import (
+    CommandParser,
+    add_base_options,
+    add_data_options,
+    add_max_length_option,
+    model_options,
+    positive_int,
+    row_shape,
+    show_progress,
+)
 from workflows.preflight import check_writable
 from workflows.session import run
 
 if TYPE_CHECKING:
     from workflows.export.work import ExportSettings, Work
 
-_BELONGS_TO = {"dtype": "merged", "gguf_type": "gguf", "rank": "vllm"}
+_BELONGS_TO = {"dtype": "merged", "gguf_type": "gguf", "rank": "vllm"}  # option -> format
 
 
 def main() -> None:
@@ -67,31 +76,21 @@ class _Screen:
 
 def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
     """Find the model and the examples. Raises InputError for what can't be had or does not fit."""
-    from qlora.base.model import longest_example
+    from qlora.base.model import length_reason, longest_example
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
     from workflows.checked_base import load_facts
     from workflows.export.work import Work, read_public_set
-    from workflows.model_choice import ModelOptions, choose_model, find_adapter, reading_in_words
+    from workflows.model_choice import choose_model, find_adapter, reading_in_words
 
     shape = row_shape(arguments)
     version = find_adapter(arguments.model).registered
     public = read_public_set(arguments.data, version, shape)
-    choice = choose_model(
-        ModelOptions(
-            adapter=arguments.model,
-            base_model=arguments.base_model,
-            quantization=arguments.quantization,
-            prompt=arguments.prompt,
-            shape=shape,
-            holds_conversations=public.holds_conversations,
-            thinking=None if arguments.thinking is None else arguments.thinking == "on",
-            max_length=arguments.max_length,
-        )
-    )
+    choice = choose_model(model_options(arguments, arguments.model, public.holds_conversations))
     config, tokenizer = load_facts(choice.base, is_packed=True)
     check_chat(choice.prompt, tokenizer, choice.base.name)
     max_length = longest_example(config, choice.max_length)
-    encoded = encode_examples(tokenizer, choice.prompt, public.examples, public.words, max_length)
+    reason = length_reason(config, choice.max_length)
+    encoded = encode_examples(tokenizer, choice.prompt, public.examples, public.words, max_length, reason)
     other = version is not None and version.tags.get("public_digest") not in (None, public.digest)
     own = "other examples than the version's public perplexity was measured on" if other else ""
     for line in (*choice.overridden, reading_in_words(choice, tokenizer), cut_in_words(encoded), own):
@@ -102,7 +101,7 @@ def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
 
 def _checked_options(arguments: argparse.Namespace) -> "ExportSettings":
     """Return how the export is asked for. Raises InputError for an option of another format."""
-    given = {key: getattr(arguments, key) for key in _BELONGS_TO}
+    given = {"dtype": arguments.merged_dtype, "gguf_type": arguments.gguf_type, "rank": arguments.rank}
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if _BELONGS_TO[key] != arguments.format:
@@ -133,7 +132,10 @@ def _arguments() -> argparse.Namespace:
         "--output", metavar="FOLDER", required=True, help="where to write it; a folder that is not there yet"
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16"), help="of merged weights (default: bfloat16)"
+        "--dtype",
+        dest="merged_dtype",
+        choices=("bfloat16", "float16"),
+        help="of merged weights (default: bfloat16)",
     )
     parser.add_argument(
         "--gguf-type", choices=("f16", "q8_0"), help="how a GGUF file stores matrices (default: f16)"
@@ -157,32 +159,8 @@ def _arguments() -> argparse.Namespace:
         help="rows with answers to score on (default: the public examples of the version's own sweep)",
     )
     add_data_options(parser)
-    parser.add_argument(
-        "--base-model", metavar="BASE", help="the base, if it is elsewhere now (default: the adapter's own)"
-    )
-    parser.add_argument(
-        "--quantization",
-        choices=("nf4", "none"),
-        help="how the base was stored in tuning (default: as a registered adapter was trained, else nf4)",
-    )
-    parser.add_argument(
-        "--prompt",
-        metavar="NAME",
-        help="the prompt of a PEFT folder: a template of prompts/ or a YAML file, or `chat` (default: the "
-        "one that a registered adapter was trained with, `chat` for conversations, else `default`)",
-    )
-    parser.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        help="ask a chat template for thoughts before the answer, or for none (default: as it does itself)",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive_int,
-        metavar="N",
-        help="tokens of prompt and answer behind which an example is cut (default: as a registered adapter "
-        f"was measured, else {MAX_LENGTH_TOKENS})",
-    )
+    add_base_options(parser)
+    add_max_length_option(parser)
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from conftest import CONFIGS, SIZE, WORDS
+from families import LLAMA3
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
@@ -42,18 +43,7 @@ CHATS = [
 EXTENDED = {
     **{name: CONFIGS[name] for name in ("llama", "qwen2", "qwen3")},
     "mistral": type(CONFIGS["mistral"])(**SIZE, sliding_window=None),
-    "llama3": type(CONFIGS["llama"])(
-        **SIZE,
-        tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
+    "llama3": type(CONFIGS["llama"])(**SIZE, tie_word_embeddings=True, rope_parameters=LLAMA3),
     "qwen3_moe": Qwen3MoeConfig(
         **SIZE, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     ),

@@ -8,7 +8,7 @@ from conftest import SIZE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -28,7 +28,7 @@ _LONG = {
 # A name -> the model type, and what its config has beside conftest's SIZE.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-llama3": ("llama", {"rope_parameters": _LLAMA3}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama-yarn": ("llama", {"rope_parameters": _YARN}),
     "mistral": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {}),

@@ -34,6 +34,26 @@ def loop_perplexities(model: Any, examples: Sequence[EncodedExample]) -> list[fl
     return [math.exp(padded_loss(model, [example]).item()) for example in examples]
 
 
+def adamw_of(model: Any) -> torch.optim.Optimizer:
+    """AdamW over what a model trains, as trials have it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+
+def plain_step(
+    model: Any, optimizer: torch.optim.Optimizer, batch: Sequence[EncodedExample], rate: float, clip: float
+) -> float:
+    """One step of plain PyTorch on padded rows; returns its loss."""
+    loss = padded_loss(model, batch)
+    loss.backward()
+    group = optimizer.param_groups[0]
+    torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def peft_adapter(model: Any, settings: TrialSettings) -> PeftModel:
     """A fresh adapter as PEFT itself makes it, drawn from the settings' seed."""
     targets = (

@@ -16,7 +16,14 @@ from oracles import loop_perplexities
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora.base.model import check_vocabulary, load_base, load_config, load_tokenizer, longest_example
+from qlora.base.model import (
+    check_vocabulary,
+    length_reason,
+    load_base,
+    load_config,
+    load_tokenizer,
+    longest_example,
+)
 from qlora.base.reference import base_files_digest
 from qlora.config import BaseModelSettings, InputError
 from qlora.packed.agreement import pack_attention
@@ -153,7 +160,7 @@ def test_a_base_in_several_files_is_looked_at_whole(tiny_base, tmp_path):
     ids=["chat template", "tokenizer", "config", "weights"],
 )
 def test_a_base_of_other_files_is_told_by_its_digest(tiny_base, tmp_path, change):
-    """What tokens and shapes a base has; its weights' values are told when an adapter is registered."""
+    """Read from what tokens and shapes a base has; weights are told when an adapter is registered."""
     folder = tmp_path / "base"
     shutil.copytree(tiny_base, folder)
     before = base_files_digest(str(folder))
@@ -257,7 +264,9 @@ def test_rows_beside_longer_ones_score_as_alone(kind, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     config = load_config(str(tmp_path))
     assert longest_example(config, 2048) == 128
+    assert "behind which this base turns positions by other" in length_reason(config, 2048)
     assert longest_example(config, 100) == 100
+    assert length_reason(config, 100) == ""
     examples = random_examples(4) + random_examples(1, seed=9, shared=90)
     assert max(example.num_tokens for example in examples) <= 128
     own = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")

@@ -11,7 +11,7 @@ from conftest import byte_tokenizer
 from export_parts import EXTENDED, QWEN_SPLIT, ROWS, byte_level, sentence_piece, write_adapter, write_base
 from test_chat import TEMPLATES
 from test_export import exported, logits, oracle, result
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from workflows.export.gguf_family import FAMILIES, add_settings, rope_factors, stored
 from workflows.export.gguf_vocabulary import read_vocabulary
@@ -59,6 +59,26 @@ def test_a_file_is_what_peft_gives(family, monkeypatch, capsys, write_rows, tmp_
     written = (output / "Modelfile").read_text(encoding="utf-8")
     assert written.startswith('FROM ./model.gguf\nTEMPLATE """你是人工智慧助理')
     assert 'USER: {{ .Prompt }} ASSISTANT:"""\nPARAMETER stop "</s>"\n' in written
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_told(monkeypatch, write_rows, tmp_path):
+    load = AutoTokenizer.from_pretrained
+
+    def load_no_gguf(*where, **options):
+        if "gguf_file" in options:
+            raise TypeError("must be real number, not NoneType")
+        return load(*where, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_no_gguf)
+    base = write_base("llama", tmp_path / "base", byte_level())
+    options = ("--format", "gguf", "--data", write_rows(ROWS))
+    adapter = write_adapter(base, tmp_path / "adapter")
+    assert exported(monkeypatch, adapter, tmp_path / "out", *options) == 0
+    found = result(tmp_path / "out")
+    assert found["notes"] == [
+        "transformers can't read its tokenizer; it was scored with the champion's tokens"
+    ]
+    assert abs(found["figures"]["difference"]) < 0.01
 
 
 def test_matrices_of_q8_0_are_within_half_a_step(monkeypatch, capsys, write_rows, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, random_examples
 from families import FAMILIES, family_model
-from oracles import loop_perplexities, padded_loss, peft_adapter
+from oracles import adamw_of, loop_perplexities, peft_adapter, plain_step
 from peft import PeftModel
 
 from inference.engine import make_engine
@@ -38,16 +38,11 @@ def test_an_adapter_trains_as_in_peft_and_is_loaded_back_by_it(name, tmp_path):
     targets = tuple(linear_layers(family_model(name)))
     named = SETTINGS.model_copy(update={"target_modules": targets})
     plain = adapter_on_plain_layers(name, named)
-    parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+    optimizer = adamw_of(plain)
     for step in range(2):
-        loss = padded_loss(plain, run.batch_at(step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = 0.01 * (2 - step) / 2
-        optimizer.step()
-        optimizer.zero_grad()
-        assert run.advance(10_000).loss == pytest.approx(loss.item(), rel=1e-4)
+        rate = 0.01 * (2 - step) / 2
+        loss = plain_step(plain, optimizer, run.batch_at(step), rate, SETTINGS.max_grad_norm)
+        assert run.advance(10_000).loss == pytest.approx(loss, rel=1e-4)
     run.bank.save(run.adapter, tmp_path)
     loaded = PeftModel.from_pretrained(family_model(name), tmp_path).eval()
     found = adapter_perplexities(run.bank, [(run.adapter, run.examples)], 10_000)[0]

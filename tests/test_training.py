@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import random_examples, tiny_model
-from oracles import loop_perplexities, padded_loss, peft_adapter
+from oracles import adamw_of, loop_perplexities, peft_adapter, plain_step
 from safetensors.torch import load_file
 
 import qlora.perplexity
@@ -71,16 +71,12 @@ def test_a_step_equals_plain_pytorch_on_padded_rows():
     settings = SETTINGS.model_copy(update={"lora_dropout": 0.0})
     run = training(settings)
     plain = peft_adapter(tiny_model("llama").requires_grad_(False), settings)
-    parameters = [p for p in plain.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+    optimizer = adamw_of(plain)
     for step in range(2):
-        loss = padded_loss(plain, run.batch_at(step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = 0.01 * (3 - step) / 3
-        optimizer.step()
-        optimizer.zero_grad()
-        assert run.advance(10_000).loss == pytest.approx(loss.item(), rel=1e-5)
+        rate = 0.01 * (3 - step) / 3
+        loss = plain_step(plain, optimizer, run.batch_at(step), rate, settings.max_grad_norm)
+        assert run.advance(10_000).loss == pytest.approx(loss, rel=1e-5)
+    parameters = [p for p in plain.parameters() if p.requires_grad]
     assert torch.allclose(weights(run), torch.cat([p.detach().flatten() for p in parameters]), atol=1e-4)
 
 

@@ -114,6 +114,16 @@ def longest_example(config: Any, max_length: int) -> int:
     return min(max_length, context_tokens(config) or max_length)
 
 
+def length_reason(config: Any, max_length: int) -> str:
+    """Say why `longest_example` is shorter than `max_length`; nothing if it is not."""
+    context = context_tokens(config)
+    if context is None or context >= max_length:
+        return ""
+    if context == positions_of_one_set(config):
+        return "behind which this base turns positions by other frequencies"
+    return "which is all that this base has positions for"
+
+
 def attention_shape(config: Any) -> AttentionShape:
     """Return the shape of attention that a model's config describes."""
     text = config.get_text_config()

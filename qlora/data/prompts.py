@@ -246,8 +246,9 @@ def encode_examples(
     examples: Sequence[Example],
     places: Places,
     max_length_tokens: int = MAX_LENGTH_TOKENS,
+    reason: str = "",
 ) -> list[EncodedExample]:
-    """Tokenise examples with answers under a prompt, cut at `max_length_tokens`.
+    """Tokenise examples with answers under a prompt, cut at `max_length_tokens`; `reason` says why there.
 
     Plain text has no prompt: all of it is scored. Raises InputError, naming `places` and the row, if the cut
     leaves no token to score, and for a conversation that the prompt has no place for.
@@ -265,8 +266,8 @@ def encode_examples(
         if not kept:
             raise InputError(
                 where,
-                f"the prompt has {first} tokens, which leaves no answer within {max_length_tokens}; shorten "
-                "the instruction or the prompt",
+                f"the prompt has {first} tokens, which leaves no answer within {max_length_tokens}"
+                f"{reason and ', ' + reason}; shorten the instruction or the prompt",
             )
         answer = tuple(ids[first:max_length_tokens])
         is_whole = kept == tuple(range(len(answer)))

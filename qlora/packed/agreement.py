@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora.config import InputError
 from qlora.data.prompts import EncodedExample
-from qlora.packed.attention import use_packed_attention
+from qlora.packed.attention import packed_logits, use_packed_attention
 from qlora.packed.packing import pack
 
 _PREFIX_TOKENS = 12
@@ -81,13 +81,7 @@ def _try_out(model: Any) -> None:
         own = random_tokens(num_prompt + num_answer, vocabulary, seed)
         examples.append(EncodedExample(str(seed), prefix + own[:num_prompt], own[num_prompt:]))
     batch = pack(examples, model.device)
-    found_AV = model(
-        input_ids=batch.input_ids_T[None],
-        position_ids=batch.position_ids_T[None],
-        packed=batch,
-        use_cache=False,
-        logits_to_keep=batch.predictors_A,
-    ).logits[0]
+    found_AV = packed_logits(model, batch)
     with eager_attention(model):
         rows = [
             model(

@@ -11,7 +11,7 @@ queries, soft-capped scores. `refuse_inexact` refuses every other model.
 Refuses to know how a stream is made.
 
 Shapes: T stream tokens, P prefix tokens, S tokens of all rows, B a bucket's tokens, N its rows, L its longest
-row, H heads, K key-value heads, D head width.
+row, H heads, K key-value heads, D head width, A scored positions, V vocabulary.
 Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -51,6 +51,22 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", _no_mask)
     model.set_attn_implementation("packed")
+
+
+def packed_logits(model: Any, batch: PackedBatch) -> Tensor:
+    """Compute the logits from which a batch's scored tokens are predicted: [A, V].
+
+    `model` must have packed attention. Only these positions go through the head.
+    """
+    out = model(
+        input_ids=batch.input_ids_T[None],
+        position_ids=batch.position_ids_T[None],
+        packed=batch,
+        use_cache=False,
+        logits_to_keep=batch.predictors_A,
+    )
+    logits: Tensor = out.logits
+    return logits.squeeze(0)  # squeeze, since the gradient of [0] is a copy
 
 
 def check_attention(config: Any, name: str) -> None:

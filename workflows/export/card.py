@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import prompt_text
+from qlora.lora.peft_folder import AdapterFiles
 from qlora.provenance import git_commit, package_versions
 from workflows.export.work import Work
 
@@ -32,6 +33,7 @@ def export_settings(work: Work) -> dict[str, Any]:
         **own[settings.format],
         "original_weights": settings.original_weights,
         "model": version.model_uri if version else str(work.adapter_folder),
+        "adapter_digest": AdapterFiles.read(work.adapter_folder).digest,
         "base_model": choice.base.name,
         "quantization": choice.base.quantization,
         "prompt": choice.prompt.name,

@@ -5,6 +5,7 @@ Refuses to know scores.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from workflows.export.scored import load_checked
 from workflows.export.work import Work
 from workflows.session import FailedError
 
+_log = logging.getLogger(__name__)
 FILE = "model.gguf"
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 _BLOCK = 32  # numbers that Q8_0 stores with one scale
@@ -67,7 +69,7 @@ def write_gguf(work: Work, folder: Path) -> None:
 
 
 def load_gguf(work: Work, folder: Path) -> tuple[Any, Any]:
-    """Load model and tokenizer by transformers' GGUF reader.
+    """Load model and tokenizer by transformers' GGUF reader; None for a tokenizer that it can't read.
 
     It does not read all that llama.cpp does: what it leaves out is given to it from the base's config, and
     what it reads has to be the base's. Raises FailedError if it is not.
@@ -84,7 +86,11 @@ def load_gguf(work: Work, folder: Path) -> tuple[Any, Any]:
             setattr(config, key, getattr(work.config, key))
     dtype = compute_dtype(work.base, default_device())
     model = load_checked(AutoModelForCausalLM, folder, gguf_file=FILE, config=config, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    except Exception as error:  # transformers 5.17's, of Gemma's without scores
+        _log.warning("transformers can't read the file's tokenizer: %r", error)
+        return model, None
     for role in ("bos_token", "eos_token", "pad_token"):  # which transformers takes for each other here
         setattr(tokenizer, role, getattr(work.tokenizer, role))
     tokenizer.chat_template = work.tokenizer.chat_template

@@ -187,6 +187,9 @@ def _compare_ids(work: Work, tokenizer: Any, notes: list[str]) -> None:
     Raises FailedError if they differ; of a GGUF file, whose tokenizer transformers rebuilds from less than
     llama.cpp knows, it is told.
     """
+    if tokenizer is None:
+        notes.append("transformers can't read its tokenizer; it was scored with the champion's tokens")
+        return
     different = ids_that_differ(work, tokenizer)
     if not different:
         notes.append(f"its own tokenizer gives the champion's tokens for all {len(work.encoded)} examples")

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from inference.scores import Scores
-from qlora.base.model import longest_example
+from qlora.base.model import length_reason, longest_example
 from qlora.config import DecodingSettings, InputError
 from qlora.data.prompts import AnyPrompt, EncodedExample, Prompt, check_chat, encode_examples, load_prompt
 from qlora.failpoints import durable
@@ -61,7 +61,7 @@ def prepare_study(study: Study) -> PreparedStudy:
     data = study.data
     config, tokenizer = load_facts(study.base_model, is_packed=True)
     trainable_size(config, study.base_model.name)
-    limit = longest_example(config, study.max_length)
+    cut = (longest_example(config, study.max_length), length_reason(config, study.max_length))
     sets = read_data(data)
     train, public = sets.train, sets.public
     if len(public) < study.num_predictions:
@@ -74,10 +74,10 @@ def prepare_study(study: Study) -> PreparedStudy:
     shown = replace(few_shot, shots=tuple(train[-study.shots :]))
     prompts: dict[str, AnyPrompt] = {ZERO_SHOT: own, FEW_SHOT: shown, ADAPTER: own}
     encoded = {
-        kind: encode_examples(tokenizer, prompt, public, data.public_name, limit)
+        kind: encode_examples(tokenizer, prompt, public, data.public_name, *cut)
         for kind, prompt in prompts.items()
     }
-    encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train, limit)
+    encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train, *cut)
     digests = {**sets.digests, "prompt": own.digest, "few_shot_prompt": shown.digest}
     asked = {
         kind: [prompt.ids(tokenizer, example.turns) for example in public] for kind, prompt in prompts.items()

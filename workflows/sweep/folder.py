@@ -33,12 +33,8 @@ from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 from workflows.data_sets import DataSets
 
-_ROLES = {
-    "train",
-    "public",
-    "prompt",
-    "base_files",
-}  # of what sweep.json has digests; sweeps from before lack some
+# Of what sweep.json has digests; sweeps from before lack some.
+_ROLES = {"train", "public", "prompt", "base_files"}
 _ZERO_SHOT, _START = "zero_shot.json", "start"
 
 
@@ -55,7 +51,7 @@ class _Champion(TypedDict):
 
 
 class _Summary(TypedDict):
-    """What is read of a summary again."""
+    """Name what is read of a summary again."""
 
     zero_shot: float
     best: _Best

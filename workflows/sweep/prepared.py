@@ -106,7 +106,13 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
 
     Raises InputError for bad data or a base that can't be had.
     """
-    from qlora.base.model import base_revision, longest_example, template_digest, tokenizer_digest
+    from qlora.base.model import (
+        base_revision,
+        length_reason,
+        longest_example,
+        template_digest,
+        tokenizer_digest,
+    )
     from qlora.data.prompts import check_chat, encode_examples
     from qlora.lora.peft_folder import AdapterFiles
     from workflows.checked_base import load_facts, trainable_size
@@ -117,11 +123,13 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
     template = template_digest(tokenizer) if isinstance(inputs.prompt, ChatPrompt) else None
+    cut = (limit, length_reason(config, space.max_length))
+    data, sets = space.data, inputs.sets
     return PreparedSweep(
         space,
         inputs,
-        train=encode_examples(tokenizer, inputs.prompt, inputs.sets.train, space.data.train_name, limit),
-        public=encode_examples(tokenizer, inputs.prompt, inputs.sets.public, space.data.public_name, limit),
+        train=encode_examples(tokenizer, inputs.prompt, sets.train, data.train_name, *cut),
+        public=encode_examples(tokenizer, inputs.prompt, sets.public, data.public_name, *cut),
         base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer), template, limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
     )
