@@ -29,6 +29,12 @@ _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded", "database o
 _FULL_PLACE = re.compile(rf"(?:{'|'.join(_NO_SPACE_WORDS)}): '([^'\n]+)'")
 
 
+def below(place: str, *names: str) -> str:
+    """Return the path or URI of what is below another one; a URI's query stays last."""
+    path, mark, query = place.partition("?") if "://" in place else (place, "", "")
+    return "/".join([path.rstrip("/"), *names]) + mark + query
+
+
 def write_text(path: Path, text: str, point: str | None = None) -> None:
     """Replace `path` with the text in one move, and make its folder if there is none.
 

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
 from qlora.config import InputError
-from qlora.files import remove_unfinished
+from qlora.files import below, remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from tracking.address import check_reachable
 from workflows.lock import locked
@@ -53,7 +53,7 @@ def main() -> None:
         check_writable(folder, *store_folders())
         check_reachable()
         check_temporary_folder()
-        with locked(folder, sweep.space.storage and f"{sweep.space.storage.rstrip('/')}/{name}"):
+        with locked(folder, sweep.space.storage and below(sweep.space.storage, name)):
             sweep.check_free()  # another command may have been here just before
             if sweep.summary() is None:
                 remove_unfinished(folder)

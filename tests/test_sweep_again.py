@@ -263,9 +263,13 @@ def test_a_sweep_under_an_old_name_has_runs_of_its_own(project, drawn):
     assert {run: status for run, status in sweep_runs(project).items() if run in old} == old
 
 
-def test_checkpoints_may_be_in_an_object_store(project):
+@pytest.mark.parametrize("told_by", ["environment", "uri"])
+def test_checkpoints_may_be_in_an_object_store(project, told_by):
     with object_store("checkpoints") as environment:
         storage = "storage=s3://checkpoints/sweeps"
+        if told_by == "uri":
+            endpoint = environment.pop("AWS_ENDPOINT_URL").removeprefix("http://")
+            storage += f"?endpoint_override={endpoint}&scheme=http"
         tune(project, "--space", "space.yaml", "--name", "away", *FEW, "--set", storage, **environment)
     found = summary(project, "away")
     assert len(found["trials"]) == 3

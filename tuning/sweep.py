@@ -20,6 +20,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from qlora.checkpoint_files import ADAPTER, CheckpointError
 from qlora.failpoints import durable
+from qlora.files import below
 from tuning.checkpoints import Storage, best_checkpoint, checkpoint_paths
 from tuning.host_directory import Hosts
 from tuning.ledger import Ledger, TrialRecord, ranked
@@ -30,6 +31,7 @@ from tuning.space import Asha, Space, tune_space
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
+RAY = "ray"  # the name of what Ray keeps, below a storage path
 _SECONDS_TO_RECOVER = 10
 _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
 
@@ -57,7 +59,7 @@ def run_sweep(
     Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises
     ShortOfMemoryError, after `max_failures` times, where Ray's monitor goes on killing trials.
     """
-    ledger, storage = Ledger(folder / "trials"), Storage.at(storage_path(space, folder) + "/ray")
+    ledger, storage = Ledger(folder / "trials"), Storage.at(below(storage_path(space, folder), RAY))
     for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
     screen = SweepScreen(space.num_trials, zero_shot)
@@ -120,7 +122,7 @@ def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
     Raises NoTrialSucceededError if no trial has reported a perplexity, CheckpointError if what the best one
     left is damaged: its record is then set back to the checkpoint before, from where the sweep can go on.
     """
-    ledger, storage = Ledger(folder / "trials"), Storage.at(storage_path(space, folder) + "/ray")
+    ledger, storage = Ledger(folder / "trials"), Storage.at(below(storage_path(space, folder), RAY))
     best = next((record for record in ranked(list(ledger.records.values())) if record.best), None)
     if best is None:
         raise NoTrialSucceededError(_why_none(list(ledger.records.values())))
@@ -143,7 +145,7 @@ def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
 
 def storage_path(space: Space, folder: Path) -> str:
     """Return where Ray keeps checkpoints: `storage` of the space, which all nodes reach, else the folder."""
-    return f"{space.storage.rstrip('/')}/{folder.name}" if space.storage else str(folder.resolve())
+    return below(space.storage, folder.name) if space.storage else str(folder.resolve())
 
 
 def _set_back(ledger: Ledger, storage: Storage, record: TrialRecord) -> None:
@@ -177,7 +179,7 @@ def _prepare_tune(search: LedgerSearch, folder: Path) -> None:
     for name in [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]:
         class_cache.ENV_VARS_TO_PROPAGATE.discard(name)
     for pattern in _RAYS_STATE:
-        for path in (folder / "ray").glob(pattern):
+        for path in (folder / RAY).glob(pattern):
             path.unlink()
 
 
@@ -201,7 +203,7 @@ def _tuner(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=storage,
             callbacks=[callback],
             verbose=0,

@@ -10,7 +10,7 @@ import ray
 
 from qlora.base.reference import base_digest
 from qlora.checkpoint_files import CheckpointError
-from qlora.files import disk_without_space
+from qlora.files import below, disk_without_space
 from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
 from tracking.sweep_tracker import SweepTracker
@@ -32,6 +32,7 @@ from tuning.plan import Plan, make_plan
 from tuning.plan_text import compare_with_run, describe_plan
 from tuning.progress import clock, ranking, where_time_went
 from tuning.sweep import (
+    RAY,
     BestAdapter,
     NoTrialSucceededError,
     ShortOfMemoryError,
@@ -116,7 +117,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     except BaseException as error:
         status = "KILLED" if can_go_on(error) else "FAILED"
         if isinstance(error, StoppedError | KeyboardInterrupt):  # Ray and the disk are there for it
-            kept = ask_where_trials_stand(hosts, storage_path(sweep.space, sweep.folder) + "/ray")
+            kept = ask_where_trials_stand(hosts, below(storage_path(sweep.space, sweep.folder), RAY))
         raise
     finally:
         if status != "FINISHED":
