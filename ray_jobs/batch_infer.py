@@ -35,7 +35,7 @@ def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
-    from qlora.base.model import base_revision, context_tokens
+    from qlora.base.model import base_revision, context_tokens, pinned
     from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat
     from workflows.checked_base import load_facts
@@ -61,8 +61,8 @@ def main() -> None:
     from qlora.data.sources import joined
     from workflows.batch_summary import closing_words, note_prediction
 
-    served, end_tokens = ServedModel(model.base, model.adapter_folder), model.prompt.end_ids(tokenizer)
-    work = Work(served, model.prompt, decoding, room, end_tokens)
+    served = ServedModel(pinned(model.base), model.adapter_folder)
+    work = Work(served, model.prompt, decoding, room, model.prompt.end_ids(tokenizer))
     output = Path(arguments.output)
     check_output(output, arguments.input)
     check_temporary_folder()
@@ -79,7 +79,7 @@ def main() -> None:
     with open_job(arguments.input, output, shape) as rows:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
-        facts = model_facts(work, uri, base_revision(config))
+        facts = model_facts(work, uri, base_revision(model.base.name))
         if seen := trained_on_in_words(model, rows.all(), len(rows)):
             print(seen)
         if not arguments.quiet:

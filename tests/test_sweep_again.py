@@ -270,8 +270,33 @@ def test_checkpoints_may_be_in_an_object_store(project, told_by):
         if told_by == "uri":
             endpoint = environment.pop("AWS_ENDPOINT_URL").removeprefix("http://")
             storage += f"?endpoint_override={endpoint}&scheme=http"
-        tune(project, "--space", "space.yaml", "--name", "away", *FEW, "--set", storage, **environment)
-    found = summary(project, "away")
+        name = f"away-{told_by}"
+        tune(project, "--space", "space.yaml", "--name", name, *FEW, "--set", storage, **environment)
+    found = summary(project, name)
     assert len(found["trials"]) == 3
-    assert not (project / "results/away/ray").exists()
-    assert (project / "results/away/best/adapter_model.safetensors").exists()
+    assert not (project / "results" / name / "ray").exists()
+    assert (project / "results" / name / "best/adapter_model.safetensors").exists()
+
+
+def test_a_hub_base_stays_at_the_commit_that_a_sweep_began_with(project, tiny_base, tmp_path):
+    """The hub's main branch moves on between two commands, to what is no model."""
+    repository, commits = tmp_path / "models--team--tiny", ("1" * 40, "2" * 40)
+    for commit in commits:
+        shutil.copytree(tiny_base, repository / "snapshots" / commit)
+    (repository / "snapshots" / commits[1] / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    main, hub = repository / "refs/main", {"HF_HUB_CACHE": str(tmp_path)}
+    main.write_text(commits[0])
+    on_hub = (*FEW, "--set", "base_model.name=team/tiny", "--set", "registered_model=hub")
+    tune(project, "--space", "space.yaml", "--name", "hub", *on_hub, **hub)
+    before, folder = summary(project, "hub"), project / "results/hub"
+    settings = json.loads((folder / "sweep.json").read_text())["space"]["base_model"]
+    assert settings["name"] == f"team/tiny@{commits[0]}"
+    main.write_text(commits[1])
+    (folder / "summary.json").unlink()
+    tune(project, "--resume", "hub", **hub)
+    assert summary(project, "hub")["best"] == before["best"]
+    more = ("--continue-from", "models:/hub@champion", "--dry-run")
+    assert f"team/tiny@{commits[0]}" in tune(project, "--space", "space.yaml", *on_hub, *more, **hub)
+    out = tune(project, "--space", "space.yaml", *on_hub, "--dry-run", status=2, **hub)
+    assert "team/tiny" in out

@@ -14,15 +14,17 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from qlora.base.device import compute_dtype, default_device, free_bytes
 from qlora.base.loading import first_line, from_pretrained, no_progress_bar
-from qlora.base.reference import BaseReference, resolve_base
+from qlora.base.reference import BaseReference, resolve_base, split_revision
 from qlora.base.rotary import fix_frequencies, positions_of_one_set
 from qlora.base.weights import LOADING_INFO, are_here, check_finite, check_loading, check_quantised
 from qlora.config import BaseModelSettings, InputError
@@ -92,9 +94,27 @@ def load_config(name: str) -> Any:
     return config
 
 
-def base_revision(config: Any) -> str | None:
-    """Return the hub commit that a config was loaded from, or None for a local or embedded base."""
-    return getattr(config, "_commit_hash", None)
+def base_revision(name: str) -> str | None:
+    """Return the hub commit that a base's config was loaded from, or None for a local or embedded base.
+
+    The config itself says none (transformers 5.23): the folder in the cache does.
+    """
+    reference = resolve_base(name)
+    if reference.kind != "hub":
+        return None
+    path = try_to_load_from_cache(reference.location, "config.json", revision=reference.revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def pinned(settings: BaseModelSettings) -> BaseModelSettings:
+    """Return settings that name the hub commit a base's config was loaded from: all processes load that one.
+
+    A local or embedded base's stay as they are.
+    """
+    revision = base_revision(settings.name)
+    if revision is None:
+        return settings
+    return settings.model_copy(update={"name": f"{split_revision(settings.name)[0]}@{revision}"})
 
 
 def context_tokens(config: Any) -> int | None:

@@ -90,7 +90,8 @@ def check_finite(name: str, reference: BaseReference, device: torch.device) -> N
     """
     for path in _files(reference):
         with safe_open(path, "pt", device=str(device)) as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping
+            names = file.keys()
+            for key in names:
                 if not _is_finite(file.get_tensor(key)):
                     raise InputError(name, f"its weight {key} holds NaN or infinity; give another copy of it")
 

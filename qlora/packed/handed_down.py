@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 _KEYWORDS = ("packed", "cached")
-_named: ContextVar[dict[str, Any]] = ContextVar("named", default={})  # noqa: B039 - it is never changed
+_named: ContextVar[dict[str, Any]] = ContextVar("named")
 _marker = "_keeps_keywords"
 
 
@@ -32,4 +32,4 @@ def keep_keywords(model: nn.Module) -> None:
 
 def keyword(name: str) -> Any:
     """Return a keyword of the call that lasts; None if it has none."""
-    return _named.get().get(name)
+    return _named.get({}).get(name)

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from inference.scores import Scores
-from qlora.base.model import length_reason, longest_example
+from qlora.base.model import base_revision, length_reason, longest_example
+from qlora.base.reference import base_files_digest
 from qlora.config import DecodingSettings, InputError
 from qlora.data.prompts import AnyPrompt, EncodedExample, Prompt, check_chat, encode_examples, load_prompt
 from qlora.failpoints import durable
@@ -79,6 +80,8 @@ def prepare_study(study: Study) -> PreparedStudy:
     }
     encoded[_TRAIN] = encode_examples(tokenizer, own, train, data.train, *cut)
     digests = {**sets.digests, "prompt": own.digest, "few_shot_prompt": shown.digest}
+    if base := base_revision(study.base_model.name) or base_files_digest(study.base_model.name):
+        digests["base"] = base
     asked = {
         kind: [prompt.ids(tokenizer, example.turns) for example in public] for kind, prompt in prompts.items()
     }

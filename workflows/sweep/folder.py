@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from qlora.base.reference import split_revision
 from qlora.config import InputError, first_problem, validated
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json, write_text
@@ -196,6 +197,9 @@ def plan_sweep(
             f"{space_file}:storage",
             "holds a name, a password or a key; give them in the environment of all nodes",
         )
+    if start and split_revision(start.base)[0] == space.base_model.name:  # which names no commit
+        base = space.base_model.model_copy(update={"name": start.base})
+        space = space.model_copy(update={"base_model": base})
     if start and start.base != space.base_model.name:
         raise InputError(
             "--continue-from",

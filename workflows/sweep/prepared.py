@@ -102,7 +102,7 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
 
 
 def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
-    """Tokenise a sweep's data and look at its base.
+    """Tokenise a sweep's data and look at its base, whose name in the result has the hub commit.
 
     Raises InputError for bad data or a base that can't be had.
     """
@@ -110,6 +110,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
         base_revision,
         length_reason,
         longest_example,
+        pinned,
         template_digest,
         tokenizer_digest,
     )
@@ -122,6 +123,8 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     size = trainable_size(config, space.base_model.name)
     check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
+    revision = base_revision(space.base_model.name)
+    space = space.model_copy(update={"base_model": pinned(space.base_model)})
     template = template_digest(tokenizer) if isinstance(inputs.prompt, ChatPrompt) else None
     cut = (limit, length_reason(config, space.max_length))
     data, sets = space.data, inputs.sets
@@ -130,6 +133,6 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
         inputs,
         train=encode_examples(tokenizer, inputs.prompt, sets.train, data.train_name, *cut),
         public=encode_examples(tokenizer, inputs.prompt, sets.public, data.public_name, *cut),
-        base=BaseFacts(size, base_revision(config), tokenizer_digest(tokenizer), template, limit),
+        base=BaseFacts(size, revision, tokenizer_digest(tokenizer), template, limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
     )

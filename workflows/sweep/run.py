@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -64,6 +65,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     Raises StoppedError if it was interrupted and can go on.
     """
     hosts, prepared = started.hosts, prepare(sweep, inputs)
+    sweep = replace(sweep, space=prepared.space)
     device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
     plan = _make_plan(prepared, device, num_gpus())
     print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan), flush=True)
