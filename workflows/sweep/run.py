@@ -32,6 +32,7 @@ from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
 from tuning.plan import Plan, make_plan
 from tuning.plan_text import compare_with_run, describe_plan
 from tuning.progress import clock, ranking, where_time_went
+from tuning.reach import check_reach
 from tuning.sweep import (
     RAY,
     BestAdapter,
@@ -67,6 +68,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     hosts, prepared = started.hosts, prepare(sweep, inputs)
     sweep = replace(sweep, space=prepared.space)
     device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
+    check_reach(storage_path(sweep.space, sweep.folder), sweep.space.trial_shares())
     plan = _make_plan(prepared, device, num_gpus())
     print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan), flush=True)
     sweep.claim(inputs.digests, inputs.prompt_text, inputs.sets)
