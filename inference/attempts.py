@@ -13,11 +13,18 @@ Refuses to know what is done with rows.
 """
 
 import math
+import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+
+from inference.failures import first_line
+from qlora.config import InputError
 
 _PARTS = 8  # of a piece whose process died
 _MOST_DEATHS_ALONE = 2  # of a row
@@ -39,11 +46,15 @@ class _Suspect:
 
 @dataclass
 class _Worker:
-    """A worker of a pool: the rows it has begun and not ended, and its deaths since any worker ended rows."""
+    """A worker of a pool: the rows it has begun and not ended, and its deaths since any worker ended rows.
+
+    why: what it said before it died, if it could.
+    """
 
     begun: tuple[int, ...] = ()
     deaths: int = 0
     deaths_idle: int = 0
+    why: str = ""
 
 
 @dataclass
@@ -61,9 +72,15 @@ class Attempts:
             self._workers[name] = _Worker()
             return ""
         worker.deaths += 1
+        why, worker.why = worker.why, ""
         worker.deaths_idle = 0 if worker.begun else worker.deaths_idle + 1
         self._bury(worker)
         if worker.deaths_idle >= _MOST_DEATHS_IDLE:
+            if why:
+                return (
+                    f"the {self.what} can't be loaded ({why}); what is done is kept: "
+                    "mend that, then run the same command with --resume"
+                )
             times = f"{worker.deaths_idle} times before it began to work"
         elif worker.deaths >= _MOST_DEATHS:
             times = f"{worker.deaths} times without a finished row"
@@ -73,6 +90,10 @@ class Attempts:
             f"the {self.what}'s process died {times}; look for a lack of memory or a fault of the device, "
             "then run the same command with --resume, which keeps what is done"
         )
+
+    def lament(self, name: str, why: str) -> None:
+        """Note why the process of this worker is about to die."""
+        self._workers.setdefault(name, _Worker()).why = why
 
     def plan(self, name: str, rows: Sequence[int]) -> tuple[list[list[int]], dict[int, str]]:
         """Divide rows into pieces to do in turn, the first of which counts as begun, and errors of others.
@@ -150,6 +171,22 @@ class Witnessed:
         self._what = what
         self._name = ray.get_runtime_context().get_actor_id()  # the same after a restart
         self.stop: str = ray.get(self._call("start"))
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Tell of an error that is raised within, other than an InputError, and end the worker's process.
+
+        Ray starts it again, with its memory freed. An error that is raised there would end the whole job.
+        """
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            ray.get(self._call("lament", f"{type(error).__name__}: {first_line(error)}"))
+            sys.stderr.flush()
+            os._exit(1)
 
     def pieces(self, rows: Sequence[int], errors: dict[int, str]) -> Iterator[list[int]]:
         """Yield rows in pieces, each to be done before the next is asked for; add errors of rows given up."""

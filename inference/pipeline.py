@@ -75,7 +75,13 @@ class Tokenise:
         self.work = work
         self.reader = reader
         self.witnessed = Witnessed(witness, _TOKENIZER)
-        self.tokenizer = None if self.witnessed.stop else load_tokenizer(work.served.base.name)
+        if self.witnessed.stop:
+            return
+        try:
+            with self.witnessed.loading():
+                self.tokenizer = load_tokenizer(work.served.base.name)
+        except InputError as error:
+            self.witnessed.stop = f"{error}; mend that, then run the same command with --resume"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Turn column `numbers`, a window a row, into `index`, `prompt`, `error` and `stop`.
@@ -127,7 +133,7 @@ class EngineActor:
         if self.witnessed.stop:
             return
         try:
-            with _local_adapter(work.served, files) as served:
+            with self.witnessed.loading(), _local_adapter(work.served, files) as served:
                 self.engine = load_engine(served, work.decoding, work.end_tokens)
         except InputError as error:
             self.refusal = error

@@ -188,6 +188,22 @@ def project(tmp_path_factory, tiny_base):
     return folder
 
 
+class Hub:
+    """A hub's cache whose `team/tiny` has been at commits 000..., 111..., each a copy of a base."""
+
+    def __init__(self, folder: Path, *bases: Path):
+        self.folder, self.commits = folder, [str(number) * 40 for number in range(len(bases))]
+        self._repository = folder / "models--team--tiny"
+        for commit, base in zip(self.commits, bases, strict=True):
+            shutil.copytree(base, self._repository / "snapshots" / commit)
+        (self._repository / "refs").mkdir()
+        self.move_to(0)
+
+    def move_to(self, number: int) -> None:
+        """Let the main branch be at a commit."""
+        (self._repository / "refs/main").write_text(self.commits[number])
+
+
 def command(
     project: Path, script: str, *arguments: str, env: dict[str, str] | None = None, **options
 ) -> subprocess.Popen:

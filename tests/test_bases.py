@@ -10,27 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, command, random_examples, write_course
-from families import family_model
-from oracles import loop_perplexities
+from conftest import byte_tokenizer, command, write_course
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora.base.model import (
-    check_vocabulary,
-    length_reason,
-    load_base,
-    load_config,
-    load_tokenizer,
-    longest_example,
-)
+from qlora.base.model import check_vocabulary, load_base, load_config, load_tokenizer
 from qlora.base.reference import base_files_digest
 from qlora.config import BaseModelSettings, InputError
 from qlora.packed.agreement import pack_attention
-from qlora.packed.attention import check_attention
-from qlora.perplexity import example_perplexities
-from tuning.model_size import model_size
-from workflows.checked_base import load_facts, trainable_size
+from workflows.checked_base import load_facts
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -212,93 +200,6 @@ def test_a_folder_in_another_form_is_refused(tiny_base, tmp_path, quantization):
     for load in (lambda: load_facts(settings, is_packed=False), lambda: load_base(settings, CPU)):
         with pytest.raises(InputError, match="quantised by bitsandbytes, and not in NF4"):
             load()
-
-
-LFM2 = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "words"),
-    [
-        ("bloom", {}, "AttentionInterface"),
-        ("falcon", {}, "AttentionInterface"),
-        ("mpt", {}, "AttentionInterface"),
-        ("mamba", {}, "AttentionInterface"),
-        ("gpt_oss", {"num_local_experts": 4, "intermediate_size": 64}, "doesn't compute s_aux"),
-        ("llama4_text", {"num_local_experts": 4, "intermediate_size": 64}, "chunked_attention"),
-        (
-            "lfm2",
-            {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
-            "layers of type conv",
-        ),
-        ("llama", {"attention_dropout": 0.1}, "attention_dropout"),
-    ],
-)
-def test_families_that_would_not_be_exact_are_refused_by_their_config(family, options, words):
-    with pytest.raises(InputError, match=words):
-        check_attention(AutoConfig.for_model(family, **SMALL, **options), "a base")
-
-
-def test_a_base_without_layers_for_an_adapter_is_refused():
-    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=300)
-    with pytest.raises(InputError, match="a base: gpt2 has no linear layers for an adapter to target"):
-        trainable_size(config, "a base")
-
-
-def test_a_mixtures_routers_and_experts_get_no_adapter():
-    for name in ("glm4-moe", "qwen2-moe", "phimoe", "hunyuan-moe"):
-        targets = {layer.rpartition(".")[2] for layer in model_size(family_model(name).config).layers}
-        assert targets == {"q_proj", "k_proj", "v_proj", "o_proj"}
-
-
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_rows_beside_longer_ones_score_as_alone(kind, tmp_path):
-    """These ropes choose all rows' frequencies by the longest of a pass: examples end before that matters."""
-    model = family_model("phi3-longrope" if kind == "longrope" else "llama-tied")
-    config = model.config
-    if kind == "dynamic":
-        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-        config.max_position_embeddings = 128
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    config = load_config(str(tmp_path))
-    assert longest_example(config, 2048) == 128
-    assert "behind which this base turns positions by other" in length_reason(config, 2048)
-    assert longest_example(config, 100) == 100
-    assert length_reason(config, 100) == ""
-    examples = random_examples(4) + random_examples(1, seed=9, shared=90)
-    assert max(example.num_tokens for example in examples) <= 128
-    own = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    expected = loop_perplexities(own, examples)
-    loaded = load_base(BaseModelSettings(name=str(tmp_path), quantization="none"), CPU)
-    loaded(torch.ones(1, 300, dtype=torch.long))  # a long row before changes nothing after
-    pack_attention(loaded, "a base")
-    assert example_perplexities(loaded, examples, 10_000) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "words"),
-    [
-        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "no linear layers for an adapter to target"),
-        pytest.param("lfm2", {**SMALL, **LFM2}, "layers of type conv", marks=pytest.mark.slow),
-    ],
-)
-def test_a_sweep_of_such_a_base_ends_before_it_begins(project, tmp_path, family, options, words):
-    folder = tmp_path / family
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{"vocab_size": 300, **options})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    arguments = ("--space", "space.yaml", "--set", f"base_model.name={folder}", "--name", family)
-    process = command(project, "tune", *arguments, "--dry-run")
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, out
-    errors = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert words in errors[0]
-    assert "Traceback" not in out
-    assert not (project / "results" / family).exists()
 
 
 @pytest.mark.slow

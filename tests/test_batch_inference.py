@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import Hub, tiny_model
 from test_inputs import refused
 from test_rows import ROWS, write
 
@@ -25,7 +25,7 @@ from qlora.lora.bank import load_bank
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def options_of(tiny_base: Path, source: Path, output: Path) -> list[str]:
+def options_of(tiny_base: Path | str, source: Path, output: Path) -> list[str]:
     return [
         "--base-model",
         str(tiny_base),
@@ -40,7 +40,7 @@ def options_of(tiny_base: Path, source: Path, output: Path) -> list[str]:
     ]
 
 
-def infer(tiny_base: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
+def infer(tiny_base: Path | str, source: Path, output: Path, *options: str) -> subprocess.Popen:
     arguments = [*options_of(tiny_base, source, output), *options]
     return subprocess.Popen(
         [sys.executable, str(PROJECT / "ray_jobs/batch_infer.py"), *arguments],
@@ -204,6 +204,26 @@ def test_a_seeded_sample_survives_a_resume(tiny_base, many, tmp_path):
     first.communicate(timeout=60)
     finish(infer(tiny_base, many, parts / "out.json", *sampling, "--resume"), code=4)
     assert (whole / "out.json").read_bytes() == (parts / "out.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_the_commit_of_a_hub_base_that_it_began_with(
+    expected, tiny_base, many, tmp_path, monkeypatch
+):
+    """The hub's main branch has moved on: refused, unless the commit is named."""
+    hub = Hub(tmp_path / "hub", tiny_base, tiny_base)
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub.folder))
+    output = tmp_path / "out.json"
+    first = infer("team/tiny", many, output)
+    wait_for_rows(tmp_path, 20)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    hub.move_to(1)
+    out = finish(infer("team/tiny", many, output, "--resume"), code=2)
+    assert "holds rows of a job with another model" in error_line(out)
+    finish(infer(f"team/tiny@{hub.commits[0]}", many, output, "--resume"), code=4)
+    assert json.loads(output.read_text()) == expected
+    assert json.loads((tmp_path / "out.json.meta.json").read_text())["base_revision"] == hub.commits[0]
 
 
 def test_a_family_that_the_search_lacks_is_served_by_generate(tmp_path, caplog):

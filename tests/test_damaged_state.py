@@ -210,6 +210,17 @@ def begun(study_file: Path, folder: Path, *overrides: str) -> str | None:
     return StudySteps(prepare_study(load_study(str(study_file), list(overrides))), folder, print).claim()
 
 
+def test_a_study_whose_base_changed_is_refused(results, study_file, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    on_it, folder = f"base_model.name={base}", results / "studies/study"
+    first = begun(study_file, folder, on_it)
+    assert begun(study_file, folder, on_it) == first
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    with pytest.raises(InputError, match="holds a study with other settings or data"):
+        begun(study_file, folder, on_it)
+
+
 def test_a_study_from_before_a_setting_came_is_gone_on_with(results, study_file):
     folder = results / "studies/study"
     first = begun(study_file, folder)

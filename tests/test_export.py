@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from unittest.mock import patch
 
@@ -273,6 +274,19 @@ def registered(base, adapter, digest, prompt, name="course", **facts) -> str:
     uri = logged_model.log_model(run, files, settings, "翻譯：春", {})
     facts |= {"prompt_digest": load_prompt(str(prompt)).digest}
     return registry.register(name, uri, run, 5.0, digest, facts).model_uri
+
+
+def test_another_adapter_at_the_same_place_is_not_taken_for_what_was_exported(
+    base, monkeypatch, capsys, write_rows, tmp_path
+):
+    place, output = write_adapter(base, tmp_path / "adapter"), tmp_path / "out"
+    options = ("--format", "vllm", "--data", write_rows(ROWS))
+    assert exported(monkeypatch, place, output, *options) == 0
+    assert exported(monkeypatch, place, output, *options) == 0, "it is there, and told again"
+    shutil.rmtree(place)
+    write_adapter(base, place, std=0.02)
+    assert exported(monkeypatch, place, output, *options) == 2
+    assert "is there already; name a folder that is not" in capsys.readouterr().err
 
 
 def test_a_version_is_exported_on_its_own_examples_and_linked(version, monkeypatch, capsys, tmp_path):

@@ -75,7 +75,7 @@ def mend(module):
 
 DIES_ON_LOADING = """
 def mend(module):
-    def load_engine(served, decoding):
+    def load_engine(*_):
         with open("loads", "a") as file:
             file.write(".")
         end()
@@ -90,6 +90,18 @@ def mend(module):
         end()
     module.BeamEngine.generate = generate
 """
+
+RAISES_ON_LOADING = """
+def mend(module):
+    def load(*_):
+        with open("loads", "a") as file:
+            file.write(".")
+        raise {error}
+    if "default_worker" in sys.argv[0]:
+        {function} = load
+"""
+
+TOKENIZER = 'sys.modules["qlora.base.model"].load_tokenizer'  # which the pipeline imports after the engine
 
 RAISES_AT_EVERY_ROW = """
 def mend(module):
@@ -290,6 +302,25 @@ def test_an_engine_that_fails_at_every_prompt_stops_the_job_in_one_line(tiny_bas
     ended(batch(tmp_path, tiny_base, source, "def mend(module): pass", "--resume"), code=0)
     assert outputs(tmp_path / "out.json") == undisturbed
     assert not (tmp_path / "out.json.errors.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "error", "told", "times"),
+    [
+        ("module.load_engine", "OSError('no disk')", "the engine can't be loaded (OSError: no disk)", 3),
+        (TOKENIZER, "OSError('no disk')", "the tokenizer can't be loaded (OSError: no disk)", 3),
+        (TOKENIZER, "sys.modules['qlora.config'].InputError('base', 'not here')", "base: not here;", 1),
+    ],
+    ids=["engine", "tokenizer", "tokenizer refused"],
+)
+def test_what_cannot_be_loaded_stops_the_job_in_one_line(function, error, told, times, tiny_base, tmp_path):
+    source = write(tmp_path / "in.jsonl", rows_with(set(), 48), lines=True)
+    trouble = RAISES_ON_LOADING.format(function=function, error=error)
+    out = ended(batch(tmp_path, tiny_base, source, trouble), code=3, seconds=900)
+    (line,) = [line for line in out.splitlines() if told in line]
+    assert "--resume" in line
+    assert len((tmp_path / "loads").read_text()) == times
 
 
 @pytest.mark.slow

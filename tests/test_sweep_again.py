@@ -11,7 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import command
+from conftest import Hub, command
 from safetensors.torch import load_file, save_file
 from servers import object_store
 from test_hostile import Payload
@@ -280,23 +280,18 @@ def test_checkpoints_may_be_in_an_object_store(project, told_by):
 
 def test_a_hub_base_stays_at_the_commit_that_a_sweep_began_with(project, tiny_base, tmp_path):
     """The hub's main branch moves on between two commands, to what is no model."""
-    repository, commits = tmp_path / "models--team--tiny", ("1" * 40, "2" * 40)
-    for commit in commits:
-        shutil.copytree(tiny_base, repository / "snapshots" / commit)
-    (repository / "snapshots" / commits[1] / "config.json").write_text("{}")
-    (repository / "refs").mkdir()
-    main, hub = repository / "refs/main", {"HF_HUB_CACHE": str(tmp_path)}
-    main.write_text(commits[0])
+    broken = shutil.copytree(tiny_base, tmp_path / "broken")
+    (broken / "config.json").write_text("{}")
+    hub = Hub(tmp_path / "hub", tiny_base, broken)
+    environment, first = {"HF_HUB_CACHE": str(hub.folder)}, f"team/tiny@{hub.commits[0]}"
     on_hub = (*FEW, "--set", "base_model.name=team/tiny", "--set", "registered_model=hub")
-    tune(project, "--space", "space.yaml", "--name", "hub", *on_hub, **hub)
+    tune(project, "--space", "space.yaml", "--name", "hub", *on_hub, **environment)
     before, folder = summary(project, "hub"), project / "results/hub"
-    settings = json.loads((folder / "sweep.json").read_text())["space"]["base_model"]
-    assert settings["name"] == f"team/tiny@{commits[0]}"
-    main.write_text(commits[1])
+    assert json.loads((folder / "sweep.json").read_text())["space"]["base_model"]["name"] == first
+    hub.move_to(1)
     (folder / "summary.json").unlink()
-    tune(project, "--resume", "hub", **hub)
+    tune(project, "--resume", "hub", **environment)
     assert summary(project, "hub")["best"] == before["best"]
-    more = ("--continue-from", "models:/hub@champion", "--dry-run")
-    assert f"team/tiny@{commits[0]}" in tune(project, "--space", "space.yaml", *on_hub, *more, **hub)
-    out = tune(project, "--space", "space.yaml", *on_hub, "--dry-run", status=2, **hub)
-    assert "team/tiny" in out
+    dry = ("--space", "space.yaml", *on_hub, "--dry-run")
+    assert first in tune(project, *dry, "--continue-from", "models:/hub@champion", **environment)
+    assert "error: team/tiny: " in tune(project, *dry, status=2, **environment)

@@ -6,8 +6,6 @@ machine by itself. Trials that can't write would train up to their first report 
 Refuses to know what is kept there.
 """
 
-import secrets
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -15,6 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora.config import InputError
 from tuning.checkpoints import Storage
+
+_NAME = ".reach"  # always the same, since one process works on a place: what a kill leaves is written over
 
 
 def check_reach(place: str, shares: dict[str, float]) -> None:
@@ -26,12 +26,11 @@ def check_reach(place: str, shares: dict[str, float]) -> None:
     others = [node for node in ray.nodes() if node["NodeID"] != mine and _could_hold(node, shares)]
     if not others:
         return
-    name = f".reach-{secrets.token_hex(8)}"
     storage = Storage.at(place)
     storage.filesystem.create_dir(storage.path)
-    _write(storage, name)
+    _write(storage, _NAME)
     try:
-        asked = {node["NodeManagerAddress"]: _ask(node["NodeID"], place, name) for node in others}
+        asked = {node["NodeManagerAddress"]: _ask(node["NodeID"], place) for node in others}
         for address, reply in asked.items():
             if problem := ray.get(reply):
                 raise InputError(
@@ -41,7 +40,7 @@ def check_reach(place: str, shares: dict[str, float]) -> None:
                     "--set storage=s3://BUCKET/PATH",
                 )
     finally:
-        storage.filesystem.delete_file(f"{storage.path}/{name}")
+        storage.filesystem.delete_file(f"{storage.path}/{_NAME}")
 
 
 def _could_hold(node: dict[str, Any], shares: dict[str, float]) -> bool:
@@ -49,24 +48,22 @@ def _could_hold(node: dict[str, Any], shares: dict[str, float]) -> bool:
     return bool(node["Alive"]) and all(resources.get(key, 0) >= share for key, share in shares.items())
 
 
-def _ask(node: str, place: str, name: str) -> Any:
+def _ask(node: str, place: str) -> Any:
     placed = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0)(_problem_here).options(scheduling_strategy=placed).remote(place, name)
+    return ray.remote(num_cpus=0)(_problem_here).options(scheduling_strategy=placed).remote(place, node)
 
 
-def _problem_here(place: str, name: str) -> str:
-    """Say why this node can't read and write at a place; nothing if it can. `name`: of a file there."""
-    own = f"{name}-{secrets.token_hex(8)}"
+def _problem_here(place: str, node: str) -> str:
+    """Say why this node can't read and write at a place; nothing if it can."""
+    own = f"{_NAME}-{node}"
     try:
         storage = Storage.at(place)
-        with storage.filesystem.open_input_stream(f"{storage.path}/{name}") as file:
+        with storage.filesystem.open_input_stream(f"{storage.path}/{_NAME}") as file:
             file.read()
         _write(storage, own)
         storage.filesystem.delete_file(f"{storage.path}/{own}")
     except Exception as error:  # whatever a store's library raises
-        with suppress(IndexError):
-            return str(error).strip().splitlines()[0]
-        return repr(error)
+        return next(iter(str(error).strip().splitlines()), repr(error))
     return ""
 
 

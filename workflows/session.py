@@ -36,7 +36,8 @@ _SERVERS = ("gcs_server", "raylet")
 _SECONDS_TO_END, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END_BY_ITSELF = 0.5, 0.5, 10.0
 # Ray takes 127.0.0.1 for the machine's address, and listens there, unless it is told that it is no cluster.
 _MAY_BE_A_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_GREETING, _PLANNED_KILL = b"Set ray log level", "ray.kill"
+_GREETING = b"Set ray log level"
+_TOLD_OTHERWISE = ("ray.kill", "so the task will be retried")  # in what a raylet says
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -189,7 +190,7 @@ def connect_ray() -> dict[str, float]:
             threading.Thread(target=_end_without_servers, name="servers", daemon=True).start()
     stopping.catch_signals()  # Ray's C++ has taken SIGTERM
     stopping.go_on()
-    _hush_planned_kills()
+    _hush_raylets()
     return {} if os.environ.get("RAY_ADDRESS") else ray.cluster_resources()
 
 
@@ -227,17 +228,18 @@ def _without_lines(unwanted: bytes) -> Iterator[None]:
                     os.write(2, line)
 
 
-def _hush_planned_kills() -> None:
-    """Keep off the screen what a raylet tells of actors that this process has killed.
+def _hush_raylets() -> None:
+    """Keep off the screen what a raylet tells of actors that this process has killed, or that start anew.
 
-    A pool that refused its model ends so.
+    A pool that refused its model ends so; a worker that failed is counted, and its end told, by our own.
     """
     from ray._private import worker
 
     shown = worker.print_to_stdstream
 
     def show(data: dict[str, Any], ignore_prefix: bool) -> None:
-        if not any(_PLANNED_KILL in str(line) for line in data["lines"]):
+        said = "\n".join(map(str, data["lines"]))
+        if not any(words in said for words in _TOLD_OTHERWISE):
             shown(data, ignore_prefix)
 
     worker.print_to_stdstream = show

@@ -89,7 +89,7 @@ def load_gguf(work: Work, folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     except Exception as error:  # transformers 5.17's, of Gemma's without scores
-        _log.warning("transformers can't read the file's tokenizer: %r", error)
+        _log.info("transformers can't read the file's tokenizer: %r", error)
         return model, None
     for role in ("bos_token", "eos_token", "pad_token"):  # which transformers takes for each other here
         setattr(tokenizer, role, getattr(work.tokenizer, role))

@@ -57,7 +57,7 @@ def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) ->
     """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
     prepared = prepare(sweep, inputs)
     plan = _make_plan(prepared, device, 1) if device else None
-    print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan))
+    print(describe_plan(prepared.space, prepared.train, prepared.public, inputs.sets.words, plan))
 
 
 def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> None:
