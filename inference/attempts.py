@@ -23,8 +23,7 @@ from typing import Any
 
 import ray
 
-from inference.failures import first_line
-from qlora.config import InputError
+from qlora.config import InputError, first_line
 
 _PARTS = 8  # of a piece whose process died
 _MOST_DEATHS_ALONE = 2  # of a row

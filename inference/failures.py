@@ -9,6 +9,7 @@ import sys
 import torch
 
 from inference.engine import Engine
+from qlora.config import first_line
 
 _ANY_TOKEN = 0  # which every vocabulary has
 
@@ -32,11 +33,6 @@ def generate_each(engine: Engine, prompts: list[list[int]]) -> list[tuple[str, i
 def is_sound(engine: Engine) -> bool:
     """Tell whether an engine generates at all: if so, it is a prompt's fault that it failed."""
     return not generate_each(engine, [[_ANY_TOKEN]])[0][2]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), "no message")
 
 
 def _end_without_device() -> None:

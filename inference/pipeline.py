@@ -28,10 +28,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inference.attempts import EnginesDiedError, Witness, Witnessed
 from inference.engine import ServedModel, load_engine
-from inference.failures import first_line, generate_each, is_sound
+from inference.failures import generate_each, is_sound
 from inference.rows import RowReader, RowStore
 from qlora.base.model import load_tokenizer
-from qlora.config import DecodingSettings, InputError
+from qlora.config import DecodingSettings, InputError, first_line
 from qlora.data.prompts import AnyPrompt, too_long_problem
 from qlora.lora.peft_folder import AdapterFiles
 

@@ -245,6 +245,12 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     return key, problem["msg"].removeprefix("Value error, ")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, with its type where that is a word alone."""
+    text = str(error).strip()
+    return text.splitlines()[0] if " " in text else repr(error)
+
+
 def validated(where: object, build: Callable[[], T]) -> T:
     """Run `build` and return its result.
 

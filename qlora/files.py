@@ -35,6 +35,13 @@ def below(place: str, *names: str) -> str:
     return "/".join([path.rstrip("/"), *names]) + mark + query
 
 
+def split_uri(place: str) -> tuple[str, str]:
+    """Return what a URI is below, whose query stays last, and the name that it ends in."""
+    path, mark, query = place.partition("?")
+    parent, _, name = path.rpartition("/")
+    return parent + mark + query, name
+
+
 def write_text(path: Path, text: str, point: str | None = None) -> None:
     """Replace `path` with the text in one move, and make its folder if there is none.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qlora.answer_nll import answer_nll
+from qlora.config import first_line
 from qlora.lora.bank import AdapterBank
 from qlora.lora.banked_linear import Route
 from qlora.lora.tables import PassTables, make_bank_tables
@@ -135,12 +136,12 @@ class Recorder:
             return recording
         except (ValueError, torch.cuda.OutOfMemoryError) as error:
             # FlashAttention doesn't compute this, or there is no room for it: this size is launched.
-            _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, _first_line(error))
+            _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, first_line(error))
             self._refused.add(size)
             self._give_back()
         except Exception as error:
             # The model waits for the GPU, which can't be recorded. The allocator may be left half way.
-            _log.warning("passes are recorded no more: %s", _first_line(error))
+            _log.warning("passes are recorded no more: %s", first_line(error))
             self.stop()
         return None
 
@@ -284,7 +285,3 @@ def _tensor_views(size: PassSize, block: Tensor) -> dict[str, Tensor]:
         dtype = getattr(torch, np.dtype(kind).name)
         views[name] = block[start:end].view(dtype)
     return views
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -28,12 +28,21 @@ from ray_jobs.cli import (
     show_line,
 )
 from workflows.preflight import check_output, check_temporary_folder
+from workflows.results import Output, open_output
 from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, resume_with, run
 
 
 def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
+    with open_output(arguments.output, arguments.input) as output:
+        num_failed = _generate(arguments, output)
+    if num_failed:
+        sys.exit(EXIT_ROWS_FAILED)
+
+
+def _generate(arguments: argparse.Namespace, output: Output) -> int:
+    """Generate for the rows of the input; returns how many failed."""
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, context_tokens, pinned
     from qlora.data.examples import found_shape
@@ -63,8 +72,7 @@ def main() -> None:
 
     served = ServedModel(pinned(model.base), model.adapter_folder)
     work = Work(served, model.prompt, decoding, room, model.prompt.end_ids(tokenizer))
-    output = Path(arguments.output)
-    check_output(output, arguments.input)
+    check_output(output.path, arguments.input)
     check_temporary_folder()
 
     def show(progress: Progress) -> None:
@@ -76,7 +84,7 @@ def main() -> None:
             prompt, source = model.prompt.name, joined(arguments.input)
             note_prediction(model.registered, job_id, result, decoding, source, output, prompt)
 
-    with open_job(arguments.input, output, shape) as rows:
+    with open_job(arguments.input, output.path, shape) as rows:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
         facts = model_facts(work, uri, base_revision(model.base.name))
@@ -88,7 +96,7 @@ def main() -> None:
             result = run_job(
                 work,
                 rows,
-                output,
+                output.path,
                 facts,
                 lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
                 resume=arguments.resume,
@@ -97,9 +105,8 @@ def main() -> None:
             )
         except EnginesDiedError as error:
             raise StoppedError(str(error)) from error
-    print(closing_words(result, output))
-    if result.num_failed:
-        sys.exit(EXIT_ROWS_FAILED)
+    print(closing_words(result, output.place))
+    return result.num_failed
 
 
 def _arguments() -> argparse.Namespace:
@@ -138,9 +145,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that a stopped run of the same command finished"
     )
-    parser.add_argument(
-        "--quiet", action="store_true", help="show no progress (it is shown on terminals only)"
-    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress of rows on the screen")
     arguments = parser.parse_args()
     if arguments.model and arguments.adapter:
         parser.error("--model and --adapter both name an adapter; give one")

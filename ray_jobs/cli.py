@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,6 +18,7 @@ from workflows.session import EXIT_BAD_INPUT
 if TYPE_CHECKING:
     from workflows.model_choice import ModelOptions
 
+_SECONDS_BETWEEN_LINES = 20.0
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -233,6 +235,17 @@ def folder_name(name: str, option: str = "--name") -> str:
     return name
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines whose columns begin below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+_shown_at = [time.monotonic()]
+
+
 def show_progress(started: float, done: int, total: int, unit: str) -> None:
     """Show what is done of all, the rate and the time left."""
     seconds = max(time.monotonic() - started, 1e-9)
@@ -241,6 +254,9 @@ def show_progress(started: float, done: int, total: int, unit: str) -> None:
 
 
 def show_line(line: str, last: bool) -> None:
-    """Rewrite a line of progress in place; only on a terminal, where someone looks."""
+    """Rewrite a line of progress in place on a terminal; elsewhere, as in a job's log, add one each 20 s."""
     if sys.stderr.isatty():
         print(f"\r{line:<70}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif (now := time.monotonic()) - _shown_at[0] > _SECONDS_BETWEEN_LINES:
+        _shown_at[0] = now
+        print(line, file=sys.stderr, flush=True)

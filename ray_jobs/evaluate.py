@@ -29,6 +29,7 @@ from ray_jobs.cli import (
     show_progress,
 )
 from workflows.preflight import check_output
+from workflows.results import Output, open_output
 from workflows.session import FailedError, resume_with, run
 
 if TYPE_CHECKING:
@@ -41,8 +42,12 @@ if TYPE_CHECKING:
 def main() -> None:
     """Parse, validate, measure, write."""
     arguments = _arguments()
-    output = Path(arguments.output)
-    check_output(output, arguments.data)
+    with open_output(arguments.output, arguments.data) as output:
+        check_output(output.path, arguments.data)
+        _evaluate(arguments, output)
+
+
+def _evaluate(arguments: argparse.Namespace, output: Output) -> None:
     from qlora.data.examples import examples_digest, found_shape, load_examples
     from qlora.data.sources import joined
 
@@ -90,15 +95,15 @@ def main() -> None:
     }
     from qlora.files import write_json
 
-    write_json(output, result)
+    write_json(output.path, result)
     if model_choice.registered is not None:
         from tracking.registry import note_use
 
         told = {key: settings[key] for key in ("data", "data_digest", "prompt", "shots")}
         metrics = {"mean_perplexity": mean, "count": len(values)}
-        resume_with(f"the result is in {output}; for its record run the same command again")
-        note_use(model_choice.registered, "evaluation", told, metrics, [output])
-    print(f"mean perplexity {mean:.4f} over {len(values)} examples -> {arguments.output}")
+        resume_with(f"the result is in {output.place}; for its record run the same command again")
+        note_use(model_choice.registered, "evaluation", told, metrics, [output.path])
+    print(f"mean perplexity {mean:.4f} over {len(values)} examples -> {output.place}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -31,6 +31,7 @@ from ray_jobs.cli import (
     show_progress,
 )
 from workflows.preflight import check_writable
+from workflows.results import output_folder
 from workflows.session import run
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _BELONGS_TO = {"dtype": "merged", "gguf_type": "gguf", "rank": "vllm"}  # option
 def main() -> None:
     """Parse, validate, export, record."""
     arguments = _arguments()
-    output = Path(arguments.output).expanduser()
+    output = output_folder(arguments.output)
     check_writable(output.parent)
     work = _work(arguments, _checked_options(arguments))
     from workflows.export.steps import check, export, finished, record
@@ -109,7 +110,7 @@ def _checked_options(arguments: argparse.Namespace) -> "ExportSettings":
             raise InputError(option, f"belongs to --format {_BELONGS_TO[key]}; leave it out")
     from workflows.export.work import ExportSettings
 
-    output = Path(arguments.output).expanduser()
+    output = output_folder(arguments.output)
     return ExportSettings(arguments.format, output, original_weights=arguments.original_weights, **given)
 
 

@@ -15,7 +15,7 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
-from ray_jobs.cli import CommandParser, positive_int
+from ray_jobs.cli import CommandParser, aligned, positive_int
 from workflows.session import run
 
 _COLUMNS = {
@@ -61,10 +61,7 @@ def table(versions: list[dict[str, str]]) -> str:
     """Versions side by side; only those with the same `measured on` can be compared."""
     rows = [list(_COLUMNS.values())]
     rows += [[_cell(key, version.get(key, "-")) for key in _COLUMNS] for version in versions]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def _cell(key: str, value: str) -> str:

@@ -16,9 +16,9 @@ if __name__ == "__main__":
 from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from tracking.address import check_reachable
-from workflows.lock import locked
 from workflows.preflight import check_temporary_folder, check_writable, store_folders
-from workflows.session import STUDIES_FOLDER, connect_ray, resume_with, run
+from workflows.results import STUDIES, open_results
+from workflows.session import connect_ray, resume_with, run
 
 
 def main() -> None:
@@ -48,21 +48,22 @@ def main() -> None:
     from workflows.study.page import publish_study
     from workflows.study.steps import StudySteps, prepare_study
 
-    prepared, folder = prepare_study(study), STUDIES_FOLDER / name
-    steps = StudySteps(prepared, folder, lambda line: print(line, flush=True))
-    check_writable(folder, *store_folders())
-    check_reachable()
-    check_temporary_folder()
-    with locked(folder):
-        remove_unfinished(folder)
-        study_id = steps.claim()
-        resume_with("the study can go on: run the same command again")
-        connect_ray()
-        import ray
+    prepared = prepare_study(study)
+    with open_results(STUDIES, name) as results:
+        steps = StudySteps(prepared, results.path, lambda line: print(line, flush=True))
+        check_writable(results.path, *store_folders())
+        check_reachable()
+        check_temporary_folder()
+        with results.held():
+            remove_unfinished(results.path)
+            study_id = steps.claim()
+            resume_with("the study can go on: run the same command again")
+            connect_ray()
+            import ray
 
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
-        print(publish_study(name, study_id, folder, prepared, found))
+            has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+            found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
+            print(publish_study(name, study_id, results.path, prepared, found))
 
 
 if __name__ == "__main__":

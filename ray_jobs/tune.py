@@ -6,6 +6,7 @@ python ray_jobs/tune.py --space search_spaces/quickstart.yaml
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -15,12 +16,15 @@ if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
 from qlora.config import InputError
-from qlora.files import below, remove_unfinished
+from qlora.files import remove_unfinished
 from ray_jobs.cli import CommandParser, folder_name
 from tracking.address import check_reachable
-from workflows.lock import locked
 from workflows.preflight import check_temporary_folder, check_writable, store_folders
-from workflows.session import RESULTS_FOLDER, STUDIES_FOLDER, run
+from workflows.results import STUDIES, Results, open_results
+from workflows.session import run
+
+if TYPE_CHECKING:
+    from workflows.sweep.folder import SweepFolder
 
 
 def main() -> None:
@@ -30,42 +34,48 @@ def main() -> None:
 
     option = "--resume" if arguments.resume else "--name"
     name = folder_name(arguments.resume or arguments.name or Path(arguments.space).stem, option)
-    if name == STUDIES_FOLDER.name:
+    if name == STUDIES:
         raise InputError(option, f"{name} is the folder of studies; choose another name")
-    folder = RESULTS_FOLDER / name
-    if arguments.resume:
-        sweep = reopen_sweep(folder)
-    else:
-        sweep = plan_sweep(folder, arguments.space, arguments.set, arguments.continue_from)
-    if sweep.summary() is None:
-        from workflows.sweep.prepared import read_inputs
-
-        inputs = read_inputs(sweep)
-        print(f"sweep       {name}", flush=True)
-        if arguments.dry_run:
-            from tuning.device import device_here
-            from workflows.sweep.run import show_plan
-
-            show_plan(sweep, inputs, device_here(sweep.space))
+    with open_results(name) as results:
+        if arguments.resume:
+            sweep = reopen_sweep(results.path)
+        else:
+            sweep = plan_sweep(results.path, arguments.space, arguments.set, arguments.continue_from)
+        if sweep.summary() is None and not _run(sweep, results, arguments.dry_run):
             return
-        from workflows.sweep.start import start
+        from workflows.sweep.closing import closing_words
 
-        check_writable(folder, *store_folders())
-        check_reachable()
-        check_temporary_folder()
-        with locked(folder, sweep.space.storage and below(sweep.space.storage, name)):
-            sweep.check_free()  # another command may have been here just before
-            if sweep.summary() is None:
-                remove_unfinished(folder)
-                started = start(sweep.space)  # hosts load their libraries while this process loads its own
-                from workflows.sweep.run import run_and_register
+        summary = sweep.summary()
+        assert summary is not None, "the sweep is finished"
+        print(closing_words(sweep, summary))
 
-                run_and_register(sweep, inputs, started)
-    from workflows.sweep.closing import closing_words
 
-    summary = sweep.summary()
-    assert summary is not None, "the sweep is finished"
-    print(closing_words(sweep, summary))
+def _run(sweep: "SweepFolder", results: Results, is_dry: bool) -> bool:
+    """Run or go on with a sweep, or show its plan; tell whether it was run."""
+    from workflows.sweep.prepared import read_inputs
+
+    inputs = read_inputs(sweep)
+    print(f"sweep       {sweep.name}", flush=True)
+    if is_dry:
+        from tuning.device import device_here
+        from workflows.sweep.run import show_plan
+
+        show_plan(sweep, inputs, device_here(sweep.space))
+        return False
+    from workflows.sweep.start import start
+
+    check_writable(results.path, *store_folders())
+    check_reachable()
+    check_temporary_folder()
+    with results.held(sweep.space.storage and sweep.storage):
+        sweep.check_free()  # another command may have been here just before
+        if sweep.summary() is None:
+            remove_unfinished(results.path)
+            started = start(sweep.space)  # hosts load their libraries while this process loads its own
+            from workflows.sweep.run import run_and_register
+
+            run_and_register(sweep, inputs, started)
+    return True
 
 
 def _arguments() -> argparse.Namespace:

@@ -116,7 +116,6 @@ def in_a_process_of_its_own(work: Callable[[], object], folder: Path, failpoints
         return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     try:
         os.chdir(folder)
-        store.PROJECT_ROOT = folder
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         if failpoints:
             os.environ[VARIABLE] = str(failpoints)

@@ -105,7 +105,7 @@ def test_a_sweep_does_not_begin_without_its_store(
     uri, patience, capsys, monkeypatch, tmp_path, tiny_base, write_rows
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(ray_jobs.tune, "RESULTS_FOLDER", tmp_path / "results")
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump(good_space(tiny_base, write_rows)), encoding="utf-8")
     error = refused(ray_jobs.tune, capsys, monkeypatch, "--space", space)

@@ -76,8 +76,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_jobs.tune, "RESULTS_FOLDER", tmp_path / "results")
-    monkeypatch.setattr(ray_jobs.study, "STUDIES_FOLDER", tmp_path / "results/studies")
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
     return tmp_path / "results"
 
 

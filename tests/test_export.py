@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import ray_jobs.export
-import workflows.export.work
 from qlora.config import BaseModelSettings
 from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import PROMPT_FOLDER, encode_examples, load_prompt
@@ -248,8 +247,7 @@ def test_a_killed_export_leaves_nothing_and_is_made_again(monkeypatch, tmp_path,
 def version(tmp_path, monkeypatch, base, adapter):
     """A registered version whose sweep has left its public examples under results/."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setattr(tracking_store, "PROJECT_ROOT", tmp_path)
-    monkeypatch.setattr(workflows.export.work, "RESULTS_FOLDER", tmp_path / "results")
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
     (tmp_path / "results" / "night").mkdir(parents=True)
     public = tmp_path / "results" / "night" / "public.jsonl"
     public.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")

@@ -18,7 +18,6 @@ from conftest import ROOT
 from export_parts import byte_level, write_adapter, write_base
 from test_export import exported, registered, result
 
-import workflows.export.work
 from inference.engine import ServedModel, load_engine
 from qlora.base.model import load_tokenizer
 from qlora.base.reference import embedded_base_folder
@@ -27,7 +26,6 @@ from qlora.data.examples import examples_digest, load_examples
 from qlora.data.prompts import PROMPT_FOLDER, load_prompt
 from qlora.data.row_shapes import Turn
 from qlora.data.split import as_row
-from tracking import store as tracking_store
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +35,7 @@ def store(tmp_path, monkeypatch):
     """A tracking store and a sweep's public examples of this test's own."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(tracking_store, "PROJECT_ROOT", tmp_path)
-    monkeypatch.setattr(workflows.export.work, "RESULTS_FOLDER", tmp_path / "results")
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
     yield uri
     mlflow.set_tracking_uri(None)
 

@@ -427,7 +427,15 @@ def test_a_stopped_cluster_job_goes_on(grace_seconds, project, whole):
         submit = [*ray, "submit", "--no-wait", "--submission-id", "sweep", "--", sys.executable]
         arguments = ("--space", "space.yaml", "--name", name, *settings)
         script = project / "ray_jobs/tune.py"
-        at = ["env", f"PYTHONPATH={project}", "sh", "-c", 'cd "$0" && exec "$@"', project]
+        at = [
+            "env",
+            f"PYTHONPATH={project}",
+            f"QLORA_HOME={project}",
+            "sh",
+            "-c",
+            'cd "$0" && exec "$@"',
+            project,
+        ]
         job = [*submit[:-1], *at, sys.executable, script, *arguments]
         subprocess.run(list(map(str, job)), env=environment, check=True, capture_output=True)
         deadline = time.monotonic() + 120
@@ -464,12 +472,10 @@ def cluster(more: dict[str, str]) -> Iterator[str]:
                 break
         yield "http://127.0.0.1:8299"
     finally:
-        children = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(30)
-        for child in children:
-            if child.is_running():
-                child.kill()
+        for process in (psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
 
 
 def test_a_second_signal_does_not_disturb_the_first(project):

@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 OWNER = {"ray.tune": {"tuning"}, "ray.data": {"inference"}, "mlflow": {"tracking", "deploy", "docs"}}
 HEAVY = ("torch", "ray", "mlflow", "transformers", "peft")
-COMMANDS = ["tune", "evaluate", "batch_infer", "promote", "study", "export"]
+COMMANDS = ["tune", "evaluate", "batch_infer", "promote", "study", "export", "fetch"]
 # What a class may be a case of: interfaces, data, errors, and what libraries ask to be derived from.
 BASES = {
     "Protocol",

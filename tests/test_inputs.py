@@ -19,6 +19,7 @@ import ray_jobs.promote
 import ray_jobs.tune
 import workflows.sweep.start
 from qlora.base import model as base_model
+from qlora.home import PROJECT_ROOT
 from workflows import session
 
 GOOD = [
@@ -163,7 +164,7 @@ def tune(capsys, monkeypatch, tiny_base, write_rows, tmp_path):
         path.write_text(yaml.safe_dump(space), encoding="utf-8")
         options = ("--space", path, "--name", "never-started", *more)
         error = refused(ray_jobs.tune, capsys, monkeypatch, *options)
-        assert not (session.RESULTS_FOLDER / "never-started").exists(), "nothing is written"
+        assert not (PROJECT_ROOT / "results/never-started").exists(), "nothing is written"
         return error
 
     return run

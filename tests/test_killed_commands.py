@@ -35,7 +35,6 @@ def course(tmp_path, monkeypatch):
         (tmp_path / name / "file.py").write_text("")
     (tmp_path / "prompt.yaml").write_text("template: x")
     (tmp_path / "script.py").write_text(SCRIPT)
-    monkeypatch.setattr(store, "PROJECT_ROOT", tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     register(1, 5.0)
     register(2, 4.0)

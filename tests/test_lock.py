@@ -1,6 +1,7 @@
 """One process at a time works on a folder of results, or on a place in an object store."""
 
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 
@@ -62,25 +63,36 @@ def refusal(folder: Path, place: str) -> str:
 def test_a_place_in_a_store_is_leased(tmp_path, monkeypatch):
     """A local folder stands for the store: a lease asks for what any file system of pyarrow's has."""
     monkeypatch.setattr(lock, "_SETTLING_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "_RENEWAL_SECONDS", 0.2)
     place = str(tmp_path / "store")
     with locked(tmp_path / "one", place):
         error = refusal(tmp_path / "other", place)
-        assert error.startswith(f"{place}: is being worked on by another process; if that has ended, try ")
+        assert error == f"{place}: is being worked on by another process; wait for it"
     with locked(tmp_path / "other", place):
         pass
 
 
-def test_the_lease_of_a_killed_process_runs_out(tmp_path, monkeypatch):
+def test_the_lease_of_a_killed_process_runs_out_while_one_waits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lock, "_SETTLING_SECONDS", 0.1)
     monkeypatch.setattr(lock, "_LEASE_SECONDS", 1.0)
     place = Storage.at(str(tmp_path / "store"))
     place.filesystem.create_dir(place.path)
     lock._write(place, "lease", "of a process that was killed")
-    with pytest.raises(InputError), locked(tmp_path / "one", place.path):
-        pass
-    time.sleep(1.1)
+    began = time.monotonic()
     with locked(tmp_path / "one", place.path):
-        pass
+        assert time.monotonic() - began > 0.9
+    said = f"waiting     1 s at most, to see whether {place.path} is worked on\n"
+    assert capsys.readouterr().out == said
+
+
+def test_who_waits_goes_on_as_soon_as_the_holder_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_SETTLING_SECONDS", 0.05)
+    place = Storage.at(str(tmp_path / "store"))
+    place.filesystem.create_dir(place.path)
+    lock._write(place, "lease", "of another process")
+    threading.Timer(0.3, (tmp_path / "store/lease").unlink).start()
+    with locked(tmp_path / "one", place.path):
+        assert lock._read(place) != "of another process"
 
 
 def test_who_came_at_the_same_time_and_wrote_first_gives_way(tmp_path, monkeypatch):
@@ -126,6 +138,7 @@ def test_a_lease_in_an_object_store(tmp_path, monkeypatch):
     with object_store("checkpoints") as environment:
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
+        monkeypatch.setattr(lock, "_RENEWAL_SECONDS", 2.0)
         place = "s3://checkpoints/sweeps/one"
         with locked(tmp_path / "one", place):
             assert "is being worked on" in refusal(tmp_path / "other", place)

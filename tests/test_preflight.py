@@ -13,7 +13,6 @@ from conftest import ROOT
 from inference.predictions import beside
 from qlora.config import InputError
 from qlora.files import write_json
-from workflows import preflight
 from workflows.preflight import check_output, check_temporary_folder, store_folders
 
 
@@ -76,9 +75,12 @@ def test_a_machine_without_any_temporary_folder_gets_one_line(monkeypatch):
 def test_the_folder_of_a_store_elsewhere_is_among_those_that_are_tried(monkeypatch):
     monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////data/team/mlflow.db")
-    assert store_folders() == [preflight.PROJECT_ROOT / "mlruns", Path("/data/team")]
+    assert store_folders() == [Path("/data/team")]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert store_folders() == [preflight.PROJECT_ROOT / "mlruns"]
+    assert store_folders() == []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("QLORA_HOME", "/data/home")
+    assert store_folders() == [Path("/data/home/mlruns")]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

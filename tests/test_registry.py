@@ -38,7 +38,6 @@ def store(request, tmp_path_factory):
         )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        patch.setattr(tracking_store, "PROJECT_ROOT", folder)
         yield folder
     mlflow.set_tracking_uri(None)
 

@@ -349,3 +349,17 @@ run(main)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "main thread registered ")
     assert done.stderr == "failed: as it should\n"
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://127.0.0.1:8265"])
+def test_an_address_through_which_no_command_runs_is_refused(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(InputError, match=f"^RAY_ADDRESS: {address} is not a node's address; run .* as a job"):
+        session.connect_ray()
+
+
+def test_a_cluster_that_is_not_there_is_told_in_one_line(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    words = r"^RAY_ADDRESS: 127.0.0.1:1 can't be joined \(.*refused.*\); give the address of a cluster"
+    with pytest.raises(InputError, match=words):
+        session.connect_ray()

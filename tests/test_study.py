@@ -141,5 +141,5 @@ def test_bad_studies_are_refused(change, problem, tiny_base, write_rows, tmp_pat
     }
     path = Path(tmp_path / "study.yaml")
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    monkeypatch.setattr(ray_jobs.study, "STUDIES_FOLDER", tmp_path)
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
     assert problem in refused(ray_jobs.study, capsys, monkeypatch, "--study", path, "--name", "never")

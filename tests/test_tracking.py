@@ -58,7 +58,6 @@ def server(tmp_path_factory):
 @pytest.fixture(params=["server", "sqlite"])
 def anywhere(request, tmp_path, monkeypatch):
     """A store of either kind."""
-    monkeypatch.setattr(store, "PROJECT_ROOT", tmp_path)
     if request.param == "server":
         uri = f"http://127.0.0.1:{request.getfixturevalue('server')}"
     else:
@@ -72,7 +71,6 @@ def anywhere(request, tmp_path, monkeypatch):
 def door(server, tmp_path, monkeypatch):
     """A server that can be away; clients try once."""
     found = Door(server)
-    monkeypatch.setattr(store, "PROJECT_ROOT", tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     yield found

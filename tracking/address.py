@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import InputError
+from qlora.home import home, home_folder
 from tracking.credentials import hide_credentials, without_password
 from tracking.errors import TrackingAwayError
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _SERVERS, _SQLITE, _DATABRICKS = ("http", "https"), "sqlite", ("databricks", "databricks-uc", "uc")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _PATIENCE_SECONDS = 15
@@ -23,8 +23,33 @@ _USE = "use http://SERVER, sqlite:///FILE or a database such as postgresql+psyco
 
 
 def tracking_uri() -> str:
-    """Return $MLFLOW_TRACKING_URI, else the SQLite store under the project's mlruns/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{PROJECT_ROOT / 'mlruns' / 'mlflow.db'}"
+    """Return $MLFLOW_TRACKING_URI, else the SQLite store in the home.
+
+    Raises InputError as `embedded_store` does.
+    """
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{embedded_store() / 'mlflow.db'}"
+
+
+def embedded_store() -> Path:
+    """Return the folder of the store that needs no server, the home's mlruns/.
+
+    Raises InputError for a home that can't hold it, being no folder, and for one that a job was not told.
+    """
+    if (folder := home_folder()) is None:
+        problem = f"must name a server: the home {home()} can't hold an SQLite store"
+        raise InputError("MLFLOW_TRACKING_URI", problem)
+    return folder / "mlruns"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite store; None for another address."""
+    return Path(uri.removeprefix(f"{_SQLITE}:///").partition("?")[0]) if uri.startswith(_SQLITE) else None
+
+
+def artifacts_folder() -> Path:
+    """Return where the artifacts of a store without a server go: beside an SQLite file, else in the home."""
+    file = sqlite_file(tracking_uri())
+    return (file.absolute().parent if file else embedded_store()) / "artifacts"
 
 
 def registry_uri() -> str:

@@ -19,12 +19,13 @@ from mlflow.exceptions import MlflowException
 from qlora.config import InputError
 from qlora.failpoints import durable
 from tracking.address import (
-    PROJECT_ROOT,
     address,
+    artifacts_folder,
     away,
     check_addresses,
     reach_database,
     registry_uri,
+    sqlite_file,
     tracking_uri,
 )
 from tracking.credentials import hide_credentials, without_password
@@ -49,7 +50,8 @@ def connect() -> MlflowClient:
     os.environ.setdefault(_QUIET, "true")
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it raises what it logs
     uri = tracking_uri()
-    (PROJECT_ROOT / "mlruns").mkdir(exist_ok=True)
+    if file := sqlite_file(uri):
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
     with asking():
         check_addresses()
         reach_database(uri)
@@ -85,12 +87,12 @@ def asking() -> Iterator[None]:
 def ensure_experiment(client: MlflowClient, name: str) -> str:
     """Return the id of an experiment, created if need be, whose pages open on runs.
 
-    A local store keeps artifacts under mlruns/artifacts.
+    A local store keeps artifacts beside its file.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
         local = tracking_uri().startswith("sqlite:")
-        artifacts = (PROJECT_ROOT / "mlruns" / "artifacts").as_uri() if local else None
+        artifacts = artifacts_folder().as_uri() if local else None
         with durable("experiment created"):
             return client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
     for key, value in _KIND.items():

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from tracking.address import tracking_uri
+from tracking.address import artifacts_folder, tracking_uri
 from tracking.links import pages_root, trials_link, version_link
 from tracking.registry import CHAMPION
-from tracking.store import PROJECT_ROOT, connect
+from tracking.store import connect
 
 
 def main() -> None:
@@ -28,9 +28,8 @@ def main() -> None:
     print("\n".join(lines or ["nothing is recorded yet; run make tune first"]), flush=True)
     if has_server:
         return
-    artifacts = PROJECT_ROOT / "mlruns" / "artifacts"
     arguments = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    arguments += ["--default-artifact-root", str(artifacts)]
+    arguments += ["--default-artifact-root", str(artifacts_folder())]
     # A store's address may have a password in it, and everybody can read a process's arguments.
     store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri()}
     environment = {**os.environ, **store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -111,13 +111,14 @@ class Ledger:
                 other = self._paths[record.trial_id].name
                 raise InputError(path, f"is of the same trial as {other}; remove the one that is a copy")
             self.records[record.trial_id], self._paths[record.trial_id] = record, path
+        numbers = [int(path.name.partition("-")[0]) for path in self._paths.values()]
+        self._next_number = max(numbers, default=-1) + 1
 
     def put(self, record: TrialRecord) -> None:
         """Store a record, in memory and on disk."""
         if record.trial_id not in self._paths:
-            numbers = [int(path.name.partition("-")[0]) for path in self._paths.values()]
-            name = f"{max(numbers, default=-1) + 1:04d}-{record.trial_id}.json"
-            self._paths[record.trial_id] = self.folder / name
+            self._paths[record.trial_id] = self.folder / f"{self._next_number:04d}-{record.trial_id}.json"
+            self._next_number += 1
         self.records[record.trial_id] = record
         write_json(self._paths[record.trial_id], asdict(record), "trial record")
 

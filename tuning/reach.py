@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qlora.config import InputError
+from qlora.config import InputError, first_line
 from tuning.checkpoints import Storage
 
 _NAME = ".reach"  # always the same, since one process works on a place: what a kill leaves is written over
@@ -63,7 +63,7 @@ def _problem_here(place: str, node: str) -> str:
         _write(storage, own)
         storage.filesystem.delete_file(f"{storage.path}/{own}")
     except Exception as error:  # whatever a store's library raises
-        return next(iter(str(error).strip().splitlines()), repr(error))
+        return first_line(error)
     return ""
 
 

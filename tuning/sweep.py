@@ -49,17 +49,19 @@ def run_sweep(
     hosts: Hosts,
     shares: dict[str, float],
     folder: Path,
+    place: str,
     zero_shot: float,
     observer: SweepObserver,
     go_on: Callable[[], None] = lambda: None,
 ) -> list[TrialRecord]:
     """Run or continue the sweep whose results live in `folder`; returns the record of every trial.
 
-    `shares`: what a trial asks Ray for. `go_on` is called again and again, and raises to end the sweep.
+    `place`: the path or URI below which Ray keeps checkpoints, and which all nodes reach. `shares`: what a
+    trial asks Ray for. `go_on` is called again and again, and raises to end the sweep.
     Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises
     ShortOfMemoryError, after `max_failures` times, where Ray's monitor goes on killing trials.
     """
-    ledger, storage = Ledger(folder / "trials"), Storage.at(below(storage_path(space, folder), RAY))
+    ledger, storage = Ledger(folder / "trials"), Storage.at(below(place, RAY))
     for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
     screen = SweepScreen(space.num_trials, zero_shot)
@@ -72,7 +74,7 @@ def run_sweep(
             stopped = scheduler.stopped if isinstance(scheduler, RestoredASHA) else set()
             callback = SweepCallback(ledger, space, screen, observer, stopped, go_on)
             _prepare_tune(search, folder)
-            tuner = _tuner(space, storage_path(space, folder), trainable, callback, scheduler, search)
+            tuner = _tuner(space, place, trainable, callback, scheduler, search)
             try:
                 tuner.fit()
                 screen.close(list(ledger.records.values()))
@@ -116,13 +118,13 @@ class BestAdapter:
     checkpoints: dict[str, str]
 
 
-def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
-    """Copy the adapter of the best checkpoint of all trials to `folder`/best.
+def keep_best_adapter(folder: Path, place: str) -> BestAdapter:
+    """Copy the adapter of the best checkpoint of all trials, which are below `place`, to `folder`/best.
 
     Raises NoTrialSucceededError if no trial has reported a perplexity, CheckpointError if what the best one
     left is damaged: its record is then set back to the checkpoint before, from where the sweep can go on.
     """
-    ledger, storage = Ledger(folder / "trials"), Storage.at(below(storage_path(space, folder), RAY))
+    ledger, storage = Ledger(folder / "trials"), Storage.at(below(place, RAY))
     best = next((record for record in ranked(list(ledger.records.values())) if record.best), None)
     if best is None:
         raise NoTrialSucceededError(_why_none(list(ledger.records.values())))
@@ -141,11 +143,6 @@ def keep_best_adapter(space: Space, folder: Path) -> BestAdapter:
     with durable("best adapter"):
         unfinished.rename(target)
     return BestAdapter(best, target, checkpoint_paths(storage, ledger.records))
-
-
-def storage_path(space: Space, folder: Path) -> str:
-    """Return where Ray keeps checkpoints: `storage` of the space, which all nodes reach, else the folder."""
-    return below(space.storage, folder.name) if space.storage else str(folder.resolve())
 
 
 def _set_back(ledger: Ledger, storage: Storage, record: TrialRecord) -> None:

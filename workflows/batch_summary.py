@@ -1,14 +1,14 @@
 """Owns the last words of a batch job: on the screen, and in MLflow if a registered model made the outputs."""
 
-from pathlib import Path
-
 from inference.job import JobResult
+from inference.predictions import beside
 from qlora.config import DecodingSettings
 from tracking.registry import RegisteredAdapter, note_use
+from workflows.results import Output
 
 
-def closing_words(result: JobResult, output: Path) -> str:
-    """Name the engine, scores if there are any, and how many rows came out."""
+def closing_words(result: JobResult, output: str) -> str:
+    """Name the engine, scores if there are any, and how many rows came out, and where."""
     lines = [f"engine: {result.engine}"] if result.engine else []
     if result.scores:
         lines.append(", ".join(f"{name} {value}" for name, value in result.scores.items()))
@@ -24,7 +24,7 @@ def note_prediction(
     result: JobResult,
     decoding: DecodingSettings,
     source: str,
-    output: Path,
+    output: Output,
     prompt: str,
 ) -> None:
     """Log a run in the model's experiment, one a job, with the job's meta file."""
@@ -38,8 +38,8 @@ def note_prediction(
     note_use(
         model,
         "prediction",
-        {"input": source, "output": output, "prompt": prompt, **settings},
+        {"input": source, "output": output.place, "prompt": prompt, **settings},
         {**scores, **{f"system/{name}": count for name, count in counts.items()}},
-        [output.with_name(f"{output.name}.meta.json")],
+        [beside(output.path, "meta")],
         job_id,
     )

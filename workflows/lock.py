@@ -14,11 +14,11 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora.config import InputError
+from qlora.config import InputError, first_line
 from qlora.failpoints import durable
 
 _LOCK, _LEASE, _PROBE = ".lock", "lease", "lease-probe"
@@ -28,10 +28,10 @@ _lost: list[str] = []
 
 
 @contextmanager
-def locked(folder: Path, storage: str | None = None) -> Iterator[None]:
-    """Hold a folder, which is made if need be, and the place in an object store if one is given, within.
+def locked(folder: Path, *places: str) -> Iterator[None]:
+    """Hold a folder, which is made if need be, and places in object stores if some are given, within.
 
-    A folder in which nothing was written is removed again. Raises InputError if another process holds either.
+    A folder in which nothing was written is removed again. Raises InputError if another process holds one.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,10 @@ def locked(folder: Path, storage: str | None = None) -> Iterator[None]:
             path = folder / _LOCK
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
                 raise InputError(folder, _HELD)  # its holder, which wrote nothing, has just removed it
-            if storage is None:
+            with ExitStack() as leases:
+                for place in places:
+                    leases.enter_context(leased(place))
                 yield
-            else:
-                with _leased(storage):
-                    yield
     finally:
         if is_new and [path.name for path in folder.iterdir()] == [_LOCK]:
             (folder / _LOCK).unlink()
@@ -56,7 +55,7 @@ def locked(folder: Path, storage: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _leased(storage: str) -> Iterator[None]:
+def leased(storage: str) -> Iterator[None]:
     """Hold a place in an object store, within.
 
     Raises InputError if another process holds it, and if it can't be written to.
@@ -69,10 +68,7 @@ def _leased(storage: str) -> Iterator[None]:
     try:
         place = Storage.at(storage)
         place.filesystem.create_dir(place.path)
-        if (age := _age(place)) is not None and age < _LEASE_SECONDS:
-            wait = round(_LEASE_SECONDS - age)
-            problem = f"is being worked on by another process; if that has ended, try again in {wait} s"
-            raise InputError(storage, problem)
+        _wait_for_end(place, storage)
         _write(place, _LEASE, mine)
         time.sleep(_SETTLING_SECONDS)  # who came at the same time has written by now
         if _read(place) != mine:
@@ -80,8 +76,9 @@ def _leased(storage: str) -> Iterator[None]:
     except (OSError, ValueError, ArrowException) as error:
         if isinstance(error, InputError):
             raise
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise InputError(storage, f"can't be written to ({reason}); mend that, or set storage") from None
+        raise InputError(
+            storage, f"can't be written to ({first_line(error)}); mend that, or name another place"
+        ) from None
 
     def renew() -> None:
         while not ended.wait(_RENEWAL_SECONDS):
@@ -101,6 +98,37 @@ def _leased(storage: str) -> Iterator[None]:
             if _read(place) == mine:
                 with durable("lease removed"):
                     place.filesystem.delete_file(f"{place.path}/{_LEASE}")
+                _remove_if_empty(place)
+
+
+def _wait_for_end(place: Any, storage: str) -> None:
+    """Wait until a lease that is there runs out or is given back.
+
+    Raises InputError once its holder renews it. One that was killed renews nothing.
+    """
+    age, found = _age(place), _written(place)
+    if age is None or age >= _LEASE_SECONDS:
+        return
+    seconds = _LEASE_SECONDS - age
+    end = time.monotonic() + seconds
+    print(f"waiting     {seconds:.0f} s at most, to see whether {storage} is worked on", flush=True)
+    while time.monotonic() < end:
+        time.sleep(_SETTLING_SECONDS)
+        if (now := _written(place)) is None:
+            return
+        if now != found:
+            raise InputError(storage, "is being worked on by another process; wait for it")
+
+
+def _remove_if_empty(place: Any) -> None:
+    """Remove a place in which nothing was written but what told its age."""
+    from pyarrow.fs import FileSelector, FileType
+
+    with suppress(FileNotFoundError):
+        place.filesystem.delete_file(f"{place.path}/{_PROBE}")
+    is_there = place.filesystem.get_file_info(place.path).type == FileType.Directory
+    if is_there and not place.filesystem.get_file_info(FileSelector(place.path)):
+        place.filesystem.delete_dir(place.path)
 
 
 def lost_place() -> str | None:
@@ -110,12 +138,17 @@ def lost_place() -> str | None:
 
 def _age(place: Any) -> float | None:
     """Return the age of a lease in seconds by the store's clock; None if there is none."""
-    before = place.filesystem.get_file_info(f"{place.path}/{_LEASE}")
-    if before.mtime_ns is None:
+    if (before := _written(place)) is None:
         return None
     _write(place, _PROBE, "")
     now = place.filesystem.get_file_info(f"{place.path}/{_PROBE}")
-    return float(now.mtime_ns - before.mtime_ns) / 1e9
+    return float(now.mtime_ns - before) / 1e9
+
+
+def _written(place: Any) -> int | None:
+    """Return when a lease was last written, in nanoseconds of the store's clock; None if there is none."""
+    found: int | None = place.filesystem.get_file_info(f"{place.path}/{_LEASE}").mtime_ns
+    return found
 
 
 def _write(place: Any, name: str, text: str) -> None:

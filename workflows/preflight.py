@@ -10,13 +10,12 @@ from pathlib import Path
 
 from qlora.config import InputError
 from qlora.files import disk_without_space
-from workflows.session import PROJECT_ROOT
+from tracking.address import registry_uri, sqlite_file, tracking_uri
 
 _PROBE_BYTES = 1 << 20
 _LONGEST_TEMPORARY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _LONGEST_ADDITION = len("." + ".errors.json" + ".4194304.part")  # to a name, of a file beside an output
 _RAYS_OWN_TEMPORARY = Path("/tmp")  # where Ray goes by itself
-_SQLITE = "sqlite:///"
 
 
 def check_writable(*folders: Path) -> None:
@@ -52,10 +51,9 @@ def check_output(path: Path, sources: Sequence[str] = ()) -> None:
 
 
 def store_folders() -> list[Path]:
-    """Return the folders that records go to: the project's mlruns/, and that of an SQLite store elsewhere."""
-    addresses = [os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")]
-    files = [Path(one.removeprefix(_SQLITE)) for one in addresses if one.startswith(_SQLITE)]
-    return [PROJECT_ROOT / "mlruns", *(file.parent for file in files)]
+    """Return the folders of stores that are files. Raises InputError if there can be no store."""
+    files = [sqlite_file(uri) for uri in dict.fromkeys((tracking_uri(), registry_uri()))]
+    return [file.parent for file in files if file]
 
 
 def check_temporary_folder() -> None:

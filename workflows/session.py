@@ -10,34 +10,29 @@ import logging
 import os
 import secrets
 import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from qlora.config import InputError
 from qlora.files import disk_without_space
+from qlora.home import PROJECT_ROOT
 from tracking.credentials import hide_credentials
 from tracking.errors import TrackingAwayError, refusal
 from workflows import stopping
 from workflows.guardian import guard
 from workflows.lock import lost_place
+from workflows.ray_quietly import hush_raylets, join, signals_left_alone, without_greeting
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-RESULTS_FOLDER = PROJECT_ROOT / "results"
-STUDIES_FOLDER = RESULTS_FOLDER / "studies"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
 _SERVERS = ("gcs_server", "raylet")
 _SECONDS_TO_END, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_END_BY_ITSELF = 0.5, 0.5, 10.0
 # Ray takes 127.0.0.1 for the machine's address, and listens there, unless it is told that it is no cluster.
 _MAY_BE_A_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_GREETING = b"Set ray log level"
-_TOLD_OTHERWISE = ("ray.kill", "so the task will be retried")  # in what a raylet says
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -173,9 +168,9 @@ def connect_ray() -> dict[str, float]:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     _starts_ray.append(True)
-    with _without_lines(_GREETING), _signals_left_alone(), stopping.children_outlive_the_terminal():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
+    with without_greeting(), signals_left_alone(), stopping.children_outlive_the_terminal():
+        if address := os.environ.get("RAY_ADDRESS"):
+            join(address, quiet)
         else:
             own_path = filter(None, [os.environ.get("PYTHONPATH")])
             python_path = os.pathsep.join([str(PROJECT_ROOT), *own_path])
@@ -190,59 +185,8 @@ def connect_ray() -> dict[str, float]:
             threading.Thread(target=_end_without_servers, name="servers", daemon=True).start()
     stopping.catch_signals()  # Ray's C++ has taken SIGTERM
     stopping.go_on()
-    _hush_raylets()
+    hush_raylets()
     return {} if os.environ.get("RAY_ADDRESS") else ray.cluster_resources()
-
-
-@contextmanager
-def _signals_left_alone() -> Iterator[None]:
-    """Keep `ray.init`, within, from ending this process at SIGTERM while it starts Ray's processes."""
-    from ray._private import utils
-
-    take_sigterm = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = take_sigterm
-
-
-@contextmanager
-def _without_lines(unwanted: bytes) -> Iterator[None]:
-    """Keep lines with these words off this process's standard error.
-
-    Libraries of other languages write them, past Python.
-    """
-    sys.stderr.flush()
-    screen = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
-            said.seek(0)
-            for line in said:
-                if unwanted not in line:
-                    os.write(2, line)
-
-
-def _hush_raylets() -> None:
-    """Keep off the screen what a raylet tells of actors that this process has killed, or that start anew.
-
-    A pool that refused its model ends so; a worker that failed is counted, and its end told, by our own.
-    """
-    from ray._private import worker
-
-    shown = worker.print_to_stdstream
-
-    def show(data: dict[str, Any], ignore_prefix: bool) -> None:
-        said = "\n".join(map(str, data["lines"]))
-        if not any(words in said for words in _TOLD_OTHERWISE):
-            shown(data, ignore_prefix)
-
-    worker.print_to_stdstream = show
 
 
 def _prepare_environment() -> None:
@@ -273,7 +217,7 @@ def _end_ray() -> None:
     is_up = ray.is_initialized()  # if not, it was stopped halfway, and has nothing to bring to an end
     started = [] if os.environ.get("RAY_ADDRESS") else psutil.Process().children(recursive=True)
     if is_up and not _dead_servers():  # to whom Ray would say farewell for a minute
-        with _without_lines(_GREETING):
+        with without_greeting():
             ray.shutdown()
     _, left = psutil.wait_procs(started, timeout=_SECONDS_TO_END if is_up else 0)
     _kill(left)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from qlora.base.reference import BaseReference
-from qlora.config import InputError
+from qlora.config import InputError, first_line
 
 
 @contextmanager
@@ -55,9 +55,3 @@ def from_pretrained(auto_class: Any, name: str, reference: BaseReference, **opti
         raise InputError(name, f"config.json is no good: {first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(name, f"can't be loaded: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, with its type where that is a word alone."""
-    text = str(error).strip()
-    return text.splitlines()[0] if " " in text else repr(error)

@@ -23,11 +23,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from qlora.base.device import compute_dtype, default_device, free_bytes
-from qlora.base.loading import first_line, from_pretrained, no_progress_bar
+from qlora.base.loading import from_pretrained, no_progress_bar
 from qlora.base.reference import BaseReference, resolve_base, split_revision
 from qlora.base.rotary import fix_frequencies, positions_of_one_set
 from qlora.base.weights import LOADING_INFO, are_here, check_finite, check_loading, check_quantised
-from qlora.config import BaseModelSettings, InputError
+from qlora.config import BaseModelSettings, InputError, first_line
 
 _log = logging.getLogger(__name__)
 _MIXTURE_PARTS = {"experts", "router", "gate", "shared_expert_gate"}

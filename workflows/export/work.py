@@ -15,9 +15,11 @@ from qlora.data.chat import ChatPrompt
 from qlora.data.examples import examples_digest, found_shape, load_examples
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.sources import joined
+from qlora.files import below
+from qlora.home import in_results
 from qlora.lora.peft_folder import CONFIG, check_adapter
 from workflows.data_sets import PUBLIC_FILE
-from workflows.session import RESULTS_FOLDER
+from workflows.results import open_results
 
 if TYPE_CHECKING:
     from qlora.data.prompts import EncodedExample
@@ -142,16 +144,24 @@ def read_public_set(
         examples = load_examples(places, shape, need_output=True)
         return PublicSet(examples, joined(places), found_shape(places, shape).holds_conversations)
     sweep, digest = (version.tags.get(key, "") for key in ("sweep", "public_digest")) if version else ("", "")
-    path = RESULTS_FOLDER / sweep / PUBLIC_FILE
-    if not sweep or Path(sweep).name != sweep or not path.is_file():
-        raise InputError(
-            "--data", "is missing, and no sweep of this adapter is under results/; give its public file"
-        )
-    found = PublicSet(
-        load_examples(str(path), need_output=True), str(path), found_shape(str(path)).holds_conversations
+    missing = InputError(
+        "--data", f"is missing, and no sweep of this adapter is under {in_results()}/; give its public file"
     )
+    if not sweep or Path(sweep).name != sweep:
+        raise missing
+    with open_results(sweep, only=(PUBLIC_FILE,)) as results:
+        path = results.path / PUBLIC_FILE
+        if not path.is_file():
+            raise missing
+        found = PublicSet(
+            load_examples(str(path), need_output=True),
+            below(results.place, PUBLIC_FILE),
+            found_shape(str(path)).holds_conversations,
+        )
     if found.digest != digest:
-        raise InputError(path, "holds other examples than the version was measured on; give --data FILE")
+        raise InputError(
+            found.words, "holds other examples than the version was measured on; give --data FILE"
+        )
     return found
 
 

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora.home import in_results
 from qlora.provenance import git_commit, package_versions
 from reporting.study_page import StudyReport, write_study_page
 from tracking.links import pages_root, run_link
 from tracking.runs import note_study
+from workflows.results import STUDIES
 from workflows.study.settings import Study, name_of
 from workflows.study.steps import ADAPTER, FEW_SHOT, ZERO_SHOT, PreparedStudy
 
@@ -32,8 +34,8 @@ def publish_study(
     perplexity = found[f"perplexity {best}"]["mean"]
     return (
         f"\nbest        stages {best}: public perplexity {perplexity:.4f}, zero-shot {zero_shot:.4f}\n"
-        f"adapter     results/studies/{name}/adapters/{best} (a PEFT folder)\n"
-        f"page        results/studies/{name}/study.html\n"
+        f"adapter     {in_results(STUDIES, name, 'adapters', best)} (a PEFT folder)\n"
+        f"page        {in_results(STUDIES, name, 'study.html')}\n"
         f"runs        {run_link(experiment_id, run_id, pages_root())} (make ui serves the embedded store)"
     )
 

@@ -6,6 +6,7 @@ Loads nothing heavy, so that a finished sweep answers at once.
 from collections.abc import Mapping
 from typing import Any
 
+from qlora.home import RESULTS, in_results
 from tracking.links import comparison_link, pages_root, run_link, trials_link, version_link
 from workflows.sweep.folder import SweepFolder
 
@@ -19,14 +20,19 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
         f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, "
         f"zero-shot {summary['zero_shot']:.4f}",
         f"registered  {best['model_uri']}, {verdict}: {champion['reason']}",
-        f"adapter     {best['checkpoint']} (a PEFT folder)",
-        f"report      results/{sweep.name}/report.html, summary.json beside it",
+        f"adapter     {_shown(best['checkpoint'])} (a PEFT folder)",
+        f"report      {in_results(sweep.name, 'report.html')}, summary.json beside it",
         *(f"{name:<11} {link}" for name, link in summary_links(summary, pages_root()).items()),
         f"generate    python ray_jobs/batch_infer.py --model {model} --input FILE --output FILE",
     ]
     if pages_root().startswith("http://127.0.0.1:5000"):
         lines.insert(-1, "            (make ui serves these pages)")
     return "\n".join(lines)
+
+
+def _shown(checkpoint: str) -> str:
+    """Return a path from the home as people are shown it."""
+    return in_results(*checkpoint.split("/")[1:]) if checkpoint.startswith(f"{RESULTS}/") else checkpoint
 
 
 def summary_links(summary: Mapping[str, Any], root: str) -> dict[str, str]:

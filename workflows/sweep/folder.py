@@ -1,4 +1,4 @@
-"""Owns a sweep's folder under results/: its settings, how it is found again, how it ended.
+"""Owns a sweep's folder under results/ of the home: its settings, how it is found again, how it ended.
 
 Loads nothing heavy.
 
@@ -28,7 +28,8 @@ from typing_extensions import TypedDict
 from qlora.base.reference import split_revision
 from qlora.config import InputError, first_problem, validated
 from qlora.failpoints import durable
-from qlora.files import read_json, write_json, write_text
+from qlora.files import below, read_json, write_json, write_text
+from qlora.home import RESULTS, home_folder, home_place, in_results
 from tracking.credentials import holds_credentials
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
@@ -82,6 +83,13 @@ class SweepFolder:
     def name(self) -> str:
         """Return the sweep's name, which is its folder's."""
         return self.folder.name
+
+    @property
+    def storage(self) -> str:
+        """Return below which path or URI checkpoints are kept: `storage` of the space, else the home."""
+        if self.space.storage:
+            return below(self.space.storage, self.name)
+        return home_place(RESULTS, self.name) if home_folder() is None else str(self.folder.resolve())
 
     @property
     def model_name(self) -> str:
@@ -231,7 +239,7 @@ def reopen_sweep(folder: Path) -> SweepFolder:
     try:
         content = read_json(path, mend)
     except FileNotFoundError:
-        problem = f"there is no sweep {folder.name!r} under {folder.parent.name}/; start it with --space"
+        problem = f"there is no sweep {folder.name!r} under {in_results()}/; start it with --space"
         raise InputError("--resume", problem) from None
     started_from, digests = content.get("continue_from"), content.get("digests")
     sweep_id = content.get("sweep_id")

@@ -8,6 +8,7 @@ from typing import Any
 from qlora.data.chat import ChatPrompt
 from qlora.data.split import write_keys
 from qlora.files import write_json, write_text
+from qlora.home import PROJECT_ROOT
 from reporting.sweep_page import verdict, write_sweep_page
 from tracking.links import pages_root
 from tracking.logged_model import ModelFiles, log_model, withdraw_model
@@ -18,7 +19,7 @@ from tracking.views import save_comparison
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED
 from tuning.sweep import BestAdapter
-from workflows.session import PROJECT_ROOT, FailedError
+from workflows.session import FailedError
 from workflows.sweep.closing import summary_links
 from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder

@@ -41,7 +41,6 @@ from tuning.sweep import (
     all_ended,
     keep_best_adapter,
     run_sweep,
-    storage_path,
 )
 from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.folder import SweepFolder
@@ -68,7 +67,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     hosts, prepared = started.hosts, prepare(sweep, inputs)
     sweep = replace(sweep, space=prepared.space)
     device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
-    check_reach(storage_path(sweep.space, sweep.folder), sweep.space.trial_shares())
+    check_reach(sweep.storage, sweep.space.trial_shares())
     plan = _make_plan(prepared, device, num_gpus())
     print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan), flush=True)
     sweep.claim(inputs.digests, inputs.prompt_text, inputs.sets)
@@ -121,7 +120,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     except BaseException as error:
         status = "KILLED" if can_go_on(error) else "FAILED"
         if isinstance(error, StoppedError | KeyboardInterrupt):  # Ray and the disk are there for it
-            kept = ask_where_trials_stand(hosts, below(storage_path(sweep.space, sweep.folder), RAY))
+            kept = ask_where_trials_stand(hosts, below(sweep.storage, RAY))
         raise
     finally:
         if status != "FINISHED":
@@ -135,7 +134,7 @@ def _run_trials(
     sweep: SweepFolder, hosts: Hosts, shares: dict[str, float], zero_shot: float, tracker: SweepTracker
 ) -> list[TrialRecord]:
     try:
-        return run_sweep(sweep.space, hosts, shares, sweep.folder, zero_shot, tracker, go_on)
+        return run_sweep(sweep.space, hosts, shares, sweep.folder, sweep.storage, zero_shot, tracker, go_on)
     except ShortOfMemoryError as error:
         raise StoppedError(f"{error}; with more of it, or fewer trials, {sweep.how_to_go_on}") from error
 
@@ -155,7 +154,7 @@ def _record_needed(sweep: SweepFolder) -> Iterator[None]:
 
 def _keep_best_adapter(sweep: SweepFolder) -> BestAdapter:
     try:
-        return keep_best_adapter(sweep.space, sweep.folder)
+        return keep_best_adapter(sweep.folder, sweep.storage)
     except NoTrialSucceededError as error:
         raise FailedError(f"{error}; nothing is registered") from error
     except CheckpointError as error:

@@ -1,0 +1,283 @@
+"""The home: a folder, or a URI whose results are worked on in a copy. Here the URI is of this machine."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from qlora.config import InputError
+from qlora.files import write_json, write_text
+from qlora.home import PROJECT_ROOT, home, home_folder, in_results
+from tracking.address import artifacts_folder, tracking_uri
+from workflows import mirror as mirrors
+from workflows.mirror import Mirror
+from workflows.results import open_output, open_results, output_folder
+from workflows.session import StoppedError
+
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """The folder of a home at a URI."""
+    monkeypatch.setenv("QLORA_HOME", (tmp_path / "home").as_uri())
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "copies"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "copies").mkdir()
+    return tmp_path / "home"
+
+
+def test_without_a_name_the_home_is_the_projects_folder(monkeypatch):
+    monkeypatch.delenv("QLORA_HOME", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert home_folder() == PROJECT_ROOT
+    assert in_results("quickstart", "best") == "results/quickstart/best"
+    assert tracking_uri() == f"sqlite:///{PROJECT_ROOT}/mlruns/mlflow.db"
+
+
+def test_results_and_the_embedded_store_are_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert in_results("quickstart") == f"{tmp_path}/results/quickstart"
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert artifacts_folder() == tmp_path / "mlruns/artifacts"
+    with open_results("quickstart") as results, results.held():
+        write_text(results.path / "sweep.json", "{}")
+    assert (tmp_path / "results/quickstart/sweep.json").read_text() == "{}"
+
+
+def test_artifacts_lie_beside_a_store_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/team/mlflow.db")
+    assert artifacts_folder() == tmp_path / "team/artifacts"
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"), [("", "is not set"), ("here", "must be an absolute path"), ("~x/y", "must be an")]
+)
+def test_a_job_has_to_name_its_home(named, problem, monkeypatch):
+    monkeypatch.setenv(JOB, "{}")
+    monkeypatch.setenv("QLORA_HOME", named)
+    with pytest.raises(InputError, match=f"^QLORA_HOME: {problem}.*: a job's own folder is lost with it"):
+        home()
+
+
+@pytest.mark.parametrize("named", ["/data/home", "s3://bucket/path", "~/home"])
+def test_a_job_with_a_home_has_it(named, monkeypatch):
+    monkeypatch.setenv(JOB, "{}")
+    monkeypatch.setenv("QLORA_HOME", named)
+    assert home() == named.replace("~", str(Path.home()))
+
+
+def test_a_home_at_a_uri_holds_no_embedded_store(place, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match=r"^MLFLOW_TRACKING_URI: must name a server: the home file:///"):
+        tracking_uri()
+
+
+def test_a_home_with_a_key_in_its_address_is_refused(monkeypatch):
+    monkeypatch.setenv("QLORA_HOME", "s3://key:secret@bucket/path")
+    with pytest.raises(InputError, match=r"^QLORA_HOME: holds a name") as refused, open_results("any"):
+        pass
+    assert "secret" not in str(refused.value)
+
+
+def test_a_home_that_cannot_be_reached_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("QLORA_HOME", "nowhere://bucket/path")
+    words = r"^nowhere://bucket/path/results/any: can't be reached \("
+    with pytest.raises(InputError, match=words), open_results("any"):
+        pass
+
+
+def test_what_is_written_goes_to_the_home_and_is_found_by_the_next(place, tmp_path):
+    with open_results("quick") as results, results.held():
+        write_text(results.path / "trials/0000-a.json", "one")
+        (results.path / "ray/a").mkdir(parents=True)
+        (results.path / "ray/a/state").write_text("Ray's own")
+    there = place / "results/quick"
+    assert [path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()] == [
+        "trials/0000-a.json"
+    ]
+    assert not list((tmp_path / "copies").iterdir()), "the copy is gone"
+    with open_results("quick") as results:
+        assert (results.path / "trials/0000-a.json").read_text() == "one"
+    with open_results("quick", only=("sweep",)) as results:
+        assert not (results.path / "trials").exists()
+
+
+def test_what_is_written_is_there_while_work_goes_on(place, monkeypatch):
+    monkeypatch.setattr(mirrors, "_SECONDS", 0.01)
+    with open_results("quick") as results, results.held():
+        for text in ("one", "another"):
+            write_text(results.path / "sweep.json", text)
+            wait_for(lambda text=text: (place / "results/quick/sweep.json").read_text() == text)
+
+
+def test_one_process_at_a_time_holds_a_folder_of_the_home(place, monkeypatch):
+    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
+    with open_results("quick") as mine, open_results("quick") as other, mine.held():
+        refused = pytest.raises(InputError, match="being worked on")
+        with refused, other.held():
+            pass
+
+
+def test_what_another_process_wrote_just_before_is_seen_by_who_holds_it(place, monkeypatch):
+    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
+    with open_results("quick") as late:
+        with open_results("quick") as early, early.held():
+            write_text(early.path / "summary.json", "done")
+        assert not (late.path / "summary.json").exists()
+        with late.held():
+            assert (late.path / "summary.json").read_text() == "done"
+
+
+def test_a_file_that_says_that_others_are_whole_goes_after_them(tmp_path, monkeypatch):
+    sent, here = [], tmp_path / "here"
+    for name in ("summary.json", "sweep.json", "best/adapter.bin", "zero_shot.json"):
+        write_json(here / name, {})
+    mirror = Mirror((tmp_path / "there").as_uri(), here)
+    monkeypatch.setattr(mirror, "_write", lambda name, content: sent.append(name))
+    mirror.send()
+    assert sent == ["best/adapter.bin", "zero_shot.json", "sweep.json", "summary.json"]
+
+
+def test_a_kill_while_things_are_sent_leaves_no_mark_that_all_are_there(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for name in ("summary.json", "trials/0.json", "trials/1.json"):
+        write_json(here / name, {})
+    for survivors in range(3):
+        mirror = Mirror((there / str(survivors)).as_uri(), here)
+        write, left = mirror._write, [survivors]
+
+        def write_some(name, content, write=write, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write(name, content)
+
+        monkeypatch.setattr(mirror, "_write", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            mirror.send()
+        assert not (there / str(survivors) / "summary.json").exists()
+
+
+def test_a_place_that_takes_nothing_is_told_at_the_end_and_nothing_is_lost(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
+
+    def work() -> None:
+        with open_results("quick") as results, results.held():
+            (place / "results/quick/trials").write_text("a file in the way of a folder")
+            write_text(results.path / "trials/0.json", "one")
+
+    with pytest.raises(StoppedError, match=r"can't be written to .*; what it lacks is in") as stopped:
+        work()
+    copy = Path(str(stopped.value).rpartition(" is in ")[2])
+    assert (copy / "trials/0.json").read_text() == "one"
+
+
+def test_nothing_is_sent_once_the_place_is_another_process_s(tmp_path):
+    mine = [True]
+    mirror = Mirror((tmp_path / "there").as_uri(), tmp_path / "here", may_write=lambda: mine[0])
+    with mirror:
+        mirror.keep()
+        write_text(tmp_path / "here/a", "one")
+        wait_for((tmp_path / "there/a").exists)
+        mine[0] = False
+        write_text(tmp_path / "here/a", "another")
+    assert (tmp_path / "there/a").read_text() == "one"
+
+
+def test_what_is_gone_here_goes_there_where_that_is_asked(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    (there / "of another").write_text("")
+    write_text(here / ".out.json.work/journal.jsonl", "rows")
+    write_text(here / ".out.json.work/lock", "")
+    with Mirror(there.as_uri(), here, begins_with=("out.json", ".out.json"), removes=True) as mirror:
+        mirror.keep()
+        wait_for((there / ".out.json.work/journal.jsonl").exists)
+        write_json(here / "out.json", [1])
+        (here / ".out.json.work").rename(here / ".out.json.1.part")
+    assert sorted(path.name for path in there.iterdir()) == ["of another", "out.json"]
+    assert json.loads((there / "out.json").read_text()) == [1]
+
+
+def wait_for(condition) -> None:
+    pause = threading.Event()
+    for _ in range(500):
+        try:
+            if condition():
+                return
+        except FileNotFoundError:
+            pass
+        pause.wait(0.02)
+    raise AssertionError("it did not come")
+
+
+def test_an_output_at_a_uri_is_kept_there_with_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
+    there = tmp_path / "there"
+    place = f"{there.as_uri()}/out.jsonl"
+    with open_output(place, ()) as output:
+        assert (output.path.name, output.place) == ("out.jsonl", place)
+        write_text(output.path.with_name(".out.jsonl.work") / "journal.jsonl", "rows")
+    assert (there / ".out.jsonl.work/journal.jsonl").read_text() == "rows"
+    with open_output(place, ()) as output:
+        work = output.path.with_name(".out.jsonl.work")
+        assert (work / "journal.jsonl").read_text() == "rows", "the job goes on from there"
+        write_text(output.path, "all")
+        work.rename(work.with_name(".out.jsonl.1.part"))
+    assert [path.name for path in there.iterdir()] == ["out.jsonl"]
+
+
+def test_one_job_at_a_time_writes_an_output_at_a_uri(tmp_path, monkeypatch):
+    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
+    place = f"{tmp_path.as_uri()}/out.json"
+    refused = pytest.raises(InputError, match="being worked on")
+    with open_output(place, ()), refused, open_output(place, ()):
+        pass
+    with open_output(place, ()), open_output(f"{tmp_path.as_uri()}/other.json", ()):
+        pass
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_a_jobs_relative_output_is_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
+    with open_output("out.json", ()) as output:
+        assert output.path == Path("out.json")
+    monkeypatch.setenv(JOB, "{}")
+    with open_output("results/out.json", ()) as output:
+        assert output.path == tmp_path / "results/out.json"
+    with open_output("/elsewhere/out.json", ()) as output:
+        assert output.path == Path("/elsewhere/out.json")
+    monkeypatch.delenv("QLORA_HOME")
+    refused = pytest.raises(InputError, match=r"^QLORA_HOME: is not set")
+    with refused, open_output("out.json", ()):
+        pass
+
+
+def test_an_exports_folder_is_on_a_disk(tmp_path, monkeypatch):
+    assert output_folder("exports/wide") == Path("exports/wide")
+    refused = pytest.raises(InputError, match=r"^--output: s3://bucket/wide is no folder of a disk")
+    with refused:
+        output_folder("s3://bucket/wide")
+    monkeypatch.setenv(JOB, "{}")
+    monkeypatch.setenv("QLORA_HOME", str(tmp_path))
+    assert output_folder("exports/wide") == tmp_path / "exports/wide"
+    monkeypatch.setenv("QLORA_HOME", "s3://bucket")
+    with refused:
+        output_folder("wide")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("s3://a:b@bucket/out.json", "--output: holds a name"), ("file:///in.json", "is the input too")],
+)
+def test_an_output_at_a_uri_that_cannot_be_is_refused(name, problem):
+    with pytest.raises(InputError, match=problem), open_output(name, ["file:///in.json"]):
+        pass
