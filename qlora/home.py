@@ -10,6 +10,7 @@ Refuses to know what is kept there.
 import os
 from pathlib import Path
 
+from qlora.addresses import holds_credentials
 from qlora.config import InputError
 from qlora.files import below
 
@@ -27,15 +28,14 @@ def is_in_job() -> bool:
 def home() -> str:
     """Return the home, an absolute path or a URI.
 
-    Raises InputError in a job that was not told it, and there for a path that its copy would be asked for.
+    Raises InputError in a job that was not told it, and there for a path that its copy would be asked for;
+    also for an address with a key in it, which people would be shown.
     """
     named = os.environ.get(HOME, "")
     if "://" in named:
+        check_no_credentials(named, HOME)
         return named
-    try:
-        folder = Path(named).expanduser()
-    except RuntimeError:  # of a user who is not there
-        folder = Path(named)
+    folder = expanded(named)
     if is_in_job() and not folder.is_absolute():
         problem = "must be an absolute path" if named else "is not set"
         raise InputError(
@@ -44,6 +44,21 @@ def home() -> str:
             'node, by --runtime-env-json \'{"env_vars": {"QLORA_HOME": "..."}}\'',
         )
     return str(folder.absolute()) if named else str(PROJECT_ROOT)
+
+
+def check_no_credentials(place: str, where: str) -> None:
+    """Raise InputError for an address that would tell secrets on the screen and in runs."""
+    if holds_credentials(place):
+        problem = "holds a name, a password or a key; give them in the environment of all nodes"
+        raise InputError(where, problem)
+
+
+def expanded(name: str) -> Path:
+    """Return a path with its user's home in place of ~; as it is if there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def home_folder() -> Path | None:

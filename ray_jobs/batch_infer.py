@@ -29,20 +29,21 @@ from ray_jobs.cli import (
 )
 from workflows.preflight import check_output, check_temporary_folder
 from workflows.results import Output, open_output
-from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, resume_with, run
+from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, go_on, resume_with, run
 
 
 def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
     with open_output(arguments.output, arguments.input) as output:
-        num_failed = _generate(arguments, output)
+        num_failed, words = _generate(arguments, output)
+    print(words)
     if num_failed:
         sys.exit(EXIT_ROWS_FAILED)
 
 
-def _generate(arguments: argparse.Namespace, output: Output) -> int:
-    """Generate for the rows of the input; returns how many failed."""
+def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
+    """Generate for the rows of the input; returns how many failed, and what to tell people."""
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, context_tokens, pinned
     from qlora.data.examples import found_shape
@@ -76,6 +77,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> int:
     check_temporary_folder()
 
     def show(progress: Progress) -> None:
+        go_on()
         if not arguments.quiet:
             show_line(str(progress), progress.num_done == progress.num_rows)
 
@@ -105,8 +107,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> int:
             )
         except EnginesDiedError as error:
             raise StoppedError(str(error)) from error
-    print(closing_words(result, output.place))
-    return result.num_failed
+    return result.num_failed, closing_words(result, output.place)
 
 
 def _arguments() -> argparse.Namespace:

@@ -44,10 +44,12 @@ def main() -> None:
     arguments = _arguments()
     with open_output(arguments.output, arguments.data) as output:
         check_output(output.path, arguments.data)
-        _evaluate(arguments, output)
+        words = _evaluate(arguments, output)
+    print(words)
 
 
-def _evaluate(arguments: argparse.Namespace, output: Output) -> None:
+def _evaluate(arguments: argparse.Namespace, output: Output) -> str:
+    """Measure and write; returns what to tell people."""
     from qlora.data.examples import examples_digest, found_shape, load_examples
     from qlora.data.sources import joined
 
@@ -103,7 +105,7 @@ def _evaluate(arguments: argparse.Namespace, output: Output) -> None:
         metrics = {"mean_perplexity": mean, "count": len(values)}
         resume_with(f"the result is in {output.place}; for its record run the same command again")
         note_use(model_choice.registered, "evaluation", told, metrics, [output.path])
-    print(f"mean perplexity {mean:.4f} over {len(values)} examples -> {output.place}")
+    return f"mean perplexity {mean:.4f} over {len(values)} examples -> {output.place}"
 
 
 def _arguments() -> argparse.Namespace:

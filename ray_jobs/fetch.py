@@ -17,7 +17,7 @@ from workflows.stopping import leave_at_signals
 if __name__ == "__main__":
     leave_at_signals()  # while the rest loads
 
-from qlora.home import RESULTS, home_place
+from qlora.home import RESULTS, expanded, home_place
 from ray_jobs.cli import CommandParser, aligned, folder_name
 from workflows.preflight import check_writable
 from workflows.results import STUDIES
@@ -53,7 +53,7 @@ def main() -> None:
         remove(name)
         print(f"removed     {home_place(RESULTS, *name.split('/'))}")
     else:
-        target = Path(arguments.to).expanduser()
+        target = expanded(arguments.to)
         check_writable(target)
         print(f"fetched     {fetch(_checked(arguments.name, 'NAME'), target)}")
 

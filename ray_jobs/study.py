@@ -18,7 +18,7 @@ from ray_jobs.cli import CommandParser, folder_name
 from tracking.address import check_reachable
 from workflows.preflight import check_temporary_folder, check_writable, store_folders
 from workflows.results import STUDIES, open_results
-from workflows.session import connect_ray, resume_with, run
+from workflows.session import connect_ray, go_on, resume_with, run
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
     prepared = prepare_study(study)
     with open_results(STUDIES, name) as results:
-        steps = StudySteps(prepared, results.path, lambda line: print(line, flush=True))
+        steps = StudySteps(prepared, results.path, _say)
         check_writable(results.path, *store_folders())
         check_reachable()
         check_temporary_folder()
@@ -64,6 +64,12 @@ def main() -> None:
             has_gpu = ray.cluster_resources().get("GPU", 0) > 0
             found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
             print(publish_study(name, study_id, results.path, prepared, found))
+
+
+def _say(line: str) -> None:
+    """Show that a step is done, if the next one may begin."""
+    print(line, flush=True)
+    go_on()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def main() -> None:
 
 def _run(sweep: "SweepFolder", results: Results, is_dry: bool) -> bool:
     """Run or go on with a sweep, or show its plan; tell whether it was run."""
+    from workflows.sweep.folder import reopen_sweep
     from workflows.sweep.prepared import read_inputs
 
     inputs = read_inputs(sweep)
@@ -69,6 +70,8 @@ def _run(sweep: "SweepFolder", results: Results, is_dry: bool) -> bool:
     check_temporary_folder()
     with results.held(sweep.space.storage and sweep.storage):
         sweep.check_free()  # another command may have been here just before
+        if sweep.digests and reopen_sweep(results.path).sweep_id != sweep.sweep_id:
+            raise InputError("--resume", f"{sweep.name} was removed and begun anew meanwhile; try again")
         if sweep.summary() is None:
             remove_unfinished(results.path)
             started = start(sweep.space)  # hosts load their libraries while this process loads its own

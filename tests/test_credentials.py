@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from servers import free_port
 
+from qlora.addresses import without_password
 from qlora.config import InputError
-from tracking.credentials import hide_credentials, without_password
+from tracking.credentials import hide_credentials
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKING, REGISTRY = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"

@@ -1,7 +1,10 @@
 """The home: a folder, or a URI whose results are worked on in a copy. Here the URI is of this machine."""
 
 import json
+import re
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,23 @@ import pytest
 from qlora.config import InputError
 from qlora.files import write_json, write_text
 from qlora.home import PROJECT_ROOT, home, home_folder, in_results
-from tracking.address import artifacts_folder, tracking_uri
+from tracking.address import artifacts_folder, sqlite_file, tracking_uri
 from workflows import mirror as mirrors
+from workflows import stopping
+from workflows.kept_results import remove
+from workflows.lock import lost_place
 from workflows.mirror import Mirror
 from workflows.results import open_output, open_results, output_folder
 from workflows.session import StoppedError
+from workflows.sweep.folder import reopen_sweep
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
+    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -101,7 +114,7 @@ def test_what_is_written_goes_to_the_home_and_is_found_by_the_next(place, tmp_pa
     assert not list((tmp_path / "copies").iterdir()), "the copy is gone"
     with open_results("quick") as results:
         assert (results.path / "trials/0000-a.json").read_text() == "one"
-    with open_results("quick", only=("sweep",)) as results:
+    with open_results("quick", only=("sweep.json",)) as results:
         assert not (results.path / "trials").exists()
 
 
@@ -114,8 +127,6 @@ def test_what_is_written_is_there_while_work_goes_on(place, monkeypatch):
 
 
 def test_one_process_at_a_time_holds_a_folder_of_the_home(place, monkeypatch):
-    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
-    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
     with open_results("quick") as mine, open_results("quick") as other, mine.held():
         refused = pytest.raises(InputError, match="being worked on")
         with refused, other.held():
@@ -123,8 +134,6 @@ def test_one_process_at_a_time_holds_a_folder_of_the_home(place, monkeypatch):
 
 
 def test_what_another_process_wrote_just_before_is_seen_by_who_holds_it(place, monkeypatch):
-    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
-    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
     with open_results("quick") as late:
         with open_results("quick") as early, early.held():
             write_text(early.path / "summary.json", "done")
@@ -140,7 +149,8 @@ def test_a_file_that_says_that_others_are_whole_goes_after_them(tmp_path, monkey
     mirror = Mirror((tmp_path / "there").as_uri(), here)
     monkeypatch.setattr(mirror, "_write", lambda name, content: sent.append(name))
     mirror.send()
-    assert sent == ["best/adapter.bin", "zero_shot.json", "sweep.json", "summary.json"]
+    assert set(sent[:2]) == {"best/adapter.bin", "zero_shot.json"}
+    assert sent[2:] == ["sweep.json", "summary.json"]
 
 
 def test_a_kill_while_things_are_sent_leaves_no_mark_that_all_are_there(tmp_path, monkeypatch):
@@ -164,8 +174,6 @@ def test_a_kill_while_things_are_sent_leaves_no_mark_that_all_are_there(tmp_path
 
 
 def test_a_place_that_takes_nothing_is_told_at_the_end_and_nothing_is_lost(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
-    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
 
     def work() -> None:
         with open_results("quick") as results, results.held():
@@ -181,27 +189,31 @@ def test_a_place_that_takes_nothing_is_told_at_the_end_and_nothing_is_lost(place
 def test_nothing_is_sent_once_the_place_is_another_process_s(tmp_path):
     mine = [True]
     mirror = Mirror((tmp_path / "there").as_uri(), tmp_path / "here", may_write=lambda: mine[0])
-    with mirror:
-        mirror.keep()
-        write_text(tmp_path / "here/a", "one")
-        wait_for((tmp_path / "there/a").exists)
-        mine[0] = False
-        write_text(tmp_path / "here/a", "another")
+
+    def work() -> None:
+        with mirror.kept():
+            write_text(tmp_path / "here/a", "one")
+            wait_for((tmp_path / "there/a").exists)
+            mine[0] = False
+            write_text(tmp_path / "here/a", "another")
+
+    with pytest.raises(StoppedError, match="another process may have taken it"):
+        work()
     assert (tmp_path / "there/a").read_text() == "one"
 
 
 def test_what_is_gone_here_goes_there_where_that_is_asked(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     there.mkdir()
-    (there / "of another").write_text("")
-    write_text(here / ".out.json.work/journal.jsonl", "rows")
-    write_text(here / ".out.json.work/lock", "")
-    with Mirror(there.as_uri(), here, begins_with=("out.json", ".out.json"), removes=True) as mirror:
-        mirror.keep()
+    (there / "out.json.bak").write_text("of another")
+    mirror = Mirror(there.as_uri(), here, names=("out.json", ".out.json.work"), removes=True)
+    with mirror.kept():
+        write_text(here / ".out.json.work/journal.jsonl", "rows")
+        write_text(here / ".out.json.work/lock", "")
         wait_for((there / ".out.json.work/journal.jsonl").exists)
         write_json(here / "out.json", [1])
         (here / ".out.json.work").rename(here / ".out.json.1.part")
-    assert sorted(path.name for path in there.iterdir()) == ["of another", "out.json"]
+    assert sorted(path.name for path in there.iterdir()) == ["out.json", "out.json.bak"]
     assert json.loads((there / "out.json").read_text()) == [1]
 
 
@@ -218,8 +230,6 @@ def wait_for(condition) -> None:
 
 
 def test_an_output_at_a_uri_is_kept_there_with_what_lies_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
-    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
     there = tmp_path / "there"
     place = f"{there.as_uri()}/out.jsonl"
     with open_output(place, ()) as output:
@@ -235,8 +245,6 @@ def test_an_output_at_a_uri_is_kept_there_with_what_lies_beside_it(tmp_path, mon
 
 
 def test_one_job_at_a_time_writes_an_output_at_a_uri(tmp_path, monkeypatch):
-    monkeypatch.setattr("workflows.lock._SETTLING_SECONDS", 0.01)
-    monkeypatch.setattr("workflows.lock._RENEWAL_SECONDS", 0.05)
     place = f"{tmp_path.as_uri()}/out.json"
     refused = pytest.raises(InputError, match="being worked on")
     with open_output(place, ()), refused, open_output(place, ()):
@@ -276,8 +284,147 @@ def test_an_exports_folder_is_on_a_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("s3://a:b@bucket/out.json", "--output: holds a name"), ("file:///in.json", "is the input too")],
+    [
+        ("s3://a:b@bucket/out.json", "--output: holds a name"),
+        ("file:///in.json", "is the input too"),
+        ("s3://bucket", "s3://bucket: names no file"),
+        ("s3://bucket/folder/", "folder/: names no file"),
+    ],
 )
 def test_an_output_at_a_uri_that_cannot_be_is_refused(name, problem):
     with pytest.raises(InputError, match=problem), open_output(name, ["file:///in.json"]):
         pass
+
+
+def killed_in(mirror: Mirror, moment: str, monkeypatch) -> None:
+    """Let a signal come while the thread that sends stands in a method."""
+    method, main = getattr(mirror, moment), threading.main_thread()
+
+    def slow(*arguments):
+        if threading.current_thread() is not main and mirror._ended.is_set():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
+        return method(*arguments)
+
+    monkeypatch.setattr(mirror, moment, slow)
+
+
+@pytest.mark.parametrize("moment", ["_send_one", "_remove", "_changed"])
+def test_a_signal_in_the_last_moment_breaks_nothing_off(moment, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirrors, "_SECONDS", 0.05)
+    monkeypatch.setattr(stopping, "_received", [])
+    before = [signal.signal(number, signal.default_int_handler) for number in stopping._SIGNALS]
+    stopping.catch_signals()
+    here, there = tmp_path / "here", tmp_path / "there"
+    mirror = Mirror(there.as_uri(), here, names=("out.json", ".out.json.work"), removes=True)
+    killed_in(mirror, moment, monkeypatch)
+
+    def work() -> None:
+        with mirror.kept():
+            write_text(here / ".out.json.work/journal.jsonl", "rows")
+            wait_for((there / ".out.json.work/journal.jsonl").exists)
+            write_text(here / "out.json", "all")
+            (here / ".out.json.work").rename(here / ".out.json.1.part")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        for number, handler in zip(stopping._SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    assert not mirror.has_unsent
+    assert [path.name for path in there.iterdir()] == ["out.json"]
+    assert (there / "out.json").read_text() == "all"
+
+
+def test_what_is_gone_goes_only_once_what_took_its_place_is_there(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    mirror = Mirror(there.as_uri(), here, names=("out.json", ".out.json.work"), removes=True)
+    write_text(here / ".out.json.work/journal.jsonl", "rows")
+    mirror.send()
+    send = mirror._send_one
+
+    def while_it_is_sent(name, stamp):
+        send(name, stamp)
+        write_text(here / "out.json", "all")
+        (here / ".out.json.work").rename(here / ".out.json.1.part")
+
+    monkeypatch.setattr(mirror, "_send_one", while_it_is_sent)
+    write_text(here / ".out.json.work/journal.jsonl", "more rows")
+    mirror.send()
+    assert (there / ".out.json.work/journal.jsonl").read_text() == "more rows"
+    monkeypatch.setattr(mirror, "_send_one", send)
+    mirror.send()
+    assert [path.name for path in there.iterdir()] == ["out.json"]
+
+
+def test_a_file_that_could_not_be_sent_whole_stays_as_it_was(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    mirror = Mirror(there.as_uri(), here)
+    write_text(here / "a", "one")
+    mirror.send()
+    write_text(here / "a", "another")
+
+    def cut(source, target, length):
+        target.write(source.read(2))
+        raise OSError("the line is cut")
+
+    monkeypatch.setattr(mirrors.shutil, "copyfileobj", cut)
+    with pytest.raises(OSError, match="the line is cut"):
+        mirror.send()
+    assert (there / "a").read_text() == "one"
+
+
+def test_what_was_removed_from_the_home_meanwhile_is_not_gone_on_with(place):
+    with open_results("quick") as results, results.held():
+        write_json(results.path / "sweep.json", {})
+        write_text(results.path / "trials/0.json", "one")
+    with open_results("quick") as late:
+        remove("quick")
+        with late.held():
+            assert not list(late.path.glob("*.json"))
+            write_text(late.path / "trials/1.json", "another")
+    assert [path.name for path in (place / "results/quick").rglob("*") if path.is_file()] == ["1.json"]
+
+
+def test_the_lease_that_another_took_and_gave_back_is_lost(place, monkeypatch):
+    def work() -> None:
+        with open_results("quick") as results, results.held():
+            write_text(results.path / "a", "mine")
+            wait_for((place / "results/quick/a").exists)
+            (place / "results/quick/lease").unlink()
+            (place / "results/quick/a").write_text("another's")
+            wait_for(lambda: lost_place() is not None)
+            write_text(results.path / "a", "mine, later")
+
+    with pytest.raises(StoppedError, match="another process may have taken it"):
+        work()
+    assert (place / "results/quick/a").read_text() == "another's"
+
+
+def test_errors_name_the_homes_files_and_not_the_copys(place):
+    with open_results("quick") as results, results.held():
+        write_text(results.path / "sweep.json", "{")
+    words = re.escape(f"{place.as_uri()}/results/quick/sweep.json: is damaged")
+    with pytest.raises(InputError, match=f"^{words}"), open_results("quick") as results:
+        reopen_sweep(results.path)
+
+
+@pytest.mark.parametrize("name", ["ray", "lock", "lease", "run1"])
+def test_an_output_of_any_name_is_sent_and_no_other_is_touched(name, tmp_path):
+    there = tmp_path / "there"
+    for other in ("run10", ".run10.work", "run1-data"):
+        write_text(there / f"{other}/x" if other != "run10" else there / other, "of another")
+    with open_output(f"{there.as_uri()}/{name}", ()) as output:
+        assert not list(output.path.parent.glob("*"))
+        write_text(output.path, "all")
+    assert (there / name).read_text() == "all"
+    assert {path.name for path in there.iterdir()} == {"run10", ".run10.work", "run1-data", name}
+
+
+def test_stores_of_sqlite_are_told_by_their_files():
+    assert sqlite_file("sqlite:///mlruns/mlflow.db") == Path("mlruns/mlflow.db")
+    assert sqlite_file("sqlite:////data/mlflow.db?timeout=9") == Path("/data/mlflow.db")
+    assert sqlite_file("sqlite+pysqlite:///mlflow.db") == Path("mlflow.db")
+    for uri in ("sqlite://", "sqlite:///file:/x/b.db?uri=true", "http://127.0.0.1:5000"):
+        assert sqlite_file(uri) is None

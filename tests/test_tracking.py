@@ -228,7 +228,7 @@ def test_a_signal_while_a_run_is_made_leaves_none_running(door, answered):
         signal.signal(signal.SIGALRM, before)
         door.delay_seconds = 0.0
     found = store.connect().search_runs([experiment_id], f"tags.study = '{name}'")
-    assert found
+    assert found or answered == 3  # the request that makes it may have been broken off in its middle
     assert "RUNNING" not in {run.info.status for run in found}
 
 

@@ -7,17 +7,20 @@ Refuses to know what is kept there.
 
 import functools
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
+from qlora.addresses import without_password
 from qlora.config import InputError
 from qlora.home import home, home_folder
-from tracking.credentials import hide_credentials, without_password
+from tracking.credentials import hide_credentials
 from tracking.errors import TrackingAwayError
 
 _SERVERS, _SQLITE, _DATABRICKS = ("http", "https"), "sqlite", ("databricks", "databricks-uc", "uc")
 _DATABASES = ("postgresql", "mysql", "mssql")
+_SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?")
 _PATIENCE_SECONDS = 15
 _USE = "use http://SERVER, sqlite:///FILE or a database such as postgresql+psycopg2://SERVER/NAME"
 
@@ -42,8 +45,9 @@ def embedded_store() -> Path:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the file of an SQLite store; None for another address."""
-    return Path(uri.removeprefix(f"{_SQLITE}:///").partition("?")[0]) if uri.startswith(_SQLITE) else None
+    """Return the file of an SQLite store; None for another address, and for one that names no file."""
+    found = _SQLITE_FILE.fullmatch(uri)
+    return Path(found[1]) if found and not found[1].startswith("file:") else None
 
 
 def artifacts_folder() -> Path:

@@ -12,13 +12,6 @@ from qlora.config import InputError
 _TRACKING, _REGISTRY = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 _NAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 _NONE = ("", "")
-# SQLAlchemy takes a password with slashes in it, a web server's address has none.
-_OF_DATABASE = re.compile(r"\b((?![Hh][Tt][Tt][Pp][Ss]?:)[A-Za-z][\w+.-]*://)[^\s:/@]*:[^\s@]*@")
-_OF_ADDRESS = re.compile(r"//[^/\s]*@")
-_IN_QUERY = re.compile(
-    r"([?&][\w-]*(?:password|passwd|pwd|access_key|secret_key|account_key|token|signature)=)[^&\s]*",
-    re.IGNORECASE,
-)
 
 
 def hide_credentials(environment: MutableMapping[str, str]) -> None:
@@ -42,18 +35,6 @@ def hide_credentials(environment: MutableMapping[str, str]) -> None:
     for found in given:
         environment[_NAME], environment[_PASSWORD] = found
         environment.update(addresses)
-
-
-def without_password(text: str) -> str:
-    """Return a text without the names and passwords of the addresses in it."""
-    text = _OF_DATABASE.sub(r"\1", text)
-    text = _OF_ADDRESS.sub("//", text)
-    return _IN_QUERY.sub(r"\1***", text)
-
-
-def holds_credentials(address: str) -> bool:
-    """Tell whether an address has a name, a password or a key in it."""
-    return without_password(address) != address
 
 
 def _taken_apart(variable: str, address: str) -> tuple[str, str, tuple[str, str]]:

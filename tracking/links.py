@@ -7,7 +7,7 @@ MLflow's pages open on generative AI by themselves.
 import os
 import urllib.parse
 
-from tracking.credentials import without_password
+from qlora.addresses import without_password
 
 _LOCAL_PAGES = "http://127.0.0.1:5000/"  # where `make ui` serves the embedded store
 _TRAINING = {"workflowType": "machine_learning"}

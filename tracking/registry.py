@@ -19,12 +19,12 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from qlora.addresses import without_password
 from qlora.config import InputError
 from qlora.failpoints import durable
 from tracking import champion
 from tracking.address import tracking_uri
 from tracking.champion import CHAMPION, Registration
-from tracking.credentials import without_password
 from tracking.endings import killed_if_left
 from tracking.logged_model import fetch_model
 from tracking.store import asking, connect, ensure_experiment, find_run

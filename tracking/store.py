@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 
+from qlora.addresses import without_password
 from qlora.config import InputError
 from qlora.failpoints import durable
 from tracking.address import (
@@ -28,7 +29,7 @@ from tracking.address import (
     sqlite_file,
     tracking_uri,
 )
-from tracking.credentials import hide_credentials, without_password
+from tracking.credentials import hide_credentials
 from tracking.errors import TrackingAwayError
 
 PARENT = "mlflow.parentRunId"

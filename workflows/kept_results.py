@@ -79,15 +79,25 @@ def remove(name: str) -> None:
     with open_results(*name.split("/"), only=(_SWEEP, _STUDY)) as results:
         places = [results.place]
         if (results.path / _SWEEP).is_file():
-            storage = _read(results.path / _SWEEP).get("space", {}).get("storage")
+            storage = (_read(results.path / _SWEEP).get("space") or {}).get("storage")
             places = [below(storage, results.path.name), *places] if storage else places
         elif not (results.path / _STUDY).is_file():
             raise _no_such(name)
         with results.held(places[0] if len(places) > 1 else None):
             for place in places:
                 with asking(place, "can't be removed"):
-                    there = Storage.at(place)
-                    there.filesystem.delete_dir(there.path)
+                    _delete(Storage.at(place))
+
+
+def _delete(place: Storage) -> None:
+    """Delete a folder, and last what it is found by."""
+    infos = place.filesystem.get_file_info(FileSelector(place.path))
+    for info in infos:
+        if info.type == FileType.Directory:
+            place.filesystem.delete_dir(info.path)
+        elif info.base_name not in (_SWEEP, _STUDY):
+            place.filesystem.delete_file(info.path)
+    place.filesystem.delete_dir(place.path)
 
 
 def _no_such(name: str) -> InputError:

@@ -25,6 +25,7 @@ _LOCK, _LEASE, _PROBE = ".lock", "lease", "lease-probe"
 _HELD = "is being worked on by another process; wait for it, or choose another --name"
 _LEASE_SECONDS, _RENEWAL_SECONDS, _SETTLING_SECONDS = 60.0, 15.0, 2.0
 _lost: list[str] = []
+_renewed: dict[str, float] = {}  # when the lease of a place was last known to be this process's
 
 
 @contextmanager
@@ -82,18 +83,21 @@ def leased(storage: str) -> Iterator[None]:
 
     def renew() -> None:
         while not ended.wait(_RENEWAL_SECONDS):
-            with suppress(OSError):  # away for a moment; there is time for three more
-                if _read(place) != mine:
+            with suppress(OSError, ArrowException):  # away for a moment; there is time for three more
+                if _holder(place) != mine:  # another's, or of one that took it and has ended since
                     _lost.append(storage)
                     return
                 _write(place, _LEASE, mine)
+                _renewed[storage] = _clock()
 
+    _renewed[storage] = _clock()
     threading.Thread(target=renew, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
         _lost.clear()
+        _renewed.pop(storage, None)
         with suppress(OSError):
             if _read(place) == mine:
                 with durable("lease removed"):
@@ -122,18 +126,26 @@ def _wait_for_end(place: Any, storage: str) -> None:
 
 def _remove_if_empty(place: Any) -> None:
     """Remove a place in which nothing was written but what told its age."""
-    from pyarrow.fs import FileSelector, FileType
-
     with suppress(FileNotFoundError):
         place.filesystem.delete_file(f"{place.path}/{_PROBE}")
-    is_there = place.filesystem.get_file_info(place.path).type == FileType.Directory
-    if is_there and not place.filesystem.get_file_info(FileSelector(place.path)):
-        place.filesystem.delete_dir(place.path)
+    if place.filesystem.type_name == "local":  # elsewhere folders are names alone
+        with suppress(OSError):
+            Path(place.path).rmdir()
 
 
 def lost_place() -> str | None:
     """Return the place in an object store that another process took from this one; None if it holds all."""
     return _lost[0] if _lost else None
+
+
+def holds_leases() -> bool:
+    """Tell whether all leases are this process's own for sure; after a sleep they may be another's."""
+    return not _lost and all(_clock() - since < _LEASE_SECONDS for since in _renewed.values())
+
+
+def _clock() -> float:
+    """Return seconds that go on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _age(place: Any) -> float | None:
@@ -159,3 +171,11 @@ def _write(place: Any, name: str, text: str) -> None:
 def _read(place: Any) -> str:
     with place.filesystem.open_input_stream(f"{place.path}/{_LEASE}") as file:
         return bytes(file.read()).decode()
+
+
+def _holder(place: Any) -> str | None:
+    """Return what a lease says; None if there is none."""
+    try:
+        return _read(place)
+    except FileNotFoundError:
+        return None

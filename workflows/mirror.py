@@ -1,8 +1,9 @@
 """Owns copies of what is kept at a URI: a folder to work in, and the place there kept equal to it.
 
-    with Mirror("s3://bucket/home/results/NAME", folder) as mirror:
-        mirror.fetch()   # what is there comes here
-        mirror.keep()    # what is written here goes there from now on, once a second; the rest at the end
+    mirror = Mirror("s3://bucket/home/results/NAME", folder)
+    mirror.fetch()          # what is there comes here
+    with mirror.kept():     # what is written here goes there, looked at once a second; the rest at the end
+        ...
 
 Whatever is written goes there in the order of `last`: a file that says that others are whole comes after
 them. So what a kill leaves there is what it would have left in a folder some moments earlier. Hidden files of
@@ -13,131 +14,157 @@ Refuses to know what the files are.
 
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileType
 
 from qlora.config import InputError, first_line
+from workflows import stopping
 from workflows.session import StoppedError
 
 LAST = ("study.json", "sweep.json", "summary.json")  # each says that what was written before it is whole
-_OUT = re.compile(r"(^|/)(\.lock|lock|lease|lease-probe|\.reach[^/]*|\.[^/]*\.part)(/|$)")
-_RAY = "ray"
-_SECONDS, _MOST_BUSY, _THREADS, _CHUNK_BYTES = 1.0, 20, 16, 1 << 22
+_UNFINISHED = re.compile(r"(^|/)\.[^/]*\.part(/|$)|\.work/lock$")
+_NOT_RESULTS = ("ray", ".lock", "lease", "lease-probe")
+_OBJECT_STORES = ("s3", "gcs", "abfs")  # in which a file is there when it is whole, and not before
+_SECONDS, _THREADS, _CHUNK_BYTES = 1.0, 16, 1 << 22
+_MOST_BUSY = 20  # a file is sent again after so many times the seconds that it took
+_Stamp = tuple[int, int]  # size in bytes, time in nanoseconds
 
 
 class Mirror:
     """A folder and the place at a URI that is kept equal to it.
 
-    begins_with: of the names, directly below both, that belong to it; the others are left alone.
+    names: of the files and folders, directly below both, that belong to it (default: all that are results).
     removes: whether such a name that is gone from the folder goes from the place as well.
     may_write: asked before anything is written there.
+    has_unsent: whether the folder may hold what the place lacks.
     """
 
     def __init__(
         self,
         place: str,
         folder: Path,
-        begins_with: Sequence[str] = ("",),
+        names: Sequence[str] = (),
         removes: bool = False,
         may_write: Callable[[], bool] = lambda: True,
     ):
         """Find the place. Raises InputError if there can be none."""
         from tuning.checkpoints import Storage
 
-        self.place, self.folder = place, folder
-        self._begins_with, self._removes, self._may_write = tuple(begins_with), removes, may_write
-        self._there: dict[str, tuple[int, int]] = {}  # size and time of what was fetched, as they are there
-        self._here: dict[str, tuple[int, int]] = {}  # and of what was fetched or sent, as they are here
-        self._ended, self._sending = threading.Event(), threading.Lock()
-        self._thread: threading.Thread | None = None
+        self.place, self.folder, self.has_unsent = place, folder, False
+        self._names, self._removes, self._may_write = tuple(names), removes, may_write
+        self._there: dict[str, _Stamp] = {}  # what was fetched, as it is there
+        self._here: dict[str, _Stamp] = {}  # what was fetched or sent, as it was here
+        self._not_before: dict[str, float] = {}  # when a file that takes long may be sent again
         self._folders: set[str] = set()  # that are there
-        self.is_equal = True  # false once it had to be left with less there than here
+        self._ended, self._is_open = threading.Event(), True
+        self._failure: Exception | None = None
         with asking(place, "can't be reached"):
             storage = Storage.at(place)
         self._filesystem, self._path = storage.filesystem, storage.path
 
     def fetch(self) -> None:
-        """Bring here what is there and changed since it was last fetched.
+        """Bring here what is there and changed since it was last fetched; remove here what was removed there.
 
         Raises InputError if it can't be.
         """
         with asking(self.place, "can't be read"):
-            found = list(self._listed())
-            changed = [(name, stamp) for name, stamp in found if self._there.get(name) != stamp]
+            found = dict(self._listed())
+            changed = [name for name, stamp in found.items() if self._there.get(name) != stamp]
             with ThreadPoolExecutor(_THREADS) as threads:
-                for _ in threads.map(self._fetch_one, [name for name, _ in changed]):
-                    pass
-        self._there.update(changed)
+                list(threads.map(self._fetch_one, changed))
+        for name in set(self._there) - set(found):
+            (self.folder / name).unlink(missing_ok=True)
+            self._here.pop(name, None)
+        self._there = found
 
-    def keep(self) -> None:
-        """Send what changes here, in a thread of its own, until the end."""
-        self._thread = threading.Thread(target=self._send_on, name="mirror", daemon=True)
-        self._thread.start()
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Fetch, and then send what changes here, within; the rest at the end, whatever ends it.
 
-    def send(self) -> None:
-        """Send now what changed here. Raises OSError or ArrowException if it can't be."""
-        with self._sending:
-            if not self._may_write():
-                return
-            here = dict(self._files())
-            names = [name for name, stamp in here.items() if self._here.get(name) != stamp]
-            for name in sorted(names, key=lambda name: (LAST.index(name) + 1 if name in LAST else 0, name)):
-                try:
-                    file = open(self.folder / name, "rb")  # noqa: SIM115
-                except FileNotFoundError:
-                    continue  # its writer has moved it meanwhile
-                with file:
-                    self._write(name, file)
-                self._here[name] = here[name]
-            if self._removes:
-                self._remove_gone()
-
-    def __enter__(self) -> "Mirror":
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Send the rest, if anything is kept. Raises StoppedError if it can't be."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        Raises StoppedError if the rest can't be sent, unless an error is on its way already.
+        """
+        self.fetch()
+        self.has_unsent = True
+        thread = threading.Thread(target=self._send_on, name="mirror", daemon=True)
+        thread.start()
+        try:
             try:
-                self.send()
-            except (OSError, ArrowException) as problem:
-                self.is_equal = False
-                why = f"can't be written to ({first_line(problem)})"
-                raise StoppedError(f"{self.place} {why}; what it lacks is in {self.folder}") from error
+                yield
+            except BaseException as error:
+                if problem := self._end(thread):
+                    if isinstance(error, KeyboardInterrupt):
+                        raise StoppedError(problem) from error
+                    print(problem, file=sys.stderr, flush=True)
+                raise
+            if problem := self._end(thread):
+                raise StoppedError(problem)
+        finally:
+            self._is_open = False  # nothing is written once the place is another's to take
+
+    def send(self, is_last: bool = False) -> None:
+        """Send now what changed here, all of it if `is_last`.
+
+        Raises OSError or ArrowException if it can't be.
+        """
+        gone = self._gone() if self._removes else set()  # looked at first: what took its place is in the scan
+        changed, now = self._changed(), time.monotonic()
+        names = [name for name in changed if is_last or self._not_before.get(name, 0) <= now]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(lambda name: self._send_one(name, changed[name]), set(names) - set(LAST)))
+        if len(names) < len(changed):
+            return
+        for name in LAST:
+            if name in changed:
+                self._send_one(name, changed[name])
+        for first in gone:
+            self._remove(first)
+
+    def _changed(self) -> dict[str, _Stamp]:
+        return {name: stamp for name, stamp in self._files() if self._here.get(name) != stamp}
+
+    def _end(self, thread: threading.Thread) -> str:
+        """Have the rest sent, which a signal does not break off; say why it could not be, or nothing."""
+        with stopping.held_back():
+            self._ended.set()
+            thread.join()
+        if self._failure is None:
+            return ""
+        why = f"{self.place} can't be written to ({first_line(self._failure)})"
+        return f"{why}; what it lacks is in {self.folder}"
 
     def _send_on(self) -> None:
-        pause = _SECONDS
-        while not self._ended.wait(pause):
-            began = time.monotonic()
+        while not self._ended.wait(_SECONDS):
             with suppress(OSError, ArrowException):  # away for a moment: tried again, and told at the end
-                self.send()
-            pause = max(_SECONDS, _MOST_BUSY * (time.monotonic() - began))
+                if self._is_open and self._may_write():
+                    self.send()
+        try:
+            if self._is_open and self._may_write():
+                self.send(is_last=True)
+            elif self._changed():
+                raise OSError("it was not reached for a while, in which another process may have taken it")
+            self.has_unsent = False
+        except Exception as error:
+            self._failure = error
 
-    def _files(self) -> Iterator[tuple[str, tuple[int, int]]]:
+    def _files(self) -> Iterator[tuple[str, _Stamp]]:
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
             try:
                 if self._is_mine(name) and path.is_file():
-                    stat = path.stat()
-                    yield name, (stat.st_size, stat.st_mtime_ns)
+                    yield name, _stamp(path)
             except FileNotFoundError:
                 continue
 
-    def _listed(self) -> Iterator[tuple[str, tuple[int, int]]]:
+    def _listed(self) -> Iterator[tuple[str, _Stamp]]:
         """Yield what is there, without looking into Ray's own folder, which may hold very much."""
         for info in self._infos(self._path, recursive=False):
             name = self._name(info)
@@ -157,35 +184,68 @@ class Mirror:
 
     def _is_mine(self, name: str) -> bool:
         first = name.partition("/")[0]
-        return first != _RAY and first.startswith(self._begins_with) and not _OUT.search(name)
+        if self._names:
+            is_own = first in self._names
+        else:
+            is_own = first not in _NOT_RESULTS and not first.startswith(".reach")
+        return is_own and not _UNFINISHED.search(name)
 
     def _fetch_one(self, name: str) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._filesystem.open_input_stream(f"{self._path}/{name}") as file, open(path, "wb") as copy:
             shutil.copyfileobj(file, copy, _CHUNK_BYTES)
-        stat = path.stat()
-        self._here[name] = (stat.st_size, stat.st_mtime_ns)
+        self._here[name] = _stamp(path)
+
+    def _send_one(self, name: str, stamp: _Stamp) -> None:
+        began = time.monotonic()
+        try:
+            file = open(self.folder / name, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            return  # its writer has moved it meanwhile
+        with file:
+            self._write(name, file)
+        self._here[name] = stamp
+        now = time.monotonic()
+        self._not_before[name] = now + _MOST_BUSY * (now - began - _SECONDS)
 
     def _write(self, name: str, content: BinaryIO) -> None:
         path = f"{self._path}/{name}"
-        parent = path.rpartition("/")[0]
+        parent, _, last = path.rpartition("/")
+        is_whole_at_once = self._filesystem.type_name in _OBJECT_STORES
         if parent not in self._folders:
             self._filesystem.create_dir(parent, recursive=True)
             self._folders.add(parent)
-        with self._filesystem.open_output_stream(path) as file:
+        target = path if is_whole_at_once else f"{parent}/.{last}.part"
+        with self._filesystem.open_output_stream(target) as file:
             shutil.copyfileobj(content, file, _CHUNK_BYTES)
+        if not is_whole_at_once:
+            self._filesystem.move(target, path)
 
-    def _remove_gone(self) -> None:
-        for first in {name.partition("/")[0] for name in self._here}:
-            if (self.folder / first).exists():
-                continue
-            path = f"{self._path}/{first}"
-            if self._filesystem.get_file_info(path).type == FileType.Directory:
-                self._filesystem.delete_dir(path)
-            elif self._filesystem.get_file_info(path).type == FileType.File:
-                self._filesystem.delete_file(path)
-            self._here = {name: at for name, at in self._here.items() if name.partition("/")[0] != first}
+    def _gone(self) -> set[str]:
+        """Return the names, directly below the folder, that were sent and are gone from it."""
+        if not self.folder.is_dir():
+            return set()
+        return {first for first in map(_first, self._here) if not (self.folder / first).exists()}
+
+    def _remove(self, first: str) -> None:
+        path = f"{self._path}/{first}"
+        kind = self._filesystem.get_file_info(path).type
+        if kind == FileType.Directory:
+            self._filesystem.delete_dir(path)
+        elif kind == FileType.File:
+            self._filesystem.delete_file(path)
+        self._folders = {one for one in self._folders if one != path and not one.startswith(f"{path}/")}
+        self._here = {name: stamp for name, stamp in self._here.items() if _first(name) != first}
+
+
+def _first(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _stamp(path: Path) -> _Stamp:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager

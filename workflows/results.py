@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from qlora.config import InputError
 from qlora.files import below, split_uri
-from qlora.home import HOME, RESULTS, home_folder, home_place, is_in_job
-from tracking.credentials import holds_credentials
-from workflows.lock import leased, locked, lost_place
+from qlora.home import RESULTS, check_no_credentials, expanded, home_folder, home_place, is_in_job
+from workflows.lock import holds_leases, leased, locked
 
 if TYPE_CHECKING:
     from workflows.mirror import Mirror
@@ -39,27 +38,25 @@ class Results:
     def held(self, storage: str | None = None) -> Iterator[None]:
         """Hold the folder, and the place in an object store if one is given, for this process alone, within.
 
-        What another process wrote just before is seen within. Raises InputError if one holds it.
+        What another process wrote or removed just before is seen within. Raises InputError if one holds it.
         """
         places = [place for place in (storage, self._mirror and self.place) if place]
         with locked(self.path, *dict.fromkeys(places)):
             if self._mirror is None:
                 yield
-                return
-            self._mirror.fetch()
-            with self._mirror as mirror:
-                mirror.keep()
-                yield
+            else:
+                with self._mirror.kept():
+                    yield
 
 
 @contextmanager
-def open_results(*names: str, only: Sequence[str] = ("",)) -> Iterator[Results]:
+def open_results(*names: str, only: Sequence[str] = ()) -> Iterator[Results]:
     """Provide a folder below the home's results, within, that others may work on too until it is held.
 
-    `only`: what the names that are needed begin with. Raises InputError for a home that can't be read.
+    `only`: the names of files that are needed (default: all). Raises InputError for a home that can't be
+    read; those that are raised within name the home's own files, not the copy's.
     """
     place = home_place(RESULTS, *names)
-    _check_no_credentials(place, HOME)
     if home_folder() is not None:
         yield Results(Path(place), place)
         return
@@ -80,7 +77,7 @@ def output_folder(name: str) -> Path:
 
     Raises InputError for a URI, and if the home is at one.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if is_in_job() and "://" not in name and not folder.is_absolute():
         name = home_place(name)
         folder = Path(name)
@@ -101,39 +98,37 @@ def open_output(name: str, sources: Sequence[str]) -> Iterator[Output]:
     if "://" not in place:
         yield Output(Path(place), place)
         return
-    _check_no_credentials(place, "--output")
+    check_no_credentials(place, "--output")
     if place in sources:
         raise InputError(place, "is the input too; name another file for the output")
     parent, last = split_uri(place)
-    hidden = f".{last}"
-    with (
-        _copy_of(parent, Path("output"), (last, hidden), removes=True) as mirror,
-        leased(below(parent, f"{hidden}.work")),
-    ):
-        mirror.fetch()
-        with mirror:
-            mirror.keep()
-            yield Output(mirror.folder / last, place)
-
-
-def _check_no_credentials(place: str, where: str) -> None:
-    """Raise InputError for an address that would tell secrets on the screen and in runs."""
-    if holds_credentials(place):
-        problem = "holds a name, a password or a key; give them in the environment of all nodes"
-        raise InputError(where, problem)
+    if not last or parent.endswith((":/", ":")):
+        raise InputError(place, "names no file; end it in one, such as /outputs.json")
+    names = (last, f"{last}.errors.json", f"{last}.meta.json", f".{last}.work")
+    copy = _copy_of(parent, Path("output"), names, removes=True)
+    with copy as mirror, leased(below(parent, f".{last}.lease")), mirror.kept():
+        yield Output(mirror.folder / last, place)
 
 
 @contextmanager
-def _copy_of(place: str, path: Path, begins_with: Sequence[str], removes: bool = False) -> Iterator["Mirror"]:
-    """Provide a copy of a place at a URI, in a temporary folder's `path`, within; it stays if it has more."""
+def _copy_of(place: str, path: Path, names: Sequence[str] = (), removes: bool = False) -> Iterator["Mirror"]:
+    """Provide a copy of a place at a URI, in a temporary folder's `path`, within.
+
+    It stays if it has what could not be sent. InputErrors that are raised within name what is at the place.
+    """
     from workflows.mirror import Mirror
 
     top = Path(tempfile.mkdtemp(prefix="qlora-"))
-    mirror = None
+    folder, mirror = top / path, None
     try:
-        mirror = Mirror(place, top / path, begins_with, removes, may_write=lambda: lost_place() is None)
+        mirror = Mirror(place, folder, names, removes, may_write=holds_leases)
         mirror.fetch()
         yield mirror
+    except InputError as error:
+        if not str(error.where).startswith(str(folder)):
+            raise
+        name = str(error.where).removeprefix(str(folder)).lstrip("/")
+        raise InputError(below(place, *filter(None, [name])), error.problem) from None
     finally:
-        if mirror is None or mirror.is_equal:
+        if mirror is None or not mirror.has_unsent:
             shutil.rmtree(top, ignore_errors=True)

@@ -16,6 +16,7 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
+_held_back: list[bool] = []
 _ending = threading.Event()
 _ENDED = 3  # the exit code of what was stopped, which session's contract names
 
@@ -53,6 +54,19 @@ def children_outlive_the_terminal() -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let nothing be broken off within: a signal that comes there raises KeyboardInterrupt at the end."""
+    before = bool(_received)
+    _held_back.append(True)
+    try:
+        yield
+    finally:
+        _held_back.pop()
+    if _received and not before:
+        raise KeyboardInterrupt
+
+
 def go_on() -> None:
     """Raise KeyboardInterrupt if a signal has come.
 
@@ -81,4 +95,5 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     if not _received and not _ending.is_set():
         _received.append(number)
-        raise KeyboardInterrupt
+        if not _held_back:
+            raise KeyboardInterrupt

@@ -25,12 +25,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from qlora.addresses import holds_credentials
 from qlora.base.reference import split_revision
 from qlora.config import InputError, first_problem, validated
 from qlora.failpoints import durable
 from qlora.files import below, read_json, write_json, write_text
 from qlora.home import RESULTS, home_folder, home_place, in_results
-from tracking.credentials import holds_credentials
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 from workflows.data_sets import DataSets
@@ -109,10 +109,9 @@ class SweepFolder:
         if self.digests:
             return
         if self.summary() is not None:
-            raise InputError(
-                self.folder,
-                "holds a finished sweep; choose another --name, or remove the folder to run it again",
-            )
+            remove = f"python ray_jobs/fetch.py --remove {self.name}"
+            problem = f"holds a finished sweep; choose another --name, or remove it first: {remove}"
+            raise InputError(self.folder, problem)
         if (self.folder / "sweep.json").exists():
             raise InputError(
                 self.folder,
