@@ -375,6 +375,26 @@ def test_a_file_that_could_not_be_sent_whole_stays_as_it_was(tmp_path, monkeypat
     assert (there / "a").read_text() == "one"
 
 
+def test_whatever_a_stores_library_raises_is_told_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirrors, "_SECONDS", 0.02)
+    mirror, tried = Mirror((tmp_path / "there").as_uri(), tmp_path / "here"), threading.Event()
+
+    def refuse(name, content):
+        tried.set()
+        raise RuntimeError("no such credentials")
+
+    monkeypatch.setattr(mirror, "_write", refuse)
+
+    def work() -> None:
+        with mirror.kept():
+            write_text(tmp_path / "here/a", "one")
+            assert tried.wait(20)
+
+    with pytest.raises(StoppedError, match=r"written to \(no such credentials\); what it lacks is in"):
+        work()
+    assert mirror.has_unsent
+
+
 def test_what_was_removed_from_the_home_meanwhile_is_not_gone_on_with(place):
     with open_results("quick") as results, results.held():
         write_json(results.path / "sweep.json", {})

@@ -142,11 +142,11 @@ class Mirror:
         return f"{why}; what it lacks is in {self.folder}"
 
     def _send_on(self) -> None:
-        while not self._ended.wait(_SECONDS):
-            with suppress(OSError, ArrowException):  # away for a moment: tried again, and told at the end
-                if self._is_open and self._may_write():
-                    self.send()
         try:
+            while not self._ended.wait(_SECONDS):
+                with suppress(OSError, ArrowException):  # away for a moment: tried again, and told at the end
+                    if self._is_open and self._may_write():
+                        self.send()
             if self._is_open and self._may_write():
                 self.send(is_last=True)
             elif self._changed():
