@@ -215,27 +215,6 @@ class Pool:
     on_gpu: bool
 
 
-def plan_pool(local: dict[str, float], num_workers: int | None = None, device: str | None = None) -> Pool:
-    """Plan one engine for each GPU of the connected Ray, or for each node if there are no GPUs.
-
-    `num_workers` and `device` ("cpu" or "gpu") overrule that. `local` is the resources of a Ray that can't
-    grow, {} for a cluster. A cluster without a CPU to work on is one whose nodes are still to come, from an
-    autoscaler: engines ask for a GPU there. Raises InputError for a GPU that will never come.
-    """
-    resources = ray.cluster_resources()
-    num_gpus = int(resources.get("GPU", 0))
-    has_no_nodes_yet = resources.get("CPU", 0) < 1
-    on_gpu = device == "gpu" if device else num_gpus > 0 or has_no_nodes_yet
-    if local and on_gpu and not num_gpus:
-        raise InputError(
-            "--device",
-            "gpu was asked for, but this machine has none; leave it out, or name a cluster in RAY_ADDRESS",
-        )
-    if not num_workers:
-        num_workers = max(1, num_gpus if on_gpu else len(_cpus_of_nodes()))
-    return Pool(num_workers=num_workers, on_gpu=on_gpu)
-
-
 def _cpus_of_nodes() -> dict[str, int]:
     """Return the whole CPUs of each node that has any, by the node's id."""
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}

@@ -27,6 +27,7 @@ from ray_jobs.cli import (
     row_shape,
     show_line,
 )
+from tuning.space import START_TIMEOUT_SECONDS
 from workflows.preflight import check_output, check_temporary_folder
 from workflows.results import Output, open_output
 from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, go_on, resume_with, run
@@ -46,6 +47,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
     """Generate for the rows of the input; returns how many failed, and what to tell people."""
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, context_tokens, pinned
+    from qlora.base.reference import base_files_digest
     from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat
     from workflows.checked_base import load_facts
@@ -67,9 +69,13 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
     from inference.attempts import EnginesDiedError
     from inference.engine import ServedModel
     from inference.job import JobResult, Progress, model_facts, open_job, run_job
-    from inference.pipeline import Work, plan_pool
+    from inference.pipeline import Pool, Work
     from qlora.data.sources import joined
     from workflows.batch_summary import closing_words, note_prediction
+    from workflows.cluster.capacity import look_at_capacity
+    from workflows.cluster.nodes import Needs, check_nodes
+    from workflows.cluster.pool import ENGINE_CPUS, plan_pool
+    from workflows.cluster.waiting import wait_for_place
 
     served = ServedModel(pinned(model.base), model.adapter_folder)
     work = Work(served, model.prompt, decoding, room, model.prompt.end_ids(tokenizer))
@@ -86,6 +92,14 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
             prompt, source = model.prompt.name, joined(arguments.input)
             note_prediction(model.registered, job_id, result, decoding, source, output, prompt)
 
+    def connect() -> Pool:
+        capacity = look_at_capacity(connect_ray())
+        pool = plan_pool(capacity, arguments.workers, arguments.device)
+        engine = {"CPU": ENGINE_CPUS, "GPU": float(pool.on_gpu)}
+        wait_for_place(engine, arguments.start_timeout)
+        check_nodes(engine, Needs(served.base.name, base_files_digest(served.base.name)))
+        return pool
+
     with open_job(arguments.input, output.path, shape) as rows:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
@@ -96,14 +110,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
             show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
         try:
             result = run_job(
-                work,
-                rows,
-                output.path,
-                facts,
-                lambda: plan_pool(connect_ray(), arguments.workers, arguments.device),
-                resume=arguments.resume,
-                progress=show,
-                record=record,
+                work, rows, output.path, facts, connect, resume=arguments.resume, progress=show, record=record
             )
         except EnginesDiedError as error:
             raise StoppedError(str(error)) from error
@@ -142,6 +149,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), help="what engines run on (default: GPUs if the cluster has any)"
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=positive_int,
+        metavar="SECONDS",
+        default=int(START_TIMEOUT_SECONDS),
+        help="that a cluster has to bring the first node for an engine (default: %(default)d)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that a stopped run of the same command finished"

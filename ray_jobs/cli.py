@@ -4,6 +4,7 @@ Imports nothing heavy until it is needed.
 """
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -219,6 +220,17 @@ def positive_int(text: str) -> int:
 
 
 positive_int.__name__ = "whole number"
+
+
+def positive_number(text: str) -> float:
+    """Read a number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+positive_number.__name__ = "number"
 
 
 def folder_name(name: str, option: str = "--name") -> str:

@@ -46,6 +46,7 @@ def main() -> None:
 
     study = load_study(arguments.study, arguments.set)
     from workflows.study.page import publish_study
+    from workflows.study.place import place_of_steps
     from workflows.study.steps import StudySteps, prepare_study
 
     prepared = prepare_study(study)
@@ -58,11 +59,7 @@ def main() -> None:
             remove_unfinished(results.path)
             study_id = steps.claim()
             resume_with("the study can go on: run the same command again")
-            connect_ray()
-            import ray
-
-            has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-            found = steps.run({"CPU": 1.0, "GPU": float(has_gpu)})
+            found = steps.run(place_of_steps(study, prepared.digests.get("base"), connect_ray()))
             print(publish_study(name, study_id, results.path, prepared, found))
 
 

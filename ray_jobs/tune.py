@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from qlora.config import InputError
 from qlora.files import remove_unfinished
-from ray_jobs.cli import CommandParser, folder_name
+from ray_jobs.cli import CommandParser, folder_name, positive_number
 from tracking.address import check_reachable
 from workflows.preflight import check_temporary_folder, check_writable, store_folders
 from workflows.results import STUDIES, Results, open_results
@@ -41,8 +41,11 @@ def main() -> None:
             sweep = reopen_sweep(results.path)
         else:
             sweep = plan_sweep(results.path, arguments.space, arguments.set, arguments.continue_from)
-        if sweep.summary() is None and not _run(sweep, results, arguments.dry_run):
+        if arguments.dry_run:
+            _show_plan(sweep, arguments.on, arguments.price)
             return
+        if sweep.summary() is None:
+            _run(sweep, results)
         from workflows.sweep.closing import closing_words
 
         summary = sweep.summary()
@@ -50,19 +53,29 @@ def main() -> None:
         print(closing_words(sweep, summary))
 
 
-def _run(sweep: "SweepFolder", results: Results, is_dry: bool) -> bool:
-    """Run or go on with a sweep, or show its plan; tell whether it was run."""
+def _show_plan(sweep: "SweepFolder", cards: str | None, price: float | None) -> None:
+    """Print the plan of a sweep on this machine's device or, if any are named, on cards; start nothing."""
+    from workflows.sweep.prepared import read_inputs
+
+    inputs = read_inputs(sweep, needs_weights=cards is None)
+    print(f"sweep       {sweep.name}", flush=True)
+    from workflows.sweep.run import show_plan, show_plan_on
+
+    if cards is not None:
+        show_plan_on(sweep, inputs, cards, price)
+    else:
+        from tuning.device import device_here
+
+        show_plan(sweep, inputs, device_here(sweep.space))
+
+
+def _run(sweep: "SweepFolder", results: Results) -> None:
+    """Run or go on with a sweep."""
     from workflows.sweep.folder import reopen_sweep
     from workflows.sweep.prepared import read_inputs
 
     inputs = read_inputs(sweep)
     print(f"sweep       {sweep.name}", flush=True)
-    if is_dry:
-        from tuning.device import device_here
-        from workflows.sweep.run import show_plan
-
-        show_plan(sweep, inputs, device_here(sweep.space))
-        return False
     from workflows.sweep.start import start
 
     check_writable(results.path, *store_folders())
@@ -78,7 +91,6 @@ def _run(sweep: "SweepFolder", results: Results, is_dry: bool) -> bool:
             from workflows.sweep.run import run_and_register
 
             run_and_register(sweep, inputs, started)
-    return True
 
 
 def _arguments() -> argparse.Namespace:
@@ -107,7 +119,23 @@ def _arguments() -> argparse.Namespace:
         "--resume", metavar="NAME", help="continue a sweep that was stopped, with the same trials"
     )
     parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, start nothing")
+    parser.add_argument(
+        "--on",
+        metavar="CARD[:N]",
+        help="with --dry-run: plan for N cards of this kind, which need not be here, such as H100:2, "
+        "A100-80G, A10G, L4 or RTX4090; the base may be a folder with its config and tokenizer alone",
+    )
+    parser.add_argument(
+        "--price",
+        type=positive_number,
+        metavar="P",
+        help="with --on: what a card costs an hour, in any currency",
+    )
     arguments = parser.parse_args()
+    if arguments.on and not arguments.dry_run:
+        parser.error("--on is a card to plan for; give --dry-run, too")
+    if arguments.price and not arguments.on:
+        parser.error("--price is of a card; give --on, too")
     others = (arguments.space, arguments.name, arguments.set, arguments.dry_run, arguments.continue_from)
     if arguments.resume and any(others):
         parser.error("--resume takes the sweep's own settings; give it alone")

@@ -313,29 +313,34 @@ def test_outputs_end_where_answers_end_in_training(engine_name):
 
 @pytest.mark.ray
 def test_a_pool_has_one_engine_an_accelerator(monkeypatch):
-    """A GPU each, wherever they are; a node each where there are none; a GPU from an autoscaler that has
-    started no node yet.
-    """
+    """A GPU each, wherever they are; a node each where there are none."""
     import ray
     from ray.cluster_utils import Cluster
 
-    from inference.pipeline import Pool, plan_pool
+    from inference.pipeline import Pool
+    from workflows.cluster.capacity import look_at_capacity
+    from workflows.cluster.pool import plan_pool as plan
+
+    def plan_pool(*options: int, device: str | None = None) -> Pool:
+        return plan(look_at_capacity({}), *options, device=device)
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray checks what its nodes claim to have
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        assert plan_pool({}) == Pool(1, True)
-        assert plan_pool({}, 4) == Pool(4, True)
-        with pytest.raises(InputError, match="--device"):
-            plan_pool(ray.cluster_resources(), device="gpu")
+        with pytest.raises(InputError, match="Ray has 0 CPU and no GPU, so that no engine has a place"):
+            plan_pool()
         for _ in range(2):
             cluster.add_node(num_cpus=1)
-        assert plan_pool({}) == Pool(2, False)
-        assert plan_pool({}, device="gpu") == Pool(1, True)
+        assert plan_pool() == Pool(2, False)
+        with pytest.raises(InputError, match="--device: gpu was asked for, but Ray has 0 GPU"):
+            plan_pool(device="gpu")
         cluster.add_node(num_cpus=1, num_gpus=2)
-        assert plan_pool({}) == Pool(2, True)
-        assert plan_pool({}, device="cpu") == Pool(3, False)
+        assert plan_pool() == Pool(2, True)
+        assert plan_pool(device="cpu") == Pool(3, False)
+        assert plan_pool(1) == Pool(1, True)
+        with pytest.raises(InputError, match="--workers: 3 engines need a GPU each, and Ray has room for 2"):
+            plan_pool(3)
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -1,21 +1,26 @@
 """The plan counts what is there, finds room for trials, and refuses what can't fit before anything starts."""
 
 import random
+import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import CONFIGS, random_examples, tiny_model
+from conftest import CONFIGS, command, finished, random_examples, tiny_model
 from ray.tune.schedulers import TrialScheduler
 from test_training import tiny_bank
+from transformers import LlamaConfig
 
 from qlora.config import InputError, TrialSettings
 from tuning.device import Device, this_device
+from tuning.known_devices import KNOWN, known_device
 from tuning.model_size import model_size
 from tuning.plan import make_plan
-from tuning.plan_text import compare_with_run, describe_plan
+from tuning.plan_text import compare_with_run, describe_plan, describe_range
 from tuning.plan_time import let_through
 from tuning.space import Space
+from tuning.sweep_plan import make_sweep_plan
 
 TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
 SHAPES = {"train": "instruction + output + input", "public": "instruction + output, not used: source"}
@@ -106,17 +111,17 @@ def test_trials_ask_for_their_share_of_a_gpu():
 
 def test_a_plan_in_words():
     chosen, size = space(trials_per_gpu="auto"), model_size(CONFIGS["llama"])
-    plan = make_plan(chosen, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14))
+    plan = make_sweep_plan(chosen, TRAIN, PUBLIC, size, [Device("cuda", 80 << 30, 1e14)], 1)
     words = describe_plan(chosen, TRAIN, PUBLIC, SHAPES, plan)
     assert "(instruction + output + input)" in words and "not used: source" in words
     assert "8 trials side by side" in words and "on one device" in words
     assert plan.seconds < plan.seconds_without_stopping
-    on_two = make_plan(chosen, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14), 2)
+    on_two = make_sweep_plan(chosen, TRAIN, PUBLIC, size, [Device("cuda", 80 << 30, 1e14)], 2)
     assert on_two.seconds < plan.seconds and "on 2 devices" in describe_plan(
         chosen, TRAIN, PUBLIC, SHAPES, on_two
     )
     fifo = space(scheduler={"type": "fifo"})
-    unstopped = make_plan(fifo, TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e9))
+    unstopped = make_sweep_plan(fifo, TRAIN, PUBLIC, size, [Device("cuda", 80 << 30, 1e9)], 1)
     assert unstopped.seconds == pytest.approx(unstopped.seconds_without_stopping)
     assert "planned, 3.0 GiB measured" in compare_with_run(plan, 3.0, 100)
     assert "no GPU here" in describe_plan(chosen, TRAIN, PUBLIC, SHAPES, None)
@@ -149,3 +154,51 @@ def test_survivors_of_a_rung_are_those_of_asha():
             for n in range(16)
         )
     assert let_through(16, 4) == pytest.approx(passed / 1000, rel=0.05)
+
+
+def test_a_card_that_one_does_not_have_is_planned_for_as_a_range():
+    chosen, size = space(trials_per_gpu="auto"), model_size(CONFIGS["llama"])
+    slow, quick, count = known_device("a100-80g:2")
+    assert (slow.name, slow.kind, count) == ("A100-80G", "cuda", 2) and slow.speed < quick.speed
+    plans = [make_sweep_plan(chosen, TRAIN, PUBLIC, size, [device], count) for device in (quick, slow)]
+    words = describe_range(chosen, TRAIN, PUBLIC, SHAPES, plans[0], plans[1], 3.6)
+    assert re.search(
+        r"time        \d+ s to \d+ s on 2 x A100-80G, going by its data sheet; up to \d+ s", words
+    )
+    money = re.search(r"money       ([\d.]+) to ([\d.]+) at 3.6 a card and hour; up to ([\d.]+) if", words)
+    assert money and float(money[1]) == pytest.approx(plans[0].seconds * 2 * 3.6 / 3600, abs=0.005)
+    assert float(money[1]) < float(money[2]) <= float(money[3])
+    for unknown in ("GTX1080", "H100:0", "H100:", "H100:x", ":2"):
+        with pytest.raises(InputError, match="is no known card; give one of H200, H100"):
+            known_device(unknown)
+
+
+@pytest.mark.parametrize("card", KNOWN)
+def test_a_7b_model_is_planned_for_every_known_card_from_its_config_alone(card):
+    config = LlamaConfig()  # whose defaults are Llama 2's of 7 billion parameters
+    slow, quick, _ = known_device(card)
+    chosen = space(trials_per_gpu="auto", search={"lora_r": {"choice": [64]}})
+    plans = [
+        make_sweep_plan(chosen, TRAIN, PUBLIC, model_size(config), [device], 1) for device in (quick, slow)
+    ]
+    assert plans[0].peak_bytes == plans[1].peak_bytes < slow.free_bytes
+    assert plans[0].seconds < plans[1].seconds
+
+
+def test_a_base_without_weights_can_be_planned_for_and_no_more(project, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    dry = (
+        "--space",
+        "space.yaml",
+        "--set",
+        f"base_model.name={tmp_path}/base",
+        "--set",
+        "trials_per_gpu=auto",
+    )
+    out = finished(command(project, "tune", *dry, "--dry-run", "--on", "L4", "--price", "0.8"))
+    assert re.search(r"^money       [\d.]+ to [\d.]+ at 0.8 a card and hour", out, re.M)
+    assert not (project / "results").exists()
+    for more in (("--dry-run",), ()):
+        process = command(project, "tune", *dry, *more)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and f"error: {tmp_path}/base: holds no *.safetensors" in out

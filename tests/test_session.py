@@ -34,7 +34,6 @@ from tuning.screen import SweepScreen
 from workflows import session
 from workflows.session import FailedError, StoppedError
 from workflows.sweep import facts
-from workflows.sweep.start import check_resources
 
 
 @pytest.mark.parametrize(
@@ -261,28 +260,6 @@ def in_a_terminal(command: list[str]) -> str:
         patch.chdir(ROOT)
         assert pty.spawn(command, read) == 0
     return b"".join(shown).decode()
-
-
-@pytest.mark.parametrize(
-    ("shares", "available", "problem"),
-    [
-        (
-            {"CPU": 4.0, "GPU": 0.0},
-            {"CPU": 2.0},
-            "4 CPU, but Ray has 2; lower it with --set resources_per_trial.cpu=N",
-        ),
-        ({"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}, "1 GPU, but Ray has 0; .* --set trials_per_gpu=null"),
-        ({"CPU": 1.0, "GPU": 0.5}, {"CPU": 2.0, "GPU": 1.0}, None),
-        ({"CPU": 1.0, "GPU": 1.0}, {}, None),
-    ],
-    ids=["too few CPUs", "no GPU", "enough", "a cluster that may grow"],
-)
-def test_a_trial_that_nothing_could_place_is_refused(shares, available, problem):
-    if problem is None:
-        check_resources(shares, available)
-        return
-    with pytest.raises(InputError, match=problem):
-        check_resources(shares, available)
 
 
 def test_a_signal_while_a_command_that_is_done_ends_changes_nothing(monkeypatch):

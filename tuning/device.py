@@ -4,9 +4,10 @@ Loads nothing heavy, so that what is known of a device passes through processes 
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.config import BaseModelSettings
@@ -19,7 +20,7 @@ class Device:
     """A device that trials of a host run on.
 
     free_bytes: memory that is free there. speed: operations a second in products of matrices, in bfloat16 if
-    it has that. bandwidth: bytes a second that are read and written.
+    it has that. bandwidth: bytes a second that are read and written. num_cpus: that Ray gives trials there.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Device:
     has_bfloat16: bool = False
     name: str = ""
     bandwidth: float = math.inf
+    num_cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
 
 
 def this_device(kind: str | None = None) -> Device:

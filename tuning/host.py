@@ -11,7 +11,7 @@ import math
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,12 +20,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from qlora.base.device import default_device
 from qlora.checkpoint import CheckpointContent, load_checkpoint
 from qlora.checkpoint_files import SINCE_REPORT
 from qlora.config import TrialSettings
 from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
+from qlora.provenance import hardware
 from qlora.training import DivergedError, StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
@@ -41,7 +43,7 @@ class SweepData:
     """The data that every trial of a sweep works on, sent to the hosts once.
 
     budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from;
-    None for fresh ones.
+    None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens.
     """
 
     space: Space
@@ -49,6 +51,7 @@ class SweepData:
     public: Sequence[EncodedExample]
     budget_tokens: int | None = None
     start: AdapterFiles | None = None
+    budgets: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +89,8 @@ class Host:
         self._stopped = False
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
-        self._work = SharedWork(data.space.base_model, data.budget_tokens)
+        budget = data.budgets.get(hardware(default_device().type), data.budget_tokens)
+        self._work = SharedWork(data.space.base_model, budget)
         self._writers = ThreadPoolExecutor(_WRITERS)
         threading.Thread(target=self._take_turns, daemon=True).start()
 

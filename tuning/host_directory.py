@@ -9,9 +9,9 @@ import importlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -47,7 +47,7 @@ class HostActor:
         import torch
 
         torch.set_num_threads(self._num_threads)
-        return this_device()
+        return replace(this_device(), num_cpus=self._num_threads)
 
     def begin(self, data: "SweepData") -> None:
         """Load the base; what is asked of the host waits for it."""
@@ -250,23 +250,39 @@ def stop_hosts(hosts: Hosts) -> None:
 
 
 def ask_all_devices(hosts: Hosts, shares: dict[str, float], question: str) -> list[Any]:
-    """Ask the host of each GPU a question; returns references to the answers.
+    """Ask the host of each device that trials could have a share of; returns references to the answers.
 
-    All are asked at once, since any would wait for the first. If trials need no GPU, the host of one node's
-    CPUs is asked. `question`: a method of HostActor. `shares`: what a trial asks Ray for.
+    All are asked at once, since any would wait for the first. Devices are GPUs or, if trials need none, the
+    CPUs of a node. While no node could hold a trial there is one question, which an autoscaler takes for a
+    wish. `question`: a method of HostActor. `shares`: what a trial asks Ray for.
     """
 
     def ask(hosts: Hosts) -> Any:
         return ray.get(getattr(host_of_my_device(hosts), question).remote())
 
-    count, share = (num_gpus(), max(1, shares["GPU"])) if shares["GPU"] else (1, 0)
-    task = ray.remote(num_cpus=shares["CPU"], num_gpus=share)(ask)
-    return [task.remote(hosts) for _ in range(count)]
+    whole = {**shares, "GPU": max(1, shares["GPU"]) if shares["GPU"] else 0}
+    task = ray.remote(**options(whole))(ask)
+    nodes = [
+        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node in nodes_for(shares)
+        for _ in range(int(node["Resources"]["GPU"]) if whole["GPU"] else 1)
+    ]
+    return [task.options(scheduling_strategy=node).remote(hosts) for node in nodes] or [task.remote(hosts)]
 
 
-def num_gpus() -> int:
-    """Count the GPUs of the connected Ray now; 1 if it has none, or none yet."""
-    return max(1, int(ray.cluster_resources().get("GPU", 0)))
+def nodes_for(shares: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return what Ray says of each living node that could hold what asks for `shares`, if it is idle."""
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(key, 0) >= share for key, share in shares.items())
+    ]
+
+
+def options(shares: Mapping[str, float]) -> dict[str, Any]:
+    """Return the options of a task or actor of Ray's that asks for `shares`."""
+    others = {key: share for key, share in shares.items() if key not in ("CPU", "GPU")}
+    return {"num_cpus": shares["CPU"], "num_gpus": shares["GPU"], "resources": others}
 
 
 def host_of_my_device(hosts: Hosts, trial_id: str | None = None) -> Any:

@@ -5,7 +5,6 @@ of a token for its backward. Time is estimated by tuning.plan_time.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,7 +95,7 @@ def make_plan(
             f"a trial needs {gib(least)} on a device (base {gib(base)}, adapter and optimizer "
             f"{gib(adapter)}), but {gib(free)} are free; choose a smaller base or lora_r, or a larger device",
         )
-    trials = _asked_side_by_side(space)
+    trials = _asked_side_by_side(space, device)
     if trials is None:
         most = min(
             _MOST_TRIALS, -(-space.num_trials // num_devices)
@@ -169,7 +168,7 @@ def _base_bytes(space: Space, size: ModelSize, width: int, free: int) -> int:
     return size.other * width + (int(size.linear * _NF4_BYTES) if keeps_nf4 else dense)
 
 
-def _asked_side_by_side(space: Space) -> int | None:
+def _asked_side_by_side(space: Space, device: Device) -> int | None:
     """Return the trials that share a device as the space has it; None if it leaves that to the plan."""
     if space.trials_per_gpu == "auto":
         return None
@@ -178,7 +177,7 @@ def _asked_side_by_side(space: Space) -> int | None:
     elif space.resources_per_trial.gpu:
         trials = int(1 / space.resources_per_trial.gpu + 1e-3)
     else:
-        trials = int((os.cpu_count() or 1) / max(space.resources_per_trial.cpu, 1e-3))
+        trials = int(device.num_cpus / max(space.resources_per_trial.cpu, 1e-3))
     return max(1, min(trials, space.num_trials, space.max_concurrent_trials or trials))
 
 

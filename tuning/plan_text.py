@@ -8,6 +8,9 @@ from qlora.training import make_timetable
 from tuning.plan import Plan, gib
 from tuning.progress import clock
 from tuning.space import Asha, Space
+from tuning.sweep_plan import SweepPlan
+
+_WARY = 1.5  # times what a slow card is expected to take: what the machine around it adds
 
 
 def describe_plan(
@@ -15,19 +18,53 @@ def describe_plan(
     train: Sequence[EncodedExample],
     public: Sequence[EncodedExample],
     words: Mapping[str, str],
-    plan: Plan | None,
+    plan: SweepPlan | None,
+    num_there: int | None = None,
 ) -> str:
     """Describe base, data, trials, schedule lengths and rungs, memory, disk and time.
 
-    `words`: what the rows of train and public hold. Without a plan, what needs none.
+    `words`: what the rows of train and public hold. Without a plan, what needs none. `num_there`: devices
+    that are there already (default: all).
     """
-    lines = [*_work_lines(space, train, public, words), *(_plan_lines(plan) if plan else [])]
+    lines = [*_work_lines(space, train, public, words), *(_plan_lines(plan, num_there) if plan else [])]
     if plan is None:
         lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
 
 
-def compare_with_run(plan: Plan, peak_gib: float, seconds: float) -> str:
+def describe_range(
+    space: Space,
+    train: Sequence[EncodedExample],
+    public: Sequence[EncodedExample],
+    words: Mapping[str, str],
+    quick: SweepPlan,
+    slow: SweepPlan,
+    price: float | None = None,
+) -> str:
+    """Describe a sweep as `describe_plan` does, on cards of one kind between a quick and a slow one.
+
+    `price`: of a card and hour, in any currency.
+    """
+    name, kind = next(iter(quick.kinds.items()))
+    seconds = (quick.seconds, _WARY * slow.seconds, _WARY * slow.seconds_without_stopping)
+    least, likely, most = map(_minutes, seconds)
+    lines = [
+        *_work_lines(space, train, public, words),
+        *_kind_lines(kind, name, False),
+        f"disk        up to {gib(quick.disk_bytes)} of checkpoints, two a trial",
+        f"time        {least} to {likely} on {quick.num_devices} x {name}, going by its data sheet; "
+        f"up to {most} if nothing is stopped",
+    ]
+    if price is not None:
+        of_a_second = quick.num_devices * price / 3600
+        low, high, highest = (f"{one * of_a_second:.2f}" for one in seconds)
+        lines.append(
+            f"money       {low} to {high} at {price:g} a card and hour; up to {highest} if nothing is stopped"
+        )
+    return "\n".join(lines)
+
+
+def compare_with_run(plan: SweepPlan, peak_gib: float, seconds: float) -> str:
     """Set the plan's peak memory (of a GPU) and time beside those measured."""
     memory = f"peak memory {gib(plan.peak_bytes)} planned, {peak_gib:.1f} GiB measured; " if peak_gib else ""
     return f"plan        {memory}time {clock(plan.seconds)} planned, {clock(seconds)} measured"
@@ -66,17 +103,29 @@ def _cut(examples: Sequence[EncodedExample]) -> str:
     return words and f", {words}"
 
 
-def _plan_lines(plan: Plan) -> list[str]:
+def _plan_lines(plan: SweepPlan, num_there: int | None) -> list[str]:
     devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
+    if num_there is not None and num_there < plan.num_devices:
+        devices += f" ({num_there} there, the others may come)"
     unstopped = _minutes(plan.seconds_without_stopping)
+    kinds = [
+        line for name, kind in plan.kinds.items() for line in _kind_lines(kind, name, len(plan.kinds) > 1)
+    ]
     return [
-        f"device      {plan.trials} trials side by side on one base, passes of up to {plan.budget_tokens} "
-        "tokens",
-        f"memory      {gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and optimizers "
-        f"{plan.trials} x {gib(plan.mean_adapter_bytes)}, activations {gib(plan.activation_bytes)}; "
-        f"at most {gib(plan.most_bytes)}",
+        *kinds,
         f"disk        up to {gib(plan.disk_bytes)} of checkpoints, two a trial",
         f"time        about {_minutes(plan.seconds)} on {devices}, {unstopped} if nothing is stopped",
+    ]
+
+
+def _kind_lines(plan: Plan, name: str, is_one_of_several: bool) -> list[str]:
+    of_kind = f"{plan.num_devices} x {name}: " if is_one_of_several else ""
+    return [
+        f"device      {of_kind}{plan.trials} trials side by side on one base, passes of up to "
+        f"{plan.budget_tokens} tokens",
+        f"memory      {of_kind}{gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and "
+        f"optimizers {plan.trials} x {gib(plan.mean_adapter_bytes)}, activations "
+        f"{gib(plan.activation_bytes)}; at most {gib(plan.most_bytes)}",
     ]
 
 

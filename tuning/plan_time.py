@@ -14,7 +14,7 @@ from tuning.device import Device
 from tuning.model_size import ModelSize
 from tuning.space import Asha, Space
 
-_START_SECONDS = 30  # Ray, the first host, its base
+START_SECONDS = 30  # Ray, the first host, its base
 _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of the base
 _MOVED_NUMBERS = 16  # by a training pass, for each number that a linear layer takes or gives
 _STEP_SECONDS, _TRIAL_SECONDS = 0.015, 0.0025  # of the host: a step, and each trial in it
@@ -45,7 +45,7 @@ def expected_seconds(
     step = token * step_tokens
     evaluation_tokens = sum(group.num_tokens for group in split_by_budget(public, _EVALUATION_TOKENS))
     evaluation = token / 2 * evaluation_tokens
-    start = float(_START_SECONDS)
+    start = float(START_SECONDS)
     if device.kind == "cuda":
         step += _STEP_SECONDS / side_by_side + _TRIAL_SECONDS
         start += _RECORDINGS * _RECORDING_SECONDS * size.num_layers

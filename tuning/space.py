@@ -26,10 +26,12 @@ from qlora.data.sources import joined
 from qlora.files import read_yaml
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
 
+START_TIMEOUT_SECONDS = 900.0  # that a cluster has by default to bring the first device
 STORED = "stored"  # the context of a space that was checked when its sweep began
 REPORTED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs")
 _NAME = re.compile(r"\w[\w. -]{0,198}\w|\w", re.ASCII)
 _GPU_PARTS = 10_000  # Ray counts shares of a GPU in ten thousandths
+_OF_A_KIND = 0.001  # of what Ray's nodes have one of, named after their kind of GPU
 
 
 def checked_name(name: str) -> str:
@@ -147,9 +149,10 @@ class Space(Settings):
     """A whole search space file. `trial` holds fixed settings, `search` a sampler for each searched one.
 
     `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds
-    room for; it takes the place of resources_per_trial.gpu. prompt: by default, what fits the data. loss,
-    thinking: of a chat prompt, see ChatSettings. max_length: tokens of an example, prompt and
-    answer, behind which it is cut.
+    room for; it takes the place of resources_per_trial.gpu. accelerator_type: the kind of GPU that trials
+    run on, as Ray calls it. start_timeout: seconds that a cluster has to bring the first device. prompt: by
+    default, what fits the data. loss, thinking: of a chat prompt, see ChatSettings. max_length: tokens of an
+    example, prompt and answer, behind which it is cut.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
@@ -165,6 +168,8 @@ class Space(Settings):
     scheduler: Asha | NoEarlyStopping = Field(Asha(), discriminator="type")
     resources_per_trial: TrialResources = TrialResources()
     trials_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    accelerator_type: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
+    start_timeout: Number = Field(START_TIMEOUT_SECONDS, gt=0)
     max_concurrent_trials: int | None = Field(None, ge=1)
     max_failures: int = Field(2, ge=0)
     budget_tokens: int | None = Field(None, ge=1, le=65536)
@@ -208,6 +213,8 @@ class Space(Settings):
         has_grid = any("grid_search" in sampler for sampler in self.search.values())
         if self.searcher.type == "optuna" and has_grid:
             raise ValueError("searcher optuna takes no grid_search; use choice, or the random searcher")
+        if self.accelerator_type and not self.wants_gpu:
+            raise ValueError("accelerator_type is a kind of GPU, but trials ask for none; set trials_per_gpu")
         return self
 
     def trial_settings(self, config: dict[str, Any]) -> TrialSettings:
@@ -243,7 +250,8 @@ class Space(Settings):
         if self.trials_per_gpu is not None:
             trials = self.trials_per_gpu if isinstance(self.trials_per_gpu, int) else side_by_side
             gpu = math.floor(_GPU_PARTS / trials) / _GPU_PARTS
-        return {"CPU": self.resources_per_trial.cpu, "GPU": gpu}
+        of_kind = {f"accelerator_type:{self.accelerator_type}": _OF_A_KIND} if self.accelerator_type else {}
+        return {"CPU": self.resources_per_trial.cpu, "GPU": gpu, **of_kind}
 
 
 def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | None = None) -> Space:

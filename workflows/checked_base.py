@@ -11,18 +11,21 @@ from qlora.packed.attention import check_attention
 from tuning.model_size import ModelSize, model_size
 
 
-def load_facts(settings: BaseModelSettings, *, is_packed: bool) -> tuple[Any, Any]:
+def load_facts(
+    settings: BaseModelSettings, *, is_packed: bool, needs_weights: bool = True
+) -> tuple[Any, Any]:
     """Load a base's config and tokenizer, and check that its weights fit them.
 
-    `is_packed`: whether it will work with packed attention, too. Raises InputError, naming the base, if it
-    can't be had or won't do.
+    `is_packed`: whether it will work with packed attention, too. `needs_weights`: whether it will work at
+    all, and not be planned for only. Raises InputError, naming the base, if it can't be had or won't do.
     """
     config = load_config(settings.name)
     if is_packed:
         check_attention(config, settings.name)
     tokenizer = load_tokenizer(settings.name)
     check_vocabulary(settings, config, tokenizer)
-    check_weights(settings, config)
+    if needs_weights:
+        check_weights(settings, config)
     return config, tokenizer
 
 

@@ -4,6 +4,7 @@ Imports nothing heavy. Refuses to know any command.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,24 @@ def check_writable(*folders: Path) -> None:
         except OSError as error:
             mend = "free some space" if disk_without_space(error) else "mend that, or use another place"
             raise InputError(there, f"can't be written to ({error.strerror}); {mend}") from None
+
+
+def check_room(place: str, needed_bytes: int) -> None:
+    """Raise InputError for a folder on a disk with less free space than it is about to need.
+
+    What is in it already counts as needed. `place`: a path, or a URI, of which nothing is known.
+    """
+    if "://" in place:
+        return
+    there = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
+    free = shutil.disk_usage(_nearest(Path(place))).free
+    if free + there < needed_bytes:
+        room = (
+            f"{needed_bytes / 2**30:.1f} GiB of checkpoints are to come, but {free / 2**30:.1f} GiB are free"
+        )
+        raise InputError(
+            place, f"{room}; free some, keep them elsewhere (--set storage=...), or take fewer trials"
+        )
 
 
 def check_output(path: Path, sources: Sequence[str] = ()) -> None:

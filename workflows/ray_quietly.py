@@ -17,6 +17,8 @@ from qlora.home import PROJECT_ROOT, is_in_job
 _GREETING = b"Set ray log level"
 _TOLD_OTHERWISE = ("ray.kill", "so the task will be retried")  # in what a raylet says
 _SECONDS_TO_ANSWER = 5
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_ELSEWHERE = ("192.0.2.1", 80)  # an address that is nobody's (RFC 5737)
 _NOT_SENT = ["/.git", "/.venv", "/benchmarks", "/docs", "/exports", "/mlruns", "/results", "/tests"]
 
 
@@ -39,6 +41,24 @@ def join(address: str, quiet: dict[str, Any]) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         mend = f"give the address of a cluster that this machine is a node of, or {job}"
         raise InputError("RAY_ADDRESS", f"{address} can't be joined ({first_line(error)}); {mend}") from None
+
+
+def is_on_loopback_only(address: str) -> bool:
+    """Tell whether a cluster's address is a loopback one, and nothing listens at its port elsewhere.
+
+    Ray would take such an address for this machine's own one, and try that for minutes.
+    """
+    host, _, port = address.rpartition(":")
+    if host not in _LOOPBACK or not port.isdigit():
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(_ELSEWHERE)  # sends nothing: it finds the address that this machine is reached at
+            own = sock.getsockname()[0]
+            socket.create_connection((own, int(port)), _SECONDS_TO_ANSWER).close()
+        except OSError:
+            return True
+    return False
 
 
 @contextmanager

@@ -25,7 +25,13 @@ from tracking.errors import TrackingAwayError, refusal
 from workflows import stopping
 from workflows.guardian import guard
 from workflows.lock import lost_place
-from workflows.ray_quietly import hush_raylets, join, signals_left_alone, without_greeting
+from workflows.ray_quietly import (
+    hush_raylets,
+    is_on_loopback_only,
+    join,
+    signals_left_alone,
+    without_greeting,
+)
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
@@ -194,8 +200,10 @@ def _prepare_environment() -> None:
 
     Progress bars and advice of libraries would drown our own lines.
     """
-    if not os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    if not address or is_on_loopback_only(address):
         os.environ[_MAY_BE_A_CLUSTER] = "0"
     for name in ("RAY_TMPDIR", "TMPDIR"):
         if not os.environ.get(name):  # Ray would take an empty one for the folder at work

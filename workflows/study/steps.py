@@ -225,13 +225,14 @@ class StudySteps:
 def _compared(study: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what tells a study's settings from another's, of one from before some of them, too.
 
-    The prompt is told by its digest, whether it was named or fits the data.
+    The prompt is told by its digest, whether it was named or fits the data; how long a node is waited for
+    changes nothing.
     """
     try:
         content = Study.model_validate(study).model_dump(mode="json")
     except ValidationError:
         content = dict(study)
-    return {key: value for key, value in content.items() if key != "prompt"}
+    return {key: value for key, value in content.items() if key not in ("prompt", "start_timeout")}
 
 
 def _read_step(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora.base.reference import base_files_digest, resolve_base
+from qlora.base.reference import base_files_digest, check_has_weights, resolve_base
 from qlora.config import InputError
 from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
@@ -65,15 +65,16 @@ class PreparedSweep:
     base: BaseFacts
     start: "AdapterFiles | None"
 
-    def host_data(self, budget_tokens: int) -> "SweepData":
-        """Return what hosts are given, with the tokens that a pass may hold."""
+    def host_data(self, budgets: Mapping[str, int]) -> "SweepData":
+        """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name."""
         from tuning.host import SweepData
 
-        return SweepData(self.space, self.train, self.public, budget_tokens, self.start)
+        least = min(budgets.values())
+        return SweepData(self.space, self.train, self.public, least, self.start, budgets)
 
 
-def read_inputs(sweep: SweepFolder) -> SweepInputs:
-    """Read a sweep's files.
+def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
+    """Read a sweep's files; `needs_weights`: see `load_facts`.
 
     Raises InputError for a base, a prompt or data that can't be had, and for what changed since the sweep
     started.
@@ -81,7 +82,9 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
     space = sweep.space
     if space.searcher.type == "optuna" and importlib.util.find_spec("optuna") is None:
         raise InputError("searcher", "optuna is not installed; pip install '.[optuna]', or use random search")
-    resolve_base(space.base_model.name)
+    reference = resolve_base(space.base_model.name)
+    if needs_weights:
+        check_has_weights(reference)
     sets = read_data(space.data)
     prompt = own_prompt(space.prompt, sets, space.loss, space.thinking)
     digests = {**sets.digests, "prompt": prompt.digest}
@@ -101,10 +104,10 @@ def read_inputs(sweep: SweepFolder) -> SweepInputs:
     return SweepInputs(sets, prompt, prompt_text(prompt), digests)
 
 
-def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
+def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True) -> PreparedSweep:
     """Tokenise a sweep's data and look at its base, whose name in the result has the hub commit.
 
-    Raises InputError for bad data or a base that can't be had.
+    `needs_weights`: see `load_facts`. Raises InputError for bad data or a base that can't be had.
     """
     from qlora.base.model import (
         base_revision,
@@ -119,7 +122,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs) -> PreparedSweep:
     from workflows.checked_base import load_facts, trainable_size
 
     space = sweep.space
-    config, tokenizer = load_facts(space.base_model, is_packed=True)
+    config, tokenizer = load_facts(space.base_model, is_packed=True, needs_weights=needs_weights)
     size = trainable_size(config, space.base_model.name)
     check_chat(inputs.prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,16 +23,14 @@ from tuning.host_directory import (
     begin_hosts,
     host_notes,
     host_seconds,
-    num_gpus,
     stop_hosts,
     this_node,
     wait_until_kept,
 )
+from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
-from tuning.plan import Plan, make_plan
-from tuning.plan_text import compare_with_run, describe_plan
+from tuning.plan_text import compare_with_run, describe_plan, describe_range
 from tuning.progress import clock, ranking, where_time_went
-from tuning.reach import check_reach
 from tuning.sweep import (
     RAY,
     BestAdapter,
@@ -42,6 +40,9 @@ from tuning.sweep import (
     keep_best_adapter,
     run_sweep,
 )
+from tuning.sweep_plan import SweepPlan, make_sweep_plan
+from workflows.cluster.nodes import Needs, check_nodes
+from workflows.preflight import check_room
 from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
@@ -55,8 +56,20 @@ _SECONDS_TO_KEEP, _SECONDS_TO_TELL, _SECONDS_TO_CATCH_UP = 6.0, 2.0, 60.0
 def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) -> None:
     """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
     prepared = prepare(sweep, inputs)
-    plan = _make_plan(prepared, device, 1) if device else None
+    plan = _make_plan(prepared, [device], 1) if device else None
     print(describe_plan(prepared.space, prepared.train, prepared.public, inputs.sets.words, plan))
+
+
+def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: float | None) -> None:
+    """Print the plan of a sweep on cards such as `H100:2`, as ranges, and start nothing.
+
+    `price`: of a card and hour. Raises InputError for a card that is not known, and if no trial fits.
+    """
+    slow, quick, count = known_device(cards)
+    prepared = prepare(sweep, inputs, needs_weights=False)
+    quick_plan, slow_plan = (_make_plan(prepared, [device], count) for device in (quick, slow))
+    space, train, public = prepared.space, prepared.train, prepared.public
+    print(describe_range(space, train, public, inputs.sets.words, quick_plan, slow_plan, price))
 
 
 def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> None:
@@ -66,17 +79,19 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     """
     hosts, prepared = started.hosts, prepare(sweep, inputs)
     sweep = replace(sweep, space=prepared.space)
-    device = min(ray.get(started.devices), key=lambda device: device.free_bytes)
-    check_reach(sweep.storage, sweep.space.trial_shares())
-    plan = _make_plan(prepared, device, num_gpus())
-    print(describe_plan(sweep.space, prepared.train, prepared.public, inputs.sets.words, plan), flush=True)
+    devices = started.found_devices(sweep.space.start_timeout)
+    plan = _make_plan(prepared, devices, started.num_devices())
+    check_nodes(started.shares, _needs(sweep, inputs, plan))
+    check_room(sweep.storage, plan.mean_disk_bytes)
+    words = inputs.sets.words
+    print(describe_plan(sweep.space, prepared.train, prepared.public, words, plan, len(devices)), flush=True)
     sweep.claim(inputs.digests, inputs.prompt_text, inputs.sets)
     resume_with(sweep.how_to_go_on)
     shares = sweep.space.trial_shares(plan.trials)
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
     if not _is_trained(sweep):
-        begin_hosts(hosts, prepared.host_data(plan.budget_tokens))
+        begin_hosts(hosts, prepared.host_data(plan.budgets))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep)  # while hosts measure
@@ -84,7 +99,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     metrics: dict[str, float] = {}
     try:
         with _record_needed(sweep):
-            describe(sweep, prepared, device.name, tracker)
+            describe(sweep, prepared, devices[0].name, tracker)
         with tracker.system_metrics():
             zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
@@ -113,7 +128,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                     ),
                 )
                 summary = {**summarise(sweep, records, best, zero_shot, tracker, registered), **work}
-                publish(sweep, prepared, summary, records, best, seconds, device.name, tracker)
+                publish(sweep, prepared, summary, records, best, seconds, devices[0].name, tracker)
                 metrics["system/seconds"] = time.monotonic() - started.began
                 tracker.end("FINISHED", metrics)
         status = "FINISHED"
@@ -167,8 +182,17 @@ def _is_trained(sweep: SweepFolder) -> bool:
     return sweep.zero_shot() is not None and all_ended(sweep.space, list(records))
 
 
-def _make_plan(prepared: PreparedSweep, device: Device, num_devices: int) -> Plan:
-    return make_plan(prepared.space, prepared.train, prepared.public, prepared.base.size, device, num_devices)
+def _make_plan(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
+    size = prepared.base.size
+    return make_sweep_plan(prepared.space, prepared.train, prepared.public, size, devices, num_devices)
+
+
+def _needs(sweep: SweepFolder, inputs: SweepInputs, plan: SweepPlan) -> Needs:
+    """Return what a node must have to run trials: a checkpoint of each is on its way at most."""
+    checkpoint = plan.mean_disk_bytes // (2 * sweep.space.num_trials)
+    most_there = max(kind.trials for kind in plan.kinds.values())
+    digest = inputs.digests.get("base_files")
+    return Needs(sweep.space.base_model.name, digest, sweep.storage, most_there * checkpoint)
 
 
 def _ask_zero_shot(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -> list[Any]:
@@ -179,7 +203,8 @@ def _ask_zero_shot(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -
 def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
     """Return the base's public perplexity, measured once a sweep."""
     if measured:
-        found = mean_perplexity(ray.get(measured)[0])
+        first = ray.wait(measured, fetch_local=False)[0]
+        found = mean_perplexity(ray.get(first[0]))
         if not math.isfinite(found):
             raise FailedError(
                 f"the base alone has public perplexity {found}: its weights or dtype are no good"
@@ -191,7 +216,7 @@ def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
 
 
 def _tell_how_it_went(
-    hosts: Hosts, plan: Plan, records: list[TrialRecord], zero_shot: float, seconds: float
+    hosts: Hosts, plan: SweepPlan, records: list[TrialRecord], zero_shot: float, seconds: float
 ) -> dict[str, Any]:
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     spent, notes = host_seconds(hosts), host_notes(hosts)

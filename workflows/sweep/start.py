@@ -4,22 +4,51 @@ Loads nothing heavy.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.config import InputError
+import ray
+
+from tuning.device import Device
 from tuning.host_directory import Hosts, ask_all_devices, start_hosts
 from tuning.space import Space
+from workflows.cluster.capacity import Capacity, look_at_capacity
+from workflows.cluster.waiting import check_place, wait_for_first
 from workflows.session import connect_ray
+
+_SECONDS_FOR_THE_OTHERS = 30.0
 
 
 @dataclass(frozen=True)
 class StartedHosts:
-    """A sweep's hosts, references to what devices they have found, and when that began (time.monotonic)."""
+    """A sweep's hosts, references to what devices they have found, and when that began (time.monotonic).
+
+    shares: what a trial asks Ray for. capacity: what Ray has room for.
+    """
 
     hosts: Hosts
     devices: list[Any]
     began: float
+    shares: Mapping[str, float]
+    capacity: Capacity
+
+    def found_devices(self, timeout_seconds: float) -> list[Device]:
+        """Wait for the first device, with words, and a moment for the others; returns those that answered.
+
+        Raises StoppedError if none does within so many seconds.
+        """
+        wait_for_first(self.devices, self.shares, timeout_seconds)
+        ended, busy = ray.wait(
+            self.devices, num_returns=len(self.devices), timeout=_SECONDS_FOR_THE_OTHERS, fetch_local=False
+        )
+        for question in busy:  # another's work has them: trials come to them when it is done
+            ray.cancel(question)
+        return ray.get(ended)
+
+    def num_devices(self) -> int:
+        """Count the devices that trials may have, there or to come."""
+        return self.capacity.num_devices(self.shares)
 
 
 def start(space: Space) -> StartedHosts:
@@ -27,25 +56,8 @@ def start(space: Space) -> StartedHosts:
 
     Raises InputError if Ray could never place a trial.
     """
-    began, available, shares = time.monotonic(), connect_ray(), space.trial_shares()
-    check_resources(shares, available)
+    began, shares = time.monotonic(), space.trial_shares()
+    capacity = look_at_capacity(connect_ray())
+    check_place(capacity, shares)
     hosts = start_hosts()
-    return StartedHosts(hosts, ask_all_devices(hosts, shares, "device"), began)
-
-
-def check_resources(shares: dict[str, float], available: dict[str, float]) -> None:
-    """Raise InputError if no trial could ever be placed on a Ray of these resources.
-
-    No resources mean a cluster that may grow.
-    """
-    if not available:
-        return
-    for name, wanted in shares.items():
-        there = available.get(name, 0)
-        if wanted > there:
-            mend = f"lower it with --set resources_per_trial.{name.lower()}=N"
-            if name == "GPU":
-                mend += " --set trials_per_gpu=null"
-            raise InputError(
-                "resources_per_trial", f"a trial asks for {wanted:g} {name}, but Ray has {there:g}; {mend}"
-            )
+    return StartedHosts(hosts, ask_all_devices(hosts, shares, "device"), began, shares, capacity)

@@ -1,0 +1,246 @@
+"""Owns whether nodes can do the work: each is asked before a base loads, and named if it can't.
+
+Code and libraries are to be this process's, or results would depend on the node. A base that is a folder of
+this machine is not on another one; the embedded base is sent to where it is missing. A place of checkpoints
+that a node can't reach would cost its trials what they trained up to their first report.
+
+Refuses to know what is kept there. Nodes that join later are not asked: their trials say what is wrong.
+"""
+
+import hashlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from qlora.base.reference import (
+    base_files_digest,
+    embedded_base_folder,
+    has_embedded_base,
+    resolve_base,
+    split_revision,
+    write_embedded_base,
+)
+from qlora.config import DEFAULT_BASE, InputError, first_line
+from qlora.home import PROJECT_ROOT
+from tuning.checkpoints import Storage
+from tuning.host_directory import nodes_for
+from tuning.plan import gib
+
+_NAME = ".reach"  # always the same, since one process works on a place: what a kill leaves is written over
+_PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow")
+_ROOMS = ("qlora", "tuning", "inference", "tracking", "workflows")
+_SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 120, 10, 16 << 20
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The things that a node must have to do its part.
+
+    base: the name of a base. base_files: the digest of a local one, see `base_files_digest`. storage: a path
+    or URI that it can read and write at. temporary_bytes: free space in its temporary folder.
+    """
+
+    base: str
+    base_files: str | None = None
+    storage: str | None = None
+    temporary_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """The facts that a node tells of itself.
+
+    versions: of Python, packages and this project's code, "" for what it lacks. lacks_embedded: whether it
+    has nothing to make the embedded base from. problems: what else is wrong, with what is to blame.
+    """
+
+    versions: Mapping[str, str]
+    lacks_embedded: bool = False
+    problems: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+def check_nodes(shares: Mapping[str, float], needs: Needs) -> None:
+    """Ask all nodes but this one that could hold what asks for `shares`; send the embedded base if need be.
+
+    Raises InputError naming the first that can't do its part, and what to do about it.
+    """
+    mine = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in nodes_for(shares)}
+    others.pop(mine, None)
+    if not others:
+        return
+    if needs.storage is None:
+        found = _ask(others, needs)
+    else:
+        storage = Storage.at(needs.storage)
+        storage.filesystem.create_dir(storage.path)
+        _write(storage, _NAME)
+        try:
+            found = _ask(others, needs)
+        finally:
+            storage.filesystem.delete_file(f"{storage.path}/{_NAME}")
+    here = versions_here()
+    for node, facts in found.items():
+        _compare(others[node], facts.versions, here)
+        for where, problem in facts.problems:
+            raise InputError(where, f"the node {others[node]} {problem}")
+    lacking = [node for node, facts in found.items() if facts.lacks_embedded]
+    if lacking:
+        _send_embedded_base({node: others[node] for node in lacking})
+
+
+def versions_here() -> dict[str, str]:
+    """Return the versions of Python, of what is computed with, and of this project's code in this process."""
+    found = {"Python": platform.python_version(), "this project's code": _code_digest()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name).partition("+")[0]  # a build's own part tells its GPU
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def _compare(address: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    for name, own in here.items():
+        other = there.get(name, "")
+        if not other and own:
+            raise InputError(f"node {address}", f"has no {name}; install {name}=={own} there")
+        if other != own:
+            mend = "use one version on all nodes"
+            if name not in (*_PACKAGES, "Python"):
+                mend = "run the command as a job with --working-dir, which brings its own"
+            raise InputError(f"node {address}", f"has {name} {other}, but here it is {own}; {mend}")
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for room in _ROOMS for path in (PROJECT_ROOT / room).rglob("*.py")):
+        digest.update(str(path.relative_to(PROJECT_ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _ask(nodes: Mapping[str, str], needs: Needs) -> dict[str, NodeFacts]:
+    """Ask nodes (addresses by id), all at once, and return what they say."""
+    asked = {_on(node, _facts_here).remote(needs, node): node for node in nodes}
+    ended, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS_TO_ANSWER)
+    for reply in silent:
+        ray.cancel(reply)
+    found = {}
+    for reply in ended:
+        address = nodes[asked[reply]]
+        try:
+            found[asked[reply]] = ray.get(reply)
+        except ray.exceptions.RayError as error:
+            raise InputError(f"node {address}", f"can't run this project ({_last_line(error)})") from None
+    for reply in silent:
+        address = nodes[asked[reply]]
+        raise InputError(
+            f"node {address}", f"took no work within {_SECONDS_TO_ANSWER} s; end it, or wait for it"
+        )
+    return {node: found[node] for node in nodes}
+
+
+def _on(node: str, work: Any) -> Any:
+    """Return a task of Ray's that does a piece of work on a node, whatever else is done there."""
+    placed = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=placed)
+
+
+def _facts_here(needs: Needs, node: str) -> NodeFacts:
+    """Look at what this node has."""
+    problems = list[tuple[str, str]]()
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < needs.temporary_bytes:
+        words = (
+            f"has {gib(free)} free in {tempfile.gettempdir()}, but {gib(needs.temporary_bytes)} are needed "
+        )
+        problems.append((f"node {node[:8]}", words + "there for checkpoints on their way; free some"))
+    is_embedded = needs.base == DEFAULT_BASE
+    if not is_embedded and (problem := _base_problem(needs)):
+        problems.append((needs.base, problem))
+    if needs.storage is not None and (problem := _storage_problem(needs.storage, node)):
+        problems.append(("storage", problem))
+    return NodeFacts(versions_here(), is_embedded and not has_embedded_base(), problems)
+
+
+def _base_problem(needs: Needs) -> str:
+    """Say why this node can't load a base that is not the embedded one; nothing if it can."""
+    name, revision = split_revision(needs.base)
+    if needs.base_files is not None:
+        try:
+            if base_files_digest(needs.base) == needs.base_files:
+                return ""
+        except InputError:
+            return "has no such folder; put the base there, or give a hub id"
+        return "has another model in this folder"
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        resolve_base(needs.base)
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            HfApi().model_info(name, revision=revision, timeout=_SECONDS_OF_HUB)
+    except Exception as error:  # whatever the hub's library raises
+        return f"neither has it in its cache nor gets it from the hub ({first_line(error)})"
+    return ""
+
+
+def _storage_problem(place: str, node: str) -> str:
+    """Say why this node can't read and write at a place; nothing if it can."""
+    own = f"{_NAME}-{node}"
+    try:
+        storage = Storage.at(place)
+        with storage.filesystem.open_input_stream(f"{storage.path}/{_NAME}") as file:
+            file.read()
+        _write(storage, own)
+        storage.filesystem.delete_file(f"{storage.path}/{own}")
+    except Exception as error:  # whatever a store's library raises
+        return (
+            f"can't read and write at {place} ({first_line(error)}), where its trials would keep their "
+            "checkpoints; give a place that all nodes reach, such as --set storage=s3://BUCKET/PATH"
+        )
+    return ""
+
+
+def _write(storage: Storage, name: str) -> None:
+    with storage.filesystem.open_output_stream(f"{storage.path}/{name}") as file:
+        file.write(b"here")
+
+
+def _send_embedded_base(nodes: Mapping[str, str]) -> None:
+    """Send the embedded base to nodes (addresses by id), part by part, through Ray's object stores."""
+    print(f"sending the embedded base to {', '.join(nodes.values())}", flush=True)
+    files = [(path.name, _put_parts(path)) for path in sorted(embedded_base_folder().iterdir())]
+    replies = {_on(node, _receive_embedded_base).remote(files): address for node, address in nodes.items()}
+    for reply, address in replies.items():
+        try:
+            ray.get(reply)
+        except ray.exceptions.RayError as error:
+            raise InputError(
+                f"node {address}", f"can't take the embedded base ({_last_line(error)})"
+            ) from None
+
+
+def _put_parts(path: Any) -> list[Any]:
+    with open(path, "rb") as file:
+        return [ray.put(part) for part in iter(lambda: file.read(_PART_BYTES), b"")]
+
+
+def _receive_embedded_base(files: Sequence[tuple[str, Sequence[Any]]]) -> None:
+    def parts(references: Sequence[Any]) -> Iterator[bytes]:
+        for reference in references:
+            yield ray.get(reference)
+
+    write_embedded_base((name, parts(references)) for name, references in files)
+
+
+def _last_line(error: BaseException) -> str:
+    """Return the last line of what Ray says of a task's end: the error itself."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
