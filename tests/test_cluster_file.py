@@ -578,3 +578,150 @@ def role_problems(text: str) -> list[str]:
         if (name := node["node_config"]["IamInstanceProfile"]["Name"]) not in made:
             found.append(f"cluster.yaml: no profile {name}")
     return found
+
+
+def sky_problems(text: str) -> list[str]:
+    """What is wrong with a SkyPilot task; empty if nothing is."""
+    task, found = yaml.safe_load(text), []
+    known = {"name", "num_nodes", "workdir", "resources", "envs", "file_mounts", "setup", "run"}
+    found += [f"{key}: unknown" for key in sorted(set(task) - known)]
+    for path in ("~/.ray/auth_token", "~/.qlora.env"):
+        if task["file_mounts"].get(path) != path:
+            found.append(f"file_mounts: {path} does not reach the nodes")
+    if task["resources"].get("ports"):
+        found.append("resources: ports are open to the world")
+    if not task["resources"].get("use_spot") or not task["resources"].get("accelerators"):
+        found.append("resources: not GPUs on spot nodes")
+    if task["setup"].strip() != "bash deploy/node.sh setup":
+        found.append("setup: not by node.sh, which sees to constraints")
+    commands = task["run"]
+    if re.search(r"\bray (start|stop)\b", commands):
+        found.append("run: Ray is not started by node.sh, or SkyPilot's is ended")
+    if re.search(r"\b(6380|8266)\b", commands):
+        found.append("run: a port of SkyPilot's own Ray")
+    for role in ("node.sh head", 'node.sh worker "$head"'):
+        if role not in commands:
+            found.append(f"run: no {role}")
+    if "export RAY_AUTH_MODE=token" not in commands:
+        found.append("run: the job is handed in without the token")
+    if any(
+        name in task.get("envs", {}) for name in ("HF_TOKEN", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+    ):
+        found.append("envs: a secret that SkyPilot shows")
+    if subprocess.run(["bash", "-n", "-c", commands], check=False, capture_output=True).returncode:
+        found.append("run: not shell")
+    return found
+
+
+SKY = (ROOT / "deploy/skypilot.yaml").read_text(encoding="utf-8")
+
+
+def test_no_problems_with_skypilot() -> None:
+    assert sky_problems(SKY) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "expected"),
+    [
+        (
+            "setup: bash deploy/node.sh setup",
+            "setup: pip install .",
+            "setup: not by node.sh, which sees to constraints",
+        ),
+        ("bash deploy/node.sh head", "ray start --head", "run: no node.sh head"),
+        (
+            "bash deploy/node.sh head",
+            "ray stop; bash deploy/node.sh head",
+            "run: Ray is not started by node.sh, or SkyPilot's is ended",
+        ),
+        ("127.0.0.1:8265", "127.0.0.1:8266", "run: a port of SkyPilot's own Ray"),
+        ("$head/6379", "$head/6380", "run: a port of SkyPilot's own Ray"),
+        ("cpus: 8+", "ports: 8265", "resources: ports are open to the world"),
+        ("use_spot: true", "use_spot: false", "resources: not GPUs on spot nodes"),
+        ("  ~/.qlora.env: ~/.qlora.env\n", "", "file_mounts: ~/.qlora.env does not reach the nodes"),
+        (
+            "  ~/.ray/auth_token: ~/.ray/auth_token\n",
+            "",
+            "file_mounts: ~/.ray/auth_token does not reach the nodes",
+        ),
+        ("  export RAY_AUTH_MODE=token\n", "", "run: the job is handed in without the token"),
+        ("envs:", "envs:\n  HF_TOKEN: null", "envs: a secret that SkyPilot shows"),
+        ("  fi\n", "", "run: not shell"),
+        ("num_nodes: 3", "nodes: 3", "nodes: unknown"),
+    ],
+)
+def test_our_checks_of_skypilot_find(written: str, instead: str, expected: str) -> None:
+    assert written in SKY
+    assert expected in sky_problems(SKY.replace(written, instead))
+
+
+def plan_of(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Ask make what it would run, with the environment built and a home of its own."""
+    stamp = tmp_path / "installed"
+    stamp.touch()
+    return subprocess.run(
+        ["make", "--no-print-directory", f"STAMP={stamp}", "BIN=bin", *arguments],
+        cwd=ROOT,
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "planned"),
+    [
+        (["cluster-up"], "bin/ray up --yes cluster.yaml"),
+        (["cluster-up", "CLUSTER=deploy/gcp.yaml"], "bin/ray up --yes deploy/gcp.yaml"),
+        (["cluster-tunnel"], "bin/ray dashboard cluster.yaml"),
+        (["cluster-down", "CLUSTER=deploy/on-prem.yaml"], "bin/ray down --yes deploy/on-prem.yaml"),
+        (
+            ["cluster-tune", "SPACE=a.yaml"],
+            "bin/ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
+            "python ray_jobs/tune.py --space a.yaml",
+        ),
+        (
+            ["cluster-infer", "MODEL=models:/a@champion", "INPUT=s3://b/test.json", "WORKERS=4"],
+            "bin/ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
+            "python ray_jobs/batch_infer.py --model models:/a@champion --input s3://b/test.json "
+            "--output results/outputs.json --workers 4",
+        ),
+    ],
+)
+def test_make_runs_what_the_document_says(arguments: list[str], planned: str, tmp_path: Path) -> None:
+    for path in (".ray/auth_token", ".qlora.env"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    assert plan_of(tmp_path, "-n", *arguments).stdout == planned + "\n"
+    assert f"make {arguments[0]}" in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+
+
+def test_make_asks_for_the_settings_before_the_cloud(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").touch()
+    done = plan_of(tmp_path, "cluster-up")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ~/.qlora.env: is missing; ")
+
+
+def test_jobs_of_make_have_the_token(tmp_path: Path) -> None:
+    (tmp_path / "ray").write_text('#!/bin/sh\necho "mode $RAY_AUTH_MODE"\n')
+    (tmp_path / "ray").chmod(0o755)
+    assert "mode token" in plan_of(tmp_path, "cluster-tune", f"BIN={tmp_path}").stdout
+
+
+def test_the_settings_of_nodes_name_no_secret_and_one_home() -> None:
+    text = (ROOT / "deploy/nodes.env").read_text(encoding="utf-8")
+    given = dict(re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE))
+    assert given == {"QLORA_HOME": "s3://BUCKET/PATH", "MLFLOW_TRACKING_URI": "https://mlflow.example.org"}
+    assert not [line for line in text.splitlines() if re.search(r"[\"' ]", line) and not line.startswith("#")]
+
+
+def test_cfn_lint_accepts_the_roles() -> None:
+    api = pytest.importorskip("cfnlint.api")
+    text = (ROOT / "deploy/aws-roles.yaml").read_text(encoding="utf-8")
+    assert [str(match) for match in api.lint(text, regions=["us-west-2"])] == []
+    assert api.lint(
+        text.replace("sts:AssumeRole", "[]").replace("Type: String", "Type: Text"), regions=["us-west-2"]
+    )
