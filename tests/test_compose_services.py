@@ -251,7 +251,7 @@ def test_both_workers_joined_the_head(team):
 )
 def test_nobody_gets_in_without_a_secret(team, port, path):
     for key in ("", "Bearer x", "Basic " + b64encode(b"admin:admin").decode()):
-        with pytest.raises(urllib.error.HTTPError, match="40[13]"):
+        with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
             team.ask(port, path, key)
 
 
