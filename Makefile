@@ -8,10 +8,20 @@ EXTRAS := dev,optuna$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base test test-all chaos soak check tune infer study plan ui bench screenshots clean
+.PHONY: help setup base test test-all chaos soak check tune infer study plan ui bench screenshots clean \
+	cluster-up cluster-tunnel cluster-tune cluster-infer cluster-down
+
+# A cluster's file, what runs on it, and where its jobs are handed in. Homes and secrets: ~/.qlora.env.
+CLUSTER ?= cluster.yaml
+JOBS ?= http://127.0.0.1:8265
+SPACE ?= search_spaces/report.yaml
+MODEL ?= models:/classical-chinese@champion
+INPUT ?= data/sample/private_test.json
+OUTPUT ?= results/outputs.json
+WORKERS ?= 2
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## build .venv from pyproject.toml and constraints.txt
 
@@ -67,6 +77,28 @@ ui: $(STAMP)  ## serve MLflow's pages on http://127.0.0.1:5000, and say where to
 screenshots: results/quickstart/summary.json  ## retake docs/images from MLflow's UI, the quickstart sweep and the study
 	$(BIN)/python -c 'import PySide6' 2>/dev/null || $(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	$(BIN)/python docs/screenshots.py quickstart $(if $(wildcard results/studies/report/study.html),--study report) > /dev/null
+
+cluster-%: export RAY_AUTH_MODE := token
+cluster-up: $(STAMP) $(HOME)/.ray/auth_token $(HOME)/.qlora.env  ## start or update the cluster of CLUSTER=cluster.yaml
+	$(BIN)/ray up --yes $(CLUSTER)
+
+cluster-tunnel: $(STAMP)  ## keep http://127.0.0.1:8265 open to the cluster; the next two need it, in a second shell
+	$(BIN)/ray dashboard $(CLUSTER)
+
+cluster-tune: $(STAMP)  ## run the sweep of SPACE=search_spaces/report.yaml as a job
+	$(BIN)/ray job submit --address $(JOBS) --working-dir . -- python ray_jobs/tune.py --space $(SPACE)
+
+cluster-infer: $(STAMP)  ## generate as a job: MODEL=models:/NAME@champion INPUT=FILE OUTPUT=FILE WORKERS=2
+	$(BIN)/ray job submit --address $(JOBS) --working-dir . -- python ray_jobs/batch_infer.py --model $(MODEL) --input $(INPUT) --output $(OUTPUT) --workers $(WORKERS)
+
+cluster-down: $(STAMP)  ## end the cluster and its bill
+	$(BIN)/ray down --yes $(CLUSTER)
+
+$(HOME)/.ray/auth_token: | $(STAMP)
+	@umask 077 && $(BIN)/ray get-auth-token --generate > /dev/null
+
+$(HOME)/.qlora.env:
+	@echo "error: ~/.qlora.env: is missing; install -m 600 deploy/nodes.env ~/.qlora.env, and fill it in" >&2; exit 2
 
 bench: base  ## run the benchmarks that need no GPU, one JSON line each
 	$(BIN)/python benchmarks/packed_stream.py
