@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,28 +99,75 @@ def kill_all(head: subprocess.Popen) -> None:
     head.wait()
 
 
+def needs_mounts() -> None:
+    """Skip the test unless this process may give another one a file system of its own."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("needs the right to mount")
+
+
+def unpacking_alone(session: Path) -> list[Any]:
+    """What goes before a worker's command, so that it unpacks jobs' files for itself.
+
+    Nodes of one machine share the session's folder. Each one that runs a job's work for the first time
+    removes what others have unpacked, though processes run in it, and unpacks it anew.
+    """
+    own = 'mkdir -p "$0" && mount -t tmpfs tmpfs "$0" && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", own, session / "runtime_resources"]
+
+
 @contextmanager
 def apart(*covered: tuple[Path, str], cpus: int = 2, **env: str) -> Iterator[str]:
     """Within: the address of a head without CPUs that has one worker, which sees files of its own.
 
     `covered`: paths, and what a shell makes of each for the worker alone, as `$0`. `env`: the worker's.
     """
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
-        pytest.skip("needs the right to mount")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    start: list[Any] = [RAY, "start", f"--address={cluster.address}", f"--num-cpus={cpus}", "--block"]
-    for path, script in covered:
-        start = ["sh", "-c", f'{script} && exec "$@"', path, *start]
-    worker = subprocess.Popen(["unshare", "-m", *start], env={**os.environ, **env}, stdout=subprocess.DEVNULL)
-    try:
-        ray.init(address=cluster.address, log_to_driver=False)
+    with headed() as nodes:
+        nodes.add(*covered, cpus=cpus, **env)
+        yield nodes.address
+
+
+@dataclass
+class Nodes:
+    """A head without CPUs, and workers, each with a Ray of its own on this machine."""
+
+    cluster: Cluster
+    workers: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self, *covered: tuple[Path, str], cpus: int = 1, **env: str) -> subprocess.Popen:
+        """Start a worker, see `apart`, and wait until it has joined."""
+        start: list[Any] = [RAY, "start", f"--address={self.address}", f"--num-cpus={cpus}", "--block"]
+        for path, script in covered:
+            start = ["sh", "-c", f'{script} && exec "$@"', path, *start]
+        alone = unpacking_alone(Path(self.cluster.head_node.get_session_dir_path()))
+        environment = {**os.environ, **env}
+        before = self._num_cpus()
+        worker = subprocess.Popen([*alone, *start], env=environment, stdout=subprocess.DEVNULL)
+        self.workers.append(worker)
         deadline = time.monotonic() + 60
-        while ray.cluster_resources().get("CPU", 0) < cpus:
+        while self._num_cpus() < before + cpus:
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        ray.shutdown()
-        yield cluster.address
+        return worker
+
+    def _num_cpus(self) -> float:
+        ray.init(address=self.address, log_to_driver=False, ignore_reinit_error=True)
+        return ray.cluster_resources().get("CPU", 0)
+
+
+@contextmanager
+def headed() -> Iterator[Nodes]:
+    """Within: a head without CPUs, to which workers can be added."""
+    needs_mounts()
+    nodes = Nodes(Cluster(initialize_head=True, head_node_args={"num_cpus": 0}))
+    try:
+        yield nodes
     finally:
         ray.shutdown()
-        kill_all(worker)
-        cluster.shutdown()
+        for worker in nodes.workers:
+            if worker.poll() is None:
+                kill_all(worker)
+        nodes.cluster.shutdown()

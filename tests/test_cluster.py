@@ -4,15 +4,18 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from clusters import apart, growing
-from conftest import command
+from clusters import apart, growing, headed, kill_all
+from conftest import command, finished
 from ray.cluster_utils import Cluster
+from test_faults import SWEEP, check
+from test_sweep import ledger
 
 from qlora.base.reference import cache_folder
 
@@ -170,3 +173,28 @@ def test_the_embedded_base_is_sent_to_a_node_that_lacks_it(project, tmp_path):
     assert code == 0, out
     assert "sending the embedded base to " in out
     assert len(json.loads((project / "results/sent.json").read_text())) == 2
+
+
+def test_a_node_added_is_used_and_one_lost_is_done_without(project, tmp_path):
+    """The curves are those of a sweep that ran undisturbed on this machine's own Ray."""
+    finished(command(project, "tune", "--space", "space.yaml", "--name", "alone", *SWEEP))
+    arguments = ("--space", "space.yaml", "--name", "moved", *SWEEP, "--set", f"storage={tmp_path}")
+    with headed() as nodes:
+        first = nodes.add(cpus=1)
+        env = {"RAY_ADDRESS": nodes.address, "PYTHONPATH": ""}
+        process = command(project, "tune", *arguments, env=env)
+        wait_for(lambda: any(one["curve"] for one in ledger(project, "moved").values()), process)
+        nodes.add(cpus=1)  # where the second trial trains beside the first
+        wait_for(lambda: sum(bool(one["curve"]) for one in ledger(project, "moved").values()) == 2, process)
+        kill_all(first)
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    check(project, "moved", ledger(project, "alone"))
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 import pytest
 import yaml
+from clusters import needs_mounts, unpacking_alone
 from servers import free_port
 from test_containers import COMPOSE, interpolated
 
@@ -138,14 +139,23 @@ def store(port: int, service: dict[str, Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def running(team: Team, name: str, *more: str, number: int = 1, **variables: str) -> Iterator[None]:
-    """Within: a service's command runs, in its environment, in the project, and answers its health check."""
+def running(
+    team: Team, name: str, *more: str, before: Sequence[Any] = (), number: int = 1, **variables: str
+) -> Iterator[None]:
+    """Within: a service's command runs, in its environment, in the project, and answers its health check.
+
+    `before`, `more`: what goes before its command, and its further options.
+    """
     service = team.services[name]
     given = {**plain(team.folder), "PYTHONPATH": str(team.project), **service["environment"], **variables}
     said = team.folder / f"{name}-{number}.log"
     with open(said, "w") as log:
         process = subprocess.Popen(
-            [*service["command"], *more], cwd=team.project, env=given, stdout=log, stderr=subprocess.STDOUT
+            [*before, *service["command"], *more],
+            cwd=team.project,
+            env=given,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     try:
         if "healthcheck" in service:
@@ -185,6 +195,7 @@ def wait_for_nodes(team: Team, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def team(project, tmp_path_factory) -> Iterator[Team]:
+    needs_mounts()
     folder = tmp_path_factory.mktemp("team")
     session = Path(
         subprocess.check_output(["mktemp", "-d", "/tmp/rayXXXXXX"], text=True).strip()
@@ -203,9 +214,10 @@ def team(project, tmp_path_factory) -> Iterator[Team]:
         stack.enter_context(running(team, "mlflow", **files))
         apart = [f"--temp-dir={session}", f"--ray-client-server-port={free_port()}"]
         stack.enter_context(running(team, "head", *apart, f"--dashboard-agent-listen-port={free_port()}"))
+        alone = unpacking_alone((session / "session_latest").resolve())
         for number in range(1, int(services["worker"]["deploy"]["replicas"]) + 1):
             own = f"--dashboard-agent-listen-port={free_port()}"  # one machine has two of them
-            stack.enter_context(running(team, "worker", own, number=number))
+            stack.enter_context(running(team, "worker", own, before=alone, number=number))
             wait_for_nodes(team, number + 1)
         yield team
     subprocess.run(["rm", "-r", session], check=True)

@@ -22,7 +22,7 @@ from qlora.config import InputError
 _OPTION = "--autoscaling-config="
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 ACCELERATOR = "accelerator_type:"
-_SECONDS_TO_ANSWER = 60
+_SECONDS_TO_ANSWER = 180  # Ray takes 60 to find that a process did not start, and tries again
 _HEAD = "node:__internal_head__"
 
 

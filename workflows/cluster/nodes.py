@@ -36,7 +36,7 @@ from tuning.plan import gib
 _NAME = ".reach"  # always the same, since one process works on a place: what a kill leaves is written over
 _PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow")
 _ROOMS = ("qlora", "tuning", "inference", "tracking", "workflows")
-_SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 120, 10, 16 << 20
+_SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 180, 10, 16 << 20
 
 
 @dataclass(frozen=True)
