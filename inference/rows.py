@@ -92,4 +92,5 @@ def store_rows(places: Places, folder: Path, shape: RowShape = AS_FOUND) -> RowS
             file.write(line)
             end += len(encoded)
             has_outputs = has_outputs and example.output is not None
-    return RowStore(path=kept, offsets=offsets, digest=digest.hexdigest(), has_outputs=has_outputs)
+    # What serves them on a cluster works in another folder.
+    return RowStore(path=kept.absolute(), offsets=offsets, digest=digest.hexdigest(), has_outputs=has_outputs)

@@ -10,7 +10,9 @@ from tuning.progress import clock
 from tuning.space import Asha, Space
 from tuning.sweep_plan import SweepPlan
 
-_WARY = 1.5  # times what a slow card is expected to take: what the machine around it adds
+# What a machine adds to what a slow card is expected to take: as much again by half, and on a fresh one the
+# seconds of compiling kernels and of reading files for the first time.
+_WARY, _FRESH_SECONDS = 1.5, 45
 
 
 def describe_plan(
@@ -46,7 +48,8 @@ def describe_range(
     `price`: of a card and hour, in any currency.
     """
     name, kind = next(iter(quick.kinds.items()))
-    seconds = (quick.seconds, _WARY * slow.seconds, _WARY * slow.seconds_without_stopping)
+    slow_seconds = (slow.seconds, slow.seconds_without_stopping)
+    seconds = (quick.seconds, *(_WARY * one + _FRESH_SECONDS for one in slow_seconds))
     least, likely, most = map(_minutes, seconds)
     lines = [
         *_work_lines(space, train, public, words),
