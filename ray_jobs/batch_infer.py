@@ -97,7 +97,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
         pool = plan_pool(capacity, arguments.workers, arguments.device)
         engine = {"CPU": ENGINE_CPUS, "GPU": float(pool.on_gpu)}
         wait_for_place(engine, arguments.start_timeout)
-        check_nodes(engine, Needs(served.base.name, base_files_digest(served.base.name)))
+        check_nodes({"CPU": ENGINE_CPUS}, Needs(served.base.name, base_files_digest(served.base.name)))
         return pool
 
     with open_job(arguments.input, output.path, shape) as rows:

@@ -1,7 +1,12 @@
 """What a Ray has room for, there and to come, and the plan of a sweep on devices of several kinds."""
 
+from types import SimpleNamespace
+
 import pytest
-from conftest import CONFIGS
+import requests
+import yaml
+from conftest import CONFIGS, ROOT
+from ray.autoscaler._private.kuberay import node_provider
 from test_plan import PUBLIC, SHAPES, TRAIN, space
 
 from qlora.config import InputError
@@ -10,7 +15,7 @@ from tuning.model_size import model_size
 from tuning.plan import make_plan
 from tuning.plan_text import describe_plan
 from tuning.sweep_plan import make_sweep_plan
-from workflows.cluster.capacity import Capacity, NodeKind
+from workflows.cluster.capacity import Capacity, NodeKind, kuberay_config, with_autoscaler
 from workflows.cluster.waiting import check_place
 
 HEAD = NodeKind({"CPU": 0, "node:__internal_head__": 1}, 1)
@@ -29,7 +34,52 @@ def test_devices_that_may_come_are_counted_up_to_the_clusters_own_limit():
     assert (
         Capacity((HEAD, A10G), (A10G,), most_workers=3, grows=True).num_devices(SHARE) == 8
     )  # there already
+    large = {**SHARE, "CPU": 9.0}  # for which only one kind has room
+    assert growing.num_devices(large) == 16
+    with_gpu = NodeKind({"CPU": 0, "GPU": 1, "node:__internal_head__": 1}, 1)
+    assert Capacity((with_gpu, GPU)).num_devices(SHARE) == 1  # a head without CPUs holds no trial
     assert Capacity((HEAD,), grows=True).num_devices(SHARE) == 1  # nobody says how far it grows
+    assert Capacity((HEAD, GPU, GPU), grows=True).num_devices(SHARE) == 2
+
+
+@pytest.mark.parametrize(
+    ("capacity", "expected"),
+    [
+        (Capacity((HEAD, CPU, GPU)), True),
+        (Capacity((HEAD, CPU)), False),
+        (Capacity((HEAD, CPU), (A10G,), 8, grows=True), True),
+        (Capacity((HEAD, CPU), (CPU,), 8, grows=True), False),
+        (Capacity((HEAD,), grows=True), True),  # nobody says what may come, and there is nothing else
+        (Capacity((HEAD, CPU), grows=True), False),
+        (Capacity((HEAD, CPU, GPU), grows=True), True),
+    ],
+)
+def test_gpus_are_taken_where_there_are_or_may_come_some(capacity, expected):
+    assert capacity.may_have_gpus(1.0) == expected
+
+
+def test_under_kuberay_the_cluster_says_how_far_it_grows(monkeypatch):
+    """The operator's answer is the RayCluster of deploy/; a head that may not read it doesn't know."""
+    cluster = yaml.safe_load((ROOT / "deploy/kuberay/cluster.yaml").read_text())
+    cluster["metadata"]["namespace"] = "default"
+    answer = SimpleNamespace(status_code=200, json=lambda: cluster, raise_for_status=lambda: None)
+    monkeypatch.setattr(requests, "get", lambda *_, **__: answer)
+    monkeypatch.setattr(node_provider, "load_k8s_secrets", lambda: ({}, "ca.crt", None))
+    config = kuberay_config("qlora", "default")
+    assert config is not None
+    capacity = with_autoscaler((HEAD,), config)
+    assert capacity.most({"GPU": 1.0}) == 8 and capacity.num_devices(SHARE) == 8
+    assert not capacity.could_come({"CPU": 9.0}) and capacity.could_come({"CPU": 8.0, "GPU": 1.0})
+    cluster["spec"]["enableInTreeAutoscaling"] = False
+    assert kuberay_config("qlora", "default") is None
+
+    def forbidden() -> None:
+        raise requests.HTTPError("403 Forbidden")
+
+    monkeypatch.setattr(
+        requests, "get", lambda *_, **__: SimpleNamespace(status_code=403, raise_for_status=forbidden)
+    )
+    assert kuberay_config("qlora", "default") == {}
 
 
 def test_nodes_are_devices_where_trials_need_no_gpu():
@@ -86,6 +136,21 @@ def test_each_kind_of_device_has_passes_of_its_own_and_all_trials_one_share():
     assert both.seconds < on_large.seconds < on_small.seconds
     words = describe_plan(chosen, TRAIN, PUBLIC, SHAPES, both)
     assert "device      1 x H100: " in words and "memory      1 x L4: " in words and "on 2 devices" in words
+
+
+def test_trials_are_dealt_out_over_devices_of_all_kinds():
+    size = model_size(CONFIGS["llama"])
+    devices = [Device("cuda", 80 << 30, 1e14, name=name) for name in ("H100", "A100")]
+    assert make_sweep_plan(space(trials_per_gpu="auto"), TRAIN, PUBLIC, size, devices, 2).trials == 4
+
+
+def test_an_autoscalers_file_may_leave_out_what_ray_fills_in():
+    types = {"head": {"resources": {"CPU": 8}}, "gpu": {"resources": {"CPU": 8, "GPU": 1}}}
+    config = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
+    assert with_autoscaler((HEAD,), config).most({"GPU": 1.0}) == 4
+    own = {"local.node": {"resources": {}, "max_workers": 2}}  # as for machines that are there: not known
+    config = {"max_workers": 2, "head_node_type": "local.node", "available_node_types": own}
+    assert with_autoscaler((HEAD,), config).most({"GPU": 1.0}) is None
 
 
 def test_a_kind_that_no_trial_fits_on_is_named():

@@ -256,18 +256,32 @@ def ask_all_devices(hosts: Hosts, shares: dict[str, float], question: str) -> li
     CPUs of a node. While no node could hold a trial there is one question, which an autoscaler takes for a
     wish. `question`: a method of HostActor. `shares`: what a trial asks Ray for.
     """
+    return ask_devices(hosts, shares, question, nodes_for(shares)) or [
+        _asking(shares, question).remote(hosts)
+    ]
+
+
+def ask_devices(
+    hosts: Hosts, shares: dict[str, float], question: str, nodes: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Ask the host of each device of some nodes, as `ask_all_devices` does for all."""
+    task = _asking(shares, question)
+    placed = [
+        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node in nodes
+        for _ in range(int(node["Resources"]["GPU"]) if shares["GPU"] else 1)
+    ]
+    return [task.options(scheduling_strategy=place).remote(hosts) for place in placed]
+
+
+def _asking(shares: dict[str, float], question: str) -> Any:
+    """Return a task of Ray's that asks the host of a whole device a question."""
 
     def ask(hosts: Hosts) -> Any:
         return ray.get(getattr(host_of_my_device(hosts), question).remote())
 
     whole = {**shares, "GPU": max(1, shares["GPU"]) if shares["GPU"] else 0}
-    task = ray.remote(**options(whole))(ask)
-    nodes = [
-        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        for node in nodes_for(shares)
-        for _ in range(int(node["Resources"]["GPU"]) if whole["GPU"] else 1)
-    ]
-    return [task.options(scheduling_strategy=node).remote(hosts) for node in nodes] or [task.remote(hosts)]
+    return ray.remote(**options(whole))(ask)
 
 
 def nodes_for(shares: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -69,8 +69,9 @@ def make_plan(
     size: ModelSize,
     device: Device,
     num_devices: int = 1,
+    num_others: int = 0,
 ) -> Plan:
-    """Plan a sweep on one or several such devices.
+    """Plan a sweep on one or several such devices, with `num_others` of other kinds beside them.
 
     Raises InputError, naming what to change, for target modules that the base lacks, and if the trials don't
     fit.
@@ -98,7 +99,7 @@ def make_plan(
     trials = _asked_side_by_side(space, device)
     if trials is None:
         most = min(
-            _MOST_TRIALS, -(-space.num_trials // num_devices)
+            _MOST_TRIALS, -(-space.num_trials // (num_devices + num_others))
         )  # no device idles while another is crowded
         trials = _fitting(
             most, lambda count: base + count * adapter + min(count, 2) * step * token, _USABLE * free

@@ -84,7 +84,9 @@ def make_sweep_plan(
         found = {}
         for name, device in smallest.items():
             try:
-                found[name] = make_plan(space, train, public, size, device, counts[name])
+                found[name] = make_plan(
+                    space, train, public, size, device, counts[name], counts.total() - counts[name]
+                )
             except InputError as error:
                 if len(smallest) == 1:
                     raise

@@ -66,7 +66,7 @@ class Capacity:
         """Return how many could be held at once by what is there or may come; None if nobody knows."""
         if self.grows and not self.may_come:
             return None
-        now = sum(_held(kind.resources, shares) * kind.count for kind in self.there)
+        now = self._held_now(shares)
         later, room = 0, self.most_workers
         for kind in sorted(self.may_come, key=lambda kind: -_held(kind.resources, shares)):
             count = min(kind.count, room)
@@ -74,20 +74,29 @@ class Capacity:
         heads = sum(_held(kind.resources, shares) for kind in self.there if _HEAD in kind.resources)
         return max(now, heads + later)
 
-    @property
-    def may_have_gpus(self) -> bool:
-        """Tell whether there are GPUs or may come; where that isn't known, whether there is no CPU either."""
-        most = self.most({"GPU": 1.0})
-        return not self.is_there({"CPU": 1.0}) if most is None else most > 0
+    def may_have_gpus(self, cpus: float) -> bool:
+        """Tell whether there are GPUs beside so many CPUs, or may come.
+
+        Where that isn't known, whether there are no such CPUs either.
+        """
+        asked = {"CPU": cpus, "GPU": 1.0}
+        most = self.most(asked)
+        if most is None:
+            return self.is_there(asked) or not self.is_there({"CPU": cpus})
+        return most > 0
 
     def num_devices(self, shares: Mapping[str, float]) -> int:
         """Count the devices, there or to come, that trials could have a share of: GPUs, or nodes' CPUs."""
-        whole = {key: share for key, share in shares.items() if key.startswith(ACCELERATOR)}
-        if shares.get("GPU"):
-            return max(1, self.most({**whole, "GPU": 1}) or 0)
-        here = [kind for kind in self.there if kind.could_hold(shares)]
-        to_come = sum(kind.count for kind in self.may_come if kind.could_hold(shares))
-        return max(1, len(here), min(self.most_workers, to_come))
+        here = tuple(kind for kind in self.there if kind.could_hold(shares))
+        to_come = tuple(kind for kind in self.may_come if kind.could_hold(shares))
+        if not shares.get("GPU"):
+            return max(1, len(here), min(self.most_workers, sum(kind.count for kind in to_come)))
+        gpus = {"GPU": 1.0}
+        able = Capacity(here, to_come, self.most_workers, grows=bool(to_come))
+        return max(1, able.most(gpus) or 0)
+
+    def _held_now(self, shares: Mapping[str, float]) -> int:
+        return sum(_held(kind.resources, shares) * kind.count for kind in self.there)
 
     def describe(self, resource: str) -> str:
         """Say how much of a resource there is and may be, as in `Ray has 0 GPU and may have 8`."""
@@ -119,15 +128,22 @@ def look_at_capacity(local: Mapping[str, float]) -> Capacity:
     except ray.exceptions.GetTimeoutError:
         problem = f"its head took no work within {_SECONDS_TO_ANSWER} s; see `ray status` there"
         raise InputError("RAY_ADDRESS", problem) from None
-    if config is None:
-        return Capacity(there)
+    except ray.exceptions.RayError:  # a head without what this project needs, which its nodes may have
+        config = {}
+    return Capacity(there) if config is None else with_autoscaler(there, config)
+
+
+def with_autoscaler(there: tuple[NodeKind, ...], config: Mapping[str, Any]) -> Capacity:
+    """Return the capacity of nodes and of an autoscaler that goes by `config`, {} if that is not known."""
     head_type, types = config.get("head_node_type"), config.get("available_node_types", {})
-    kinds = [(name, kind) for name, kind in types.items() if name != head_type]
+    limit = config.get("max_workers")
     may_come = tuple(
-        NodeKind(kind.get("resources", {}), int(kind.get("max_workers", 0))) for _, kind in kinds
+        NodeKind(kind["resources"], int(kind.get("max_workers", limit or 0)))
+        for name, kind in types.items()
+        if kind.get("resources") and (name != head_type or kind.get("max_workers"))
     )
     in_all = sum(kind.count for kind in may_come)
-    return Capacity(there, may_come, min(in_all, int(config.get("max_workers", in_all))), grows=True)
+    return Capacity(there, may_come, in_all if limit is None else min(in_all, int(limit)), grows=True)
 
 
 def _autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
@@ -145,11 +161,11 @@ def _autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
                 return _whole(yaml.safe_load(Path(paths[0]).expanduser().read_text(encoding="utf-8")))
             return {}
     if (name := os.environ.get("RAY_CLUSTER_NAME")) and _NAMESPACE.exists():  # KubeRay's head
-        return _kuberay_config(name, _NAMESPACE.read_text(encoding="utf-8").strip())
+        return kuberay_config(name, _NAMESPACE.read_text(encoding="utf-8").strip())
     return None
 
 
-def _kuberay_config(name: str, namespace: str) -> dict[str, Any] | None:
+def kuberay_config(name: str, namespace: str) -> dict[str, Any] | None:
     """Return what the autoscaler of a RayCluster goes by, {} if it can't be read, None if it has none."""
     from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
 

@@ -58,7 +58,8 @@ class NodeFacts:
     """The facts that a node tells of itself.
 
     versions: of Python, packages and this project's code, "" for what it lacks. lacks_embedded: whether it
-    has nothing to make the embedded base from. problems: what else is wrong, with what is to blame.
+    has nothing to make the embedded base from. problems: what else is wrong, with what is to blame, "" for
+    the node itself.
     """
 
     versions: Mapping[str, str]
@@ -90,7 +91,9 @@ def check_nodes(shares: Mapping[str, float], needs: Needs) -> None:
     for node, facts in found.items():
         _compare(others[node], facts.versions, here)
         for where, problem in facts.problems:
-            raise InputError(where, f"the node {others[node]} {problem}")
+            if where:
+                raise InputError(where, f"the node {others[node]} {problem}")
+            raise InputError(f"node {others[node]}", problem)
     lacking = [node for node, facts in found.items() if facts.lacks_embedded]
     if lacking:
         _send_embedded_base({node: others[node] for node in lacking})
@@ -110,7 +113,9 @@ def versions_here() -> dict[str, str]:
 def _compare(address: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
     for name, own in here.items():
         other = there.get(name, "")
-        if not other and own:
+        if not own:
+            continue
+        if not other:
             raise InputError(f"node {address}", f"has no {name}; install {name}=={own} there")
         if other != own:
             mend = "use one version on all nodes"
@@ -130,21 +135,20 @@ def _ask(nodes: Mapping[str, str], needs: Needs) -> dict[str, NodeFacts]:
     """Ask nodes (addresses by id), all at once, and return what they say."""
     asked = {_on(node, _facts_here).remote(needs, node): node for node in nodes}
     ended, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS_TO_ANSWER)
-    for reply in silent:
-        ray.cancel(reply)
-    found = {}
+    found, problems = dict[str, NodeFacts](), dict[str, str]()
     for reply in ended:
-        address = nodes[asked[reply]]
         try:
             found[asked[reply]] = ray.get(reply)
         except ray.exceptions.RayError as error:
-            raise InputError(f"node {address}", f"can't run this project ({_last_line(error)})") from None
+            problems[asked[reply]] = f"can't run this project ({_last_line(error)})"
     for reply in silent:
-        address = nodes[asked[reply]]
-        raise InputError(
-            f"node {address}", f"took no work within {_SECONDS_TO_ANSWER} s; end it, or wait for it"
-        )
-    return {node: found[node] for node in nodes}
+        ray.cancel(reply)
+        problems[asked[reply]] = f"took no work within {_SECONDS_TO_ANSWER} s; end it, or wait for it"
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for node, problem in problems.items():
+        if node in alive:  # one that went away meanwhile has no part in the work
+            raise InputError(f"node {nodes[node]}", problem)
+    return found
 
 
 def _on(node: str, work: Any) -> Any:
@@ -161,7 +165,7 @@ def _facts_here(needs: Needs, node: str) -> NodeFacts:
         words = (
             f"has {gib(free)} free in {tempfile.gettempdir()}, but {gib(needs.temporary_bytes)} are needed "
         )
-        problems.append((f"node {node[:8]}", words + "there for checkpoints on their way; free some"))
+        problems.append(("", words + "there for checkpoints on their way; free some"))
     is_embedded = needs.base == DEFAULT_BASE
     if not is_embedded and (problem := _base_problem(needs)):
         problems.append((needs.base, problem))

@@ -16,9 +16,9 @@ def plan_pool(capacity: Capacity, num_workers: int | None = None, device: str | 
     `num_workers` and `device` ("cpu" or "gpu") overrule that. Raises InputError for engines that could never
     all be placed.
     """
-    gpu, cpu = {"GPU": 1.0}, {"CPU": ENGINE_CPUS}
+    gpu, cpu = {"CPU": ENGINE_CPUS, "GPU": 1.0}, {"CPU": ENGINE_CPUS}
     num_gpus, most = int(ray.cluster_resources().get("GPU", 0)), capacity.most(gpu)
-    on_gpu = device == "gpu" if device else capacity.may_have_gpus
+    on_gpu = device == "gpu" if device else capacity.may_have_gpus(ENGINE_CPUS)
     asked = gpu if on_gpu else cpu
     if not (capacity.is_there(asked) or capacity.could_come(asked)):
         if device == "gpu":

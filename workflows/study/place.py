@@ -16,8 +16,8 @@ def place_of_steps(study: Study, base_digest: str | None, local: Mapping[str, fl
     do a step, StoppedError if none comes.
     """
     capacity = look_at_capacity(local)
-    shares = {"CPU": 1.0, "GPU": float(capacity.may_have_gpus)}
-    check_place(capacity, shares)
+    shares = {"CPU": 1.0, "GPU": float(capacity.may_have_gpus(1.0))}
+    check_place(capacity, shares, "RAY_ADDRESS")
     wait_for_place(shares, study.start_timeout)
     is_local = resolve_base(study.base_model.name).kind == "local"
     check_nodes(shares, Needs(study.base_model.name, base_digest if is_local else None))

@@ -11,6 +11,7 @@ import ray
 
 from qlora.base.reference import base_digest
 from qlora.checkpoint_files import CheckpointError
+from qlora.config import InputError
 from qlora.files import below, disk_without_space
 from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
@@ -47,7 +48,7 @@ from workflows.session import FailedError, StoppedError, can_go_on, go_on, resum
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
 from workflows.sweep.registration import describe, publish, register_best, summarise, track
-from workflows.sweep.start import StartedHosts
+from workflows.sweep.start import StartedHosts, good_answers
 from workflows.worker import Worker, prove
 
 _SECONDS_TO_KEEP, _SECONDS_TO_TELL, _SECONDS_TO_CATCH_UP = 6.0, 2.0, 60.0
@@ -66,6 +67,8 @@ def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: flo
     `price`: of a card and hour. Raises InputError for a card that is not known, and if no trial fits.
     """
     slow, quick, count = known_device(cards)
+    if not sweep.space.wants_gpu:
+        raise InputError("--on", "trials of this space ask for no GPU; add --set trials_per_gpu=auto")
     prepared = prepare(sweep, inputs, needs_weights=False)
     quick_plan, slow_plan = (_make_plan(prepared, [device], count) for device in (quick, slow))
     space, train, public = prepared.space, prepared.train, prepared.public
@@ -79,10 +82,10 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     """
     hosts, prepared = started.hosts, prepare(sweep, inputs)
     sweep = replace(sweep, space=prepared.space)
-    devices = started.found_devices(sweep.space.start_timeout)
+    devices = _found_devices(sweep, inputs, started)
     plan = _make_plan(prepared, devices, started.num_devices())
     check_nodes(started.shares, _needs(sweep, inputs, plan))
-    check_room(sweep.storage, plan.mean_disk_bytes)
+    check_room(sweep.storage, int(plan.mean_disk_bytes * _share_to_come(sweep)))
     words = inputs.sets.words
     print(describe_plan(sweep.space, prepared.train, prepared.public, words, plan, len(devices)), flush=True)
     sweep.claim(inputs.digests, inputs.prompt_text, inputs.sets)
@@ -187,10 +190,25 @@ def _make_plan(prepared: PreparedSweep, devices: Sequence[Device], num_devices: 
     return make_sweep_plan(prepared.space, prepared.train, prepared.public, size, devices, num_devices)
 
 
-def _needs(sweep: SweepFolder, inputs: SweepInputs, plan: SweepPlan) -> Needs:
+def _found_devices(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> list[Device]:
+    """Return the devices that answered; if a host can't start, what is wrong with its node is told first."""
+    try:
+        return started.found_devices(sweep.space.start_timeout)
+    except ray.exceptions.RayTaskError:
+        check_nodes(started.shares, _needs(sweep, inputs, None))
+        raise
+
+
+def _share_to_come(sweep: SweepFolder) -> float:
+    """Return the share of a sweep's trials that have not ended."""
+    ended = sum(record.has_ended for record in Ledger(sweep.folder / "trials").records.values())
+    return 1 - min(1.0, ended / sweep.space.num_trials)
+
+
+def _needs(sweep: SweepFolder, inputs: SweepInputs, plan: SweepPlan | None) -> Needs:
     """Return what a node must have to run trials: a checkpoint of each is on its way at most."""
-    checkpoint = plan.mean_disk_bytes // (2 * sweep.space.num_trials)
-    most_there = max(kind.trials for kind in plan.kinds.values())
+    checkpoint = plan.mean_disk_bytes // (2 * sweep.space.num_trials) if plan else 0
+    most_there = max(kind.trials for kind in plan.kinds.values()) if plan else 0
     digest = inputs.digests.get("base_files")
     return Needs(sweep.space.base_model.name, digest, sweep.storage, most_there * checkpoint)
 
@@ -203,8 +221,7 @@ def _ask_zero_shot(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -
 def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
     """Return the base's public perplexity, measured once a sweep."""
     if measured:
-        first = ray.wait(measured, fetch_local=False)[0]
-        found = mean_perplexity(ray.get(first[0]))
+        found = mean_perplexity(_first_good(measured))
         if not math.isfinite(found):
             raise FailedError(
                 f"the base alone has public perplexity {found}: its weights or dtype are no good"
@@ -213,6 +230,25 @@ def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
     known = sweep.zero_shot()
     assert known is not None, "it was kept"
     return known
+
+
+def _first_good(questions: Sequence[Any]) -> list[float]:
+    """Return the first answer, of those at hand the first by their order; the other questions are dropped.
+
+    Raises the last error if no host answers.
+    """
+    left = list(questions)
+    while True:
+        ray.wait(left, fetch_local=False)
+        ended, left = ray.wait(left, num_returns=len(left), timeout=0, fetch_local=False)
+        found, error = good_answers(ended)
+        if found:
+            for question in left:  # one that waits for a busy device would be taken for a wish
+                ray.cancel(question)
+            return found[0]  # type: ignore[no-any-return]
+        if not left:
+            assert error is not None, "none was good"
+            raise error
 
 
 def _tell_how_it_went(
