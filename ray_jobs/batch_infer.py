@@ -7,6 +7,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,6 +33,9 @@ from workflows.preflight import check_output, check_temporary_folder
 from workflows.results import Output, open_output
 from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, go_on, resume_with, run
 
+if TYPE_CHECKING:
+    from inference.pipeline import Pool
+
 
 def main() -> None:
     """Parse, validate, generate, write."""
@@ -47,7 +51,6 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
     """Generate for the rows of the input; returns how many failed, and what to tell people."""
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
     from qlora.base.model import base_revision, context_tokens, pinned
-    from qlora.base.reference import base_files_digest
     from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat
     from workflows.checked_base import load_facts
@@ -69,13 +72,9 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
     from inference.attempts import EnginesDiedError
     from inference.engine import ServedModel
     from inference.job import JobResult, Progress, model_facts, open_job, run_job
-    from inference.pipeline import Pool, Work
+    from inference.pipeline import Work
     from qlora.data.sources import joined
     from workflows.batch_summary import closing_words, note_prediction
-    from workflows.cluster.capacity import look_at_capacity
-    from workflows.cluster.nodes import Needs, check_nodes
-    from workflows.cluster.pool import ENGINE_CPUS, plan_pool
-    from workflows.cluster.waiting import wait_for_place
 
     served = ServedModel(pinned(model.base), model.adapter_folder)
     work = Work(served, model.prompt, decoding, room, model.prompt.end_ids(tokenizer))
@@ -92,14 +91,6 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
             prompt, source = model.prompt.name, joined(arguments.input)
             note_prediction(model.registered, job_id, result, decoding, source, output, prompt)
 
-    def connect() -> Pool:
-        capacity = look_at_capacity(connect_ray())
-        pool = plan_pool(capacity, arguments.workers, arguments.device)
-        engine = {"CPU": ENGINE_CPUS, "GPU": float(pool.on_gpu)}
-        wait_for_place(engine, arguments.start_timeout)
-        check_nodes({"CPU": ENGINE_CPUS}, Needs(served.base.name, base_files_digest(served.base.name)))
-        return pool
-
     with open_job(arguments.input, output.path, shape) as rows:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
@@ -110,11 +101,25 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
             show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
         try:
             result = run_job(
-                work, rows, output.path, facts, connect, resume=arguments.resume, progress=show, record=record
+                work,
+                rows,
+                output.path,
+                facts,
+                lambda: _pool(arguments, served.base.name),
+                resume=arguments.resume,
+                progress=show,
+                record=record,
             )
         except EnginesDiedError as error:
             raise StoppedError(str(error)) from error
     return result.num_failed, closing_words(result, output.place)
+
+
+def _pool(arguments: argparse.Namespace, base: str) -> "Pool":
+    """Connect Ray, and plan a pool of engines of a base that it can run."""
+    from workflows.cluster.pool import ready_pool
+
+    return ready_pool(connect_ray(), base, arguments.workers, arguments.device, arguments.start_timeout)
 
 
 def _arguments() -> argparse.Namespace:

@@ -106,7 +106,7 @@ def needs_mounts() -> None:
 
 
 def unpacking_alone(session: Path) -> list[Any]:
-    """What goes before a worker's command, so that it unpacks jobs' files for itself.
+    """Return what goes before a worker's command, so that it unpacks jobs' files for itself.
 
     Nodes of one machine share the session's folder. Each one that runs a job's work for the first time
     removes what others have unpacked, though processes run in it, and unpacks it anew.

@@ -2,31 +2,87 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import psutil
 import pytest
 import ray
+from clusters import RAY, kill_all
 from conftest import random_examples
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tuning.device import Device
 from tuning.host import SweepData
-from tuning.host_directory import begin_hosts, host_of_my_device, start_hosts
+from tuning.host_directory import ask_all_devices, begin_hosts, host_of_my_device, start_hosts
+from tuning.placement import on_node
 from tuning.space import Space
+from workflows.cluster.capacity import Capacity
+from workflows.session import StoppedError
+from workflows.sweep.start import StartedHosts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
-def nodes():
-    """Two nodes with a CPU each, besides the head."""
+def cluster():
+    """A head without CPUs."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster):
+    """Two nodes with a CPU each, besides the head."""
     found = [cluster.add_node(num_cpus=1).node_id for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
     yield found
     ray.shutdown()
-    cluster.shutdown()
+
+
+def test_devices_are_those_of_nodes_that_answer(nodes):
+    shares = {"CPU": 1.0, "GPU": 0.0}
+
+    def started(*questions) -> StartedHosts:
+        return StartedHosts(None, list(questions), 0.0, shares, Capacity(()), set(nodes))
+
+    device = Device("cpu", 1 << 30, 1e9)
+    good, broken = ray.remote(num_cpus=0)(lambda: device), ray.remote(num_cpus=0)(lambda: [][0])
+    gone = ray.remote(num_cpus=0, max_retries=0)(lambda: os._exit(1))
+    answers = started(broken.remote(), gone.remote(), good.remote()).found_devices(60)
+    assert answers == [device]
+    with pytest.raises(IndexError):
+        started(broken.remote()).found_devices(60)
+    with pytest.raises(StoppedError, match=r"the nodes that were asked are gone .*; run the same"):
+        started(gone.remote()).found_devices(60)
+    never = ray.remote(resources={"nowhere": 1})(lambda: device)
+    with pytest.raises(StoppedError, match="has not come within 2 s; run the same command again"):
+        started(never.remote()).found_devices(2)
+
+
+def test_a_node_that_joins_while_others_are_busy_is_asked(cluster, nodes):
+    """Two nodes whose CPUs others have; the third is another's to bring."""
+
+    class Holder:
+        def is_there(self) -> bool:
+            return True
+
+    holder = ray.remote(num_cpus=1)(Holder)
+    held = [holder.options(scheduling_strategy=on_node(node)).remote() for node in nodes]
+    ray.get([one.is_there.remote() for one in held])
+    hosts, shares = start_hosts(), {"CPU": 1.0, "GPU": 0.0}
+    questions = ask_all_devices(hosts, shares, "device")
+    assert len(questions) == 2
+    started = StartedHosts(hosts, questions, 0.0, shares, Capacity(()), set(nodes))
+    join = f"sleep 3 && exec {RAY} start --address={cluster.address} --num-cpus=1 --block"
+    newcomer = subprocess.Popen(["sh", "-c", join], stdout=subprocess.DEVNULL)
+    try:
+        assert [device.num_cpus for device in started.found_devices(90)] == [1]
+    finally:
+        kill_all(newcomer)
+    assert len(started.questions) == 3
 
 
 @ray.remote(num_cpus=0.5)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from conftest import ROOT
 from inference.predictions import beside
 from qlora.config import InputError
 from qlora.files import write_json
-from workflows.preflight import check_output, check_temporary_folder, store_folders
+from workflows.preflight import check_output, check_room, check_temporary_folder, store_folders
 
 
 def test_the_longest_name_that_an_output_may_have_can_be_written(tmp_path):
@@ -110,3 +111,18 @@ except InputError as error:
         timeout=60,
     )
     assert "can't be written to (Permission denied)" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_disk_with_less_room_than_checkpoints_take_is_named(tmp_path):
+    place = tmp_path / "sweep"
+    free = shutil.disk_usage(tmp_path).free
+    check_room(str(place), free // 2)
+    check_room("s3://bucket/sweep", 2 * free)
+    with pytest.raises(
+        InputError, match=rf"^{place}: .* GiB of checkpoints are to come, but .* GiB are free"
+    ):
+        check_room(str(place), 2 * free)
+    place.mkdir()
+    with open(place / "checkpoint", "wb") as file:
+        file.truncate(2 * free)  # takes no space, and counts as what is to come
+    check_room(str(place), 2 * free)

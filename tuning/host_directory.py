@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.device import Device, this_device
+from tuning.placement import my_device, nodes_for, on_node, options, this_node
 
 if TYPE_CHECKING:
     from tuning.host import Host, SweepData
@@ -133,11 +133,7 @@ class HostDirectory:
         if found is None or _is_dead(found):
             found = (
                 ray.remote(HostActor)
-                .options(
-                    num_cpus=0,
-                    max_concurrency=_MOST_TRIALS,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                )
+                .options(num_cpus=0, max_concurrency=_MOST_TRIALS, scheduling_strategy=on_node(node))
                 .remote(device, num_threads, *self._data)
             )
             self._hosts[node, device] = found
@@ -204,11 +200,6 @@ def start_hosts() -> Hosts:
     return Hosts(directory.remote())
 
 
-def this_node() -> NodeAffinitySchedulingStrategy:
-    """Return the placement of work that belongs on the node of the process that asks for it."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
 def begin_hosts(hosts: Hosts, data: "SweepData") -> None:
     """Have hosts load their bases."""
     hosts.data.append(ray.put(data))
@@ -267,7 +258,7 @@ def ask_devices(
     """Ask the host of each device of some nodes, as `ask_all_devices` does for all."""
     task = _asking(shares, question)
     placed = [
-        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        on_node(node["NodeID"])
         for node in nodes
         for _ in range(int(node["Resources"]["GPU"]) if shares["GPU"] else 1)
     ]
@@ -284,36 +275,9 @@ def _asking(shares: dict[str, float], question: str) -> Any:
     return ray.remote(**options(whole))(ask)
 
 
-def nodes_for(shares: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return what Ray says of each living node that could hold what asks for `shares`, if it is idle."""
-    return [
-        node
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(key, 0) >= share for key, share in shares.items())
-    ]
-
-
-def options(shares: Mapping[str, float]) -> dict[str, Any]:
-    """Return the options of a task or actor of Ray's that asks for `shares`."""
-    others = {key: share for key, share in shares.items() if key not in ("CPU", "GPU")}
-    return {"num_cpus": shares["CPU"], "num_gpus": shares["GPU"], "resources": others}
-
-
 def host_of_my_device(hosts: Hosts, trial_id: str | None = None) -> Any:
     """Return the host of the device that this task, or the actor of a trial, holds a share of."""
     return ray.get(hosts.directory.host.remote(*my_device(), trial_id, hosts.data))
-
-
-def my_device() -> tuple[str, str, int]:
-    """Return (node, device, threads that work on it) of the device that this task or actor holds a share of.
-
-    The threads are all of the node's CPUs, or its part of them beside one GPU of several.
-    """
-    context = ray.get_runtime_context()
-    node, gpus = context.get_node_id(), ray.get_gpu_ids()
-    resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)
-    num_threads = max(1, int(resources.get("CPU", 1) / max(1, resources.get("GPU", 0) if gpus else 1)))
-    return node, str(gpus[0]) if gpus else "cpu", num_threads
 
 
 def _is_dead(host: Any) -> bool:

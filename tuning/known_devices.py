@@ -5,9 +5,10 @@ cooling to another; so a plan is made for a slow and for a quick one.
 
 Sources: NVIDIA's data sheets, for products of bfloat16 without sparsity:
 https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100, H200)
-https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
-https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413 (L40S), https://www.nvidia.com/en-us/data-center/l4/
-https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf
+https://www.nvidia.com/en-us/data-center/a100/ (A100)
+https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413 (L40S)
+https://www.nvidia.com/en-us/data-center/l4/ (L4)
+https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf (A10G)
 https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf (RTX 4090)
 """
 

@@ -19,7 +19,7 @@ from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from tracking.registry import fetch_adapter
-from tuning.host_directory import my_device, options
+from tuning.placement import my_device, options
 from workflows.session import FailedError
 
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype

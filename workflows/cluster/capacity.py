@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora.config import InputError
+from tuning.placement import could_hold, on_node
 
 _OPTION = "--autoscaling-config="
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -35,7 +35,7 @@ class NodeKind:
 
     def could_hold(self, shares: Mapping[str, float]) -> bool:
         """Tell whether an idle node of this kind has room for what asks for `shares`."""
-        return self.count > 0 and all(self.resources.get(key, 0) >= share for key, share in shares.items())
+        return self.count > 0 and could_hold(self.resources, shares)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def look_at_capacity(local: Mapping[str, float]) -> Capacity:
     heads = [node["NodeID"] for node in nodes if _HEAD in node["Resources"]]
     if not heads:
         return Capacity(there)
-    placed = NodeAffinitySchedulingStrategy(heads[0], soft=False)
-    task = ray.remote(num_cpus=0)(_autoscaling_config).options(scheduling_strategy=placed)
+    task = ray.remote(num_cpus=0)(_autoscaling_config).options(scheduling_strategy=on_node(heads[0]))
     address = ray.get_runtime_context().gcs_address
     try:
         config = ray.get(task.remote(address), timeout=_SECONDS_TO_ANSWER)

@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora.base.reference import (
     base_files_digest,
@@ -30,7 +29,7 @@ from qlora.base.reference import (
 from qlora.config import DEFAULT_BASE, InputError, first_line
 from qlora.home import PROJECT_ROOT
 from tuning.checkpoints import Storage
-from tuning.host_directory import nodes_for
+from tuning.placement import nodes_for, on_node
 from tuning.plan import gib
 
 _NAME = ".reach"  # always the same, since one process works on a place: what a kill leaves is written over
@@ -144,17 +143,23 @@ def _ask(nodes: Mapping[str, str], needs: Needs) -> dict[str, NodeFacts]:
     for reply in silent:
         ray.cancel(reply)
         problems[asked[reply]] = f"took no work within {_SECONDS_TO_ANSWER} s; end it, or wait for it"
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    for node, problem in problems.items():
-        if node in alive:  # one that went away meanwhile has no part in the work
-            raise InputError(f"node {nodes[node]}", problem)
+    _blame_the_living(nodes, problems)
     return found
+
+
+def _blame_the_living(nodes: Mapping[str, str], problems: Mapping[str, str]) -> None:
+    """Raise InputError for the first node (addresses, problems by id) that is still there.
+
+    One that went away meanwhile has no part in the work.
+    """
+    for node in nodes_for({}):
+        if problem := problems.get(node["NodeID"]):
+            raise InputError(f"node {nodes[node['NodeID']]}", problem)
 
 
 def _on(node: str, work: Any) -> Any:
     """Return a task of Ray's that does a piece of work on a node, whatever else is done there."""
-    placed = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=placed)
+    return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=on_node(node))
 
 
 def _facts_here(needs: Needs, node: str) -> NodeFacts:
@@ -221,14 +226,14 @@ def _send_embedded_base(nodes: Mapping[str, str]) -> None:
     """Send the embedded base to nodes (addresses by id), part by part, through Ray's object stores."""
     print(f"sending the embedded base to {', '.join(nodes.values())}", flush=True)
     files = [(path.name, _put_parts(path)) for path in sorted(embedded_base_folder().iterdir())]
-    replies = {_on(node, _receive_embedded_base).remote(files): address for node, address in nodes.items()}
-    for reply, address in replies.items():
+    replies = {node: _on(node, _receive_embedded_base).remote(files) for node in nodes}
+    problems = dict[str, str]()
+    for node, reply in replies.items():
         try:
             ray.get(reply)
         except ray.exceptions.RayError as error:
-            raise InputError(
-                f"node {address}", f"can't take the embedded base ({_last_line(error)})"
-            ) from None
+            problems[node] = f"can't take the embedded base ({_last_line(error)})"
+    _blame_the_living(nodes, problems)
 
 
 def _put_parts(path: Any) -> list[Any]:

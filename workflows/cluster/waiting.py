@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from qlora.config import InputError
-from tuning.host_directory import nodes_for, options
+from tuning.placement import nodes_for, options
 from workflows.cluster.capacity import ACCELERATOR, Capacity
 from workflows.session import StoppedError, go_on
 
@@ -23,6 +23,7 @@ def check_place(capacity: Capacity, shares: Mapping[str, float], key: str = _TRI
     """
     if capacity.is_there(shares) or capacity.could_come(shares):
         return
+    who = "a trial" if key == _TRIALS else "a step"
     for name, wanted in shares.items():
         one = {name: wanted}
         if capacity.is_there(one) or capacity.could_come(one):
@@ -33,10 +34,9 @@ def check_place(capacity: Capacity, shares: Mapping[str, float], key: str = _TRI
                 "accelerator_type", f"no node has, or may have, a {kind}; name another kind of GPU"
             )
         mend = _mend(name) if key == _TRIALS else "add a node with some"
-        who = "a trial" if key == _TRIALS else "a step"
         raise InputError(key, f"{who} asks for {wanted:g} {name}, but {capacity.describe(name)}; {mend}")
     asked = ", ".join(f"{wanted:g} {name}" for name, wanted in shares.items() if wanted)
-    raise InputError(key, f"no node has, or may have, all that a trial asks for: {asked}; lower it")
+    raise InputError(key, f"no node has, or may have, all that {who} asks for: {asked}")
 
 
 def wait_for_first(

@@ -25,11 +25,11 @@ from tuning.host_directory import (
     host_notes,
     host_seconds,
     stop_hosts,
-    this_node,
     wait_until_kept,
 )
 from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
+from tuning.placement import this_node
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
 from tuning.progress import clock, ranking, where_time_went
 from tuning.sweep import (

@@ -12,7 +12,8 @@ import ray
 
 from qlora.config import first_line
 from tuning.device import Device
-from tuning.host_directory import Hosts, ask_all_devices, ask_devices, nodes_for, start_hosts
+from tuning.host_directory import Hosts, ask_all_devices, ask_devices, start_hosts
+from tuning.placement import nodes_for
 from tuning.space import Space
 from workflows.cluster.capacity import Capacity, look_at_capacity
 from workflows.cluster.waiting import check_place, wait_for_first
