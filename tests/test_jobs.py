@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from clusters import kill_all
 from conftest import command, finished
 from servers import object_store
 from test_faults import SWEEP, check, cluster
@@ -49,6 +52,20 @@ def ended_as(status: str) -> str:
     return found[0] if found else ""
 
 
+def wait_for_a_report_away(
+    project: Path, name: str, env: dict[str, str], folder: Path, said: Callable[[], str]
+) -> None:
+    """Fetch a sweep again and again until one of its trials has reported; `said` tells why it does not."""
+    deadline = time.monotonic() + 200
+    while True:
+        assert time.monotonic() < deadline, said()
+        time.sleep(1)
+        target = folder / f"look-{time.monotonic()}"
+        command(project, "fetch", name, "--to", str(target / "results"), env=env).communicate(timeout=60)
+        if any(one["curve"] for one in ledger(target, name).values()):
+            return
+
+
 @pytest.fixture(scope="module")
 def whole(project) -> dict:
     """The records of a sweep that ran on without a job."""
@@ -74,15 +91,9 @@ def test_a_sweep_goes_on_in_another_job_of_another_package_once_its_head_is_gone
     here = {**keys, "QLORA_HOME": place}
     with cluster(keys) as address:
         begin(address, project, env, "tune", "--space", "space.yaml", "--name", "away", *SWEEP)
-        deadline, reports = time.monotonic() + 200, []
-        while not reports:
-            assert time.monotonic() < deadline, ask({"RAY_ADDRESS": address}, "logs", "tune")
-            time.sleep(1)
-            target = tmp_path / f"look-{time.monotonic()}"
-            command(project, "fetch", "away", "--to", str(target / "results"), env=here).communicate(
-                timeout=60
-            )
-            reports = [one for one in ledger(target, "away").values() if one["curve"]]
+        wait_for_a_report_away(
+            project, "away", here, tmp_path, lambda: ask({"RAY_ADDRESS": address}, "logs", "tune")
+        )
     (project / "space.yaml").write_text((project / "space.yaml").read_text() + "# ,\n")  # another package
     assert not (project / "results/away").exists()
     with cluster(keys) as address:
@@ -96,6 +107,30 @@ def test_a_sweep_goes_on_in_another_job_of_another_package_once_its_head_is_gone
     assert (tmp_path / "mine/results/away/best/adapter_model.safetensors").exists()
     finished(command(project, "fetch", "--remove", "away", env=here))
     assert "nothing is kept" in finished(command(project, "fetch", "--list", env=here))
+
+
+def test_of_two_resumes_at_once_one_goes_on_and_the_other_gives_way(project, whole, tmp_path):
+    """Two machines, each with a copy of the project; the first sweep was killed and its lease is there."""
+    other = tmp_path / "other"
+    shutil.copytree(project, other, ignore=shutil.ignore_patterns("results", "mlruns"))
+    with object_store("team") as keys:
+        env = {
+            **keys,
+            "QLORA_HOME": "s3://team/home",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        }
+        first = command(project, "tune", "--space", "space.yaml", "--name", "two", *SWEEP, env=env)
+        wait_for_a_report_away(project, "two", env, tmp_path, lambda: str(first.poll()))
+        kill_all(first)
+        both = [command(folder, "tune", "--resume", "two", env=env) for folder in (project, other)]
+        said = [process.communicate(timeout=400)[0] for process in both]
+        assert sorted(process.returncode for process in both) == [0, 2], said
+        (refused,) = [text for text, process in zip(said, both, strict=True) if process.returncode]
+        assert re.search(
+            r"^error: s3://team/home/results/two\S*: is being worked on by another", refused, re.M
+        )
+        finished(command(project, "fetch", "two", "--to", str(tmp_path / "mine/results"), env=env))
+    check(tmp_path / "mine", "two", whole)
 
 
 def test_a_job_without_a_home_says_so_before_anything_starts(project):

@@ -8,6 +8,7 @@ it is asked for. Loads nothing heavy.
 import importlib
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from tuning.host import Host, SweepData
 
 _MOST_TRIALS = 64  # of a host at once
+_SECONDS_TO_QUEUE = 1.0
+
+
+class UnfitNodeError(RuntimeError):
+    """A node that can't do its part, whichever trial comes."""
+
+
+class Occupant:
+    """A holder of all that trials could have of a node, so that they go elsewhere."""
 
 
 class HostActor:
@@ -54,11 +64,16 @@ class HostActor:
         try:
             from tuning.host import Host
 
+            if problem := data.unfit():
+                raise UnfitNodeError(": ".join(problem))
             self._host = Host(data, self._num_threads)
         # raised to whoever calls: an actor that fails to start would only say that it died
         except Exception as error:
             self._error = error
         self._begun.set()
+
+    def _has_begun(self) -> bool:
+        return self._begun.is_set() and self._error is None
 
     def _found(self) -> "Host":
         self._begun.wait()
@@ -89,7 +104,7 @@ class HostActor:
         """See Host; a host that has not begun has nothing to keep."""
         from tuning.checkpoints import Storage
 
-        return self._host.stop(Storage.at(storage_uri)) if self._begun.is_set() and self._error is None else 0
+        return self._host.stop(Storage.at(storage_uri)) if self._has_begun() else 0
 
     def detach(self, trial_id: str) -> None:
         """See Host."""
@@ -97,11 +112,11 @@ class HostActor:
 
     def seconds(self) -> dict[str, float]:
         """See Host; a host that has not begun has done nothing."""
-        return self._found().seconds() if self._begun.is_set() else {}
+        return self._found().seconds() if self._has_begun() else {}
 
     def notes(self) -> list[str]:
         """See Host; a host that has not begun has nothing to say."""
-        return self._found().notes() if self._begun.is_set() else []
+        return self._found().notes() if self._has_begun() else []
 
     def process_id(self) -> int:
         """Return the host's process id."""
@@ -114,6 +129,8 @@ class HostDirectory:
     def __init__(self) -> None:
         self._hosts, self._places = dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
         self._data: list[Any] = []
+        self._left_out = dict[str, Any]()  # by node
+        self._notes: list[str] = []
 
     def host(
         self, node: str, device: str, num_threads: int, trial_id: str | None, data: Sequence[Any]
@@ -138,6 +155,23 @@ class HostDirectory:
             )
             self._hosts[node, device] = found
         return found
+
+    def leave_out(self, node: str, device: str, why: str) -> None:
+        """Have trials go elsewhere than to an unfit node, once what they hold of it is free.
+
+        `device`: the kind that they have there, as in `host`. `why` is told with the other notes.
+        """
+        if node in self._left_out:
+            return
+        resources: Mapping[str, float] = next(
+            (one["Resources"] for one in ray.nodes() if one["NodeID"] == node), {}
+        )
+        kind = "CPU" if device == "cpu" else "GPU"
+        whole = {"CPU": 0.0, "GPU": 0.0, kind: resources.get(kind, 0.0)}
+        self._left_out[node] = (
+            ray.remote(Occupant).options(**options(whole), scheduling_strategy=on_node(node)).remote()
+        )
+        self._notes.append(f"{why}; trials went elsewhere")
 
     def begin(self, data: list[Any]) -> None:
         """Have all hosts begin, those that are there and those to come.
@@ -169,7 +203,8 @@ class HostDirectory:
 
     def notes(self) -> list[str]:
         """Return what people should know of how the living hosts' work went, each thing once."""
-        return list(dict.fromkeys(note for notes in self._answers("notes") for note in notes))
+        of_hosts = (note for notes in self._answers("notes") for note in notes)
+        return list(dict.fromkeys([*self._notes, *of_hosts]))
 
     def _answers(self, question: str) -> list[Any]:
         found = []
@@ -278,6 +313,13 @@ def _asking(shares: dict[str, float], question: str) -> Any:
 def host_of_my_device(hosts: Hosts, trial_id: str | None = None) -> Any:
     """Return the host of the device that this task, or the actor of a trial, holds a share of."""
     return ray.get(hosts.directory.host.remote(*my_device(), trial_id, hosts.data))
+
+
+def leave_my_node_out(hosts: Hosts, why: str) -> None:
+    """Have trials go elsewhere than to the node of this one, which has to end now."""
+    node, device, _ = my_device()
+    ray.get(hosts.directory.leave_out.remote(node, device, why))
+    time.sleep(_SECONDS_TO_QUEUE)  # Ray's node is to know who comes next
 
 
 def _is_dead(host: Any) -> bool:

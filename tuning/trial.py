@@ -14,8 +14,9 @@ import ray
 from ray import tune
 
 from qlora.checkpoint_files import CheckpointError, verify_checkpoint
+from qlora.config import first_line
 from tuning.checkpoints import STOPPED, Storage
-from tuning.host_directory import Hosts, host_of_my_device
+from tuning.host_directory import Hosts, UnfitNodeError, host_of_my_device, leave_my_node_out
 
 
 def run_trial(config: dict[str, Any], hosts: Hosts) -> None:
@@ -27,7 +28,11 @@ def run_trial(config: dict[str, Any], hosts: Hosts) -> None:
     trial_id, holder = tune.get_context().get_trial_id(), ray.get_runtime_context().get_actor_id()
     host = host_of_my_device(hosts, trial_id)
     with _newest_whole_checkpoint() as (checkpoint, notes):
-        steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoint, notes))
+        try:
+            steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoint, notes))
+        except UnfitNodeError as error:
+            leave_my_node_out(hosts, first_line(error))
+            raise
     try:
         for step in steps:
             with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,13 @@
 """Owns whether nodes can do the work: each is asked before a base loads, and named if it can't.
 
+Those that are there are asked before a sweep starts (`check_nodes`), those that join later when a host of
+theirs is to load its base (`Joining`).
+
 Code and libraries are to be this process's, or results would depend on the node. A base that is a folder of
 this machine is not on another one; the embedded base is sent to where it is missing. A place of checkpoints
 that a node can't reach would cost its trials what they trained up to their first report.
 
-Refuses to know what is kept there. Nodes that join later are not asked: their trials say what is wrong.
+Refuses to know what is kept there.
 """
 
 import hashlib
@@ -14,6 +17,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import ray
@@ -32,7 +37,7 @@ from tuning.checkpoints import Storage
 from tuning.placement import nodes_for, on_node
 from tuning.plan import gib
 
-_NAME = ".reach"  # always the same, since one process works on a place: what a kill leaves is written over
+_NAME = ".reach"  # and a node's id: what a kill leaves is written over
 _PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow")
 _ROOMS = ("qlora", "tuning", "inference", "tracking", "workflows")
 _SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 180, 10, 16 << 20
@@ -76,26 +81,48 @@ def check_nodes(shares: Mapping[str, float], needs: Needs) -> None:
     others.pop(mine, None)
     if not others:
         return
-    if needs.storage is None:
-        found = _ask(others, needs)
-    else:
+    if needs.storage is not None:
         storage = Storage.at(needs.storage)
         storage.filesystem.create_dir(storage.path)
-        _write(storage, _NAME)
-        try:
-            found = _ask(others, needs)
-        finally:
-            storage.filesystem.delete_file(f"{storage.path}/{_NAME}")
-    here = versions_here()
+    found, here = _ask(others, needs, mine), versions_here()
     for node, facts in found.items():
-        _compare(others[node], facts.versions, here)
-        for where, problem in facts.problems:
-            if where:
-                raise InputError(where, f"the node {others[node]} {problem}")
-            raise InputError(f"node {others[node]}", problem)
-    lacking = [node for node, facts in found.items() if facts.lacks_embedded]
+        if problem := _problem(others[node], facts, here):
+            raise InputError(*problem)
+    lacking = {node: others[node] for node, facts in found.items() if facts.lacks_embedded}
     if lacking:
-        _send_embedded_base({node: others[node] for node in lacking})
+        print(f"sending the embedded base to {', '.join(lacking.values())}", flush=True)
+        _send_embedded_base(lacking, mine)
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A question to this process's node: what `check_nodes` asks, in case that it has joined since.
+
+    versions: of the driver. driver: the id of its node, which has what others may lack.
+    """
+
+    needs: Needs
+    versions: Mapping[str, str]
+    driver: str
+
+    def __call__(self) -> tuple[str, str] | None:
+        """Return what is to blame and why this node can't do its part, or None; bring the embedded base."""
+        node = ray.get_runtime_context().get_node_id()
+        if node == self.driver:
+            return None
+        facts = _facts_here(self.needs, node, self.driver)
+        address = next(
+            (str(one["NodeManagerAddress"]) for one in nodes_for({}) if one["NodeID"] == node), node
+        )
+        problem = _problem(address, facts, self.versions)
+        if problem is None and facts.lacks_embedded:
+            _bring_embedded_base(self.driver)
+        return problem
+
+
+def joining(needs: Needs) -> Joining:
+    """Return the question to nodes that join later, as this process, the driver, would ask it."""
+    return Joining(needs, versions_here(), ray.get_runtime_context().get_node_id())
 
 
 def versions_here() -> dict[str, str]:
@@ -109,18 +136,21 @@ def versions_here() -> dict[str, str]:
     return found
 
 
-def _compare(address: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+def _problem(address: str, facts: NodeFacts, here: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return what is to blame and why the node of an address can't do its part; None if it can."""
     for name, own in here.items():
-        other = there.get(name, "")
-        if not own:
+        there = facts.versions.get(name, "")
+        if not own or there == own:
             continue
-        if not other:
-            raise InputError(f"node {address}", f"has no {name}; install {name}=={own} there")
-        if other != own:
-            mend = "use one version on all nodes"
-            if name not in (*_PACKAGES, "Python"):
-                mend = "run the command as a job with --working-dir, which brings its own"
-            raise InputError(f"node {address}", f"has {name} {other}, but here it is {own}; {mend}")
+        if not there:
+            return f"node {address}", f"has no {name}; install {name}=={own} there"
+        mend = "use one version on all nodes"
+        if name not in (*_PACKAGES, "Python"):
+            mend = "run the command as a job with --working-dir, which brings its own"
+        return f"node {address}", f"has {name} {there}, but here it is {own}; {mend}"
+    for where, problem in facts.problems:
+        return (where, f"the node {address} {problem}") if where else (f"node {address}", problem)
+    return None
 
 
 def _code_digest() -> str:
@@ -130,9 +160,9 @@ def _code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _ask(nodes: Mapping[str, str], needs: Needs) -> dict[str, NodeFacts]:
+def _ask(nodes: Mapping[str, str], needs: Needs, driver: str) -> dict[str, NodeFacts]:
     """Ask nodes (addresses by id), all at once, and return what they say."""
-    asked = {_on(node, _facts_here).remote(needs, node): node for node in nodes}
+    asked = {_on(node, _facts_here).remote(needs, node, driver): node for node in nodes}
     ended, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS_TO_ANSWER)
     found, problems = dict[str, NodeFacts](), dict[str, str]()
     for reply in ended:
@@ -162,8 +192,8 @@ def _on(node: str, work: Any) -> Any:
     return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=on_node(node))
 
 
-def _facts_here(needs: Needs, node: str) -> NodeFacts:
-    """Look at what this node has."""
+def _facts_here(needs: Needs, node: str, driver: str) -> NodeFacts:
+    """Look at what this node has. `node`, `driver`: the ids of this one and the driver's."""
     problems = list[tuple[str, str]]()
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < needs.temporary_bytes:
@@ -174,7 +204,7 @@ def _facts_here(needs: Needs, node: str) -> NodeFacts:
     is_embedded = needs.base == DEFAULT_BASE
     if not is_embedded and (problem := _base_problem(needs)):
         problems.append((needs.base, problem))
-    if needs.storage is not None and (problem := _storage_problem(needs.storage, node)):
+    if needs.storage is not None and (problem := _storage_problem(needs.storage, node, driver)):
         problems.append(("storage", problem))
     return NodeFacts(versions_here(), is_embedded and not has_embedded_base(), problems)
 
@@ -200,33 +230,40 @@ def _base_problem(needs: Needs) -> str:
     return ""
 
 
-def _storage_problem(place: str, node: str) -> str:
-    """Say why this node can't read and write at a place; nothing if it can."""
-    own = f"{_NAME}-{node}"
+def _storage_problem(place: str, node: str, driver: str) -> str:
+    """Say why this node can't read and write at a place, as the driver's does; nothing if it can."""
     try:
         storage = Storage.at(place)
-        with storage.filesystem.open_input_stream(f"{storage.path}/{_NAME}") as file:
-            file.read()
-        _write(storage, own)
-        storage.filesystem.delete_file(f"{storage.path}/{own}")
+        own = f"{storage.path}/{_NAME}-{node}"
+        with storage.filesystem.open_output_stream(own) as file:
+            file.write(b"here")
+        try:
+            why = (
+                ""
+                if ray.get(_on(driver, _is_seen).remote(place, f"{_NAME}-{node}"))
+                else "it is another place there"
+            )
+        finally:
+            storage.filesystem.delete_file(own)
     except Exception as error:  # whatever a store's library raises
-        return (
-            f"can't read and write at {place} ({first_line(error)}), where its trials would keep their "
-            "checkpoints; give a place that all nodes reach, such as --set storage=s3://BUCKET/PATH"
-        )
-    return ""
+        why = first_line(error)
+    if not why:
+        return ""
+    return (
+        f"can't read and write at {place} ({why}), where its trials would keep their "
+        "checkpoints; give a place that all nodes reach, such as --set storage=s3://BUCKET/PATH"
+    )
 
 
-def _write(storage: Storage, name: str) -> None:
-    with storage.filesystem.open_output_stream(f"{storage.path}/{name}") as file:
-        file.write(b"here")
+def _is_seen(place: str, name: str) -> bool:
+    """Tell whether this node sees a file at a place."""
+    storage = Storage.at(place)
+    return bool(storage.filesystem.get_file_info(f"{storage.path}/{name}").is_file)
 
 
-def _send_embedded_base(nodes: Mapping[str, str]) -> None:
-    """Send the embedded base to nodes (addresses by id), part by part, through Ray's object stores."""
-    print(f"sending the embedded base to {', '.join(nodes.values())}", flush=True)
-    files = [(path.name, _put_parts(path)) for path in sorted(embedded_base_folder().iterdir())]
-    replies = {node: _on(node, _receive_embedded_base).remote(files) for node in nodes}
+def _send_embedded_base(nodes: Mapping[str, str], driver: str) -> None:
+    """Have nodes (addresses by id) bring the embedded base from the driver's."""
+    replies = {node: _on(node, _bring_embedded_base).remote(driver) for node in nodes}
     problems = dict[str, str]()
     for node, reply in replies.items():
         try:
@@ -236,17 +273,20 @@ def _send_embedded_base(nodes: Mapping[str, str]) -> None:
     _blame_the_living(nodes, problems)
 
 
-def _put_parts(path: Any) -> list[Any]:
-    with open(path, "rb") as file:
-        return [ray.put(part) for part in iter(lambda: file.read(_PART_BYTES), b"")]
+def _bring_embedded_base(driver: str) -> None:
+    """Bring the embedded base here from the driver's node, part by part, through Ray's object stores."""
+    stream = _on(driver, _embedded_parts).options(num_returns="streaming").remote()
+    parts = (ray.get(reference) for reference in stream)
+    files = groupby(parts, itemgetter(0))
+    write_embedded_base((name, (part for _, part in of_file)) for name, of_file in files)
 
 
-def _receive_embedded_base(files: Sequence[tuple[str, Sequence[Any]]]) -> None:
-    def parts(references: Sequence[Any]) -> Iterator[bytes]:
-        for reference in references:
-            yield ray.get(reference)
-
-    write_embedded_base((name, parts(references)) for name, references in files)
+def _embedded_parts() -> Iterator[tuple[str, bytes]]:
+    """Yield the parts of this node's embedded base, with the names of their files."""
+    for path in sorted(embedded_base_folder().iterdir()):
+        with open(path, "rb") as file:
+            for part in iter(lambda file=file: file.read(_PART_BYTES), b""):  # type: ignore[misc]
+                yield path.name, part
 
 
 def _last_line(error: BaseException) -> str:

@@ -42,7 +42,7 @@ from tuning.sweep import (
     run_sweep,
 )
 from tuning.sweep_plan import SweepPlan, make_sweep_plan
-from workflows.cluster.nodes import Needs, check_nodes
+from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
 from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.folder import SweepFolder
@@ -84,7 +84,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     sweep = replace(sweep, space=prepared.space)
     devices = _found_devices(sweep, inputs, started)
     plan = _make_plan(prepared, devices, started.num_devices())
-    check_nodes(started.shares, _needs(sweep, inputs, plan))
+    needs = _needs(sweep, inputs, plan)
+    check_nodes(started.shares, needs)
     check_room(sweep.storage, int(plan.mean_disk_bytes * _share_to_come(sweep)))
     words = inputs.sets.words
     print(describe_plan(sweep.space, prepared.train, prepared.public, words, plan, len(devices)), flush=True)
@@ -94,7 +95,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
     if not _is_trained(sweep):
-        begin_hosts(hosts, prepared.host_data(plan.budgets))
+        begin_hosts(hosts, prepared.host_data(plan.budgets, joining(needs)))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep)  # while hosts measure
