@@ -197,7 +197,7 @@ def test_a_seeded_sample_survives_a_resume(tiny_base, many, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    finish(infer(tiny_base, many, whole / "out.json", *sampling), code=4)
+    finish(infer(tiny_base, many, whole / "out.json", *sampling, "--resume"), code=4)  # of nothing: it begins
     first = infer(tiny_base, many, parts / "out.json", *sampling)
     wait_for_rows(parts, 20)
     os.kill(first.pid, signal.SIGKILL)

@@ -49,6 +49,7 @@ BASES = {
     "PythonModel",
     "argparse.ArgumentParser",
     "yaml.SafeLoader",
+    "Searcher",
 }
 
 

@@ -31,7 +31,7 @@ def run_trial(config: dict[str, Any], hosts: Hosts) -> None:
         try:
             steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoint, notes))
         except UnfitNodeError as error:
-            leave_my_node_out(hosts, first_line(error))
+            leave_my_node_out(hosts, first_line(getattr(error, "cause", error)))  # without Ray's words
             raise
     try:
         for step in steps:

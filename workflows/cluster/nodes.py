@@ -187,9 +187,12 @@ def _blame_the_living(nodes: Mapping[str, str], problems: Mapping[str, str]) -> 
             raise InputError(f"node {nodes[node['NodeID']]}", problem)
 
 
-def _on(node: str, work: Any) -> Any:
-    """Return a task of Ray's that does a piece of work on a node, whatever else is done there."""
-    return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=on_node(node))
+def _on(node: str, work: Any, **more: Any) -> Any:
+    """Return a task of Ray's that does a piece of work on a node, whatever else is done there.
+
+    `more`: options of the task.
+    """
+    return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=on_node(node), **more)
 
 
 def _facts_here(needs: Needs, node: str, driver: str) -> NodeFacts:
@@ -275,7 +278,7 @@ def _send_embedded_base(nodes: Mapping[str, str], driver: str) -> None:
 
 def _bring_embedded_base(driver: str) -> None:
     """Bring the embedded base here from the driver's node, part by part, through Ray's object stores."""
-    stream = _on(driver, _embedded_parts).options(num_returns="streaming").remote()
+    stream = _on(driver, _embedded_parts, num_returns="streaming").remote()
     parts = (ray.get(reference) for reference in stream)
     files = groupby(parts, itemgetter(0))
     write_embedded_base((name, (part for _, part in of_file)) for name, of_file in files)

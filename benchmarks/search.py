@@ -1,0 +1,243 @@
+"""Searchers and schedulers played against the search table: GPU-seconds until they are near its best.
+
+    python benchmarks/search.py [--seeds 1000]
+
+On a CPU, in minutes; nothing is trained. Configurations of the table are split in two halves: what is
+designed here is designed on one (--half design) and judged on the other. Each searcher goes on until its best
+public perplexity is within 1 % of the half's best, or it has had all of the half's configurations: a run that
+never came there counts with its whole time, and `reached` says what share of runs did. The baseline is random
+search under ASHA, as search_spaces/wide.yaml has it.
+"""
+
+import argparse
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import optuna
+import yaml
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from benchmarks.commands import ROOT
+from benchmarks.report import print_report
+from benchmarks.search_table import make
+from benchmarks.search_table.replay import METRIC, Costs, Played, play
+from benchmarks.search_table.table import Row, read_table
+from tuning.space import Asha
+
+NEAR = 1.01  # of the best
+_MOST_SECONDS = 3000.0
+
+
+class RandomSearch(Searcher):
+    """Independent draws."""
+
+    def __init__(self, space: dict[str, Any], seed: int):
+        super().__init__(METRIC, "min")
+        self._space, self._random = space, np.random.RandomState(seed)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Return the next draw."""
+        return {key: domain.sample(random_state=self._random) for key, domain in self._space.items()}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Learn nothing."""
+
+
+class TpeHyperband(Searcher):
+    """Optuna's own: TPE that is told of pruned trials as pruned, under its Hyperband.
+
+    Its study stops trials, too, through `Pruning`.
+    """
+
+    def __init__(self, space: dict[str, Any], seed: int):
+        super().__init__(METRIC, "min")
+        self.study = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
+            pruner=optuna.pruners.HyperbandPruner(min_resource=6, max_resource=100, reduction_factor=4),
+        )
+        self._space = OptunaSearch.convert_search_space(space)
+        self.trials: dict[str, optuna.Trial] = {}
+        self.pruned: set[str] = set()
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Ask the study."""
+        self.trials[trial_id] = self.study.ask(self._space)
+        return dict(self.trials[trial_id].params)
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Tell the study, of a pruned trial that it is one."""
+        pruned = trial_id in self.pruned
+        state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
+        self.study.tell(self.trials[trial_id], None if pruned else result[METRIC], state=state)
+
+
+class Pruning(TrialScheduler):
+    """A scheduler that asks the pruner of a `TpeHyperband`'s study."""
+
+    def __init__(self, searcher: TpeHyperband):
+        super().__init__()
+        self._searcher = searcher
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take in a trial."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ask the study's pruner."""
+        of_study = self._searcher.trials[trial.trial_id]
+        of_study.report(result[METRIC], round(result["schedule_percent"]))
+        if not of_study.should_prune():
+            return str(TrialScheduler.CONTINUE)
+        self._searcher.pruned.add(trial.trial_id)
+        return str(TrialScheduler.STOP)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Take in a trial's end."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Take in that a trial failed."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Forget a trial."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Choose none: the replay begins trials itself."""
+
+    def debug_string(self) -> str:
+        """Describe nothing."""
+        return ""
+
+
+def main() -> None:
+    """Play, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--half", choices=("design", "judged"), default="judged")
+    parser.add_argument("--together", type=int, default=16, help="trials on the GPU at once")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    found = {}
+    for name in arguments.only:
+        one = partial(play_once, name, arguments.half, arguments.together)
+        with ProcessPoolExecutor(arguments.processes) as pool:
+            played = list(pool.map(one, range(arguments.seeds), chunksize=8))
+        found[name] = summary(played, arguments.half)
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    ours, baseline = arguments.only[-1], arguments.only[0]
+    print_report(
+        "search",
+        found[ours]["median_seconds"],
+        found[baseline]["median_seconds"],
+        "GPU-seconds to within 1 %",
+        {**vars(arguments), "ours": ours, "found": found},
+        higher_is_better=False,
+    )
+
+
+def play_once(name: str, half: str, together: int, seed: int) -> Played:
+    """Play a contender with a seed."""
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("ray.tune.search").setLevel(logging.ERROR)
+    rows, costs = rows_of(half), _costs()
+    searcher, scheduler, rungs = CONTENDERS[name](seed)
+    return play(rows, costs, searcher, scheduler, rungs, together, _MOST_SECONDS, best_of(half) * NEAR)
+
+
+@lru_cache
+def rows_of(half: str) -> list[Row]:
+    """Return the rows of a half: every other configuration, the first seed of each."""
+    parity = 0 if half == "design" else 1
+    return [row for row in read_table().rows if row.seed == 0 and row.number % 2 == parity]
+
+
+@lru_cache
+def best_of(half: str) -> float:
+    """Return the best public perplexity of a half, wherever on a curve."""
+    return min(point.public_perplexity for row in rows_of(half) for point in row.points)
+
+
+@lru_cache
+def _costs() -> Costs:
+    return Costs.of(read_table())
+
+
+def summary(played: list[Played], half: str) -> dict[str, float]:
+    """Return what of the runs is told."""
+    near = best_of(half) * NEAR
+    seconds = np.array([min(one.seconds_to(near), one.ended) for one in played])
+    return {
+        "reached": sum(math.isfinite(one.seconds_to(near)) for one in played) / len(played),
+        "median_seconds": round(float(np.median(seconds)), 1),
+        "p90_seconds": round(float(np.quantile(seconds, 0.9)), 1),
+        **{
+            f"median_regret_at_{budget}": round(
+                float(np.median([math.log(min(one.best_at(budget), 1e3) / best_of(half)) for one in played])),
+                4,
+            )
+            for budget in (30, 60, 120, 240)
+        },
+    }
+
+
+def space() -> dict[str, Any]:
+    """Return the ranges of the table as Ray Tune's param_space."""
+    return {
+        "learning_rate": tune.loguniform(*make.RATES),
+        "lora_r": tune.choice(list(make.RANKS)),
+        "lora_alpha": tune.choice(list(make.ALPHAS)),
+        "lora_dropout": tune.uniform(0, make.MOST_DROPOUT),
+        "schedule": tune.choice(list(make.SCHEDULES)),
+        "epochs": tune.choice(list(make.EPOCHS)),
+    }
+
+
+def _wide() -> Asha:
+    content = yaml.safe_load((ROOT / "search_spaces/wide.yaml").read_text(encoding="utf-8"))
+    return Asha.model_validate(content["scheduler"])
+
+
+def _asha(settings: Asha) -> ASHAScheduler:
+    return ASHAScheduler(**settings.model_dump(exclude={"type"}))
+
+
+Contender = Callable[[int], tuple[Searcher, TrialScheduler, Asha]]
+
+
+def _random(seed: int) -> tuple[Searcher, TrialScheduler, Asha]:
+    return RandomSearch(space(), seed), _asha(_wide()), _wide()
+
+
+def _optuna(seed: int) -> tuple[Searcher, TrialScheduler, Asha]:
+    return OptunaSearch(space(), metric=METRIC, mode="min", seed=seed), _asha(_wide()), _wide()
+
+
+def _hyperband(seed: int) -> tuple[Searcher, TrialScheduler, Asha]:
+    searcher = TpeHyperband(space(), seed)
+    return searcher, Pruning(searcher), _wide()
+
+
+CONTENDERS: dict[str, Contender] = {
+    "random + ASHA": _random,
+    "Optuna + ASHA": _optuna,
+    "Optuna's TPE + Hyperband": _hyperband,
+}
+
+
+if __name__ == "__main__":
+    main()

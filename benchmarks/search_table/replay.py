@@ -1,0 +1,211 @@
+"""Owns a sweep that is played against the search table: who trains when, what it costs, what is best so far.
+
+Searchers and schedulers are asked through Ray Tune's own interfaces. A proposal is answered by the nearest
+configuration that is not used yet, whose curve then is the trial's. Trials on one GPU take their steps
+together: a step of n costs what the table's own steps of n trials took. Refuses to know who searches.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from benchmarks.search_table.table import Row, Table
+from qlora.config import parse_stages
+from qlora.training import Timetable
+from tuning.evaluation_steps import evaluation_steps
+from tuning.space import Asha
+
+METRIC = "public_perplexity"
+_PATIENCE = 200  # proposals of nothing, from a searcher that waits for results
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The seconds of a GPU: of a step, besides those of each trial in it, and of an evaluation."""
+
+    step: float
+    step_of_trial: float
+    evaluation: float
+
+    @classmethod
+    def of(cls, table: Table) -> "Costs":
+        """Fit the cost of steps to the table's: a tenth of them took less, undisturbed by other processes."""
+        took: dict[int, list[float]] = {}
+        for facts in table.facts:
+            for count, _, _, seconds in facts["costs"]:
+                took.setdefault(int(count), []).append(seconds)
+        counts = [count for count, seconds in took.items() if len(seconds) > 100]
+        quick = [float(np.quantile(took[count], 0.1)) for count in counts]
+        slope, fixed = np.polyfit(counts, quick, 1, w=1 / np.array(quick))
+        evaluation = statistics.median(point.evaluation_seconds for row in table.rows for point in row.points)
+        return cls(max(0.0, float(fixed)), float(slope), evaluation)
+
+
+@dataclass
+class Trial:
+    """A trial in play. step: optimizer steps that it has done. stops: steps at which it is yet evaluated."""
+
+    trial_id: str
+    row: Row
+    timetable: Timetable
+    stops: list[int]
+    step: int = 0
+    evaluations: int = 0
+
+    def perplexity(self) -> float:
+        """Return the public perplexity at its step, in between two of its points by logarithms."""
+        points = self.row.points
+        steps = [point.step for point in points]
+        logs = [math.log(min(point.public_perplexity, 1e4)) for point in points]
+        return math.exp(float(np.interp(self.step, steps, logs)))
+
+    def result(self) -> dict[str, Any]:
+        """Return what it reports."""
+        self.evaluations += 1
+        return {
+            "trial_id": self.trial_id,
+            "step": self.step,
+            "training_iteration": self.evaluations,
+            "epoch": self.timetable.epochs_at(self.step),
+            "schedule_percent": self.timetable.percent_at(self.step),
+            METRIC: self.perplexity(),
+        }
+
+
+@dataclass(frozen=True)
+class Played:
+    """A sweep that was played: when the best public perplexity so far got better (seconds), and to what.
+
+    ended: seconds at its end.
+    """
+
+    seconds: tuple[float, ...]
+    best: tuple[float, ...]
+    ended: float
+
+    def best_at(self, seconds: float) -> float:
+        """Return the best perplexity that was known after so many seconds; infinity before there is one."""
+        known = [best for when, best in zip(self.seconds, self.best, strict=True) if when <= seconds]
+        return known[-1] if known else math.inf
+
+    def seconds_to(self, perplexity: float) -> float:
+        """Return after how many seconds a perplexity was reached; infinity if it never was."""
+        reached = [when for when, best in zip(self.seconds, self.best, strict=True) if best <= perplexity]
+        return reached[0] if reached else math.inf
+
+
+@dataclass
+class _Play:
+    rows: list[Row]
+    costs: Costs
+    searcher: Searcher
+    scheduler: TrialScheduler
+    rungs: Asha
+    together: int
+    most_seconds: float
+    enough: float
+    now: float = 0.0
+    count: int = 0
+    running: list[Trial] = field(default_factory=list)
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+    def run(self) -> Played:
+        idle = 0
+        while self.now < self.most_seconds and idle < _PATIENCE:
+            while len(self.running) < self.together and self.rows:
+                if not self._begin():
+                    break
+            if not self.running:
+                if not self.rows:
+                    break
+                idle += 1
+                continue
+            idle = 0
+            self._advance()
+            if self.history and self.history[-1][1] <= self.enough:
+                break
+        seconds, best = zip(*self.history, strict=True) if self.history else ((), ())
+        return Played(tuple(seconds), tuple(best), self.now)
+
+    def _begin(self) -> bool:
+        trial_id = f"t{self.count:05d}"
+        proposal = self.searcher.suggest(trial_id)
+        if not isinstance(proposal, dict):
+            return False
+        self.count += 1
+        row = min(self.rows, key=lambda row: distance(row.config, proposal))
+        self.rows.remove(row)
+        stages = parse_stages(row.config["epochs"])
+        timetable = Timetable(row.points[-1].step // sum(stages), stages)
+        trial = Trial(trial_id, row, timetable, sorted(evaluation_steps(timetable, self.rungs, 1)))
+        self.scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial_id))  # type: ignore[arg-type]
+        self.running.append(trial)
+        return True
+
+    def _advance(self) -> None:
+        """Let all take their steps up to the next evaluation of any."""
+        steps = min(trial.stops[0] - trial.step for trial in self.running)
+        self.now += steps * (self.costs.step + self.costs.step_of_trial * len(self.running))
+        for trial in self.running:
+            trial.step += steps
+        for trial in [trial for trial in self.running if trial.step == trial.stops[0]]:
+            trial.stops.pop(0)
+            self.now += self.costs.evaluation
+            self._report(trial)
+
+    def _report(self, trial: Trial) -> None:
+        result = trial.result()
+        if not self.history or result[METRIC] < self.history[-1][1]:
+            self.history.append((self.now, result[METRIC]))
+        stand_in: Any = SimpleNamespace(trial_id=trial.trial_id)
+        nobody: Any = None
+        decision = self.scheduler.on_trial_result(nobody, stand_in, result)
+        if decision == TrialScheduler.CONTINUE and trial.stops:
+            self.searcher.on_trial_result(trial.trial_id, result)
+            return
+        self.scheduler.on_trial_complete(nobody, stand_in, result)
+        self.searcher.on_trial_complete(trial.trial_id, result)
+        self.running.remove(trial)
+
+
+def play(
+    rows: Sequence[Row],
+    costs: Costs,
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    rungs: Asha,
+    together: int,
+    most_seconds: float = math.inf,
+    enough: float = 0.0,
+) -> Played:
+    """Play a sweep against rows, each used once at most, until all are, or a time or perplexity is reached.
+
+    rungs: what says, with each epoch's end, when trials are evaluated. together: trials on the GPU at once.
+    """
+    searcher.set_search_properties(METRIC, "min", {})
+    scheduler.set_search_properties(METRIC, "min")
+    return _Play(list(rows), costs, searcher, scheduler, rungs, together, most_seconds, enough).run()
+
+
+def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Return how far two configurations are from each other, by what moves a perplexity most.
+
+    A factor of two in the rate counts as much as one in the epochs.
+    """
+    parts = [math.log2(one[key] / other[key]) * weight for key, weight in _WEIGHTS.items()]
+    stages = parse_stages(one["epochs"]), parse_stages(other["epochs"])
+    parts.append(math.log2(sum(stages[0]) / sum(stages[1])))
+    parts.append(0.25 * (len(stages[0]) - len(stages[1])))
+    parts.append(5 * (one["lora_dropout"] - other["lora_dropout"]) / 10)
+    parts.append(0.25 * (one["schedule"] != other["schedule"]))
+    return sum(part * part for part in parts)
+
+
+_WEIGHTS = {"learning_rate": 1.0, "lora_alpha": 0.5, "lora_r": 0.25}
