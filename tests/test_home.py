@@ -244,6 +244,20 @@ def test_an_output_at_a_uri_is_kept_there_with_what_lies_beside_it(tmp_path, mon
     assert [path.name for path in there.iterdir()] == ["out.jsonl"]
 
 
+def test_an_output_is_at_its_uri_before_anyone_is_told_of_it(tmp_path):
+    there = tmp_path / "there"
+    with open_output(f"{there.as_uri()}/out.jsonl", ()) as output:
+        write_text(output.path, "all")
+        output.settle()
+        assert (there / "out.jsonl").read_text() == "all"
+        (there / "out.jsonl").unlink()
+        (there / "out.jsonl").mkdir()
+        write_text(output.path, "more")
+        with pytest.raises(StoppedError, match=r"can't be written to .*; what it lacks is in "):
+            output.settle()
+        (there / "out.jsonl").rmdir()
+
+
 def test_one_job_at_a_time_writes_an_output_at_a_uri(tmp_path, monkeypatch):
     place = f"{tmp_path.as_uri()}/out.json"
     refused = pytest.raises(InputError, match="being worked on")

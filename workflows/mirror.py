@@ -65,7 +65,7 @@ class Mirror:
         self._here: dict[str, _Stamp] = {}  # what was fetched or sent, as it was here
         self._not_before: dict[str, float] = {}  # when a file that takes long may be sent again
         self._folders: set[str] = set()  # that are there
-        self._ended, self._is_open = threading.Event(), True
+        self._ended, self._is_open, self._sending = threading.Event(), True, threading.Lock()
         self._failure: Exception | None = None
         with asking(place, "can't be reached"):
             storage = Storage.at(place)
@@ -110,11 +110,22 @@ class Mirror:
         finally:
             self._is_open = False  # nothing is written once the place is another's to take
 
+    def settle(self) -> None:
+        """Have all that is here at the place, now. Raises StoppedError if it can't be."""
+        try:
+            self._send_all()
+        except (OSError, ArrowException) as error:
+            raise StoppedError(self._why_not(error)) from error
+
     def send(self, is_last: bool = False) -> None:
         """Send now what changed here, all of it if `is_last`.
 
         Raises OSError or ArrowException if it can't be.
         """
+        with self._sending:
+            self._send(is_last)
+
+    def _send(self, is_last: bool) -> None:
         gone = self._gone() if self._removes else set()  # looked at first: what took its place is in the scan
         changed, now = self._changed(), time.monotonic()
         names = [name for name in changed if is_last or self._not_before.get(name, 0) <= now]
@@ -138,8 +149,10 @@ class Mirror:
             thread.join()
         if self._failure is None:
             return ""
-        why = f"{self.place} can't be written to ({first_line(self._failure)})"
-        return f"{why}; what it lacks is in {self.folder}"
+        return self._why_not(self._failure)
+
+    def _why_not(self, error: Exception) -> str:
+        return f"{self.place} can't be written to ({first_line(error)}); what it lacks is in {self.folder}"
 
     def _send_on(self) -> None:
         try:
@@ -147,13 +160,16 @@ class Mirror:
                 with suppress(OSError, ArrowException):  # away for a moment: tried again, and told at the end
                     if self._is_open and self._may_write():
                         self.send()
-            if self._is_open and self._may_write():
-                self.send(is_last=True)
-            elif self._changed():
-                raise OSError("it was not reached for a while, in which another process may have taken it")
+            self._send_all()
             self.has_unsent = False
         except Exception as error:
             self._failure = error
+
+    def _send_all(self) -> None:
+        if self._is_open and self._may_write():
+            self.send(is_last=True)
+        elif self._changed():
+            raise OSError("it was not reached for a while, in which another process may have taken it")
 
     def _files(self) -> Iterator[tuple[str, _Stamp]]:
         for path in self.folder.rglob("*"):

@@ -5,7 +5,7 @@ Loads nothing heavy where there is no URI. Refuses to know what is kept there.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +66,15 @@ def open_results(*names: str, only: Sequence[str] = ()) -> Iterator[Results]:
 
 @dataclass(frozen=True)
 class Output:
-    """An output file. path: where to write it. place: the path or URI where it is then."""
+    """An output file.
+
+    path: where to write it. place: the path or URI where it is then. settle: called when it is written, to
+    have it there before others are told; raises StoppedError if that can't be.
+    """
 
     path: Path
     place: str
+    settle: Callable[[], None] = lambda: None
 
 
 def output_folder(name: str) -> Path:
@@ -107,7 +112,7 @@ def open_output(name: str, sources: Sequence[str]) -> Iterator[Output]:
     names = (last, f"{last}.errors.json", f"{last}.meta.json", f".{last}.work")
     copy = _copy_of(parent, Path("output"), names, removes=True)
     with copy as mirror, leased(below(parent, f".{last}.lease")), mirror.kept():
-        yield Output(mirror.folder / last, place)
+        yield Output(mirror.folder / last, place, mirror.settle)
 
 
 @contextmanager
