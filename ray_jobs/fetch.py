@@ -50,8 +50,10 @@ def main() -> None:
         print(aligned([_HEAD, *rows]) if rows else f"nothing is kept under {home_place(RESULTS)}")
     elif arguments.remove:
         name = _checked(arguments.remove, "--remove")
-        remove(name)
+        left = remove(name)
         print(f"removed     {home_place(RESULTS, *name.split('/'))}")
+        if left:
+            print(f"note        {left}")
     else:
         target = expanded(arguments.to)
         check_writable(target)

@@ -421,6 +421,15 @@ def test_what_was_removed_from_the_home_meanwhile_is_not_gone_on_with(place):
     assert [path.name for path in (place / "results/quick").rglob("*") if path.is_file()] == ["1.json"]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_sweep_is_removed_with_a_word_on_what_may_be_left(content, place):
+    write_text(place / "results/cut/sweep.json", content)
+    assert remove("cut") == (
+        "sweep.json is damaged: checkpoints that the sweep kept in a storage of its own are there"
+    )
+    assert not (place / "results/cut").exists()
+
+
 def test_the_lease_that_another_took_and_gave_back_is_lost(place, monkeypatch):
     def work() -> None:
         with open_results("quick") as results, results.held():

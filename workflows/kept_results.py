@@ -71,15 +71,21 @@ def fetch(name: str, target: Path) -> Path:
     return folder
 
 
-def remove(name: str) -> None:
-    """Remove a sweep or a study with all its checkpoints.
+def remove(name: str) -> str:
+    """Remove a sweep or a study with all its checkpoints; return what may be left of it elsewhere, or "".
 
     Raises InputError if there is none of this name, and if a process works on it.
     """
+    left = ""
     with open_results(*name.split("/"), only=(_SWEEP, _STUDY)) as results:
         places = [results.place]
         if (results.path / _SWEEP).is_file():
-            storage = (_read(results.path / _SWEEP).get("space") or {}).get("storage")
+            found = _read(results.path / _SWEEP)
+            if not found:
+                left = (
+                    f"{_SWEEP} is damaged: checkpoints that the sweep kept in a storage of its own are there"
+                )
+            storage = (found.get("space") or {}).get("storage")
             places = [below(storage, results.path.name), *places] if storage else places
         elif not (results.path / _STUDY).is_file():
             raise _no_such(name)
@@ -87,6 +93,7 @@ def remove(name: str) -> None:
             for place in places:
                 with asking(place, "can't be removed"):
                     _delete(Storage.at(place))
+    return left
 
 
 def _delete(place: Storage) -> None:
