@@ -110,7 +110,7 @@ def _cpu_seconds() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def idle_trial(config: dict[str, Any], hosts: object = None) -> None:
+def idle_trial(config: dict[str, Any], hosts: object = None, shares: object = None) -> None:
     """Report the points of a curve, and do nothing for them."""
     for number in range(1, _POINTS + 1):
         tune.report(

@@ -161,9 +161,12 @@ def play_once(name: str, half: str, together: int, seed: int) -> Played:
 
 @lru_cache
 def rows_of(half: str) -> list[Row]:
-    """Return the rows of a half: every other configuration, the first seed of each."""
+    """Return the rows of a half, the first seed of each configuration.
+
+    Two of every four: neighbours in a Sobol sequence lie in different halves of a range.
+    """
     parity = 0 if half == "design" else 1
-    return [row for row in read_table().rows if row.seed == 0 and row.number % 2 == parity]
+    return [row for row in read_table().rows if row.seed == 0 and row.number // 2 % 2 == parity]
 
 
 @lru_cache

@@ -87,8 +87,8 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
             show_line(str(progress), progress.num_done == progress.num_rows)
 
     def record(job_id: str, result: JobResult) -> None:
-        output.settle()
         if model.registered:
+            output.settle()
             prompt, source = model.prompt.name, joined(arguments.input)
             note_prediction(model.registered, job_id, result, decoding, source, output, prompt)
 

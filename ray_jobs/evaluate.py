@@ -99,6 +99,7 @@ def _evaluate(arguments: argparse.Namespace, output: Output) -> str:
 
     write_json(output.path, result)
     if model_choice.registered is not None:
+        output.settle()
         from tracking.registry import note_use
 
         told = {key: settings[key] for key in ("data", "data_digest", "prompt", "shots")}

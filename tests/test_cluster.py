@@ -175,7 +175,7 @@ def test_an_unfit_node_that_joins_later_costs_no_trial(project, tmp_path, lacks)
         nodes.add(cpus=1)
         process = command(project, "tune", *arguments, env={"RAY_ADDRESS": nodes.address, "PYTHONPATH": ""})
         wait_for(lambda: any(one["curve"] for one in ledger(project, lacks).values()), process)
-        nodes.add(covered[lacks], cpus=1)
+        nodes.add(covered[lacks], cpus=3)
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     why = {"base": "the node \\S+ has no such folder;", "version": "has peft 0\\.1\\.0, but here it is"}

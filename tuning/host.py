@@ -43,9 +43,7 @@ class SweepData:
     """The data that every trial of a sweep works on, sent to the hosts once.
 
     budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from;
-    None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens. unfit:
-    asked on a host's node before the base loads there; returns what is to blame and why it can't do its
-    part, or None.
+    None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens.
     """
 
     space: Space
@@ -54,7 +52,6 @@ class SweepData:
     budget_tokens: int | None = None
     start: AdapterFiles | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
-    unfit: Callable[[], tuple[str, str] | None] = lambda: None
 
 
 @dataclass

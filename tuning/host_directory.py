@@ -5,122 +5,27 @@ actor makes the hosts, so that they outlive trials and end with the sweep; a hos
 it is asked for. Loads nothing heavy.
 """
 
-import importlib
-import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tuning.device import Device, this_device
+from tuning.host_actor import HostActor
 from tuning.placement import my_device, nodes_for, on_node, options, this_node
 
 if TYPE_CHECKING:
-    from tuning.host import Host, SweepData
+    from tuning.host import SweepData
 
 _MOST_TRIALS = 64  # of a host at once
-_SECONDS_TO_QUEUE = 1.0
-
-
-class UnfitNodeError(RuntimeError):
-    """A node that can't do its part, whichever trial comes."""
+_SECONDS_TO_QUEUE, _SECONDS_TO_TELL = 1.0, 5.0
 
 
 class Occupant:
-    """A holder of all that trials could have of a node, so that they go elsewhere."""
-
-
-class HostActor:
-    """A tuning.host.Host in a process of its own.
-
-    The heavy libraries load there at once, and the base once there is a plan. `device`: a GPU's number or
-    "cpu".
-    """
-
-    def __init__(self, device: str, num_threads: int, data: "SweepData | None" = None):
-        # Ray's books give it none
-        os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
-        self._num_threads, self._begun = num_threads, threading.Event()
-        self._error: Exception | None = None
-        if data is not None:
-            self.begin(data)
-        else:
-            importlib.import_module("tuning.host")
-
-    def device(self) -> Device:
-        """Measure the device that there is to plan for, before `begin`."""
-        import torch
-
-        torch.set_num_threads(self._num_threads)
-        return replace(this_device(), num_cpus=self._num_threads)
-
-    def begin(self, data: "SweepData") -> None:
-        """Load the base; what is asked of the host waits for it."""
-        try:
-            from tuning.host import Host
-
-            if problem := data.unfit():
-                raise UnfitNodeError(": ".join(problem))
-            self._host = Host(data, self._num_threads)
-        # raised to whoever calls: an actor that fails to start would only say that it died
-        except Exception as error:
-            self._error = error
-        self._begun.set()
-
-    def _has_begun(self) -> bool:
-        return self._begun.is_set() and self._error is None
-
-    def _found(self) -> "Host":
-        self._begun.wait()
-        if self._error is not None:
-            raise self._error
-        return self._host
-
-    def zero_shot(self) -> list[float]:
-        """See Host."""
-        return self._found().zero_shot()
-
-    def attach(
-        self, trial_id: str, holder: str, config: dict[str, Any], checkpoint: str | None, notes: list[str]
-    ) -> list[int]:
-        """See Host."""
-        return self._found().attach(trial_id, holder, config, checkpoint, notes)
-
-    def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
-        """See Host. For a trial that diverged, `diverged` says why in place of metrics."""
-        from qlora.training import DivergedError
-
-        try:
-            return self._found().advance(trial_id, step, folder)
-        except DivergedError as error:
-            return {"diverged": str(error)}
-
-    def stop(self, storage_uri: str) -> int:
-        """See Host; a host that has not begun has nothing to keep."""
-        from tuning.checkpoints import Storage
-
-        return self._host.stop(Storage.at(storage_uri)) if self._has_begun() else 0
-
-    def detach(self, trial_id: str) -> None:
-        """See Host."""
-        self._found().detach(trial_id)
-
-    def seconds(self) -> dict[str, float]:
-        """See Host; a host that has not begun has done nothing."""
-        return self._found().seconds() if self._has_begun() else {}
-
-    def notes(self) -> list[str]:
-        """See Host; a host that has not begun has nothing to say."""
-        return self._found().notes() if self._has_begun() else []
-
-    def process_id(self) -> int:
-        """Return the host's process id."""
-        return os.getpid()
+    """A holder of what a trial could have of an unfit node, so that trials go elsewhere."""
 
 
 class HostDirectory:
@@ -128,19 +33,19 @@ class HostDirectory:
 
     def __init__(self) -> None:
         self._hosts, self._places = dict[tuple[str, str], Any](), dict[str, tuple[str, str]]()
-        self._data: list[Any] = []
-        self._left_out = dict[str, Any]()  # by node
-        self._notes: list[str] = []
+        self._orders: list[Any] = []
+        self._left_out = dict[str, str]()  # why, by node
+        self._occupants: list[Any] = []
 
     def host(
-        self, node: str, device: str, num_threads: int, trial_id: str | None, data: Sequence[Any]
+        self, node: str, device: str, num_threads: int, trial_id: str | None, orders: Sequence[Any]
     ) -> Any:
         """Return the living host of a device (a GPU's number or "cpu") of a node.
 
-        A trial that was elsewhere, as before its process was killed, loses its seat there. `data`: see
-        `begin`; empty before hosts have begun.
+        A trial that was elsewhere, as before its process was killed, loses its seat there. `orders`:
+        see `Hosts`.
         """
-        self._data = self._data or list(data)
+        self._orders = self._orders or list(orders)
         before = self._places.get(trial_id or "")
         if before is not None and before != (node, device) and before in self._hosts:
             self._hosts[before].detach.remote(trial_id)
@@ -151,36 +56,36 @@ class HostDirectory:
             found = (
                 ray.remote(HostActor)
                 .options(num_cpus=0, max_concurrency=_MOST_TRIALS, scheduling_strategy=on_node(node))
-                .remote(device, num_threads, *self._data)
+                .remote(device, num_threads, self._orders)
             )
             self._hosts[node, device] = found
         return found
 
-    def leave_out(self, node: str, device: str, why: str) -> None:
-        """Have trials go elsewhere than to an unfit node, once what they hold of it is free.
+    def leave_out(self, node: str, shares: Mapping[str, float], why: str) -> None:
+        """Have trials go elsewhere than to an unfit node: each share is taken as it falls free.
 
-        `device`: the kind that they have there, as in `host`. `why` is told with the other notes.
+        `shares`: what a trial asks Ray for. `why` is told with the other notes.
         """
         if node in self._left_out:
             return
-        resources: Mapping[str, float] = next(
+        self._left_out[node] = why
+        whole: Mapping[str, float] = next(
             (one["Resources"] for one in ray.nodes() if one["NodeID"] == node), {}
         )
-        kind = "CPU" if device == "cpu" else "GPU"
-        whole = {"CPU": 0.0, "GPU": 0.0, kind: resources.get(kind, 0.0)}
-        self._left_out[node] = (
-            ray.remote(Occupant).options(**options(whole), scheduling_strategy=on_node(node)).remote()
-        )
-        self._notes.append(f"{why}; trials went elsewhere")
+        count = min(int(whole.get(key, 0) / share + 1e-6) for key, share in shares.items() if share)
+        occupant = ray.remote(Occupant).options(**options(shares), scheduling_strategy=on_node(node))
+        self._occupants += [occupant.remote() for _ in range(min(count, _MOST_TRIALS))]
 
-    def begin(self, data: list[Any]) -> None:
-        """Have all hosts begin, those that are there and those to come.
+    def why_none_is_fit(self, shares: Mapping[str, float]) -> str:
+        """Say why the living nodes are unfit, if there are some and all are; nothing otherwise."""
+        living = [node["NodeID"] for node in nodes_for(shares)]
+        return self._left_out[living[0]] if living and set(living) <= self._left_out.keys() else ""
 
-        `data`: a reference to the SweepData, in a list so that Ray passes it on as it is.
-        """
-        self._data = data
+    def begin(self, orders: list[Any]) -> None:
+        """Have all hosts begin, those that are there and those to come. `orders`: see `Hosts`."""
+        self._orders = orders
         for host in self._hosts.values():
-            host.begin.remote(*data)
+            host.begin.remote(orders)
 
     def stop(self, storage_uri: str) -> int:
         """Have all living hosts keep where their trials stand; returns how many trials that were."""
@@ -204,7 +109,8 @@ class HostDirectory:
     def notes(self) -> list[str]:
         """Return what people should know of how the living hosts' work went, each thing once."""
         of_hosts = (note for notes in self._answers("notes") for note in notes)
-        return list(dict.fromkeys([*self._notes, *of_hosts]))
+        left_out = (f"{why}; trials went elsewhere" for why in self._left_out.values())
+        return list(dict.fromkeys([*left_out, *of_hosts]))
 
     def _answers(self, question: str) -> list[Any]:
         found = []
@@ -216,13 +122,14 @@ class HostDirectory:
 
 @dataclass(frozen=True)
 class Hosts:
-    """The hosts of a sweep, as its processes know them: the directory, and a reference to the SweepData.
+    """The hosts of a sweep, as its processes know them: the directory, and what they begin with.
 
-    data: empty before hosts begin.
+    orders: a question to their node, which returns what is to blame and why it can't do its part, or None;
+    and a reference to the SweepData, in this list so that Ray hands it on as it is. Empty before they begin.
     """
 
     directory: Any
-    data: list[Any] = field(default_factory=list)
+    orders: list[Any] = field(default_factory=list)
 
 
 def start_hosts() -> Hosts:
@@ -235,10 +142,12 @@ def start_hosts() -> Hosts:
     return Hosts(directory.remote())
 
 
-def begin_hosts(hosts: Hosts, data: "SweepData") -> None:
-    """Have hosts load their bases."""
-    hosts.data.append(ray.put(data))
-    ray.get(hosts.directory.begin.remote(hosts.data))
+def begin_hosts(
+    hosts: Hosts, data: "SweepData", unfit: Callable[[], tuple[str, str] | None] = lambda: None
+) -> None:
+    """Have hosts load their bases. `unfit`: see `Hosts`."""
+    hosts.orders.extend([unfit, ray.put(data)])
+    ray.get(hosts.directory.begin.remote(hosts.orders))
 
 
 def host_seconds(hosts: Hosts) -> dict[str, float]:
@@ -312,14 +221,20 @@ def _asking(shares: dict[str, float], question: str) -> Any:
 
 def host_of_my_device(hosts: Hosts, trial_id: str | None = None) -> Any:
     """Return the host of the device that this task, or the actor of a trial, holds a share of."""
-    return ray.get(hosts.directory.host.remote(*my_device(), trial_id, hosts.data))
+    return ray.get(hosts.directory.host.remote(*my_device(), trial_id, hosts.orders))
 
 
-def leave_my_node_out(hosts: Hosts, why: str) -> None:
+def leave_my_node_out(hosts: Hosts, shares: Mapping[str, float], why: str) -> None:
     """Have trials go elsewhere than to the node of this one, which has to end now."""
-    node, device, _ = my_device()
-    ray.get(hosts.directory.leave_out.remote(node, device, why))
+    ray.get(hosts.directory.leave_out.remote(my_device()[0], shares, why))
     time.sleep(_SECONDS_TO_QUEUE)  # Ray's node is to know who comes next
+
+
+def why_no_node_is_fit(hosts: Hosts, shares: Mapping[str, float]) -> str:
+    """Say why all nodes that trials could go to are unfit; nothing if one is not, or it can't be told."""
+    with suppress(ray.exceptions.RayError):
+        return str(ray.get(hosts.directory.why_none_is_fit.remote(shares), timeout=_SECONDS_TO_TELL))
+    return ""
 
 
 def _is_dead(host: Any) -> bool:

@@ -65,7 +65,7 @@ def run_sweep(
     for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
     screen = SweepScreen(space.num_trials, zero_shot)
-    trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts), shares)
+    trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts, shares=shares), shares)
     times_left = space.max_failures
     try:
         while not all_ended(space, list(ledger.records.values())):

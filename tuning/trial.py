@@ -16,11 +16,12 @@ from ray import tune
 from qlora.checkpoint_files import CheckpointError, verify_checkpoint
 from qlora.config import first_line
 from tuning.checkpoints import STOPPED, Storage
-from tuning.host_directory import Hosts, UnfitNodeError, host_of_my_device, leave_my_node_out
+from tuning.host_actor import UnfitNodeError
+from tuning.host_directory import Hosts, host_of_my_device, leave_my_node_out
 
 
-def run_trial(config: dict[str, Any], hosts: Hosts) -> None:
-    """Train one configuration from its last whole checkpoint on.
+def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) -> None:
+    """Train one configuration from its last whole checkpoint on. `shares`: what it asked Ray for.
 
     Each evaluation is reported with a checkpoint; that it diverged is reported, too, since trying again would
     only repeat it.
@@ -31,7 +32,9 @@ def run_trial(config: dict[str, Any], hosts: Hosts) -> None:
         try:
             steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoint, notes))
         except UnfitNodeError as error:
-            leave_my_node_out(hosts, first_line(getattr(error, "cause", error)))  # without Ray's words
+            leave_my_node_out(
+                hosts, shares, first_line(getattr(error, "cause", error))
+            )  # without Ray's words
             raise
     try:
         for step in steps:

@@ -35,6 +35,7 @@ _UNFINISHED = re.compile(r"(^|/)\.[^/]*\.part(/|$)|\.work/lock$")
 _NOT_RESULTS = ("ray", ".lock", "lease", "lease-probe")
 _OBJECT_STORES = ("s3", "gcs", "abfs")  # in which a file is there when it is whole, and not before
 _SECONDS, _THREADS, _CHUNK_BYTES = 1.0, 16, 1 << 22
+_TRIES = 5  # to send what has to be there
 _MOST_BUSY = 20  # a file is sent again after so many times the seconds that it took
 _Stamp = tuple[int, int]  # size in bytes, time in nanoseconds
 
@@ -111,11 +112,15 @@ class Mirror:
             self._is_open = False  # nothing is written once the place is another's to take
 
     def settle(self) -> None:
-        """Have all that is here at the place, now. Raises StoppedError if it can't be."""
-        try:
-            self._send_all()
-        except (OSError, ArrowException) as error:
-            raise StoppedError(self._why_not(error)) from error
+        """Have all that is here at the place, now. Raises StoppedError if it can't be within some tries."""
+        for left in reversed(range(_TRIES)):
+            try:
+                self._send_all()
+                return
+            except (OSError, ArrowException) as error:
+                if not left:
+                    raise StoppedError(f"{self.place} can't be written to ({first_line(error)})") from error
+                time.sleep(_SECONDS)
 
     def send(self, is_last: bool = False) -> None:
         """Send now what changed here, all of it if `is_last`.
@@ -149,10 +154,8 @@ class Mirror:
             thread.join()
         if self._failure is None:
             return ""
-        return self._why_not(self._failure)
-
-    def _why_not(self, error: Exception) -> str:
-        return f"{self.place} can't be written to ({first_line(error)}); what it lacks is in {self.folder}"
+        why = f"{self.place} can't be written to ({first_line(self._failure)})"
+        return f"{why}; what it lacks is in {self.folder}"
 
     def _send_on(self) -> None:
         try:

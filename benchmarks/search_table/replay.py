@@ -7,6 +7,7 @@ together: a step of n costs what the table's own steps of n trials took. Refuses
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from tuning.evaluation_steps import evaluation_steps
 from tuning.space import Asha
 
 METRIC = "public_perplexity"
+_WORST = 1e4  # perplexity that is told apart
 _PATIENCE = 200  # proposals of nothing, from a searcher that waits for results
 
 
@@ -62,9 +64,12 @@ class Trial:
     def perplexity(self) -> float:
         """Return the public perplexity at its step, in between two of its points by logarithms."""
         points = self.row.points
-        steps = [point.step for point in points]
-        logs = [math.log(min(point.public_perplexity, 1e4)) for point in points]
-        return math.exp(float(np.interp(self.step, steps, logs)))
+        place = bisect_left(points, self.step, key=lambda point: point.step)
+        after = points[min(place, len(points) - 1)]
+        before = points[max(place - 1, 0)]
+        share = (self.step - before.step) / max(1, after.step - before.step)
+        low, high = (math.log(min(one.public_perplexity, _WORST)) for one in (before, after))
+        return math.exp(low + (high - low) * min(1.0, share))
 
     def result(self) -> dict[str, Any]:
         """Return what it reports."""
@@ -103,7 +108,7 @@ class Played:
 
 @dataclass
 class _Play:
-    rows: list[Row]
+    rows: Sequence[Row]
     costs: Costs
     searcher: Searcher
     scheduler: TrialScheduler
@@ -116,14 +121,18 @@ class _Play:
     running: list[Trial] = field(default_factory=list)
     history: list[tuple[float, float]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._places = np.array([coordinates(row.config) for row in self.rows])
+        self._unused = np.ones(len(self.rows), dtype=bool)
+
     def run(self) -> Played:
         idle = 0
         while self.now < self.most_seconds and idle < _PATIENCE:
-            while len(self.running) < self.together and self.rows:
+            while len(self.running) < self.together and self._unused.any():
                 if not self._begin():
                     break
             if not self.running:
-                if not self.rows:
+                if not self._unused.any():
                     break
                 idle += 1
                 continue
@@ -140,14 +149,20 @@ class _Play:
         if not isinstance(proposal, dict):
             return False
         self.count += 1
-        row = min(self.rows, key=lambda row: distance(row.config, proposal))
-        self.rows.remove(row)
+        row = self._nearest(proposal)
         stages = parse_stages(row.config["epochs"])
         timetable = Timetable(row.points[-1].step // sum(stages), stages)
         trial = Trial(trial_id, row, timetable, sorted(evaluation_steps(timetable, self.rungs, 1)))
         self.scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial_id))  # type: ignore[arg-type]
         self.running.append(trial)
         return True
+
+    def _nearest(self, proposal: Mapping[str, Any]) -> Row:
+        """Return the unused row whose configuration is the nearest to a proposal; from now on it is used."""
+        distances = ((self._places - coordinates(proposal)) ** 2).sum(axis=1)
+        number = int(np.where(self._unused, distances, np.inf).argmin())
+        self._unused[number] = False
+        return self.rows[number]
 
     def _advance(self) -> None:
         """Let all take their steps up to the next evaluation of any."""
@@ -191,21 +206,23 @@ def play(
     """
     searcher.set_search_properties(METRIC, "min", {})
     scheduler.set_search_properties(METRIC, "min")
-    return _Play(list(rows), costs, searcher, scheduler, rungs, together, most_seconds, enough).run()
+    return _Play(rows, costs, searcher, scheduler, rungs, together, most_seconds, enough).run()
 
 
-def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """Return how far two configurations are from each other, by what moves a perplexity most.
+def coordinates(config: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
+    """Return where a configuration lies, such that a distance says how far it moves a perplexity.
 
     A factor of two in the rate counts as much as one in the epochs.
     """
-    parts = [math.log2(one[key] / other[key]) * weight for key, weight in _WEIGHTS.items()]
-    stages = parse_stages(one["epochs"]), parse_stages(other["epochs"])
-    parts.append(math.log2(sum(stages[0]) / sum(stages[1])))
-    parts.append(0.25 * (len(stages[0]) - len(stages[1])))
-    parts.append(5 * (one["lora_dropout"] - other["lora_dropout"]) / 10)
-    parts.append(0.25 * (one["schedule"] != other["schedule"]))
-    return sum(part * part for part in parts)
-
-
-_WEIGHTS = {"learning_rate": 1.0, "lora_alpha": 0.5, "lora_r": 0.25}
+    stages = parse_stages(config["epochs"])
+    return np.array(
+        [
+            math.log2(config["learning_rate"]),
+            0.5 * math.log2(config["lora_alpha"]),
+            0.25 * math.log2(config["lora_r"]),
+            math.log2(sum(stages)),
+            0.25 * len(stages),
+            0.5 * config["lora_dropout"],
+            0.25 * (config["schedule"] == "linear"),
+        ]
+    )

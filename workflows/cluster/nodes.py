@@ -12,9 +12,10 @@ Refuses to know what is kept there.
 
 import hashlib
 import platform
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -37,9 +38,10 @@ from tuning.checkpoints import Storage
 from tuning.placement import nodes_for, on_node
 from tuning.plan import gib
 
-_NAME = ".reach"  # and a node's id: what a kill leaves is written over
+_NAME = ".reach"  # of files that tell whether nodes see the same place; they are no results
 _PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow")
 _ROOMS = ("qlora", "tuning", "inference", "tracking", "workflows")
+_FEW_AHEAD = {"_generator_backpressure_num_objects": 4}  # parts of a base on their way
 _SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 180, 10, 16 << 20
 
 
@@ -71,16 +73,17 @@ class NodeFacts:
     problems: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
-def check_nodes(shares: Mapping[str, float], needs: Needs) -> None:
+def check_nodes(shares: Mapping[str, float], needs: Needs) -> set[str]:
     """Ask all nodes but this one that could hold what asks for `shares`; send the embedded base if need be.
 
-    Raises InputError naming the first that can't do its part, and what to do about it.
+    Returns the ids of nodes that can do their part, this one among them. Raises InputError naming the first
+    that can't, and what to do about it.
     """
     mine = ray.get_runtime_context().get_node_id()
     others = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in nodes_for(shares)}
     others.pop(mine, None)
     if not others:
-        return
+        return {mine}
     if needs.storage is not None:
         storage = Storage.at(needs.storage)
         storage.filesystem.create_dir(storage.path)
@@ -92,37 +95,46 @@ def check_nodes(shares: Mapping[str, float], needs: Needs) -> None:
     if lacking:
         print(f"sending the embedded base to {', '.join(lacking.values())}", flush=True)
         _send_embedded_base(lacking, mine)
+    return {mine, *found}
 
 
 @dataclass(frozen=True)
 class Joining:
     """A question to this process's node: what `check_nodes` asks, in case that it has joined since.
 
-    versions: of the driver. driver: the id of its node, which has what others may lack.
+    versions: of the driver. driver: the id of its node, which has what others may lack. asked: the ids of
+    nodes that `check_nodes` has asked.
     """
 
     needs: Needs
     versions: Mapping[str, str]
     driver: str
+    asked: frozenset[str]
 
     def __call__(self) -> tuple[str, str] | None:
         """Return what is to blame and why this node can't do its part, or None; bring the embedded base."""
         node = ray.get_runtime_context().get_node_id()
-        if node == self.driver:
+        if node in self.asked:
             return None
-        facts = _facts_here(self.needs, node, self.driver)
         address = next(
             (str(one["NodeManagerAddress"]) for one in nodes_for({}) if one["NodeID"] == node), node
         )
-        problem = _problem(address, facts, self.versions)
-        if problem is None and facts.lacks_embedded:
-            _bring_embedded_base(self.driver)
+        try:
+            facts = _facts_here(self.needs, node, self.driver)
+            problem = _problem(address, facts, self.versions)
+            if problem is None and facts.lacks_embedded:
+                _bring_embedded_base(self.driver)
+        except Exception as error:  # whatever it is, the node can't do its part
+            return f"node {address}", f"can't do its part ({_last_line(error)})"
         return problem
 
 
-def joining(needs: Needs) -> Joining:
-    """Return the question to nodes that join later, as this process, the driver, would ask it."""
-    return Joining(needs, versions_here(), ray.get_runtime_context().get_node_id())
+def joining(needs: Needs, asked: Iterable[str]) -> Joining:
+    """Return the question to nodes that join later, as this process, the driver, would ask it.
+
+    `asked`: as `check_nodes` returns it.
+    """
+    return Joining(needs, versions_here(), ray.get_runtime_context().get_node_id(), frozenset(asked))
 
 
 def versions_here() -> dict[str, str]:
@@ -235,17 +247,14 @@ def _base_problem(needs: Needs) -> str:
 
 def _storage_problem(place: str, node: str, driver: str) -> str:
     """Say why this node can't read and write at a place, as the driver's does; nothing if it can."""
+    name = f"{_NAME}-{node}-{secrets.token_hex(4)}"  # two hosts of a node may ask at once
     try:
         storage = Storage.at(place)
-        own = f"{storage.path}/{_NAME}-{node}"
+        own = f"{storage.path}/{name}"
         with storage.filesystem.open_output_stream(own) as file:
             file.write(b"here")
         try:
-            why = (
-                ""
-                if ray.get(_on(driver, _is_seen).remote(place, f"{_NAME}-{node}"))
-                else "it is another place there"
-            )
+            why = "" if _sees(driver, place, name) else "what it writes is not seen from the driver's node"
         finally:
             storage.filesystem.delete_file(own)
     except Exception as error:  # whatever a store's library raises
@@ -256,6 +265,14 @@ def _storage_problem(place: str, node: str, driver: str) -> str:
         f"can't read and write at {place} ({why}), where its trials would keep their "
         "checkpoints; give a place that all nodes reach, such as --set storage=s3://BUCKET/PATH"
     )
+
+
+def _sees(driver: str, place: str, name: str) -> bool:
+    """Tell whether the driver's node sees a file at a place; one that can't look doesn't speak against it."""
+    try:
+        return bool(ray.get(_on(driver, _is_seen).remote(place, name)))
+    except ray.exceptions.RayError:
+        return True
 
 
 def _is_seen(place: str, name: str) -> bool:
@@ -278,7 +295,7 @@ def _send_embedded_base(nodes: Mapping[str, str], driver: str) -> None:
 
 def _bring_embedded_base(driver: str) -> None:
     """Bring the embedded base here from the driver's node, part by part, through Ray's object stores."""
-    stream = _on(driver, _embedded_parts, num_returns="streaming").remote()
+    stream = _on(driver, _embedded_parts, num_returns="streaming", **_FEW_AHEAD).remote()
     parts = (ray.get(reference) for reference in stream)
     files = groupby(parts, itemgetter(0))
     write_embedded_base((name, (part for _, part in of_file)) for name, of_file in files)

@@ -4,7 +4,7 @@ Importing it loads nothing heavy; `prepare` does.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,17 +65,12 @@ class PreparedSweep:
     base: BaseFacts
     start: "AdapterFiles | None"
 
-    def host_data(
-        self, budgets: Mapping[str, int], unfit: Callable[[], tuple[str, str] | None]
-    ) -> "SweepData":
-        """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name.
-
-        `unfit`: see SweepData.
-        """
+    def host_data(self, budgets: Mapping[str, int]) -> "SweepData":
+        """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name."""
         from tuning.host import SweepData
 
         least = min(budgets.values())
-        return SweepData(self.space, self.train, self.public, least, self.start, budgets, unfit)
+        return SweepData(self.space, self.train, self.public, least, self.start, budgets)
 
 
 def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,12 +11,13 @@ import ray
 
 from qlora.base.reference import base_digest
 from qlora.checkpoint_files import CheckpointError
-from qlora.config import InputError
+from qlora.config import InputError, first_line
 from qlora.files import below, disk_without_space
 from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
 from tracking.sweep_tracker import SweepTracker
 from tuning.device import Device
+from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import (
     Hosts,
     ask_all_devices,
@@ -26,6 +27,7 @@ from tuning.host_directory import (
     host_seconds,
     stop_hosts,
     wait_until_kept,
+    why_no_node_is_fit,
 )
 from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
@@ -51,6 +53,7 @@ from workflows.sweep.registration import describe, publish, register_best, summa
 from workflows.sweep.start import StartedHosts, good_answers
 from workflows.worker import Worker, prove
 
+_SECONDS_BETWEEN_LOOKS, _SECONDS_WITHOUT_A_NODE = 5.0, 60.0
 _SECONDS_TO_KEEP, _SECONDS_TO_TELL, _SECONDS_TO_CATCH_UP = 6.0, 2.0, 60.0
 
 
@@ -85,7 +88,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     devices = _found_devices(sweep, inputs, started)
     plan = _make_plan(prepared, devices, started.num_devices())
     needs = _needs(sweep, inputs, plan)
-    check_nodes(started.shares, needs)
+    asked = check_nodes(started.shares, needs)
     check_room(sweep.storage, int(plan.mean_disk_bytes * _share_to_come(sweep)))
     words = inputs.sets.words
     print(describe_plan(sweep.space, prepared.train, prepared.public, words, plan, len(devices)), flush=True)
@@ -95,7 +98,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
     if not _is_trained(sweep):
-        begin_hosts(hosts, prepared.host_data(plan.budgets, joining(needs)))
+        begin_hosts(hosts, prepared.host_data(plan.budgets), joining(needs, asked))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep)  # while hosts measure
@@ -153,9 +156,29 @@ def _run_trials(
     sweep: SweepFolder, hosts: Hosts, shares: dict[str, float], zero_shot: float, tracker: SweepTracker
 ) -> list[TrialRecord]:
     try:
-        return run_sweep(sweep.space, hosts, shares, sweep.folder, sweep.storage, zero_shot, tracker, go_on)
+        watch = _watch(sweep, hosts, shares)
+        return run_sweep(sweep.space, hosts, shares, sweep.folder, sweep.storage, zero_shot, tracker, watch)
     except ShortOfMemoryError as error:
         raise StoppedError(f"{error}; with more of it, or fewer trials, {sweep.how_to_go_on}") from error
+
+
+def _watch(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -> Callable[[], None]:
+    """Return a `go_on` that raises StoppedError, too, once only unfit nodes are left for a while."""
+    looked = fit = time.monotonic()
+
+    def watch() -> None:
+        nonlocal looked, fit
+        go_on()
+        now = time.monotonic()
+        if now - looked < _SECONDS_BETWEEN_LOOKS:
+            return
+        looked = now
+        if not (why := why_no_node_is_fit(hosts, shares)):
+            fit = now
+        elif now - fit > _SECONDS_WITHOUT_A_NODE:
+            raise StoppedError(f"no node is left that can do the work ({why}); {sweep.how_to_go_on}")
+
+    return watch
 
 
 @contextmanager
@@ -249,6 +272,10 @@ def _first_good(questions: Sequence[Any]) -> list[float]:
             return found[0]  # type: ignore[no-any-return]
         if not left:
             assert error is not None, "none was good"
+            if isinstance(error, UnfitNodeError):
+                raise StoppedError(
+                    f"{first_line(getattr(error, 'cause', error))}; run the same command again"
+                )
             raise error
 
 
