@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, WORDS
 
 from benchmarks.search_table import make
-from benchmarks.search_table.table import read_table, write_table
+from benchmarks.search_table.table import read_table, unpack_table, write_table
 from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
@@ -34,6 +34,12 @@ def test_the_table_has_whole_curves_dense_at_first():
         last = row.points[-1].public_perplexity
         assert mean_perplexity(row.ends[-1].public) == pytest.approx(last, rel=1e-3)
     assert Path(make.TABLE).stat().st_size < 2_000_000
+
+
+def test_a_table_unpacked_and_packed_again_is_the_same(tmp_path):
+    unpack_table(make.TABLE, tmp_path / "parts")
+    write_table(tmp_path / "parts", tmp_path / "again")
+    assert read_table(tmp_path / "again") == read_table()
 
 
 def test_configurations_fill_the_ranges():

@@ -3,11 +3,13 @@
     python benchmarks/search_table/make.py --train train.json --public public.json --parts FOLDER \\
         [--minutes 9] [--share 0 2]
     python benchmarks/search_table/make.py --parts FOLDER --pack
+    python benchmarks/search_table/make.py --parts FOLDER --unpack
 
 The first command trains what FOLDER lacks, at most for so many minutes, and can be given again and again; the
-second writes the table of what is there. Configurations are a quasi-random draw over the ranges of
-search_spaces/wide.yaml, with stages of one epoch; some are trained with three seeds. Rows are split as the
-table's card says: the first for training, the last of the training file for nothing but a figure at the end.
+second writes the table of what is there, and the third puts there what the table has. Configurations are a
+quasi-random draw over the ranges of search_spaces/wide.yaml, with stages of one epoch; some are trained with
+three seeds. Rows are split as the table's card says: the first for training, the last of the training file
+for nothing but a figure at the end.
 
 Each trial's curve is that of a sweep (tuning.shared_work): trials share passes, and depend on themselves
 alone. Where its learning rate has come down to nothing, at the end of a stage, a trial is a result, and the
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from benchmarks.search_table.table import CARD_FACTS, TABLE, write_table
+from benchmarks.search_table.table import CARD_FACTS, TABLE, unpack_table, write_table
 from qlora.base.model import load_tokenizer
 from qlora.config import DEFAULT_BASE, BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
@@ -67,7 +69,11 @@ def main() -> None:
     parser.add_argument("--budget-tokens", type=int, help="of a pass; the device's default if left out")
     parser.add_argument("--configurations", type=int, default=CONFIGURATIONS)
     parser.add_argument("--pack", action="store_true", help=f"write {TABLE.name} of what is there")
+    parser.add_argument("--unpack", action="store_true", help=f"bring what {TABLE.name} has to the folder")
     arguments = parser.parse_args()
+    if arguments.unpack:
+        unpack_table(TABLE, arguments.parts)
+        return
     if arguments.pack:
         print(write_table(arguments.parts, TABLE))
         return

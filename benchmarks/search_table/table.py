@@ -84,6 +84,20 @@ def write_table(parts: Path, target: Path) -> str:
     return f"{len(trials)} trials, {target.stat().st_size / 2**20:.2f} MiB"
 
 
+def unpack_table(source: Path, parts: Path) -> None:
+    """Write the parts that a table was made of, for what it lacks to be made beside them."""
+    content = json.loads(lzma.decompress(source.read_bytes()))
+    parts.mkdir(parents=True, exist_ok=True)
+    for trial in content["trials"]:
+        for end in trial["ends"]:
+            for kind in ("public", "unseen"):
+                end[kind] = [math.exp(value / _SCALE) for value in end[kind]]
+        place = parts / f"trial-{trial['number']:03d}-{trial['seed']}.json"
+        place.write_text(json.dumps(trial), encoding="utf-8")
+    for number, facts in enumerate(content["facts"]):
+        (parts / f"{CARD_FACTS}-{number}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
 def read_table(path: Path = TABLE) -> Table:
     """Read a table."""
     content = json.loads(lzma.decompress(path.read_bytes()))
