@@ -237,7 +237,8 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     window = min(_WINDOW_ROWS, -(-len(numbers) // pool.num_workers))
     windows = [{"numbers": list(numbers[start : start + window])} for start in range(0, len(numbers), window)]
-    batches = _dataset(work, rows, windows, pool).iter_batches(batch_size=None, prefetch_batches=0)
+    kept = ray.put(rows)  # held until the end: an actor that is made again is given it anew
+    batches = _dataset(work, kept, windows, pool).iter_batches(batch_size=None, prefetch_batches=0)
     for batch in batches:
         if batch["stop"][0]:
             raise EnginesDiedError(batch["stop"][0])
@@ -256,8 +257,8 @@ def generate_rows(work: Work, rows: RowStore, numbers: Sequence[int], pool: Pool
         )
 
 
-def _dataset(work: Work, rows: RowStore, windows: list[dict[str, Any]], pool: Pool) -> Dataset:
-    """Plan the pipeline.
+def _dataset(work: Work, rows: Any, windows: list[dict[str, Any]], pool: Pool) -> Dataset:
+    """Plan the pipeline. `rows`: a reference to the RowStore.
 
     Its operators ask for small shares of a CPU: on one core, all must run side by side.
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch_inference import PROJECT, options_of, processes_of
+from test_batch_inference import PROJECT, options_of, processes_of, wait_for_rows
 from test_rows import write
 
 from inference.attempts import Attempts
@@ -336,3 +336,23 @@ def test_other_processes_of_a_job_that_die_cost_no_row(victims, tiny_base, undis
         os.kill(process, signal.SIGKILL)
     ended(job, code=0)
     assert outputs(tmp_path / "out.json") == undisturbed
+
+
+ANSWERS_AT_ONCE = """
+def mend(module):
+    module.BeamEngine.generate = lambda self, prompts: ((n, "答", 1) for n in range(len(prompts)))
+"""
+
+
+@pytest.mark.slow
+def test_what_serves_the_rows_of_a_large_job_may_die(tiny_base, tmp_path):
+    """With so many rows what it is made of lies in Ray's object store, from where it has to come again."""
+    count = 20_000
+    rows = [{"id": f"r{n}", "instruction": f"第{n}句"} for n in range(count)]
+    source = write(tmp_path / "in.jsonl", rows, lines=True)
+    job = batch(tmp_path, tiny_base, source, ANSWERS_AT_ONCE)
+    wait_for_rows(tmp_path, 1000)
+    (reader,) = processes_of(job, "RowReader")
+    os.kill(reader, signal.SIGKILL)
+    ended(job, code=0)
+    assert len(json.loads((tmp_path / "out.json").read_text())) == count
