@@ -347,11 +347,11 @@ def mend(module):
 @pytest.mark.slow
 def test_what_serves_the_rows_of_a_large_job_may_die(tiny_base, tmp_path):
     """With so many rows what it is made of lies in Ray's object store, from where it has to come again."""
-    count = 20_000
+    count = 60_000
     rows = [{"id": f"r{n}", "instruction": f"第{n}句"} for n in range(count)]
     source = write(tmp_path / "in.jsonl", rows, lines=True)
     job = batch(tmp_path, tiny_base, source, ANSWERS_AT_ONCE)
-    wait_for_rows(tmp_path, 1000)
+    wait_for_rows(tmp_path, 100)
     (reader,) = processes_of(job, "RowReader")
     os.kill(reader, signal.SIGKILL)
     ended(job, code=0)
