@@ -217,7 +217,9 @@ def team(project, tmp_path_factory) -> Iterator[Team]:
         alone = unpacking_alone((session / "session_latest").resolve())
         for number in range(1, int(services["worker"]["deploy"]["replicas"]) + 1):
             own = f"--dashboard-agent-listen-port={free_port()}"  # one machine has two of them
-            stack.enter_context(running(team, "worker", own, before=alone, number=number))
+            (home := folder / f"home-{number}").mkdir()
+            worker = running(team, "worker", own, before=alone, number=number, HOME=str(home))
+            stack.enter_context(worker)
             wait_for_nodes(team, number + 1)
         yield team
     subprocess.run(["rm", "-r", session], check=True)
