@@ -75,7 +75,7 @@ def many(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(tiny_base, many) -> list[dict[str, str]]:
-    """What a job must write, made here by one engine, without Ray. The row that fails is empty."""
+    """Generate what a job must write by one engine, without Ray. The row that fails is empty."""
     from inference.engine import ServedModel, load_engine
     from qlora.base.model import load_tokenizer
     from qlora.config import BaseModelSettings, DecodingSettings

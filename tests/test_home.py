@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,7 @@ def test_what_is_written_is_there_while_work_goes_on(place, monkeypatch):
         for text in ("one", "another"):
             write_text(results.path / "sweep.json", text)
             wait_for(lambda text=text: (place / "results/quick/sweep.json").read_text() == text)
+            assert [path.name for path in (place / "results/quick").glob("*.json")] == ["sweep.json"]
 
 
 def test_one_process_at_a_time_holds_a_folder_of_the_home(place, monkeypatch):
@@ -220,11 +222,9 @@ def test_what_is_gone_here_goes_there_where_that_is_asked(tmp_path):
 def wait_for(condition) -> None:
     pause = threading.Event()
     for _ in range(500):
-        try:
+        with suppress(FileNotFoundError):  # it has not come yet
             if condition():
                 return
-        except FileNotFoundError:
-            pass
         pause.wait(0.02)
     raise AssertionError("it did not come")
 

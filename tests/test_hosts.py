@@ -11,7 +11,6 @@ import ray
 from clusters import RAY, kill_all
 from conftest import random_examples
 from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.device import Device
 from tuning.host import SweepData
@@ -111,12 +110,10 @@ def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     begin_hosts(hosts, SweepData(space, examples, examples))
 
     def processes() -> list[int]:
-        """Of the hosts found by two holders on each node, asking at once."""
+        """Return the processes of hosts that two holders on each node find, asking at once."""
         return ray.get(
             [
-                host_process.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-                ).remote(hosts)
+                host_process.options(scheduling_strategy=on_node(node)).remote(hosts)
                 for node in nodes
                 for _ in range(2)
             ]

@@ -72,9 +72,9 @@ class HostDirectory:
         whole: Mapping[str, float] = next(
             (one["Resources"] for one in ray.nodes() if one["NodeID"] == node), {}
         )
-        count = min(int(whole.get(key, 0) / share + 1e-6) for key, share in shares.items() if share)
+        rooms = (int(whole.get(key, 0) / share + 1e-6) for key, share in shares.items() if share)
         occupant = ray.remote(Occupant).options(**options(shares), scheduling_strategy=on_node(node))
-        self._occupants += [occupant.remote() for _ in range(min(count, _MOST_TRIALS))]
+        self._occupants += [occupant.remote() for _ in range(min(_MOST_TRIALS, min(rooms, default=0)))]
 
     def why_none_is_fit(self, shares: Mapping[str, float]) -> str:
         """Say why the living nodes are unfit, if there are some and all are; nothing otherwise."""

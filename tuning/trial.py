@@ -32,9 +32,8 @@ def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) ->
         try:
             steps = ray.get(host.attach.remote(trial_id, holder, config, checkpoint, notes))
         except UnfitNodeError as error:
-            leave_my_node_out(
-                hosts, shares, first_line(getattr(error, "cause", error))
-            )  # without Ray's words
+            why = getattr(error, "cause", error)  # without Ray's words
+            leave_my_node_out(hosts, shares, first_line(why))
             raise
     try:
         for step in steps:

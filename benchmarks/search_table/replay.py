@@ -153,7 +153,9 @@ class _Play:
         stages = parse_stages(row.config["epochs"])
         timetable = Timetable(row.points[-1].step // sum(stages), stages)
         trial = Trial(trial_id, row, timetable, sorted(evaluation_steps(timetable, self.rungs, 1)))
-        self.scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial_id))  # type: ignore[arg-type]
+        nobody: Any = None
+        stand_in: Any = SimpleNamespace(trial_id=trial_id)
+        self.scheduler.on_trial_add(nobody, stand_in)
         self.running.append(trial)
         return True
 

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from operator import itemgetter
@@ -305,7 +306,7 @@ def _embedded_parts() -> Iterator[tuple[str, bytes]]:
     """Yield the parts of this node's embedded base, with the names of their files."""
     for path in sorted(embedded_base_folder().iterdir()):
         with open(path, "rb") as file:
-            for part in iter(lambda file=file: file.read(_PART_BYTES), b""):  # type: ignore[misc]
+            for part in iter(partial(file.read, _PART_BYTES), b""):
                 yield path.name, part
 
 
