@@ -34,12 +34,12 @@ _COMMANDS = (  # of a launcher, which Ray wants to see though nothing runs them 
 
 @contextmanager
 def growing(
-    folder: Path, kinds: dict[str, dict[str, Any]], max_workers: int = 2, is_stuck: bool = False
+    folder: Path, kinds: dict[str, dict[str, Any]], max_workers: int = 2, is_stuck: bool = False, **env: str
 ) -> Iterator[str]:
     """Within: the address of a head without CPUs, to which Ray's autoscaler adds nodes of these kinds.
 
     A kind has `resources` and `max_workers`. Its nodes may claim GPUs that there are not. `is_stuck`: whether
-    those that it starts never come.
+    those that it starts never come. `env`: the head's.
     """
     file, port = folder / "autoscaling.json", free_port()
     types = {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in kinds.items()}
@@ -75,7 +75,7 @@ def growing(
     }
     inherited = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     with open(folder / "head.log", "w") as log:
-        head = subprocess.Popen(start, env={**inherited, **quiet}, stdout=log, stderr=log)
+        head = subprocess.Popen(start, env={**inherited, **quiet, **env}, stdout=log, stderr=log)
     try:
         wait_for_port(port)
         yield f"127.0.0.1:{port}"
