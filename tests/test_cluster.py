@@ -118,16 +118,18 @@ def test_a_node_that_does_not_come_is_waited_for_with_words_and_not_for_ever(pro
     assert not (project / "results/late").exists()
 
 
-def test_a_token_that_ray_start_finds_is_given_by_commands_too(project, tmp_path):
-    """Any other program's local Ray leaves one in the home; a head that is started then asks for it."""
+def test_a_head_that_asks_for_a_token_is_joined_with_it_and_not_without(project, tmp_path):
+    """Ray leaves a token in the home; `ray start` then asks for it, and drivers give it if told to."""
     token = tmp_path / "home/.ray/auth_token"
     token.parent.mkdir(parents=True)
     token.write_text("0" * 64)
     batch = ("--base-model", str(base_of(project)), "--input", "public.json", "--output", "results/out.json")
-    with growing(tmp_path, {"gpu": GPU_NODE}, is_stuck=True, HOME=str(tmp_path / "home")) as address:
-        code, out, _ = run(
-            project, address, "batch_infer", *batch, "--workers", "3", HOME=str(tmp_path / "home")
-        )
+    asking, home = {"RAY_AUTH_MODE": "token"}, {"HOME": str(tmp_path / "home")}
+    with growing(tmp_path, {"gpu": GPU_NODE}, is_stuck=True, **asking, **home) as address:
+        code, out, _ = run(project, address, "batch_infer", *batch, **home)
+        assert code == 2
+        assert "can't be joined" in out and "if it asks for a token, set RAY_AUTH_MODE=token" in out
+        code, out, _ = run(project, address, "batch_infer", *batch, "--workers", "3", **asking, **home)
     assert code == 2
     assert "error: --workers: 3 engines need a GPU each, and Ray has room for 2 of them" in out, out
 

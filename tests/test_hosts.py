@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from tuning.space import Space
 from workflows.cluster.capacity import Capacity
 from workflows.session import StoppedError
 from workflows.sweep.start import StartedHosts
+from workflows.worker import Worker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -126,3 +128,26 @@ def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     second = processes()
     assert second[0] == second[1] not in first
     assert second[2:] == first[2:]
+
+
+def test_work_whose_node_or_process_goes_away_is_done_elsewhere(cluster, nodes, tmp_path):
+    """As the proof of a sweep's best adapter, when the node that it runs on is lost."""
+
+    def where(place: str = "") -> str:
+        if place and not Path(place).exists():
+            Path(place).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ray.get_runtime_context().get_node_id()
+
+    worker = Worker({"CPU": 1.0, "GPU": 0.0})
+    first = worker.do(where, str(tmp_path / "killed"))
+    assert (tmp_path / "killed").exists()
+    cluster.remove_node(next(node for node in cluster.worker_nodes if node.node_id == first))
+    assert worker.do(where) in set(nodes) - {first}
+    del worker  # which has the one CPU that is left
+
+    def ends() -> None:
+        os._exit(1)
+
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        Worker({"CPU": 1.0, "GPU": 0.0}).do(ends)

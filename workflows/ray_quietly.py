@@ -40,6 +40,8 @@ def join(address: str, quiet: dict[str, Any]) -> None:
         ray.init(runtime_env=sent, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         mend = f"give the address of a cluster that this machine is a node of, or {job}"
+        if "RAY_AUTH_MODE" not in os.environ:  # `ray start` asks for a token where it finds one
+            mend = f"if it asks for a token, set RAY_AUTH_MODE=token; otherwise {mend}"
         raise InputError("RAY_ADDRESS", f"{address} can't be joined ({first_line(error)}); {mend}") from None
 
 

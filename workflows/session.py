@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora.config import InputError
@@ -196,12 +195,6 @@ def connect_ray() -> dict[str, float]:
     return {} if os.environ.get("RAY_ADDRESS") else ray.cluster_resources()
 
 
-def _has_token() -> bool:
-    """Tell whether Ray would find a token of a cluster's."""
-    named = [os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")]
-    return any(named) or Path("~/.ray/auth_token").expanduser().is_file()
-
-
 def _prepare_environment() -> None:
     """Set, before any library is imported, a token for a local Ray, which reads it on import, and quiet.
 
@@ -210,8 +203,6 @@ def _prepare_environment() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    elif "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"  # as `ray start` has it; a cluster without one takes no notice
     if not address or is_on_loopback_only(address):
         os.environ[_MAY_BE_A_CLUSTER] = "0"
     for name in ("RAY_TMPDIR", "TMPDIR"):

@@ -22,17 +22,20 @@ from tracking.registry import fetch_adapter
 from tuning.placement import my_device, options
 from workflows.session import FailedError
 
+_MOST_RESTARTS = 2  # work that kills its process again and again is to be told
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype
 
 
 class Worker:
     """A process for one piece of work after another, placed where Ray has such shares.
 
-    What it imported stays, what it loaded goes. It starts at once and ends with its last reference.
+    What it imported stays, what it loaded goes. It starts at once and ends with its last reference. If its
+    process or node goes away, another takes its place and does the work from its beginning, but not for ever.
     """
 
     def __init__(self, shares: dict[str, float]):
-        actor = ray.remote(**options(shares))(_WorkerProcess)
+        again = {"max_restarts": _MOST_RESTARTS, "max_task_retries": _MOST_RESTARTS}
+        actor = ray.remote(**(options(shares) | again))(_WorkerProcess)
         self._actor: Any = actor.remote()
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
