@@ -148,7 +148,8 @@ def _our_trials(count: int, folder: Path, _: str) -> None:
     sys.stdout = sys.stderr
     try:
         nobody: Any = None  # to train
-        records = tuning.sweep.run_sweep(space, nobody, {"CPU": 1}, folder, str(folder), 1e3, _Nobody())
+        known = tuning.sweep.KnownBase(zero_shot=1e3, width=576)
+        records = tuning.sweep.run_sweep(space, nobody, {"CPU": 1}, folder, str(folder), known, 1, _Nobody())
     finally:
         sys.stdout = sys.__stdout__
     assert len(records) == count and all(record.has_ended for record in records)

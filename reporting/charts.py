@@ -45,7 +45,7 @@ class Curve:
 
 
 def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bool = True) -> str:
-    """Draw all trials, the best one in front, with a cross where ASHA stopped one.
+    """Draw all trials, the best one in front, with a cross where one was stopped early.
 
     Curves begin at the base if that is where the trials start.
     """

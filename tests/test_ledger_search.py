@@ -24,7 +24,7 @@ def perplexity(rate: float) -> float:
 
 def opened(folder, records: list[TrialRecord]) -> LedgerSearch:
     """A searcher that Ray Tune has set up, over what a sweep did before."""
-    search = LedgerSearch(SPACE, records, Storage.at(str(folder)))
+    search = LedgerSearch(SPACE, records, Storage.at(str(folder)), base_width=64)
     search.set_search_properties(METRIC, "min", tune_space(SPACE))
     settings = {"config": tune_space(SPACE), "num_samples": NUM_TRIALS, "storage_path": str(folder)}
     search.add_configurations(Experiment("ray", lambda config: None, **settings))

@@ -8,9 +8,12 @@ from ray.tune.search import Searcher
 
 from benchmarks import search
 from benchmarks.search_table import make
-from benchmarks.search_table.replay import METRIC, Costs, play
+from benchmarks.search_table.regret import draw, summary, worst_ratio
+from benchmarks.search_table.replay import Costs, Played, play
 from benchmarks.search_table.table import Point, Row, read_table
-from tuning.space import Asha
+from tuning.ledger import METRIC
+from tuning.round_scheduler import RoundScheduler
+from tuning.strategy import Asha, Rounds
 
 COSTS = Costs(step=1.0, step_of_trial=0.5, evaluation=10.0)
 RUNGS = Asha(grace_period=50, reduction_factor=2)
@@ -45,13 +48,15 @@ class Listed(Searcher):
         self.told.append((trial_id, result["step"], result[METRIC]))
 
     def on_trial_complete(self, trial_id: str, result=None, error: bool = False) -> None:
-        self.told.append((trial_id, "ended", result[METRIC]))
+        self.told.append((trial_id, "ended", result[METRIC] if result else None))
 
 
 def test_a_trial_alone_costs_its_steps_and_evaluations():
     searcher = Listed({})
     played = play([row(0, 9.0, 4.0)], COSTS, searcher, FIFOScheduler(), RUNGS, together=4)
-    assert [(who, step) for who, step, _ in searcher.told] == [("t00000", 50), ("t00000", "ended")]
+    assert [(who, step) for who, step, _ in searcher.told] == [
+        ("0_00000", step) for step in (50, 100, "ended")
+    ]
     assert played.seconds == (50 * 1.5 + 10, 100 * 1.5 + 20) and played.best == pytest.approx((9.0, 4.0))
     assert played.ended == played.seconds[-1]
     assert played.best_at(84) == math.inf and played.best_at(85) == pytest.approx(9.0)
@@ -80,7 +85,7 @@ def test_a_stopped_trial_gives_its_place_to_another():
     scheduler = ASHAScheduler(time_attr="schedule_percent", max_t=100, grace_period=50, reduction_factor=2)
     searcher = Listed(*configs)
     played = play(rows, COSTS, searcher, scheduler, RUNGS, together=1)
-    assert ("t00001", "ended", pytest.approx(9.0)) in searcher.told  # worse than the first one at its rung
+    assert ("0_00001", "ended", pytest.approx(9.0)) in searcher.told  # worse than the first one at its rung
     assert played.best[-1] == pytest.approx(2.0)
     assert played.ended == (100 + 50 + 100) * 1.5 + 5 * 10
 
@@ -97,3 +102,31 @@ def test_both_halves_of_the_table_fill_the_ranges():
         for key, choices in {"lora_r": make.RANKS, "lora_alpha": make.ALPHAS, "epochs": make.EPOCHS}.items():
             counts = [sum(row.config[key] == choice for row in half.values()) for choice in choices]
             assert min(counts) >= 5, (key, counts)
+
+
+def test_paused_trials_go_on_where_they_stood_and_new_rounds_wait_for_them():
+    """Two rounds of two: the better one of each, after 50 steps, trains on."""
+    rounds = Rounds(type="rounds", trials=2, kept=1, steps=50)
+    rows = [row(n, first, last) for n, (first, last) in enumerate([(5, 4), (9, 3), (4, 2), (8, 1)])]
+    searcher, scheduler = Listed({}, {}, {}, {}), RoundScheduler(rounds, [], num_trials=4, num_devices=1)
+    played = play(
+        rows, COSTS, searcher, scheduler, rounds, together=4, may_begin=scheduler.may_begin, enough=0.5
+    )
+    assert [(who, step) for who, step, _ in searcher.told if step != "ended"] == [
+        ("0_00000", 50), ("0_00001", 50), ("0_00000", 100),
+        ("0_00002", 50), ("0_00003", 50), ("0_00002", 100),
+    ]  # fmt: skip
+    assert played.best[-1] == pytest.approx(2.0)
+    assert played.ended == 2 * (50 * 2.0 + 50 * 1.5 + 3 * 10)
+
+
+def test_regret_is_told_and_drawn(tmp_path):
+    quick = [Played((10.0, 20.0), (6.0, 5.0), 20.0)] * 3
+    slow = [Played((10.0, 80.0), (6.0, 5.0), 80.0)] * 2 + [Played((10.0,), (5.5,), 90.0)]
+    told = summary(slow, best=5.0)
+    assert told["reached"] == pytest.approx(2 / 3) and told["median_seconds"] == 80.0
+    assert told["median_regret_at_60"] == round(math.log(6 / 5), 4)
+    assert worst_ratio(quick, slow, best=5.0)[0] == pytest.approx(1.0, abs=0.01)  # up to the second result
+    assert worst_ratio(slow, quick, best=5.0)[0] > 50
+    draw({"quick": quick, "slow": slow}, 5.0, tmp_path / "regret.png")
+    assert (tmp_path / "regret.png").stat().st_size > 10_000

@@ -21,7 +21,7 @@ from qlora.training import Training
 def test_the_table_has_whole_curves_dense_at_first():
     table = read_table()
     drawn = make.configurations(make.CONFIGURATIONS)
-    assert len({(row.number, row.seed) for row in table.rows}) == len(table.rows) > 200
+    assert len({(row.number, row.seed) for row in table.rows}) == len(table.rows) == 256 + 2 * 32
     for row in table.rows:
         assert row.config == drawn[row.number] and not row.error
         stages = TrialSettings(**row.config).stages
@@ -97,4 +97,4 @@ def test_trials_made_together_are_those_made_alone_and_are_made_once(
 
 def test_the_card_counts_what_is_there():
     card = (ROOT / "benchmarks/search_table/README.md").read_text(encoding="utf-8")
-    assert f"{len(read_table().rows)} of these 320 trials" in card
+    assert f"all {len(read_table().rows)} trials" in card

@@ -14,7 +14,8 @@ from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
 from tuning.samplers import SAMPLERS, sampled_values
-from tuning.space import Asha, NoEarlyStopping, load_space, tune_space
+from tuning.space import load_space, tune_space
+from tuning.strategy import Asha, NoEarlyStopping
 from tuning.sweep import RestoredASHA
 from workflows.sweep.folder import reopen_sweep
 

@@ -149,7 +149,7 @@ def test_runs_tell_where_they_come_from_and_how_they_ended(project, tiny_base, s
     assert f"Trial {best['trial_id']} is best" in tags["mlflow.note.content"]
     assert system > 0
     assert {reason for (reason,) in reasons} == {
-        f"ASHA, at {percent} % of its schedule" for percent in _stops(project)
+        f"early stopping, at {percent} % of its schedule" for percent in _stops(project)
     }
     assert len(checkpoints) == 5
     assert all(Path(path, "adapter").is_dir() for path in checkpoints.values())

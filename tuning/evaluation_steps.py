@@ -4,11 +4,11 @@ import math
 from fractions import Fraction
 
 from qlora.training import Timetable
-from tuning.space import Asha, NoEarlyStopping
+from tuning.strategy import Asha, NoEarlyStopping, Rounds
 
 
 def evaluation_steps(
-    timetable: Timetable, scheduler: Asha | NoEarlyStopping, evaluations_per_epoch: int
+    timetable: Timetable, scheduler: Asha | Rounds | NoEarlyStopping, evaluations_per_epoch: int
 ) -> set[int]:
     """Return the steps after which a trial is evaluated, each rung being reached exactly."""
     per_epoch = timetable.steps_per_epoch
@@ -20,4 +20,6 @@ def evaluation_steps(
         of_percent = scheduler.time_attr == "schedule_percent"
         scale = Fraction(timetable.total_steps, 100) if of_percent else Fraction(1)
         steps |= {math.ceil(Fraction(point) * scale) for point in (*scheduler.rungs, scheduler.max_t)}
+    if isinstance(scheduler, Rounds):
+        steps.add(scheduler.steps)
     return {step for step in steps if 1 <= step <= timetable.total_steps}

@@ -27,6 +27,7 @@ POINT = (  # what a point of a curve holds
     "tokens_per_second",
     "peak_memory_gib",
 )
+METRIC = "public_perplexity"  # what trials are compared by
 _GOING_ON = ("pending", "running")
 _TRIAL_ID = re.compile(r"\w[\w-]*", re.ASCII)
 
@@ -90,7 +91,7 @@ class TrialRecord:
     def reason(self) -> str:
         """Say why the trial ended before its time; empty if it did not."""
         if self.status == "stopped":
-            return f"ASHA, at {self.percent:.3g} % of its schedule"
+            return f"early stopping, at {self.percent:.3g} % of its schedule"
         return self.error or ""
 
 

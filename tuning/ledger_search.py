@@ -3,33 +3,43 @@
 A sweep that goes on is drawn again from its seed, under the same ids, and its ledger tells of each trial
 whether it has ended, has begun (then its checkpoints are handed to Ray), or is new. Ray's own saved state is
 never read: it lags behind, it may be cut, and it is pickled, so that whoever could write to it could run code
-here. The searcher behind is Ray's, random or Optuna's.
+here. The searcher behind is Ray's, random or Optuna's, or ours (tuning.prior_search).
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, SearchGenerator
 
 from tuning.checkpoints import Storage, restore_checkpoints
-from tuning.ledger import TrialRecord
+from tuning.ledger import METRIC, TrialRecord
+from tuning.prior_search import PriorSearcher
 from tuning.space import Space
 
 _PENDING_AT_ONCE = 200  # random trials that Ray knows of ahead, so that a cluster grows in time
-METRIC = "public_perplexity"
+_DRAWN_AHEAD = {"random": _PENDING_AT_ONCE, "prior": 8, "optuna": 1}  # by who learns how much from a trial
 
 
 class LedgerSearch(SearchAlgorithm):
     """A searcher of Ray's behind Ray's interface, which knows what a sweep has done before.
 
-    `records`: of the trials that began before, in the order in which they did.
+    `records`: of the trials that began before, in the order in which they did. `base_width`: hidden size of
+    the base. `may_begin`: whether a new trial may, by its number.
     """
 
-    def __init__(self, space: Space, records: Sequence[TrialRecord], storage: Storage):
+    def __init__(
+        self,
+        space: Space,
+        records: Sequence[TrialRecord],
+        storage: Storage,
+        base_width: int,
+        may_begin: Callable[[int], bool] = lambda number: True,
+    ):
         super().__init__()
-        self._space, self._storage, self._inner = space, storage, _searcher(space)
+        self._space, self._storage, self._inner = space, storage, _searcher(space, base_width)
+        self._may_begin = may_begin
         self._records = {record.trial_id: record for record in records}
         self._ids = TrialIds(space.seed, list(self._records))
         self._inner_ids: dict[str, str] = {}
@@ -37,8 +47,8 @@ class LedgerSearch(SearchAlgorithm):
 
     @property
     def max_pending(self) -> int:
-        """Return how many trials Ray may know of before they start; a searcher that learns gives one."""
-        return _PENDING_AT_ONCE if self._space.searcher.type == "random" else 1
+        """Return how many trials Ray may know of before they start."""
+        return _DRAWN_AHEAD[self._space.searcher.type]
 
     @property
     def metric(self) -> str | None:
@@ -62,7 +72,9 @@ class LedgerSearch(SearchAlgorithm):
 
     def next_trial(self) -> Any:
         """Draw the next trial that has not ended; None if there is none for now."""
-        while (trial := self._inner.next_trial()) is not None:
+        while self._ids.count < len(self._records) or self._may_begin(self._ids.count):
+            if (trial := self._inner.next_trial()) is None:
+                return None
             drawn_as = trial.trial_id
             trial.trial_id = trial.custom_dirname = self._ids.next()
             self._inner_ids[trial.trial_id] = drawn_as
@@ -71,7 +83,13 @@ class LedgerSearch(SearchAlgorithm):
                 return trial
             known = {key: record.config[key] for key in trial.config if key in record.config}
             if self._space.trial_settings(trial.config) != self._space.trial_settings(known):
-                trial.config = self._kept_settings[trial.trial_id] = known
+                trial.config = known
+                if isinstance(learner := _learner(self._inner), PriorSearcher):
+                    learner.tried_instead(drawn_as, known)
+                else:
+                    self._kept_settings[trial.trial_id] = known
+            for number, point in enumerate(record.curve[:-1] if record.has_ended else record.curve):
+                self.on_trial_result(record.trial_id, {**point, "training_iteration": number + 1})
             if record.has_ended:
                 last = record.curve[-1] if record.curve and record.status != "diverged" else None
                 self.on_trial_complete(record.trial_id, last, error=last is None)
@@ -121,33 +139,37 @@ class TrialIds:
     """The ids of a sweep's trials, in the order in which they are drawn: its seed and a number.
 
     `known`: those that began before. Sweeps from before have a prefix of their own, or ids without order.
+    count: how many were drawn.
     """
 
     def __init__(self, seed: int, known: Sequence[str]):
         first = re.fullmatch(r"(.+)_\d{5}", known[0]) if known else None
         prefix = first[1] if first else str(seed)
-        self._prefix, self._count = prefix, 0
+        self._prefix, self.count = prefix, 0
         self._without_order = [
             trial_id for trial_id in known if not re.fullmatch(rf"{re.escape(prefix)}_\d{{5}}", trial_id)
         ]
 
     def next(self) -> str:
         """Return the next id."""
-        self._count += 1
-        if self._count <= len(self._without_order):
-            return self._without_order[self._count - 1]
-        return f"{self._prefix}_{self._count - 1:05d}"
+        self.count += 1
+        if self.count <= len(self._without_order):
+            return self._without_order[self.count - 1]
+        return f"{self._prefix}_{self.count - 1:05d}"
 
 
-def _searcher(space: Space) -> Any:
+def _searcher(space: Space, base_width: int) -> Any:
     limit = space.max_concurrent_trials or 0
     if space.searcher.type == "random":
         return BasicVariantGenerator(random_state=space.seed, max_concurrent=limit)
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
+    if space.searcher.type == "prior":
+        learner: Any = PriorSearcher(space, base_width)
+    else:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    learner = OptunaSearch(seed=space.seed)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        learner = OptunaSearch(seed=space.seed)
     return SearchGenerator(ConcurrencyLimiter(learner, limit) if limit else learner)
 
 

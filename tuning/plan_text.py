@@ -7,7 +7,8 @@ from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
 from tuning.plan import Plan, gib
 from tuning.progress import clock
-from tuning.space import Asha, Space
+from tuning.space import Space
+from tuning.strategy import Asha, Rounds
 from tuning.sweep_plan import SweepPlan
 
 # What a machine adds to what a slow card is expected to take: as much again by half, and on a fresh one the
@@ -98,6 +99,11 @@ def _work_lines(
         rungs = ", ".join(f"{rung:g}" for rung in space.scheduler.rungs)
         keeps = f"keeps 1 of {space.scheduler.reduction_factor:g}"
         lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}")
+    elif isinstance(space.scheduler, Rounds):
+        rounds = space.scheduler
+        lines.append(
+            f"rounds      of {rounds.trials} trials, compared after {rounds.steps} steps; {rounds.kept} go on"
+        )
     return lines
 
 

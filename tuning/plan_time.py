@@ -1,8 +1,8 @@
 """Owns the time that a sweep is expected to take: arithmetic and memory traffic at a device's speeds.
 
 Added to them is what every step and every first pass of a size costs a GPU's host; and trials are counted as
-ASHA lets them through. Constants of a GPU are from steps of one and eight trials of the shapes of 135
-million, 1.1 and 7 billion parameters on an H100.
+early stopping lets them through. Constants of a GPU are from steps of one and eight trials of the shapes of
+135 million, 1.1 and 7 billion parameters on an H100.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from qlora.packed.packing import split_by_budget
 from qlora.training import make_timetable
 from tuning.device import Device
 from tuning.model_size import ModelSize
-from tuning.space import Asha, Space
+from tuning.space import Space
+from tuning.strategy import Asha, Rounds
 
 START_SECONDS = 30  # Ray, the first host, its base
 _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of the base
@@ -64,6 +65,8 @@ def expected_seconds(
     if isinstance(space.scheduler, Asha):
         for index in range(1, len(points)):
             survivors[index] = let_through(survivors[index - 1], space.scheduler.reduction_factor)
+    elif isinstance(space.scheduler, Rounds):
+        survivors[1:] = [float(space.scheduler.survivors(space.num_trials)) for _ in survivors[1:]]
     return seconds(survivors), seconds(everyone)
 
 
@@ -74,6 +77,9 @@ def answer_share(train: Sequence[EncodedExample]) -> float:
 
 def _comparison_points(space: Space, steps: float) -> list[float]:
     """Return where trials are compared, in percent of a schedule of so many steps, up to its end."""
+    if isinstance(space.scheduler, Rounds):
+        first = 100 * space.scheduler.steps / steps
+        return [first, 100.0] if first < 100 else [100.0]
     if not isinstance(space.scheduler, Asha):
         return [100.0]
     unit = 1.0 if space.scheduler.time_attr == "schedule_percent" else 100 / steps

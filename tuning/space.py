@@ -1,6 +1,5 @@
 """Owns the search space file: YAML + overrides -> one validated Space. Refuses to know how a trial trains."""
 
-import itertools
 import json
 import math
 import re
@@ -25,6 +24,7 @@ from qlora.data.row_shapes import Format, RowShape
 from qlora.data.sources import joined
 from qlora.files import read_yaml
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
+from tuning.strategy import Asha, NoEarlyStopping, OptunaSearch, PriorSearch, RandomSearch, Rounds
 
 START_TIMEOUT_SECONDS = 900.0  # that a cluster has by default to bring the first device
 STORED = "stored"  # the context of a space that was checked when its sweep began
@@ -88,56 +88,6 @@ class DataSettings(Settings):
         return RowShape(format=self.format, columns=self.columns)
 
 
-class RandomSearch(Settings):
-    """Ray Tune's own generator: independent samples, and every value of each grid_search."""
-
-    type: Literal["random"] = "random"
-
-
-class OptunaSearch(Settings):
-    """Ray Tune's Optuna integration (the extra `optuna`): TPE over what has finished so far."""
-
-    type: Literal["optuna"]
-
-
-class Asha(Settings):
-    """Ray Tune's ASHAScheduler on public perplexity.
-
-    `time_attr` says what trials are compared by: `schedule_percent`, the share of a trial's own schedule that
-    it has done, so that unequal epoch counts and decaying learning rates meet fairly; or `step`, optimizer
-    steps.
-    """
-
-    type: Literal["asha"] = "asha"
-    time_attr: Literal["schedule_percent", "step"] = "schedule_percent"
-    max_t: Number = Field(100, gt=0)
-    grace_period: Number = Field(25, gt=0)
-    reduction_factor: Number = Field(2, gt=1)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.time_attr == "schedule_percent" and self.max_t > 100:
-            raise ValueError(f"max_t is {self.max_t:g} percent of the schedule; it can't be above 100")
-        if self.grace_period >= self.max_t:
-            raise ValueError(
-                f"grace_period {self.grace_period:g} must be below max_t {self.max_t:g}, "
-                "or nothing is ever compared"
-            )
-        return self
-
-    @property
-    def rungs(self) -> list[float]:
-        """Return the points below max_t where trials are compared, in units of time_attr."""
-        points = (self.grace_period * self.reduction_factor**power for power in itertools.count())
-        return list(itertools.takewhile(lambda point: point < self.max_t, points))
-
-
-class NoEarlyStopping(Settings):
-    """Ray Tune's FIFOScheduler: every trial runs its whole schedule."""
-
-    type: Literal["fifo"]
-
-
 class TrialResources(Settings):
     """The resources that one trial asks Ray for: CPUs, and a share of one GPU."""
 
@@ -164,8 +114,8 @@ class Space(Settings):
     trial: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, dict[str, Any]]
     num_samples: int = Field(8, ge=1)
-    searcher: RandomSearch | OptunaSearch = Field(RandomSearch(), discriminator="type")
-    scheduler: Asha | NoEarlyStopping = Field(Asha(), discriminator="type")
+    searcher: RandomSearch | OptunaSearch | PriorSearch = Field(RandomSearch(), discriminator="type")
+    scheduler: Asha | Rounds | NoEarlyStopping = Field(Asha(), discriminator="type")
     resources_per_trial: TrialResources = TrialResources()
     trials_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     accelerator_type: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
@@ -211,8 +161,13 @@ class Space(Settings):
         if both:
             raise ValueError(f"{', '.join(both)} stands under both trial and search; keep one")
         has_grid = any("grid_search" in sampler for sampler in self.search.values())
-        if self.searcher.type == "optuna" and has_grid:
-            raise ValueError("searcher optuna takes no grid_search; use choice, or the random searcher")
+        if self.searcher.type != "random" and has_grid:
+            problem = f"searcher {self.searcher.type} takes no grid_search"
+            raise ValueError(f"{problem}; use choice, or the random searcher")
+        rounds, most = self.scheduler, self.max_concurrent_trials
+        if isinstance(rounds, Rounds) and most is not None and most < rounds.trials:
+            problem = f"max_concurrent_trials {most} is below scheduler.trials {rounds.trials}"
+            raise ValueError(f"{problem}: the trials of a round wait for each other")
         if self.accelerator_type and not self.wants_gpu:
             raise ValueError("accelerator_type is a kind of GPU, but trials ask for none; set trials_per_gpu")
         return self

@@ -1,7 +1,8 @@
 """Owns a sweep: Ray Tune's Tuner around `run_trial`, and the best adapter that it leaves.
 
-ASHA and searchers are Ray's. The state of a sweep is its ledger and its checkpoints: a sweep that goes on is
-a new Tuner over them (tuning.ledger_search, tuning.restored_asha, tuning.checkpoints).
+Schedulers and searchers are Ray's, or ours behind its interfaces. The state of a sweep is its ledger and its
+checkpoints: a sweep that goes on is a new Tuner over them (tuning.ledger_search, tuning.restored_asha,
+tuning.round_scheduler, tuning.checkpoints).
 """
 
 import logging
@@ -26,14 +27,24 @@ from tuning.host_directory import Hosts
 from tuning.ledger import Ledger, TrialRecord, ranked
 from tuning.ledger_search import LedgerSearch
 from tuning.restored_asha import RestoredASHA
+from tuning.round_scheduler import RoundScheduler
 from tuning.screen import SweepScreen
-from tuning.space import Asha, Space, tune_space
+from tuning.space import Space, tune_space
+from tuning.strategy import Asha, Rounds
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
 RAY = "ray"  # the name of what Ray keeps, below a storage path
 _SECONDS_TO_RECOVER = 10
 _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
+
+
+@dataclass(frozen=True)
+class KnownBase:
+    """Holds what a sweep goes by of its base: its public perplexity without an adapter, its hidden size."""
+
+    zero_shot: float
+    width: int
 
 
 class NoTrialSucceededError(RuntimeError):
@@ -50,29 +61,32 @@ def run_sweep(
     shares: dict[str, float],
     folder: Path,
     place: str,
-    zero_shot: float,
+    known: KnownBase,
+    num_devices: int,
     observer: SweepObserver,
     go_on: Callable[[], None] = lambda: None,
 ) -> list[TrialRecord]:
     """Run or continue the sweep whose results live in `folder`; returns the record of every trial.
 
     `place`: the path or URI below which Ray keeps checkpoints, and which all nodes reach. `shares`: what a
-    trial asks Ray for. `go_on` is called again and again, and raises to end the sweep.
+    trial asks Ray for. `num_devices`: that trials begin on. `go_on` is called again and again, and raises to
+    end the sweep.
     Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises
     ShortOfMemoryError, after `max_failures` times, where Ray's monitor goes on killing trials.
     """
     ledger, storage = Ledger(folder / "trials"), Storage.at(below(place, RAY))
     for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
-    screen = SweepScreen(space.num_trials, zero_shot)
+    screen = SweepScreen(space.num_trials, known.zero_shot)
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts, shares=shares), shares)
     times_left = space.max_failures
     try:
         while not all_ended(space, list(ledger.records.values())):
             begun = list(ledger.records.values())
-            scheduler, search = _scheduler(space, begun), LedgerSearch(space, begun, storage)
-            stopped = scheduler.stopped if isinstance(scheduler, RestoredASHA) else set()
-            callback = SweepCallback(ledger, space, screen, observer, stopped, go_on)
+            scheduler = _scheduler(space, begun, num_devices)
+            may_begin = scheduler.may_begin if isinstance(scheduler, RoundScheduler) else lambda number: True
+            search = LedgerSearch(space, begun, storage, known.width, may_begin)
+            callback = SweepCallback(ledger, space, screen, observer, scheduler, go_on)
             _prepare_tune(search, folder)
             tuner = _tuner(space, place, trainable, callback, scheduler, search)
             try:
@@ -209,8 +223,10 @@ def _tuner(
     )
 
 
-def _scheduler(space: Space, begun: list[TrialRecord]) -> TrialScheduler:
+def _scheduler(space: Space, begun: list[TrialRecord], num_devices: int) -> TrialScheduler:
     settings = space.scheduler
+    if isinstance(settings, Rounds):
+        return RoundScheduler(settings, begun, space.num_trials, num_devices)
     if not isinstance(settings, Asha):
         return FIFOScheduler()
     return RestoredASHA(

@@ -28,8 +28,8 @@ class SweepCallback(tune.Callback):
     """Ray Tune's events -> ledger, observer and screen.
 
     Ray stores callbacks with a sweep; this one stores nothing, since nothing that Ray stores is read again.
-    `stopped_early`: ids of the trials that the scheduler told to stop, kept up to date by it. `go_on` is
-    called at each turn of Ray's loop, and raises to end it.
+    `scheduler` knows which trials it told to stop or wait. `go_on` is called at each turn of Ray's loop, and
+    raises to end it.
     """
 
     def __init__(
@@ -38,11 +38,13 @@ class SweepCallback(tune.Callback):
         space: Space,
         screen: SweepScreen,
         observer: SweepObserver,
-        stopped_early: Set[str],
+        scheduler: Any,
         go_on: Callable[[], None],
     ):
         self._ledger, self._space, self._screen, self._observer = ledger, space, screen, observer
-        self._stopped_early, self._go_on = stopped_early, go_on
+        self._stopped_early: Set[str] = getattr(scheduler, "stopped", set())
+        self._waiting: Set[str] = getattr(scheduler, "waiting", set())
+        self._go_on = go_on
         self._full_disk: OSError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,7 +75,8 @@ class SweepCallback(tune.Callback):
             if record.percent >= 100 or trial.trial_id in self._stopped_early:
                 self._end(record, _status_of(record))
             else:
-                self._put(record)
+                waits = trial.trial_id in self._waiting
+                self._put(replace(record, status="pending") if waits else record)
 
     def on_checkpoint(
         self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any

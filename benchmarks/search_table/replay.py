@@ -8,12 +8,12 @@ together: a step of n costs what the table's own steps of n trials took. Refuses
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ray.tune.experiment import Trial as RaysTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -21,9 +21,9 @@ from benchmarks.search_table.table import Row, Table
 from qlora.config import parse_stages
 from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
-from tuning.space import Asha
+from tuning.ledger import METRIC
+from tuning.strategy import Asha, Rounds
 
-METRIC = "public_perplexity"
 _WORST = 1e4  # perplexity that is told apart
 _PATIENCE = 200  # proposals of nothing, from a searcher that waits for results
 
@@ -52,7 +52,10 @@ class Costs:
 
 @dataclass
 class Trial:
-    """A trial in play. step: optimizer steps that it has done. stops: steps at which it is yet evaluated."""
+    """A trial in play, which schedulers see as one of Ray's.
+
+    step: optimizer steps that it has done. stops: steps at which it is yet evaluated.
+    """
 
     trial_id: str
     row: Row
@@ -60,6 +63,11 @@ class Trial:
     stops: list[int]
     step: int = 0
     evaluations: int = 0
+    status: str = RaysTrial.PENDING
+
+    def is_finished(self) -> bool:
+        """Tell whether it has ended."""
+        return self.status == RaysTrial.TERMINATED
 
     def perplexity(self) -> float:
         """Return the public perplexity at its step, in between two of its points by logarithms."""
@@ -112,12 +120,13 @@ class _Play:
     costs: Costs
     searcher: Searcher
     scheduler: TrialScheduler
-    rungs: Asha
+    rungs: Asha | Rounds
     together: int
     most_seconds: float
     enough: float
+    may_begin: Callable[[int], bool]
     now: float = 0.0
-    count: int = 0
+    trials: list[Trial] = field(default_factory=list)
     running: list[Trial] = field(default_factory=list)
     history: list[tuple[float, float]] = field(default_factory=list)
 
@@ -125,39 +134,60 @@ class _Play:
         self._places = np.array([coordinates(row.config) for row in self.rows])
         self._unused = np.ones(len(self.rows), dtype=bool)
 
+    def get_trials(self) -> list[Trial]:
+        """Return all trials, as Ray's controller does for a scheduler."""
+        return self.trials
+
+    def stop_trial(self, trial: Trial) -> None:
+        """Stop a trial that is paused, as Ray's controller does for a scheduler."""
+        trial.status = RaysTrial.TERMINATED
+        self._asked(self.scheduler.on_trial_remove, trial)
+        self.searcher.on_trial_complete(trial.trial_id)
+
     def run(self) -> Played:
         idle = 0
         while self.now < self.most_seconds and idle < _PATIENCE:
-            while len(self.running) < self.together and self._unused.any():
-                if not self._begin():
-                    break
-            if not self.running:
-                if not self._unused.any():
-                    break
+            self._fill()
+            if self.running:
+                idle = 0
+                self._advance()
+            elif self._unused.any():
                 idle += 1
-                continue
-            idle = 0
-            self._advance()
+            else:
+                break
             if self.history and self.history[-1][1] <= self.enough:
                 break
         seconds, best = zip(*self.history, strict=True) if self.history else ((), ())
         return Played(tuple(seconds), tuple(best), self.now)
 
-    def _begin(self) -> bool:
-        trial_id = f"t{self.count:05d}"
+    def _asked(self, question: Callable[..., Any], *arguments: Any) -> Any:
+        """Ask the scheduler as Ray's controller does."""
+        controller: Any = self
+        return question(controller, *arguments)
+
+    def _fill(self) -> None:
+        """Let paused trials that their scheduler chooses go on, and new ones begin, while there is room."""
+        while len(self.running) < self.together:
+            chosen = self._asked(self.scheduler.choose_trial_to_run)
+            if chosen is None and self._unused.any() and self.may_begin(len(self.trials)):
+                chosen = self._begun()
+            if chosen is None:
+                return
+            chosen.status = RaysTrial.RUNNING
+            self.running.append(chosen)
+
+    def _begun(self) -> Trial | None:
+        trial_id = f"0_{len(self.trials):05d}"
         proposal = self.searcher.suggest(trial_id)
         if not isinstance(proposal, dict):
-            return False
-        self.count += 1
+            return None
         row = self._nearest(proposal)
         stages = parse_stages(row.config["epochs"])
         timetable = Timetable(row.points[-1].step // sum(stages), stages)
         trial = Trial(trial_id, row, timetable, sorted(evaluation_steps(timetable, self.rungs, 1)))
-        nobody: Any = None
-        stand_in: Any = SimpleNamespace(trial_id=trial_id)
-        self.scheduler.on_trial_add(nobody, stand_in)
-        self.running.append(trial)
-        return True
+        self.trials.append(trial)
+        self._asked(self.scheduler.on_trial_add, trial)
+        return trial
 
     def _nearest(self, proposal: Mapping[str, Any]) -> Row:
         """Return the unused row whose configuration is the nearest to a proposal; from now on it is used."""
@@ -181,15 +211,18 @@ class _Play:
         result = trial.result()
         if not self.history or result[METRIC] < self.history[-1][1]:
             self.history.append((self.now, result[METRIC]))
-        stand_in: Any = SimpleNamespace(trial_id=trial.trial_id)
-        nobody: Any = None
-        decision = self.scheduler.on_trial_result(nobody, stand_in, result)
-        if decision == TrialScheduler.CONTINUE and trial.stops:
+        decision = self._asked(self.scheduler.on_trial_result, trial, result)
+        if decision != TrialScheduler.STOP:
             self.searcher.on_trial_result(trial.trial_id, result)
+        if decision == TrialScheduler.CONTINUE and trial.stops:
             return
-        self.scheduler.on_trial_complete(nobody, stand_in, result)
-        self.searcher.on_trial_complete(trial.trial_id, result)
         self.running.remove(trial)
+        if decision == TrialScheduler.PAUSE:
+            trial.status = RaysTrial.PAUSED
+            return
+        trial.status = RaysTrial.TERMINATED
+        self._asked(self.scheduler.on_trial_complete, trial, result)
+        self.searcher.on_trial_complete(trial.trial_id, result)
 
 
 def play(
@@ -197,18 +230,20 @@ def play(
     costs: Costs,
     searcher: Searcher,
     scheduler: TrialScheduler,
-    rungs: Asha,
+    rungs: Asha | Rounds,
     together: int,
     most_seconds: float = math.inf,
     enough: float = 0.0,
+    may_begin: Callable[[int], bool] = lambda number: True,
 ) -> Played:
     """Play a sweep against rows, each used once at most, until all are, or a time or perplexity is reached.
 
     rungs: what says, with each epoch's end, when trials are evaluated. together: trials on the GPU at once.
+    may_begin: whether a new trial may, by its number.
     """
     searcher.set_search_properties(METRIC, "min", {})
     scheduler.set_search_properties(METRIC, "min")
-    return _Play(rows, costs, searcher, scheduler, rungs, together, most_seconds, enough).run()
+    return _Play(rows, costs, searcher, scheduler, rungs, together, most_seconds, enough, may_begin).run()
 
 
 def coordinates(config: Mapping[str, Any]) -> "np.ndarray[Any, Any]":

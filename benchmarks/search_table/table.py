@@ -95,7 +95,7 @@ def unpack_table(source: Path, parts: Path) -> None:
         place = parts / f"trial-{trial['number']:03d}-{trial['seed']}.json"
         place.write_text(json.dumps(trial), encoding="utf-8")
     for number, facts in enumerate(content["facts"]):
-        (parts / f"{CARD_FACTS}-{number}.json").write_text(json.dumps(facts), encoding="utf-8")
+        (parts / f"{CARD_FACTS}-{number:03d}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def read_table(path: Path = TABLE) -> Table:

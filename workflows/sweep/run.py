@@ -37,6 +37,7 @@ from tuning.progress import clock, ranking, where_time_went
 from tuning.sweep import (
     RAY,
     BestAdapter,
+    KnownBase,
     NoTrialSucceededError,
     ShortOfMemoryError,
     all_ended,
@@ -110,7 +111,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         with tracker.system_metrics():
             zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-            records = _run_trials(sweep, hosts, shares, zero_shot, tracker)
+            known = KnownBase(zero_shot, prepared.base.size.hidden)
+            records = _run_trials(sweep, hosts, shares, known, len(devices), tracker)
             if not all_ended(sweep.space, records):
                 raise StoppedError(sweep.how_to_go_on)
             best = _keep_best_adapter(sweep)
@@ -153,11 +155,18 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
 
 
 def _run_trials(
-    sweep: SweepFolder, hosts: Hosts, shares: dict[str, float], zero_shot: float, tracker: SweepTracker
+    sweep: SweepFolder,
+    hosts: Hosts,
+    shares: dict[str, float],
+    known: KnownBase,
+    num_devices: int,
+    tracker: SweepTracker,
 ) -> list[TrialRecord]:
     try:
         watch = _watch(sweep, hosts, shares)
-        return run_sweep(sweep.space, hosts, shares, sweep.folder, sweep.storage, zero_shot, tracker, watch)
+        return run_sweep(
+            sweep.space, hosts, shares, sweep.folder, sweep.storage, known, num_devices, tracker, watch
+        )
     except ShortOfMemoryError as error:
         raise StoppedError(f"{error}; with more of it, or fewer trials, {sweep.how_to_go_on}") from error
 
