@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,14 @@ def _ours(seed: int, num_trials: int) -> Strategy:
     return Strategy(PriorSearcher(_own_space(seed), _WIDTH), scheduler, rounds, scheduler.may_begin)
 
 
+def _random_rounds(seed: int, num_trials: int) -> Strategy:
+    return replace(_ours(seed, num_trials), searcher=RandomSearch(space(), seed))
+
+
+def _prior_asha(seed: int, num_trials: int) -> Strategy:
+    return Strategy(PriorSearcher(_own_space(seed), _WIDTH), _asha(_wide()), _wide())
+
+
 def _own_space(seed: int) -> Space:
     """Return the ranges of the table as a space file has them."""
     nowhere = {"train": "train.json", "public": "public.json"}
@@ -266,6 +274,8 @@ CONTENDERS: dict[str, Callable[[int, int], Strategy]] = {
     "random + ASHA": _random,
     "Optuna + ASHA": _optuna,
     "Optuna's TPE + Hyperband": _hyperband,
+    "random + rounds": _random_rounds,
+    "prior + ASHA": _prior_asha,
     "prior + rounds": _ours,
 }
 

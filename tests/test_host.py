@@ -381,6 +381,18 @@ def mean_loss(curve: list[dict]) -> float:
     return loss / curve[-1]["step"]
 
 
+def test_a_holder_from_before_takes_no_seat_from_the_next_one(data, tmp_path):
+    """As the process of a trial that was paused, which hears of that when another has gone on with it."""
+    host = Host(data, 1)
+    host.attach("trial", "first process", CONFIGS[0])
+    steps = host.attach("trial", "second process", CONFIGS[0])
+    host.detach("trial", "first process")
+    assert host.advance("trial", steps[0], str(tmp_path))["step"] == steps[0]
+    host.detach("trial", "second process")
+    with pytest.raises(KeyError):
+        host.advance("trial", steps[-1], str(tmp_path))
+
+
 def test_a_seat_is_given_up_when_its_holder_takes_another(data, tmp_path):
     host = Host(data, 1)
     host.attach("old", "same holder", CONFIGS[0])

@@ -1,10 +1,12 @@
 """Early stopping in rounds: who goes on, when the next round begins, what a sweep decides that goes on."""
 
 import math
+import time
 
 import pytest
 from conftest import command, finished
 from ray.tune.experiment import Trial
+from test_faults import family
 from test_sweep import ledger, wait_for_a_report
 
 from qlora.training import Timetable
@@ -46,6 +48,9 @@ class Played:
         self.perplexities, self.total_steps = perplexities, total_steps
         self.scheduler = RoundScheduler(ROUNDS, records, len(perplexities), num_devices)
         self.trials, self.went_on = [], []
+
+    def _set_trial_status(self, trial: RaysTrial, status: str) -> None:
+        trial.status = status
 
     def get_trials(self) -> list[RaysTrial]:
         return self.trials
@@ -120,6 +125,24 @@ def test_a_trial_that_diverges_or_fails_keeps_nobody_waiting():
     assert Played([math.inf] * 4).play() == []
 
 
+def test_a_trial_that_failed_after_it_was_compared_is_decided_on_all_the_same():
+    """Ray adds it again, as pending: a loser must not train on, and one that goes on does."""
+    sweep = Played([9, 7, 8, 6])
+    sweep.begin()
+    for _ in range(3):
+        sweep.turn()
+    loser = sweep.trials[0]
+    loser.status = Trial.PENDING
+    sweep.scheduler.on_trial_add(sweep, loser)
+    assert loser.status == Trial.PAUSED
+    sweep.turn()
+    best = sweep.scheduler.choose_trial_to_run(sweep)
+    assert (best.trial_id, loser.status) == ("7_00003", Trial.TERMINATED)
+    best.status = Trial.PENDING
+    sweep.scheduler.on_trial_add(sweep, best)
+    assert sweep.scheduler.choose_trial_to_run(sweep) is best
+
+
 def test_trials_that_end_before_the_comparison_are_compared_by_their_ends():
     assert Played([9, 7, 8, 6], total_steps=12).play() == []  # whole already; nobody is paused
 
@@ -178,7 +201,7 @@ def test_rounds_that_stop_nobody_are_refused(wrong):
 def test_a_trial_that_waited_and_one_that_was_killed_train_as_if_undisturbed(project):
     """Curves are those of a sweep of the same trials without early stopping, as far as each went."""
     out = finished(command(project, "tune", *SWEEP, "--name", "rounds"))
-    assert "rounds      of 3 trials, compared after 2 steps; 1 go on" in out
+    assert "rounds      of 3 trials, compared after 2 steps, 1 go on" in out
     found = list(ledger(project, "rounds").values())
     assert [record["status"] for record in found].count("finished") == 2
     for of_round in (found[:3], found[3:]):
@@ -209,6 +232,23 @@ def test_a_trial_that_waited_and_one_that_was_killed_train_as_if_undisturbed(pro
     whole = {record["config"]["learning_rate"]: record for record in ledger(project, "whole").values()}
     for record in found:
         check_curve(whole[record["config"]["learning_rate"]], record)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [1, 2], ids=["while its round waits", "behind its comparison"])
+def test_trials_whose_processes_are_killed_come_back_to_their_round(project, points):
+    name = f"killed-{points}"
+    process = command(project, "tune", *SWEEP, "--set", "search.epochs={choice: [30]}", "--name", name)
+    deadline = time.monotonic() + 200
+    while not any(len(record["curve"]) >= points for record in ledger(project, name).values()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    for victim in family(process, "ray::ImplicitFunc"):
+        victim.kill()
+    finished(process)
+    statuses = [record["status"] for record in ledger(project, name).values()]
+    assert sorted(statuses) == ["finished"] * 2 + ["stopped"] * 4
 
 
 def check_curve(whole: dict, record: dict) -> None:

@@ -141,9 +141,15 @@ class Host:
         """
         return self._ask(lambda: self._stop(storage))
 
-    def detach(self, trial_id: str) -> None:
-        """Take a trial's seat and memory back, if it has one."""
-        self._ask(lambda: self._leave(trial_id))
+    def detach(self, trial_id: str, holder: str | None = None) -> None:
+        """Take a trial's seat and memory back, if it has one; with a holder, only if that holds it still."""
+
+        def leave() -> None:
+            seat = self._seats.get(trial_id)
+            if seat is not None and holder in (None, seat.holder):
+                self._leave(trial_id)
+
+        self._ask(leave)
 
     def seconds(self) -> dict[str, float]:
         """Return where time went since the first trial came, by kind of work (tuning.shared_work.WORK)."""

@@ -97,9 +97,9 @@ class HostActor:
 
         return self._host.stop(Storage.at(storage_uri)) if self._has_begun() else 0
 
-    def detach(self, trial_id: str) -> None:
+    def detach(self, trial_id: str, holder: str | None = None) -> None:
         """See Host."""
-        self._found().detach(trial_id)
+        self._found().detach(trial_id, holder)
 
     def seconds(self) -> dict[str, float]:
         """See Host; a host that has not begun has done nothing."""

@@ -44,6 +44,7 @@ class LedgerSearch(SearchAlgorithm):
         self._ids = TrialIds(space.seed, list(self._records))
         self._inner_ids: dict[str, str] = {}
         self._kept_settings: dict[str, dict[str, Any]] = {}  # of trials that are drawn otherwise now
+        self._last_results: dict[str, dict[str, Any]] = {}
 
     @property
     def max_pending(self) -> int:
@@ -88,10 +89,11 @@ class LedgerSearch(SearchAlgorithm):
                     learner.tried_instead(drawn_as, known)
                 else:
                     self._kept_settings[trial.trial_id] = known
-            for number, point in enumerate(record.curve[:-1] if record.has_ended else record.curve):
-                self.on_trial_result(record.trial_id, {**point, "training_iteration": number + 1})
+            last = record.curve[-1] if record.curve and record.status != "diverged" else None
+            for number, point in enumerate(record.curve):
+                if not record.has_ended or point is not last:
+                    self.on_trial_result(record.trial_id, {**point, "training_iteration": number + 1})
             if record.has_ended:
-                last = record.curve[-1] if record.curve and record.status != "diverged" else None
                 self.on_trial_complete(record.trial_id, last, error=last is None)
                 continue
             restore_checkpoints(trial, self._storage, record)
@@ -100,13 +102,21 @@ class LedgerSearch(SearchAlgorithm):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a result on, unless it is no number to learn from."""
-        if math.isfinite(result.get(METRIC, math.nan)) and trial_id not in self._kept_settings:
+        if not math.isfinite(result.get(METRIC, math.nan)):
+            return
+        self._last_results[trial_id] = result
+        if trial_id not in self._kept_settings:
             self._inner.on_trial_result(self._inner_ids[trial_id], result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Pass on how a trial ended; one that diverged has failed."""
+        """Pass on how a trial ended; one that diverged has failed.
+
+        Ray tells no result of a trial that is stopped while it is paused: its last one counts.
+        """
+        if result is None and not error:
+            result = self._last_results.get(trial_id)
         if not result or not math.isfinite(result.get(METRIC, math.nan)):
             result, error = None, True
         learner = _learner(self._inner)

@@ -101,9 +101,11 @@ def _work_lines(
         lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}")
     elif isinstance(space.scheduler, Rounds):
         rounds = space.scheduler
-        lines.append(
-            f"rounds      of {rounds.trials} trials, compared after {rounds.steps} steps; {rounds.kept} go on"
-        )
+        stages = [space.trial_settings({"epochs": value}).stages for value in space.values("epochs")]
+        shortest = steps_per_epoch * min(sum(one) for one in stages)
+        whole = f"; trials of {shortest} steps are whole before that" if shortest <= rounds.steps else ""
+        compared = f"compared after {rounds.steps} steps, {rounds.kept} go on{whole}"
+        lines.append(f"rounds      of {rounds.trials} trials, {compared}")
     return lines
 
 

@@ -46,10 +46,19 @@ class RoundScheduler(TrialScheduler):
         return place > 0 or sum(not self._is_over(one) for one in range(of_round)) < self._num_devices
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take in a trial; one that has been compared before waits for what is decided of its round."""
+        """Take in a trial; one that has been compared before waits for what is decided of its round.
+
+        One that failed and is tried again is added again, as pending: if it goes on, it stays that.
+        """
         number = _number(trial.trial_id)
+        is_again = number in self._trials
         self._trials[number] = trial
-        if number in self._values:
+        if number not in self._values:
+            return
+        if is_again:
+            if number not in (self._kept(number // self._rounds.trials) or ()):
+                tune_controller._set_trial_status(trial, Trial.PAUSED)
+        else:
             trial.init_local_path()  # which Ray asks for even if it stops the trial before it runs here
             trial.set_status(Trial.PAUSED)
 

@@ -211,7 +211,9 @@ def _tuner(
             num_samples=space.num_samples,
             search_alg=search,
             scheduler=scheduler,
-            reuse_actors=True,
+            # A paused trial's process would wait for the next one; if its node dies, trials that are tried
+            # again would fail once for each such process.
+            reuse_actors=not isinstance(space.scheduler, Rounds),
         ),
         run_config=tune.RunConfig(
             name=RAY,

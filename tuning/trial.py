@@ -44,7 +44,7 @@ def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) ->
                     return
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
     finally:
-        host.detach.remote(trial_id)
+        host.detach.remote(trial_id, holder)  # which another process of the trial may have by now
 
 
 @contextmanager

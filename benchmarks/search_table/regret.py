@@ -18,7 +18,7 @@ NEAR = 1.01  # of the best
 NOISE = 0.002  # what seeds of one configuration differ by
 _BUDGETS = (30, 60, 120, 240)
 _WORST = 1e3  # perplexity that stands for none
-_COLOURS = ("#7f8c8d", "#0072b2", "#009e73", "#d55e00")
+_COLOURS = ("#7f8c8d", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 
 
 def regrets(played: Sequence[Played], best: float, seconds: float) -> "np.ndarray[Any, Any]":

@@ -112,7 +112,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
             known = KnownBase(zero_shot, prepared.base.size.hidden)
-            records = _run_trials(sweep, hosts, shares, known, len(devices), tracker)
+            records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not all_ended(sweep.space, records):
                 raise StoppedError(sweep.how_to_go_on)
             best = _keep_best_adapter(sweep)
