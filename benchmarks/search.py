@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import optuna
 import yaml
-from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -39,7 +38,7 @@ from benchmarks.search_table.table import Row, read_table
 from tuning.ledger import METRIC
 from tuning.prior_search import PriorSearcher
 from tuning.round_scheduler import RoundScheduler
-from tuning.space import Space
+from tuning.space import Space, tune_space
 from tuning.strategy import Asha, Rounds
 
 _MOST_SECONDS = 3000.0
@@ -200,14 +199,7 @@ def _costs() -> Costs:
 
 def space() -> dict[str, Any]:
     """Return the ranges of the table as Ray Tune's param_space."""
-    return {
-        "learning_rate": tune.loguniform(*make.RATES),
-        "lora_r": tune.choice(list(make.RANKS)),
-        "lora_alpha": tune.choice(list(make.ALPHAS)),
-        "lora_dropout": tune.uniform(0, make.MOST_DROPOUT),
-        "schedule": tune.choice(list(make.SCHEDULES)),
-        "epochs": tune.choice(list(make.EPOCHS)),
-    }
+    return tune_space(_own_space(seed=0))
 
 
 def _wide() -> Asha:

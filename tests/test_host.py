@@ -108,7 +108,7 @@ def test_a_host_knows_where_its_time_went(data, tmp_path):
 
 
 def test_trials_go_on_from_an_adapter(data, tmp_path):
-    """What was reached by one sweep is where the trials of the next begin."""
+    """Begins the trials of a sweep where those of another had come to."""
     before = run(Host(data, 1), "first", CONFIGS[0], tmp_path)[-1]
     folder = tmp_path / f"first-{before['step']}" / "adapter"
     start = AdapterFiles.read(folder)
@@ -219,7 +219,7 @@ def test_a_host_outlives_a_failure_of_its_own_turn(data, tmp_path, monkeypatch):
 
 
 def test_out_of_memory_in_an_evaluation_shrinks_its_passes(data, tmp_path, monkeypatch):
-    """What is scored stays scored; the rest goes through in smaller passes; the host says so."""
+    """Keeps what is scored, and lets the rest through in smaller passes; the host says so."""
     whole, tried = qlora.perplexity.run_pass, []
 
     def short_of_memory(bank, groups, *arguments, **options):
@@ -414,7 +414,7 @@ def test_a_seat_is_given_up_when_its_holder_takes_another(data, tmp_path):
 
 
 def test_a_bank_holds_the_nf4_values(tiny_base):
-    """What trials train against is what is served: the quantised values, dequantised once."""
+    """Has trials train against what is served: the quantised values, dequantised once."""
     settings = BaseModelSettings(name=str(tiny_base))
     dense = dict(load_bank(settings).model.named_parameters())
     plain = dict(load_bank(settings.model_copy(update={"quantization": "none"})).model.named_parameters())

@@ -26,7 +26,7 @@ SWEEP = (
 
 
 class RaysTrial:
-    """What the scheduler sees of a trial."""
+    """Stands in for a trial of Ray's, as the scheduler sees it."""
 
     def __init__(self, number: int):
         self.trial_id, self.status = f"7_{number:05d}", Trial.PENDING
@@ -145,6 +145,13 @@ def test_a_trial_that_failed_after_it_was_compared_is_decided_on_all_the_same():
 
 def test_trials_that_end_before_the_comparison_are_compared_by_their_ends():
     assert Played([9, 7, 8, 6], total_steps=12).play() == []  # whole already; nobody is paused
+    mixed = Played([5, 7, 8, 6])
+    mixed.begin()
+    short = mixed.trials[0]
+    point = {"public_perplexity": 5, "step": 8, "schedule_percent": 100.0}
+    assert mixed.scheduler.on_trial_result(mixed, short, point) == "CONTINUE"
+    short.status = Trial.TERMINATED
+    assert mixed.play() == []  # it is the best of its round, and the others are stopped
 
 
 def test_what_was_decided_is_decided_again_after_a_stop():
