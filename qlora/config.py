@@ -26,6 +26,7 @@ T = TypeVar("T")
 DEFAULT_BASE = "smollm2-135m-instruct"
 MAX_LENGTH_TOKENS = 2048
 MAX_SEED = 2**32 - 1  # what NumPy's and every other generator takes
+MAX_RANK = 1024
 
 
 def printable(text: str) -> str:
@@ -168,7 +169,7 @@ class TrialSettings(Settings):
     """
 
     learning_rate: Number = Field(3e-5, gt=0, le=1)
-    lora_r: int = Field(64, ge=1, le=1024)
+    lora_r: int = Field(64, ge=1, le=MAX_RANK)
     lora_alpha: Number = Field(16, gt=0)
     lora_dropout: Number = Field(0.1, ge=0, lt=1)
     epochs: Epochs = 1

@@ -47,13 +47,29 @@ class TrialReport:
 
 
 @dataclass(frozen=True)
+class AverageReport:
+    """An average of trials' adapters that is better than each of them.
+
+    members: names of trials. perplexities: of each public example.
+    """
+
+    members: Sequence[str]
+    perplexities: Sequence[float]
+
+    @property
+    def name(self) -> str:
+        """Return what people call it."""
+        return f"the average of trials {' and '.join([', '.join(self.members[:-1]), self.members[-1]])}"
+
+
+@dataclass(frozen=True)
 class SweepReport:
     """The content of a sweep's page.
 
     zero_shot: the base's perplexity. epochs_saved: the share of full-length epochs that early stopping did
     not run. registration: what became of the best adapter. facts: to print (settings, digests, versions,
     hardware). starts_at_base: whether fresh adapters were trained, which equal the base at first. links:
-    pages of the tracking server, by name.
+    pages of the tracking server, by name. average: if one is best.
     """
 
     name: str
@@ -65,6 +81,7 @@ class SweepReport:
     facts: Mapping[str, Any]
     starts_at_base: bool = True
     links: Mapping[str, str] = field(default_factory=dict)
+    average: AverageReport | None = None
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[float, float]:
@@ -105,22 +122,27 @@ def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
     return {name: float(share / total) if total else 0.0 for name, share in zip(names, found, strict=True)}
 
 
-def verdict(trials: Sequence[TrialReport], zero_shot: float) -> str:
-    """Say which trial is best, and whether it can be told from the runner-up."""
+def verdict(trials: Sequence[TrialReport], zero_shot: float, average: AverageReport | None = None) -> str:
+    """Say which adapter is best, a trial's or an average's, and whether it can be told from the runner-up."""
     order = _ranked(trials)
-    best = order[0]
-    low, high = bootstrap_interval(best.perplexities)
+    if average is not None:
+        name, values, rivals, rival_is = average.name, average.perplexities, order, "the best trial"
+    else:
+        name, values = f"trial {order[0].name}", order[0].perplexities
+        rivals, rival_is = order[1:], "its runner-up"
+    low, high = bootstrap_interval(values)
+    best = float(np.mean(values)) if average is not None else order[0].best
     words = (
-        f"Trial {best.name} is best: public perplexity {best.best:.4g} "
+        f"{name[0].upper()}{name[1:]} is best: public perplexity {best:.4g} "
         f"(95 % interval over examples {low:.4g} to {high:.4g}), zero-shot {zero_shot:.4g}."
     )
-    if len(order) < 2 or not order[1].curve:
+    if not rivals or not rivals[0].curve:
         return words
-    second = order[1]
-    difference, low, high = compare(best.perplexities, second.perplexities)
+    second = rivals[0]
+    difference, low, high = compare(values, second.perplexities)
     found = (
-        f"its runner-up {second.name} ({second.best:.4g}): the difference is {difference:.3g}, "
-        f"95 % interval {low:.3g} to {high:.3g} on {len(best.perplexities)} examples."
+        f"{rival_is} {second.name} ({second.best:.4g}): the difference is {difference:.3g}, "
+        f"95 % interval {low:.3g} to {high:.3g} on {len(values)} examples."
     )
     if low <= 0 <= high:
         return f"{words} It can't be told from {found}"
@@ -139,7 +161,7 @@ def _page(sweep: SweepReport) -> str:
     stopped = sum(trial.status == "stopped" for trial in sweep.trials)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
-        f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot))}</p>',
+        f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot, sweep.average))}</p>',
         f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them "
         f"and saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
         _links(sweep.links),

@@ -263,7 +263,9 @@ def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Re
     )
     base = tags.get("base_model", "-")
     trained = f"Base `{base}` in {tags.get('quantization', '-')}, prompt `{tags.get('prompt', '-')}`, "
-    trained += f"sweep `{tags.get('sweep', '-')}`, trial `{tags.get('trial_id', '-')}`."
+    of_trial = tags.get("trial_id", "-")
+    kind = "average of trials" if ", " in of_trial else "trial"
+    trained += f"sweep `{tags.get('sweep', '-')}`, {kind} `{of_trial}`."
     description = "\n\n".join([verdict, f"{figures}.", trained, usage])
     with durable("description"):
         client.update_model_version(name, version.version, description)

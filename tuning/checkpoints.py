@@ -21,6 +21,7 @@ from qlora.checkpoint_files import MANIFEST, POSITION, CheckpointError, read_pos
 from qlora.failpoints import durable
 from tuning.ledger import TrialRecord
 
+RAY = "ray"  # the name of what Ray keeps, below a storage path
 STOPPED = "checkpoint_stopped"
 _PREFIX = "checkpoint_"
 

@@ -32,6 +32,7 @@ from qlora.training import DivergedError, StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
 from tuning.shared_work import SharedWork, TrialWork
+from tuning.soup import Finalist, Soup, find_soup
 from tuning.space import Space
 
 _Answer = TypeVar("_Answer")
@@ -133,6 +134,17 @@ class Host:
             return seat.reply
 
         return self._ask(start).result()
+
+    def soup(
+        self, storage: Storage, found: Sequence[Finalist], most: int
+    ) -> tuple[Soup, AdapterFiles | None]:
+        """Average finalists' adapters; see tuning.soup.find_soup."""
+
+        def find() -> tuple[Soup, AdapterFiles | None]:
+            with self._work.counted("evaluating"):
+                return find_soup(self._work, self._data.public, storage, found, most)
+
+        return self._ask(find)
 
     def stop(self, storage: Storage) -> int:
         """Do no more work, and keep where each trial stands that is not at a report; returns how many are.

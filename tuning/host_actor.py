@@ -16,6 +16,7 @@ from tuning.device import Device, this_device
 
 if TYPE_CHECKING:
     from tuning.host import Host
+    from tuning.soup import Finalist
 
 
 class UnfitNodeError(RuntimeError):
@@ -90,6 +91,12 @@ class HostActor:
             return self._found().advance(trial_id, step, folder)
         except DivergedError as error:
             return {"diverged": str(error)}
+
+    def soup(self, storage_uri: str, found: Sequence["Finalist"], most: int) -> Any:
+        """See Host."""
+        from tuning.checkpoints import Storage
+
+        return self._found().soup(Storage.at(storage_uri), found, most)
 
     def stop(self, storage_uri: str) -> int:
         """See Host; a host that has not begun has nothing to keep."""

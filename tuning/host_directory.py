@@ -19,6 +19,7 @@ from tuning.placement import my_device, nodes_for, on_node, options, this_node
 
 if TYPE_CHECKING:
     from tuning.host import SweepData
+    from tuning.soup import Finalist
 
 _MOST_TRIALS = 64  # of a host at once
 _SECONDS_TO_QUEUE, _SECONDS_TO_TELL = 1.0, 5.0
@@ -96,6 +97,10 @@ class HostDirectory:
                 found += ray.get(reply)
         return found
 
+    def living(self) -> Any:
+        """Return a living host, if there is one."""
+        return next((host for host in self._hosts.values() if not _is_dead(host)), None)
+
     def seconds(self) -> dict[str, float]:
         """Return where the time of all living hosts together went, by kind of work.
 
@@ -163,6 +168,17 @@ def host_notes(hosts: Hosts) -> list[str]:
     """Return what people should know of how the hosts' work went."""
     found: list[str] = ray.get(hosts.directory.notes.remote())
     return found
+
+
+def ask_for_soup(hosts: Hosts, storage_uri: str, finalists: Sequence["Finalist"], most: int) -> Any:
+    """Have a host average finalists' adapters (tuning.soup); returns a reference to what it finds.
+
+    It asks Ray for nothing, since trials have ended. Raises ActorDiedError if no host is left.
+    """
+    host = ray.get(hosts.directory.living.remote())
+    if host is None:
+        raise ray.exceptions.ActorDiedError("no host is left")
+    return host.soup.remote(storage_uri, list(finalists), most)
 
 
 def ask_where_trials_stand(hosts: Hosts, storage_uri: str) -> Any:

@@ -101,7 +101,8 @@ class Space(Settings):
     `trials_per_gpu`: how many trials share a GPU and the base on it, `auto` for as many as the plan finds
     room for; it takes the place of resources_per_trial.gpu. accelerator_type: the kind of GPU that trials
     run on, as Ray calls it. start_timeout: seconds that a cluster has to bring the first device. prompt: by
-    default, what fits the data. loss, thinking: of a chat prompt, see ChatSettings. max_length: tokens of an
+    default, what fits the data. soup: whether averages of the best adapters are tried when trials have ended
+    (tuning.soup). loss, thinking: of a chat prompt, see ChatSettings. max_length: tokens of an
     example, prompt and answer, behind which it is cut.
     """
 
@@ -125,6 +126,7 @@ class Space(Settings):
     budget_tokens: int | None = Field(None, ge=1, le=65536)
     registered_model: str | None = None
     storage: str | None = None
+    soup: bool = True
     seed: int = Field(42, ge=0, le=MAX_SEED)
 
     @field_validator("trials_per_gpu", mode="before")

@@ -1,4 +1,4 @@
-"""Owns a sweep: Ray Tune's Tuner around `run_trial`, and the best adapter that it leaves.
+"""Owns the run of a sweep's trials: Ray Tune's Tuner around `run_trial`.
 
 Schedulers and searchers are Ray's, or ours behind its interfaces. The state of a sweep is its ledger and its
 checkpoints: a sweep that goes on is a new Tuner over them (tuning.ledger_search, tuning.restored_asha,
@@ -7,7 +7,6 @@ tuning.round_scheduler, tuning.checkpoints).
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from ray.exceptions import OutOfMemoryError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from qlora.checkpoint_files import ADAPTER, CheckpointError
-from qlora.failpoints import durable
 from qlora.files import below
-from tuning.checkpoints import Storage, best_checkpoint, checkpoint_paths
+from tuning.checkpoints import RAY, Storage
 from tuning.host_directory import Hosts
-from tuning.ledger import Ledger, TrialRecord, ranked
+from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.restored_asha import RestoredASHA
 from tuning.round_scheduler import RoundScheduler
@@ -34,7 +31,6 @@ from tuning.strategy import Asha, Rounds
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
-RAY = "ray"  # the name of what Ray keeps, below a storage path
 _SECONDS_TO_RECOVER = 10
 _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
 
@@ -45,10 +41,6 @@ class KnownBase:
 
     zero_shot: float
     width: int
-
-
-class NoTrialSucceededError(RuntimeError):
-    """A sweep without an adapter: every trial failed or diverged."""
 
 
 class ShortOfMemoryError(RuntimeError):
@@ -121,61 +113,6 @@ def _is_short_of_memory(error: BaseException | None) -> bool:
 def all_ended(space: Space, records: list[TrialRecord]) -> bool:
     """Tell whether every trial of a sweep has ended."""
     return len(records) >= space.num_trials and all(record.has_ended for record in records)
-
-
-@dataclass(frozen=True)
-class BestAdapter:
-    """The best trial, the PEFT folder with its best adapter, and where every trial's best checkpoint is."""
-
-    record: TrialRecord
-    folder: Path
-    checkpoints: dict[str, str]
-
-
-def keep_best_adapter(folder: Path, place: str) -> BestAdapter:
-    """Copy the adapter of the best checkpoint of all trials, which are below `place`, to `folder`/best.
-
-    Raises NoTrialSucceededError if no trial has reported a perplexity, CheckpointError if what the best one
-    left is damaged: its record is then set back to the checkpoint before, from where the sweep can go on.
-    """
-    ledger, storage = Ledger(folder / "trials"), Storage.at(below(place, RAY))
-    best = next((record for record in ranked(list(ledger.records.values())) if record.best), None)
-    if best is None:
-        raise NoTrialSucceededError(_why_none(list(ledger.records.values())))
-    target, unfinished = folder / "best", folder / ".best.part"
-    try:
-        with best_checkpoint(storage, best) as source:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with durable("best adapter copied"):
-                shutil.copytree(source / ADAPTER, unfinished)
-    except CheckpointError:
-        _set_back(ledger, storage, best)
-        raise
-    if target.exists():
-        with durable("old best adapter removed"):
-            shutil.rmtree(target)
-    with durable("best adapter"):
-        unfinished.rename(target)
-    return BestAdapter(best, target, checkpoint_paths(storage, ledger.records))
-
-
-def _set_back(ledger: Ledger, storage: Storage, record: TrialRecord) -> None:
-    """Let a trial go on from the checkpoint before its best one, which is damaged."""
-    assert record.best is not None
-    stored = storage.checkpoints(storage.folder_of(record.trial_id))
-    before = [one.step for one in stored if one.step < record.best["step"]]
-    for one in stored:
-        if one.step >= record.best["step"]:
-            storage.remove(one.path)
-    ledger.put(record.as_of(max(before, default=0)))
-
-
-def _why_none(records: list[TrialRecord]) -> str:
-    diverged = [record for record in records if record.status == "diverged"]
-    if len(diverged) == len(records):
-        return f"all {len(records)} trials diverged: {diverged[0].error}; lower the learning rate's bounds"
-    reasons = "; ".join(dict.fromkeys(record.reason for record in records if record.reason))
-    return f"no trial reached an evaluation: {reasons or 'see trials/ in its folder'}"
 
 
 def _prepare_tune(search: LedgerSearch, folder: Path) -> None:

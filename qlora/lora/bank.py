@@ -72,10 +72,11 @@ class AdapterBank:
         """Count the linear layers that an adapter may target."""
         return len(self._linear)
 
-    @property
-    def has_kernels(self) -> bool:
-        """Tell whether adapters' products are computed by the GPU's kernels."""
-        return kernels is not None and self.device.type == "cuda"
+    def in_kernels(self, adapters: Sequence[Adapter | None]) -> bool:
+        """Tell whether there are adapters whose products the GPU's kernels compute: all or none of these."""
+        ranks = [adapter.settings.lora_r for adapter in adapters if adapter is not None]
+        has_kernels = kernels is not None and self.device.type == "cuda"
+        return has_kernels and bool(ranks) and max(ranks) <= MAX_GPU_RANK
 
     def fresh_weights(self, settings: TrialSettings) -> Tensor:
         """Return the initial weights of a new adapter, [n] float32 on the CPU.
@@ -94,22 +95,25 @@ class AdapterBank:
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         return weights
 
-    def attach(self, settings: TrialSettings, weights: Tensor | None = None) -> Adapter:
+    def attach(
+        self, settings: TrialSettings, weights: Tensor | None = None, *, trains: bool = True
+    ) -> Adapter:
         """Put a new adapter on the base.
 
-        `weights` are its `fresh_weights`, if they are there already. Raises InputError as `fresh_weights`
-        does.
+        `weights` are its `fresh_weights`, if they are there already. One that does not train may have any
+        rank, and has no memory for gradients. Raises InputError as `fresh_weights` does.
         """
-        layers = self._places(settings)
+        layers = self._places(settings, any_rank=not trains)
         if weights is None:
-            weights = self.fresh_weights(settings)
+            num_weights = max((b.end for _, b in layers.values()), default=0)
+            weights = self.fresh_weights(settings) if trains else torch.zeros(num_weights, device=self.device)
         weights = weights.to(self.device)
         for name in layers:
             self._make_banked(name)
         return Adapter(
             settings=settings,
             weights=weights,
-            gradients=torch.zeros_like(weights),
+            gradients=torch.zeros_like(weights) if trains else weights,
             served=weights if self.model.dtype == torch.float32 else weights.to(self.model.dtype),
             layers=layers,
         )
@@ -131,7 +135,7 @@ class AdapterBank:
         bounds = tuple((part.start, part.end) for part in batch.parts)
         anchor = torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
         tables: dict[str, Any] = {}
-        if self.has_kernels and any(adapter is not None for adapter in adapters):
+        if self.in_kernels(adapters):
             tables = {
                 "pass_tables": make_pass_tables(self.device, bounds, dropouts),
                 "layer_tables": self.tables_of(adapters).layers,
@@ -203,9 +207,9 @@ class AdapterBank:
             matrix.copy_(found[name])
         adapter.refresh()
 
-    def _places(self, settings: TrialSettings) -> dict[str, tuple[Place, Place]]:
+    def _places(self, settings: TrialSettings, any_rank: bool = False) -> dict[str, tuple[Place, Place]]:
         """Lay out an adapter's matrices: the places of A and B of each targeted layer. Raises InputError."""
-        if settings.lora_r > MAX_GPU_RANK and self.device.type == "cuda":
+        if settings.lora_r > MAX_GPU_RANK and self.device.type == "cuda" and not any_rank:
             raise InputError("lora_r", f"{settings.lora_r} is more than the {MAX_GPU_RANK} that a GPU takes")
         unknown = unknown_targets(settings.target_modules, list(self._linear))
         if unknown:

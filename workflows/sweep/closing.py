@@ -17,7 +17,7 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
     verdict = "now champion" if champion["is_champion"] else "not champion"
     model = f"models:/{sweep.model_name}@champion" if champion["is_champion"] else best["model_uri"]
     lines = [
-        f"best        trial {best['trial_id']}: public perplexity {best['public_perplexity']:.4f}, "
+        f"best        {_named(best)}: public perplexity {best['public_perplexity']:.4f}, "
         f"zero-shot {summary['zero_shot']:.4f}",
         f"registered  {best['model_uri']}, {verdict}: {champion['reason']}",
         f"adapter     {_shown(best['checkpoint'])} (a PEFT folder)",
@@ -28,6 +28,12 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
     if pages_root().startswith("http://127.0.0.1:5000"):
         lines.insert(-1, "            (make ui serves these pages)")
     return "\n".join(lines)
+
+
+def _named(best: Mapping[str, Any]) -> str:
+    if best["trial_id"] is None:
+        return f"average of trials {', '.join(best['trial_ids'])}"
+    return f"trial {best['trial_id']}"
 
 
 def _shown(checkpoint: str) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 from qlora.base.reference import split_revision
 from qlora.provenance import git_commit, package_versions
-from reporting.sweep_page import SweepReport, TrialReport
+from reporting.sweep_page import AverageReport, SweepReport, TrialReport
+from tuning.best_adapter import BestAdapter
 from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.soup import Soup
 from tuning.space import REPORTED, Space
 from workflows.sweep.folder import SweepFolder
 
@@ -39,30 +41,34 @@ def user_name() -> str:
 
 
 def model_card(
-    space: Space, record: TrialRecord, zero_shot: float, digests: Mapping[str, str], prompt: str
+    space: Space, best: BestAdapter, zero_shot: float, digests: Mapping[str, str], prompt: str
 ) -> str:
     """Write README.md of an adapter's folder."""
-    assert record.best is not None
-    found, epochs = record.best["public_perplexity"], record.best["epoch"]
+    names = ", ".join(best.weights)
+    title = f"trial {names}" if best.soup is None else f"the average of trials {names}"
     base, revision = split_revision(space.base_model.name)
     named = f"{base}\nbase_model_revision: {revision}" if revision else base
-    settings = "\n".join(f"| {key} | {value} |" for key, value in record.config.items())
+    heads = ["setting", *(["value"] if best.soup is None else best.weights)]
+    rows = [[key, *(record.config[key] for record in best.members)] for key in best.record.config]
+    if best.soup is not None:
+        rows.insert(0, ["weight", *(f"{weight:.4g}" for weight in best.weights.values())])
+    epochs = [f"{record.best['epoch']:g}" for record in best.members if record.best]
+    lines = [heads, ["---"] * len(heads), *rows, ["epochs of the checkpoint", *epochs]]
+    settings = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return f"""---
 library_name: peft
 base_model: {named}
 tags: [lora, qlora]
 ---
 
-# LoRA adapter of trial {record.trial_id}
+# LoRA adapter of {title}
 
 Trained on `{space.data.train_name}` for the base `{space.base_model.name}` in
 {space.base_model.quantization}. Public perplexity, the mean over the examples of
-`{space.data.public_name}` of exp(mean NLL of the answer tokens and EOS): **{found:.5g}** after {epochs:g}
-epochs; the base alone has {zero_shot:.5g}. Load it with `PeftModel.from_pretrained(base_model, folder)`;
-prompts are those of `{prompt}`.
+`{space.data.public_name}` of exp(mean NLL of the answer tokens and EOS): **{best.public_perplexity:.5g}**;
+the base alone has {zero_shot:.5g}. Load it with `PeftModel.from_pretrained(base_model, folder)`; prompts are
+those of `{prompt}`.
 
-| setting | value |
-|---|---|
 {settings}
 
 Digests of the data: train `{digests["train"]}`, public `{digests["public"]}`.
@@ -72,13 +78,14 @@ Digests of the data: train `{digests["train"]}`, public `{digests["public"]}`.
 def sweep_report(
     sweep: SweepFolder,
     records: Sequence[TrialRecord],
+    soup: Soup | None,
     zero_shot: float,
     seconds: float,
     registration: str,
     facts: Mapping[str, Any],
     links: Mapping[str, str],
 ) -> SweepReport:
-    """Gather what the page is made of. `facts`: see `provenance`."""
+    """Gather what the page is made of. `soup`: if an average is best. `facts`: see `provenance`."""
     space, data = sweep.space, sweep.space.data
     settings = {
         "continued from": sweep.start[0] if sweep.start else None,
@@ -97,6 +104,7 @@ def sweep_report(
         name=sweep.name,
         zero_shot=zero_shot,
         trials=[_trial(record, space) for record in records],
+        average=AverageReport(tuple(soup.weights), soup.perplexities) if soup is not None else None,
         epochs_saved=share_of_epochs_saved(records),
         seconds=seconds,
         registration=registration,

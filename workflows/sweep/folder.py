@@ -8,6 +8,7 @@ Loads nothing heavy.
     results/NAME/start/        the adapter that trials go on from, if there is one
     results/NAME/trials/       one record a trial
     results/NAME/ray/          Ray Tune's own state and checkpoints
+    results/NAME/soup/         what averaging the best trials' adapters came to, and the best average
     results/NAME/best/         the best adapter, PEFT
     results/NAME/summary.json  the end result, written last
     results/NAME/.lock         held by the process that works on the sweep
@@ -41,7 +42,7 @@ _ZERO_SHOT, _START = "zero_shot.json", "start"
 
 
 class _Best(TypedDict):
-    trial_id: str
+    trial_id: str | None
     public_perplexity: float
     checkpoint: str
     model_uri: str

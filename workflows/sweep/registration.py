@@ -16,9 +16,9 @@ from tracking.registry import Registration, register
 from tracking.runs import describe_sweep, start_sweep
 from tracking.sweep_tracker import SweepTracker
 from tracking.views import save_comparison
+from tuning.best_adapter import BestAdapter
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.space import REPORTED
-from tuning.sweep import BestAdapter
 from workflows.session import FailedError
 from workflows.sweep.closing import summary_links
 from workflows.sweep.facts import model_card, provenance, sweep_report
@@ -60,14 +60,13 @@ def register_best(
 
     `base_digest`: see qlora.base.reference. Raises what `prove` raises; what was logged is then withdrawn.
     """
-    assert best.record.best is not None
     space, digests = sweep.space, prepared.inputs.digests
-    perplexity, run_id = best.record.best["public_perplexity"], tracker.run_id(best.record)
+    perplexity, run_id = best.public_perplexity, _run_id(best, tracker)
     settings = {"base_model": space.base_model.name, "quantization": space.base_model.quantization}
     facts = {
         **settings,
         "sweep": sweep.name,
-        "trial_id": best.record.trial_id,
+        "trial_id": ", ".join(best.weights),
         "prompt": prepared.inputs.prompt.name,
         "prompt_kind": "chat" if isinstance(prepared.inputs.prompt, ChatPrompt) else "template",
         "zero_shot_public_perplexity": repr(zero_shot),
@@ -81,7 +80,7 @@ def register_best(
         "max_length": str(prepared.base.max_length),
     }
     known = {key: value for key, value in facts.items() if value}
-    card = model_card(space, best.record, zero_shot, digests, prepared.inputs.prompt.name)
+    card = model_card(space, best, zero_shot, digests, prepared.inputs.prompt.name)
     write_text(best.folder / "README.md", card)
     sweep.keep_prompt(prepared.inputs.prompt_text)
     write_keys(sweep.folder / _TRAINED_ON, prepared.inputs.sets.train)
@@ -111,7 +110,6 @@ def summarise(
     registered: Registration,
 ) -> dict[str, Any]:
     """Return the sweep's summary, as summary.json has it."""
-    assert best.record.best is not None
     settings = list(dict.fromkeys([*REPORTED, *sweep.space.search]))
     return {
         "sweep": sweep.name,
@@ -120,11 +118,13 @@ def summarise(
         "zero_shot": zero_shot,
         "trials": [{**_trial(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
         "best": {
-            "trial_id": best.record.trial_id,
-            "public_perplexity": best.record.best["public_perplexity"],
+            "trial_id": best.record.trial_id if best.soup is None else None,
+            "trial_ids": list(best.weights),
+            "weights": list(best.weights.values()),
+            "public_perplexity": best.public_perplexity,
             "checkpoint": str(best.folder.relative_to(sweep.folder.parent.parent)),
             "model_uri": registered.model_uri,
-            "mlflow_run_id": tracker.run_id(best.record),
+            "mlflow_run_id": _run_id(best, tracker),
         },
         "epochs_saved": share_of_epochs_saved(records),
         "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
@@ -151,14 +151,13 @@ def publish(
     registration = f"{uri}: {summary['champion']['reason']}."
     report = sweep.folder / "report.html"
     links = summary_links(summary, pages_root())
-    content = sweep_report(sweep, records, zero_shot, seconds, registration, facts, links)
+    content = sweep_report(sweep, records, best.soup, zero_shot, seconds, registration, facts, links)
     write_sweep_page(report, content)
     pages = ", ".join(f"[{name}]({link})" for name, link in summary_links(summary, "").items())
-    words = (
-        f"{verdict(content.trials, zero_shot)} Registered as {registration}\n\n{pages}; artifact report.html."
-    )
+    words = verdict(content.trials, zero_shot, content.average)
+    words = f"{words} Registered as {registration}\n\n{pages}; artifact report.html."
     found = {
-        "best_trial": best.record.trial_id,
+        "best_trial": ", ".join(best.weights),
         "model_uri": uri,
         "mlflow.note.content": words,
         "host_notes": facts["what hosts noted"],
@@ -168,6 +167,11 @@ def publish(
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "summary.json", summary, "summary to log")
         tracker.note(found, [report, Path(folder) / "summary.json"], checkpoints)
+
+
+def _run_id(best: BestAdapter, tracker: SweepTracker) -> str:
+    """Return the run that the best adapter belongs to: its trial's, or for an average the sweep's own."""
+    return tracker.run_id(best.record) if best.soup is None else tracker.parent_run_id
 
 
 def _trial(record: TrialRecord) -> dict[str, Any]:

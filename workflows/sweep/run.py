@@ -10,12 +10,12 @@ from typing import Any
 import ray
 
 from qlora.base.reference import base_digest
-from qlora.checkpoint_files import CheckpointError
 from qlora.config import InputError, first_line
 from qlora.files import below, disk_without_space
 from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
 from tracking.sweep_tracker import SweepTracker
+from tuning.checkpoints import RAY
 from tuning.device import Device
 from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import (
@@ -34,20 +34,12 @@ from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
 from tuning.placement import this_node
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
 from tuning.progress import clock, ranking, where_time_went
-from tuning.sweep import (
-    RAY,
-    BestAdapter,
-    KnownBase,
-    NoTrialSucceededError,
-    ShortOfMemoryError,
-    all_ended,
-    keep_best_adapter,
-    run_sweep,
-)
+from tuning.sweep import KnownBase, ShortOfMemoryError, all_ended, run_sweep
 from tuning.sweep_plan import SweepPlan, make_sweep_plan
 from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
 from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
+from workflows.sweep.best import averages_are_due, find_best
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
 from workflows.sweep.registration import describe, publish, register_best, summarise, track
@@ -98,7 +90,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     shares = sweep.space.trial_shares(plan.trials)
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
-    if not _is_trained(sweep):
+    if not _is_trained(sweep) or averages_are_due(sweep, prepared):
         begin_hosts(hosts, prepared.host_data(plan.budgets), joining(needs, asked))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
@@ -115,13 +107,12 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not all_ended(sweep.space, records):
                 raise StoppedError(sweep.how_to_go_on)
-            best = _keep_best_adapter(sweep)
             worker = Worker(shares)  # which loads its libraries meanwhile
+            best, averages = find_best(sweep, prepared, hosts, records)
             seconds = time.monotonic() - started.began
-            work = _tell_how_it_went(hosts, plan, records, zero_shot, seconds)
+            work = _tell_how_it_went(hosts, plan, records, averages, zero_shot, seconds)
             stop_hosts(hosts)
-            assert best.record.best is not None
-            metrics["best_public_perplexity"] = best.record.best["public_perplexity"]
+            metrics["best_public_perplexity"] = best.public_perplexity
             metrics["system/epochs_saved"] = share_of_epochs_saved(records)
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
@@ -203,15 +194,6 @@ def _record_needed(sweep: SweepFolder) -> Iterator[None]:
         ) from error
 
 
-def _keep_best_adapter(sweep: SweepFolder) -> BestAdapter:
-    try:
-        return keep_best_adapter(sweep.folder, sweep.storage)
-    except NoTrialSucceededError as error:
-        raise FailedError(f"{error}; nothing is registered") from error
-    except CheckpointError as error:
-        raise StoppedError(f"{error}; its trial goes on from the one before: {sweep.how_to_go_on}") from error
-
-
 def _is_trained(sweep: SweepFolder) -> bool:
     """Tell whether a sweep that goes on lacks its registration alone, so that no host need load the base."""
     records = Ledger(sweep.folder / "trials").records.values()
@@ -289,11 +271,13 @@ def _first_good(questions: Sequence[Any]) -> list[float]:
 
 
 def _tell_how_it_went(
-    hosts: Hosts, plan: SweepPlan, records: list[TrialRecord], zero_shot: float, seconds: float
+    hosts: Hosts, plan: SweepPlan, records: list[TrialRecord], averages: str, zero_shot: float, seconds: float
 ) -> dict[str, Any]:
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     spent, notes = host_seconds(hosts), host_notes(hosts)
     print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
+    if averages:
+        print(f"averages    {averages}")
     print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
     print(where_time_went(spent))
     for note in notes:

@@ -1,0 +1,299 @@
+"""A sweep whose trials end near each other registers their average, if that is better than each of them."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import WORDS, command, finished, random_examples
+from oracles import loop_perplexities
+from test_host import run
+from transformers import AutoModelForCausalLM
+
+from qlora.checkpoint_files import ADAPTER, CheckpointError
+from qlora.lora.average import read_update
+from qlora.lora.peft_folder import load_adapter
+from qlora.perplexity import mean_perplexity
+from tuning.checkpoints import Storage
+from tuning.host import Host, SweepData
+from tuning.ledger import TrialRecord
+from tuning.soup import Finalist, affordable_averages, finalists, keep_soup, kept_soup
+from tuning.space import Space
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A host sets its process's threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base) -> SweepData:
+    """Examples of few tokens, whose frequencies can be learned; training on them too often overfits."""
+    space = Space.model_validate(
+        {
+            "base_model": {"name": str(tiny_base), "quantization": "none"},
+            "data": {"train": "t", "public": "p"},
+            "trial": {"batch_size": 4, "lora_dropout": 0.0, "epochs": 4},
+            "search": {"learning_rate": {"choice": [0.01]}},
+            "scheduler": {"type": "fifo"},
+        }
+    )
+    train, public = random_examples(24, vocabulary=20), random_examples(12, seed=3, vocabulary=20)
+    return SweepData(space, train, public, 10_000)
+
+
+@pytest.fixture
+def trained(data, tmp_path):
+    """A host and three finalists whose checkpoints are kept, the best first: two alike, one far behind."""
+    host, found = Host(data, 1), []
+    configs = [{"lora_r": 4, "seed": 1}, {"lora_r": 8, "seed": 2}, {"learning_rate": 1e-6, "lora_r": 2}]
+    for number, config in enumerate(configs):
+        points = run(host, f"t{number}", {"learning_rate": 0.01, **config}, tmp_path)
+        folder = tmp_path / "ray" / f"t{number}" / "checkpoint_000001"
+        shutil.copytree(tmp_path / f"t{number}-{points[-1]['step']}", folder)
+        found.append(Finalist(f"t{number}", points[-1]["public_perplexity"], str(folder)))
+    return host, sorted(found, key=lambda one: one.public_perplexity), Storage.at(str(tmp_path / "ray"))
+
+
+def in_peft(base: str, folder: Path, examples) -> float:
+    """Perplexity by transformers, PEFT and a loop."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return mean_perplexity(loop_perplexities(load_adapter(model, folder).eval(), examples))
+
+
+def by_merging(base: str, folders: list[Path], examples) -> float:
+    """Perplexity of the base with the mean of the adapters' products added to its weights."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for folder in folders:
+            for layer, (a, b) in read_update(folder).items():
+                model.get_submodule(layer).weight += b @ a / len(folders)
+    return mean_perplexity(loop_perplexities(model.eval(), examples))
+
+
+def test_members_are_added_while_the_average_gets_better(data, trained, tmp_path):
+    """It is what a loop over merged weights finds, and the folder is what was measured."""
+    host, found, storage = trained
+    base, adapters = data.space.base_model.name, [Path(one.checkpoint) / ADAPTER for one in found]
+    chosen, lowest = [0], found[0].public_perplexity
+    while True:
+        values = {i: by_merging(base, [adapters[j] for j in (*chosen, i)], data.public) for i in range(3)}
+        others = [i for i in values if i not in chosen]
+        if not others or min(values[i] for i in others) >= lowest:
+            break
+        chosen.append(min(others, key=values.get))
+        lowest = values[chosen[-1]]
+    soup, files = host.soup(storage, found, 10)
+    assert len(chosen) > 1, "or nothing is shown"
+    assert list(soup.weights) == [found[i].trial_id for i in chosen]
+    assert sum(soup.weights.values()) == pytest.approx(1)
+    assert soup.public_perplexity == pytest.approx(lowest, rel=1e-4)
+    assert soup.public_perplexity == pytest.approx(mean_perplexity(soup.perplexities))
+    files.write(tmp_path / "soup")
+    assert in_peft(base, tmp_path / "soup", data.public) == pytest.approx(lowest, rel=1e-4)
+    assert soup.lost == 0, "its rank is the sum of its members'"
+
+
+def test_an_average_that_is_no_better_leaves_the_best_trial(trained):
+    host, found, storage = trained
+    far = [one for one in found if one.trial_id in ("t2", found[0].trial_id)]
+    soup, files = host.soup(storage, far, 10)
+    assert (soup.weights, soup.public_perplexity, files) == ({}, None, None)
+    assert soup.measured == 1
+    assert not soup.beats(1e9)
+
+
+def test_no_more_is_measured_than_there_is_time_for(trained):
+    host, found, storage = trained
+    assert host.soup(storage, found, 1)[0].measured == 1
+
+
+def test_an_average_of_too_high_a_rank_is_brought_to_one_that_fits(data, trained, monkeypatch):
+    """Its loss is measured against the exact average; where it is too high, fewer members are taken."""
+    host, found, storage = trained
+    exact, _ = host.soup(storage, found, 10)
+    monkeypatch.setattr("tuning.soup.MAX_GPU_RANK", 1)  # then the largest member's rank, 8, is what fits
+    monkeypatch.setattr("tuning.soup._MOST_LOST", 1.0)
+    soup, files = host.soup(storage, found, 10)
+    assert soup.rank == 8 < exact.rank
+    assert soup.lost == pytest.approx(soup.public_perplexity / exact.public_perplexity - 1)
+    assert json.loads(files.contents["adapter_config.json"])["r"] == 8
+    monkeypatch.setattr("tuning.soup._MOST_LOST", -1.0)
+    assert host.soup(storage, found, 10)[0].weights == {}
+
+
+def test_a_damaged_checkpoint_is_no_member(trained):
+    host, found, storage = trained
+    weights = Path(found[1].checkpoint) / ADAPTER / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    soup, _ = host.soup(storage, found, 10)
+    assert found[1].trial_id not in soup.weights
+    assert f"trial {found[1].trial_id}: its best checkpoint is damaged; it is in no average" in host.notes()
+    first = Path(found[0].checkpoint) / ADAPTER / "adapter_model.safetensors"
+    first.write_bytes(b"")
+    with pytest.raises(CheckpointError):  # its trial goes on from the checkpoint before
+        host.soup(storage, found, 10)
+
+
+def record(name: str, perplexity: float, status: str = "finished", epochs: float = 1.0) -> TrialRecord:
+    point = {"step": 24.0, "epoch": epochs, "public_perplexity": perplexity}
+    return TrialRecord(name, {}, status, curve=(point,))
+
+
+def test_finalists_are_the_best_that_ended_by_themselves(trained):
+    """Trials that are far behind, failed or have no checkpoint are none."""
+    storage = trained[2]
+    records = [
+        record("t0", 5.0),
+        record("t1", 5.1, "stopped"),
+        record("t2", 9.0),
+        record("gone", 5.2),
+        record("t3", 4.0, "failed"),
+    ]
+    assert [one.trial_id for one in finalists(records, storage)] == ["t0", "t1"]
+
+
+def test_averages_are_a_small_share_of_the_sweep():
+    """It counts forward passes: training a token is three of them."""
+    train, public = random_examples(30, seed=1), random_examples(10, seed=2)
+    tokens, asked = (sum(one.num_tokens for one in each) for each in (train, public))
+    records = [record(str(number), 5.0, epochs=10) for number in range(5)]
+    found = affordable_averages(records, train, public)
+    assert found == int(0.04 * (3 * 50 * tokens + 5 * asked) / asked)
+    assert found > 0
+    assert affordable_averages([record("short", 5.0, epochs=0.1)], train, public) == 0
+
+
+def test_what_averaging_came_to_is_kept_for_these_finalists(trained, tmp_path):
+    host, found, storage = trained
+    soup, files = host.soup(storage, found, 10)
+    keep_soup(tmp_path, soup, files)
+    assert kept_soup(tmp_path, found) == soup
+    assert kept_soup(tmp_path, found[:2]) is None
+    weights = tmp_path / "soup" / ADAPTER / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert kept_soup(tmp_path, found) is None
+    keep_soup(tmp_path, soup, files)
+    (tmp_path / "soup/soup.json").write_text("{")
+    assert kept_soup(tmp_path, found) is None
+
+
+@pytest.fixture(scope="module")
+def sweep(project):
+    """A sweep of trials that differ in their seeds, on drawn answers: there is only so much to learn."""
+    generator = random.Random(2)
+    rows = [
+        {
+            "id": f"e{n}",
+            "instruction": "".join(generator.choices(WORDS, k=2)),
+            "output": generator.choice("山水風雲"),
+        }
+        for n in range(32)
+    ]
+    (project / "drawn.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
+    (project / "asked.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+    space = yaml.safe_load((project / "space.yaml").read_text())
+    space |= {"data": {"train": "drawn.json", "public": "asked.json"}, "registered_model": "mean"}
+    space |= {"search": {"seed": {"grid_search": [1, 2, 3, 4]}}, "num_samples": 1}
+    space["scheduler"] = {"type": "fifo"}
+    space["trial"] |= {"learning_rate": 0.01, "epochs": 10}
+    del space["soup"]  # it is on by itself
+    (project / "seeds.yaml").write_text(yaml.safe_dump(space))
+    out = finished(command(project, "tune", "--space", "seeds.yaml", "--name", "seeds"))
+    return out, json.loads((project / "results/seeds/summary.json").read_text())
+
+
+@pytest.mark.ray
+def test_an_average_that_wins_is_registered_as_what_it_is(project, tiny_base, sweep):
+    out, summary = sweep
+    best = summary["best"]
+    ids = {trial["trial_id"] for trial in summary["trials"]}
+    assert best["trial_id"] is None
+    assert set(best["trial_ids"]) <= ids
+    assert len(best["trial_ids"]) == len(best["weights"]) > 1
+    assert sum(best["weights"]) == pytest.approx(1)
+    alone = min(point["public_perplexity"] for trial in summary["trials"] for point in trial["curve"])
+    assert best["public_perplexity"] < alone
+    names = ", ".join(best["trial_ids"])
+    assert f"averages    of {names}: public perplexity {best['public_perplexity']:.4f}" in out
+    assert f"best        average of trials {names}: public perplexity" in out
+    assert best["mlflow_run_id"] == summary["mlflow_run_id"]
+    page = (project / "results/seeds/report.html").read_text()
+    assert (
+        f"The average of trials {', '.join(best['trial_ids'][:-1])} and {best['trial_ids'][-1]} is best"
+        in page
+    )
+    card = (project / best["checkpoint"] / "README.md").read_text()
+    assert f"LoRA adapter of the average of trials {names}" in card
+    folders = [best_checkpoint(project, trial) for trial in best["trial_ids"]]
+    examples = encoded(project, tiny_base)
+    expected = by_merging(str(tiny_base), folders, examples)
+    assert best["public_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert in_peft(str(tiny_base), project / best["checkpoint"], examples) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def best_checkpoint(project: Path, trial: str) -> Path:
+    (path,) = (project / "results/seeds/trials").glob(f"*-{trial}.json")
+    curve = json.loads(path.read_text())["curve"]
+    step = min(curve, key=lambda point: point["public_perplexity"])["step"]
+    for folder in (project / "results/seeds/ray" / trial).glob("checkpoint_*"):
+        if json.loads((folder / "position.json").read_text())["step"] == step:
+            return folder / ADAPTER
+    raise AssertionError(f"no checkpoint of step {step}")
+
+
+def encoded(project: Path, tiny_base: Path):
+    from transformers import AutoTokenizer
+
+    from qlora.data.examples import load_examples
+    from qlora.data.prompts import encode_examples, load_prompt
+
+    rows = load_examples(project / "asked.json", need_output=True)
+    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_base), load_prompt(str(project / "plain.yaml"))
+    return encode_examples(tokenizer, prompt, rows, "public")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_goes_on_from_an_average(project, sweep):
+    """It takes its rank, alpha and layers over, and the first perplexities are near the average's."""
+    best = sweep[1]["best"]
+    options = (
+        "--continue-from",
+        best["model_uri"],
+        "--set",
+        "trial.learning_rate=1e-6",
+        "--set",
+        "trial.epochs=1",
+    )
+    out = finished(command(project, "tune", "--space", "seeds.yaml", "--name", "on", *options))
+    found = json.loads((project / "results/on/summary.json").read_text())
+    assert "rank 8" not in out, "averages of its own are of a higher rank"
+    for trial in found["trials"]:
+        assert trial["curve"][0]["public_perplexity"] == pytest.approx(best["public_perplexity"], rel=1e-3)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_without_averages_or_cut_before_them_comes_to_the_same(project, sweep):
+    """`soup: off` leaves them out; what a sweep that goes on lacks is measured then."""
+    out = finished(command(project, "tune", "--space", "seeds.yaml", "--name", "off", "--set", "soup=off"))
+    alone = json.loads((project / "results/off/summary.json").read_text())["best"]
+    assert "averages" not in out
+    assert alone["trial_ids"] == [alone["trial_id"]]
+    before = project / "results/seeds"
+    kept = json.loads((before / "summary.json").read_text())["best"]
+    shutil.copytree(before, project / "kept")
+    shutil.rmtree(before / "soup")
+    (before / "summary.json").unlink()
+    out = finished(command(project, "tune", "--resume", "seeds"))
+    assert "averages    of " in out
+    assert json.loads((before / "summary.json").read_text())["best"] == kept

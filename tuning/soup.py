@@ -1,0 +1,252 @@
+"""Owns a sweep's soup: the average of its finalists' adapters that is better than each of them, if one is.
+
+Trials that end near each other leave adapters that err differently; the mean of their updates often predicts
+better than the best of them and costs no training. Members are chosen greedily on the public examples: to the
+best adapter is added whichever other lowers the perplexity of the average most, until none does. What is
+measured is what would be registered: an average whose rank no GPU takes is first brought to one that fits.
+
+Refuses to know how averages are made (qlora.lora.average) and how hosts are found.
+
+Source: greedy model soups, https://arxiv.org/abs/2203.05482.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from qlora.checkpoint_files import ADAPTER, CheckpointError, verify_checkpoint
+from qlora.config import MAX_RANK, InputError
+from qlora.data.prompts import EncodedExample
+from qlora.failpoints import durable
+from qlora.files import read_json, write_json
+from qlora.lora.average import Update, attach_update, mean_update, rank_of, read_update, reduced
+from qlora.lora.peft_folder import AdapterFiles
+from qlora.lora.products import MAX_GPU_RANK
+from qlora.perplexity import mean_perplexity
+from tuning.checkpoints import Storage, checkpoint_paths
+from tuning.ledger import TrialRecord, ranked
+from tuning.shared_work import SharedWork
+
+_FINALISTS = 6
+_FARTHEST = 1.15  # from the best perplexity: what is farther off was never seen to help
+_SHARE = 0.04  # of a sweep's work that averages may cost; reading and averaging adapters comes to it
+_BACKWARD = 2  # a training pass is a forward, as an evaluation is, and a backward of twice that
+_MOST_LOST = 0.002  # of perplexity, by bringing an average to a lower rank
+_FOLDER, _FACTS = "soup", "soup.json"
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trial that may be a member: its public perplexity at its best checkpoint, and where that is kept."""
+
+    trial_id: str
+    public_perplexity: float
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Soup:
+    """Tells what averaging came to.
+
+    finalists: the perplexity of each trial that could be a member. measured: how many averages were.
+    weights: of each member, by trial, summing to 1; empty if no average beats the best trial. perplexities:
+    of each public example. rank: of the adapter. lost: the share of perplexity that bringing it to this rank
+    cost. digest: of the adapter's files.
+    """
+
+    finalists: dict[str, float]
+    measured: int
+    seconds: float
+    weights: dict[str, float]
+    public_perplexity: float | None = None
+    perplexities: tuple[float, ...] = ()
+    rank: int = 0
+    lost: float = 0.0
+    digest: str = ""
+
+    def beats(self, public_perplexity: float) -> bool:
+        """Tell whether there is an average that is better than this."""
+        return self.public_perplexity is not None and self.public_perplexity < public_perplexity
+
+
+_SOUP = TypeAdapter(Soup)
+
+
+def finalists(records: Sequence[TrialRecord], storage: Storage) -> list[Finalist]:
+    """Return the trials that may be members, the best first: finished and stopped ones near the best."""
+    there = [one for one in ranked(records) if one.best and one.status in ("finished", "stopped")]
+    paths = checkpoint_paths(storage, {record.trial_id: record for record in there[:_FINALISTS]})
+    found = [
+        Finalist(record.trial_id, record.best["public_perplexity"], paths[record.trial_id])
+        for record in there[:_FINALISTS]
+        if record.best and record.trial_id in paths
+    ]
+    return [one for one in found if one.public_perplexity <= _FARTHEST * found[0].public_perplexity]
+
+
+def perplexities_of(found: Sequence[Finalist]) -> dict[str, float]:
+    """Return the finalists' perplexities by trial: what tells whether averages are still those of a sweep."""
+    return {one.trial_id: one.public_perplexity for one in found}
+
+
+def affordable_averages(
+    records: Sequence[TrialRecord], train: Sequence[EncodedExample], public: Sequence[EncodedExample]
+) -> int:
+    """Count the averages whose measuring is a small share of the sweep's work.
+
+    It follows from what trials did, not from the time it took, so that a sweep that was interrupted comes to
+    the same.
+    """
+    train_tokens, public_tokens = (sum(one.num_tokens for one in each) for each in (train, public))
+    epochs = sum(record.curve[-1]["epoch"] for record in records if record.curve)
+    points = sum(len(record.curve) for record in records)
+    work = (1 + _BACKWARD) * epochs * train_tokens + points * public_tokens
+    return int(_SHARE * work / public_tokens)
+
+
+def find_soup(
+    work: SharedWork, public: Sequence[EncodedExample], storage: Storage, found: Sequence[Finalist], most: int
+) -> tuple[Soup, AdapterFiles | None]:
+    """Measure at most so many averages of finalists on a device; return the best one, and its adapter.
+
+    A finalist whose checkpoint is damaged is left out. Raises CheckpointError if that is the best one, and
+    what measuring raises, such as out of memory.
+    """
+    started, members = time.monotonic(), dict[str, Update]()
+    for one in found:
+        with storage.here(one.checkpoint) as folder:
+            try:
+                verify_checkpoint(folder)
+            except CheckpointError:
+                if one is found[0]:
+                    raise
+                work.note(f"trial {one.trial_id}: its best checkpoint is damaged; it is in no average")
+                continue
+            members[one.trial_id] = read_update(folder / ADAPTER, work.bank.device)
+    bench = _Bench(work, public, members, most)
+    chosen, best = bench.choose(found[0].public_perplexity)
+    competed = perplexities_of(found)
+    if best is None:
+        return Soup(competed, bench.measured, time.monotonic() - started, {}), None
+    adapter = bench.adapter_files(chosen)
+    soup = Soup(
+        finalists=competed,
+        measured=bench.measured,
+        seconds=time.monotonic() - started,
+        weights={trial_id: 1 / len(chosen) for trial_id in chosen},
+        public_perplexity=best.public_perplexity,
+        perplexities=tuple(best.perplexities),
+        rank=best.rank,
+        lost=best.lost,
+        digest=adapter.digest,
+    )
+    return soup, adapter
+
+
+def keep_soup(folder: Path, soup: Soup, adapter: AdapterFiles | None) -> None:
+    """Keep in a sweep's folder what averaging came to, and the adapter if an average is best."""
+    target, unfinished = folder / _FOLDER, folder / f".{_FOLDER}.part"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    if adapter is not None:
+        adapter.write(unfinished / ADAPTER)
+    write_json(unfinished / _FACTS, asdict(soup))
+    with durable("soup kept"):
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+
+
+def kept_soup(folder: Path, found: Sequence[Finalist]) -> Soup | None:
+    """Return what averaging these finalists came to; None if it was not done, or its files are damaged."""
+    try:
+        soup = _SOUP.validate_python(read_json(folder / _FOLDER / _FACTS, ""))
+        if soup.finalists != perplexities_of(found):
+            return None
+        if soup.weights and AdapterFiles.read(soup_adapter(folder)).digest != soup.digest:
+            return None
+    except (OSError, InputError, ValidationError):
+        return None  # it is measured again
+    return soup
+
+
+def soup_adapter(folder: Path) -> Path:
+    """Return the PEFT folder of a sweep's best average."""
+    return folder / _FOLDER / ADAPTER
+
+
+@dataclass(frozen=True)
+class _Average:
+    """A measured average: the perplexity of each public example, its rank, what bringing it to that cost."""
+
+    perplexities: list[float]
+    rank: int
+    lost: float = 0.0
+
+    @property
+    def public_perplexity(self) -> float:
+        return mean_perplexity(self.perplexities)
+
+
+class _Bench:
+    """Averages of members, measured on a device; there is time for `most` of them."""
+
+    def __init__(
+        self, work: SharedWork, public: Sequence[EncodedExample], members: Mapping[str, Update], most: int
+    ):
+        self._work, self._public, self._members, self._left = work, public, members, most
+        self._most_rank = max(MAX_GPU_RANK, *map(rank_of, members.values()))
+        self.measured = 0
+
+    def choose(self, alone: float) -> tuple[tuple[str, ...], _Average | None]:
+        """Add members to the first, whose perplexity is `alone`, while an average gets better by it."""
+        names = list(self._members)
+        chosen: tuple[str, ...] = (names[0],)
+        best, lowest = None, alone
+        while others := [name for name in names if name not in chosen and self._fits((*chosen, name))]:
+            tried = {(*chosen, name): self._measure((*chosen, name)) for name in others[: self._left]}
+            if not tried:
+                break
+            together = min(tried, key=lambda one: tried[one].public_perplexity)
+            if tried[together].public_perplexity >= lowest:
+                break
+            found = self._with_loss(together, tried[together])
+            if found.lost >= _MOST_LOST:
+                break
+            chosen, best, lowest = together, found, found.public_perplexity
+        return chosen, best
+
+    def adapter_files(self, names: Sequence[str]) -> AdapterFiles:
+        """Return the PEFT folder of an average."""
+        adapter = attach_update(self._work.bank, reduced(self._mean(names), self._most_rank))
+        with tempfile.TemporaryDirectory() as folder:
+            self._work.bank.save(adapter, Path(folder))
+            self._work.bank.detach(adapter)
+            return AdapterFiles.read(folder)
+
+    def _fits(self, names: Sequence[str]) -> bool:
+        return sum(rank_of(self._members[name]) for name in names) <= MAX_RANK
+
+    def _mean(self, names: Sequence[str]) -> Update:
+        return mean_update([self._members[name] for name in names], [1 / len(names)] * len(names))
+
+    def _measure(self, names: Sequence[str], *, exactly: bool = False) -> _Average:
+        mean = self._mean(names)
+        adapter = attach_update(self._work.bank, mean if exactly else reduced(mean, self._most_rank))
+        (found,) = self._work.evaluate([adapter], self._public)
+        self._work.bank.detach(adapter)
+        self.measured, self._left = self.measured + 1, self._left - 1
+        if isinstance(found, Exception):
+            raise found
+        return _Average(found, adapter.settings.lora_r)
+
+    def _with_loss(self, names: Sequence[str], found: _Average) -> _Average:
+        """Return a measured average with what its lower rank cost, if it was brought to one."""
+        if rank_of(self._mean(names)) == found.rank:
+            return found
+        exact = self._measure(names, exactly=True)
+        return replace(found, lost=found.public_perplexity / exact.public_perplexity - 1)
