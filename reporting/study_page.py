@@ -8,7 +8,7 @@ from typing import Any
 from qlora.files import write_text
 from reporting.charts import epoch_curves
 from reporting.html import facts, figure, number, page, table, text
-from reporting.sweep_page import bootstrap_interval, compare
+from reporting.intervals import bootstrap_interval, compare
 
 
 @dataclass(frozen=True)

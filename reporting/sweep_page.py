@@ -1,7 +1,6 @@
 """Owns a sweep's page: one HTML file without scripts, which says which trial is best and how sure that is.
 
-Perplexities are means over examples, so an interval comes from drawing examples anew, and two trials are
-compared on the same draws. Refuses to know Ray and the tracking server.
+Refuses to know Ray and the tracking server.
 """
 
 import math
@@ -15,51 +14,11 @@ import numpy as np
 from qlora.files import write_text
 from reporting.charts import Curve, importance_bars, learning_curves, parallel_coordinates
 from reporting.html import facts, figure, number, page, table, text
+from reporting.intervals import bootstrap_interval
+from reporting.verdicts import AverageReport, HoldoutReport, TrialReport, outlook, ranked, verdict
 
-_DRAWS = 10_000
 _LOGARITHMIC = {"learning_rate", "lora_r", "lora_alpha"}
 _FEWEST_TRIALS = 8  # to say which parameter mattered
-
-
-@dataclass(frozen=True)
-class TrialReport:
-    """One trial of the page.
-
-    settings: those that were searched. curve: (percent of its schedule, public perplexity). perplexities: of
-    each public example at its best point. The rest is what it cost.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    status: str
-    reason: str
-    curve: Sequence[tuple[float, float]]
-    perplexities: Sequence[float]
-    training_loss: float | None
-    tokens_per_second: float | None
-    peak_memory_gib: float
-    seconds: float | None
-
-    @property
-    def best(self) -> float:
-        """Return the lowest public perplexity; infinite before the first evaluation."""
-        return min((value for _, value in self.curve), default=math.inf)
-
-
-@dataclass(frozen=True)
-class AverageReport:
-    """An average of trials' adapters that is better than each of them.
-
-    members: names of trials. perplexities: of each public example.
-    """
-
-    members: Sequence[str]
-    perplexities: Sequence[float]
-
-    @property
-    def name(self) -> str:
-        """Return what people call it."""
-        return f"the average of trials {' and '.join([', '.join(self.members[:-1]), self.members[-1]])}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +28,7 @@ class SweepReport:
     zero_shot: the base's perplexity. epochs_saved: the share of full-length epochs that early stopping did
     not run. registration: what became of the best adapter. facts: to print (settings, digests, versions,
     hardware). starts_at_base: whether fresh adapters were trained, which equal the base at first. links:
-    pages of the tracking server, by name. average: if one is best.
+    pages of the tracking server, by name. average: if one is best. holdout: if there is one.
     """
 
     name: str
@@ -82,21 +41,7 @@ class SweepReport:
     starts_at_base: bool = True
     links: Mapping[str, str] = field(default_factory=dict)
     average: AverageReport | None = None
-
-
-def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[float, float]:
-    """Return where the mean of `values` lies in 95 of 100 draws of as many examples.
-
-    Source: Efron 1979, https://doi.org/10.1214/aos/1176344552.
-    """
-    low, high = np.quantile(_means(np.array(values), draws), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def compare(best: Sequence[float], other: Sequence[float], draws: int = _DRAWS) -> tuple[float, float, float]:
-    """Return (difference of means best - other, its 95 % interval), both drawn over the same examples."""
-    differences = np.array(best) - np.array(other)
-    return float(differences.mean()), *bootstrap_interval(differences.tolist(), draws)  # type: ignore[return-value]
+    holdout: HoldoutReport | None = None
 
 
 def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
@@ -122,46 +67,20 @@ def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
     return {name: float(share / total) if total else 0.0 for name, share in zip(names, found, strict=True)}
 
 
-def verdict(trials: Sequence[TrialReport], zero_shot: float, average: AverageReport | None = None) -> str:
-    """Say which adapter is best, a trial's or an average's, and whether it can be told from the runner-up."""
-    order = _ranked(trials)
-    if average is not None:
-        name, values, rivals, rival_is = average.name, average.perplexities, order, "the best trial"
-    else:
-        name, values = f"trial {order[0].name}", order[0].perplexities
-        rivals, rival_is = order[1:], "its runner-up"
-    low, high = bootstrap_interval(values)
-    best = float(np.mean(values)) if average is not None else order[0].best
-    words = (
-        f"{name[0].upper()}{name[1:]} is best: public perplexity {best:.4g} "
-        f"(95 % interval over examples {low:.4g} to {high:.4g}), zero-shot {zero_shot:.4g}."
-    )
-    if not rivals or not rivals[0].curve:
-        return words
-    second = rivals[0]
-    difference, low, high = compare(values, second.perplexities)
-    found = (
-        f"{rival_is} {second.name} ({second.best:.4g}): the difference is {difference:.3g}, "
-        f"95 % interval {low:.3g} to {high:.3g} on {len(values)} examples."
-    )
-    if low <= 0 <= high:
-        return f"{words} It can't be told from {found}"
-    return f"{words} It is better than {found}"
-
-
 def write_sweep_page(path: Path, sweep: SweepReport) -> None:
     """Write the page."""
     write_text(path, _page(sweep))
 
 
 def _page(sweep: SweepReport) -> str:
-    order = _ranked(sweep.trials)
+    order = ranked(sweep.trials)
     seen = [trial for trial in order if trial.curve]
     names = _searched(seen)
     stopped = sum(trial.status == "stopped" for trial in sweep.trials)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
         f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot, sweep.average))}</p>',
+        f"<p>{text(outlook(sweep.trials, sweep.average, sweep.holdout))}</p>",
         f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them "
         f"and saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
         _links(sweep.links),
@@ -260,10 +179,6 @@ def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
     return table(heads, rows, best=0) + failed
 
 
-def _ranked(trials: Sequence[TrialReport]) -> list[TrialReport]:
-    return sorted(trials, key=lambda trial: trial.best)
-
-
 def _searched(trials: Sequence[TrialReport]) -> list[str]:
     """Settings that differ between trials."""
     return [
@@ -292,21 +207,6 @@ def _places(trials: Sequence[TrialReport], name: str) -> tuple[list[float], dict
     return places, marks if len(marks) <= 6 else {
         place: text for place, text in marks.items() if place in (0.0, 1.0)
     }
-
-
-def _means(values: np.ndarray, draws: int) -> np.ndarray:
-    """Return the means of so many draws of as many examples, in pieces that fit into memory.
-
-    The draws depend on the number of examples alone.
-    """
-    generator, size = np.random.default_rng(0), max(1, len(values))
-    piece = max(1, 2_000_000 // size)
-    return np.concatenate(
-        [
-            values[generator.integers(0, size, (min(piece, draws - done), size))].mean(axis=1)
-            for done in range(0, draws, piece)
-        ]
-    )
 
 
 def _label(name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -198,8 +199,10 @@ def sweep(project):
     ]
     (project / "drawn.json").write_text(json.dumps(rows[:16]), encoding="utf-8")
     (project / "asked.json").write_text(json.dumps(rows[16:]), encoding="utf-8")
+    (project / "held.json").write_text(json.dumps(rows[12:20]), encoding="utf-8")
     space = yaml.safe_load((project / "space.yaml").read_text())
-    space |= {"data": {"train": "drawn.json", "public": "asked.json"}, "registered_model": "mean"}
+    data = {"train": "drawn.json", "public": "asked.json", "holdout": "held.json"}
+    space |= {"data": data, "registered_model": "mean"}
     space |= {"search": {"seed": {"grid_search": [1, 2, 3, 4]}}, "num_samples": 1}
     space["scheduler"] = {"type": "fifo"}
     space["trial"] |= {"learning_rate": 0.01, "epochs": 10}
@@ -232,12 +235,43 @@ def test_an_average_that_wins_is_registered_as_what_it_is(project, tiny_base, sw
     card = (project / best["checkpoint"] / "README.md").read_text()
     assert f"LoRA adapter of the average of trials {names}" in card
     folders = [best_checkpoint(project, trial) for trial in best["trial_ids"]]
-    examples = encoded(project, tiny_base)
+    examples = encoded(project, tiny_base, "asked.json")
     expected = by_merging(str(tiny_base), folders, examples)
     assert best["public_perplexity"] == pytest.approx(expected, rel=1e-4)
     assert in_peft(str(tiny_base), project / best["checkpoint"], examples) == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.ray
+def test_a_holdout_is_measured_for_the_best_adapter_and_its_runner_up(project, tiny_base, sweep):
+    """It is nobody's choice: the figures stand in the summary, in the report and in the version's tags."""
+    out, summary = sweep
+    held, examples = summary["holdout"], encoded(project, tiny_base, "held.json")
+    adapter = project / summary["best"]["checkpoint"]
+    assert held["count"] == 8
+    assert held["perplexity"] == pytest.approx(in_peft(str(tiny_base), adapter, examples), rel=1e-4)
+    assert held["interval"][0] < held["perplexity"] < held["interval"][1]
+    alone = {
+        trial["trial_id"]: min(point["public_perplexity"] for point in trial["curve"])
+        for trial in summary["trials"]
+    }
+    second = held["runner_up"]
+    assert second["trial_id"] == min(alone, key=alone.get)
+    found = in_peft(str(tiny_base), best_checkpoint(project, second["trial_id"]), examples)
+    assert second["perplexity"] == pytest.approx(found, rel=1e-4)
+    assert held["difference"]["mean"] == pytest.approx(held["perplexity"] - second["perplexity"])
+    overlap = "8 examples, instruction + output; 8 of them ask what a training or public example asks"
+    assert f"holdout     {overlap}, of held.json" in out
+    assert f"On the holdout ({overlap}), on which nothing was chosen" in (
+        project / "results/seeds/report.html"
+    ).read_text(encoding="utf-8")
+    with sqlite3.connect(project / "mlruns/mlflow.db") as store:
+        tags = dict(store.execute("select key, value from model_version_tags where name = 'mean'").fetchall())
+        contexts = store.execute("select value from input_tags where name = 'mlflow.data.context'").fetchall()
+    assert float(tags["holdout_perplexity"]) == held["perplexity"]
+    assert tags["holdout_interval"] == "{:.5g} to {:.5g}".format(*held["interval"])
+    assert {value for (value,) in contexts} == {"train", "public", "holdout"}
 
 
 def best_checkpoint(project: Path, trial: str) -> Path:
@@ -250,13 +284,13 @@ def best_checkpoint(project: Path, trial: str) -> Path:
     raise AssertionError(f"no checkpoint of step {step}")
 
 
-def encoded(project: Path, tiny_base: Path):
+def encoded(project: Path, tiny_base: Path, name: str):
     from transformers import AutoTokenizer
 
     from qlora.data.examples import load_examples
     from qlora.data.prompts import encode_examples, load_prompt
 
-    rows = load_examples(project / "asked.json", need_output=True)
+    rows = load_examples(project / name, need_output=True)
     tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_base), load_prompt(str(project / "plain.yaml"))
     return encode_examples(tokenizer, prompt, rows, "public")
 

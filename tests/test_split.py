@@ -79,6 +79,27 @@ def test_what_is_asked_in_both_sets_is_told(write_rows):
     assert read_data(DataSettings(train=str(train), public=apart)).words["public"] == "instruction + output"
 
 
+def test_a_holdout_is_told_and_what_it_shares_with_the_others_is_counted(write_rows):
+    train = write_rows([{"instruction": one, "output": "x"} for one in "甲乙丙"], "train.json")
+    public = write_rows([{"instruction": one, "output": "y"} for one in "丁戊"], "public.json")
+    held = write_rows([{"instruction": one, "output": "z"} for one in "己丁丙庚"], "held.json")
+    sets = read_data(DataSettings(train=str(train), public=str(public), holdout=str(held)))
+    overlap = "2 of them ask what a training or public example asks"
+    assert sets.words["holdout"] == f"4 examples, instruction + output; {overlap}"
+    assert sets.digests.keys() == {"train", "public", "holdout"}
+    assert read_data(DataSettings(train=str(train), public=str(public))).digests.keys() == {"train", "public"}
+
+
+def test_a_holdout_can_be_a_share_of_the_training_set(write_rows):
+    """What is held out for it is neither trained on nor public."""
+    rows = [{"instruction": f"問{n}", "output": f"答{n}"} for n in range(100)]
+    shares = {"public": {"fraction": 0.2}, "holdout": {"fraction": 0.25, "seed": 3}}
+    sets = read_data(DataSettings(train=str(write_rows(rows)), train_examples=50, **shares))
+    asked = [{example.instruction for example in each} for each in (sets.train, sets.public, sets.holdout)]
+    assert [len(one) for one in asked] == [50, 20, 20]
+    assert len(set.union(*asked)) == 90
+
+
 def test_what_was_trained_on_is_known_without_its_texts(tmp_path):
     """A registered adapter carries it, so that rows it is asked later can be told from those."""
     train = examples(list(range(50)))

@@ -257,6 +257,9 @@ def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Re
     figures = f"Public perplexity **{_perplexity(version, 'public_perplexity'):.5g}**"
     if "zero_shot_public_perplexity" in tags:
         figures += f", the base alone {_perplexity(version, 'zero_shot_public_perplexity'):.5g}"
+    if "holdout_perplexity" in tags:
+        held = _perplexity(version, "holdout_perplexity")
+        figures += f"; on a holdout {held:.5g} (95 % interval {tags.get('holdout_interval', '-')})"
     usage = (
         f"```\npython ray_jobs/batch_infer.py --model {uri} --input FILE --output FILE\n"
         f"python ray_jobs/evaluate.py --adapter {uri} --data FILE --output FILE\n```"

@@ -25,6 +25,7 @@ from qlora.checkpoint import CheckpointContent, load_checkpoint
 from qlora.checkpoint_files import SINCE_REPORT
 from qlora.config import TrialSettings
 from qlora.data.prompts import EncodedExample
+from qlora.lora.average import read_update
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from qlora.provenance import hardware
@@ -145,6 +146,22 @@ class Host:
                 return find_soup(self._work, self._data.public, storage, found, most)
 
         return self._ask(find)
+
+    def measure(
+        self, adapters: Sequence[AdapterFiles], examples: Sequence[EncodedExample]
+    ) -> list[list[float]]:
+        """Measure the perplexity of each example under each adapter. Raises what measuring raises."""
+
+        def measured() -> list[list[float]]:
+            found = []
+            with self._work.counted("evaluating"):
+                for adapter in adapters:
+                    with adapter.in_folder() as folder:
+                        update = read_update(folder, self._work.bank.device)
+                    found.append(self._work.perplexities(update, examples))
+            return found
+
+        return self._ask(measured)
 
     def stop(self, storage: Storage) -> int:
         """Do no more work, and keep where each trial stands that is not at a report; returns how many are.

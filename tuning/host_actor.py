@@ -15,6 +15,8 @@ import ray
 from tuning.device import Device, this_device
 
 if TYPE_CHECKING:
+    from qlora.data.prompts import EncodedExample
+    from qlora.lora.peft_folder import AdapterFiles
     from tuning.host import Host
     from tuning.soup import Finalist
 
@@ -97,6 +99,12 @@ class HostActor:
         from tuning.checkpoints import Storage
 
         return self._found().soup(Storage.at(storage_uri), found, most)
+
+    def measure(
+        self, adapters: Sequence["AdapterFiles"], examples: Sequence["EncodedExample"]
+    ) -> list[list[float]]:
+        """See Host."""
+        return self._found().measure(adapters, examples)
 
     def stop(self, storage_uri: str) -> int:
         """See Host; a host that has not begun has nothing to keep."""

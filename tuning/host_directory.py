@@ -19,7 +19,6 @@ from tuning.placement import my_device, nodes_for, on_node, options, this_node
 
 if TYPE_CHECKING:
     from tuning.host import SweepData
-    from tuning.soup import Finalist
 
 _MOST_TRIALS = 64  # of a host at once
 _SECONDS_TO_QUEUE, _SECONDS_TO_TELL = 1.0, 5.0
@@ -170,15 +169,15 @@ def host_notes(hosts: Hosts) -> list[str]:
     return found
 
 
-def ask_for_soup(hosts: Hosts, storage_uri: str, finalists: Sequence["Finalist"], most: int) -> Any:
-    """Have a host average finalists' adapters (tuning.soup); returns a reference to what it finds.
+def ask_a_host(hosts: Hosts, question: str, *arguments: Any) -> Any:
+    """Ask a host that lives; returns a reference to the answer. `question`: a method of HostActor.
 
-    It asks Ray for nothing, since trials have ended. Raises ActorDiedError if no host is left.
+    It asks Ray for nothing, so it is for when trials have ended. Raises ActorDiedError if no host is left.
     """
     host = ray.get(hosts.directory.living.remote())
     if host is None:
         raise ray.exceptions.ActorDiedError("no host is left")
-    return host.soup.remote(storage_uri, list(finalists), most)
+    return getattr(host, question).remote(*arguments)
 
 
 def ask_where_trials_stand(hosts: Hosts, storage_uri: str) -> Any:

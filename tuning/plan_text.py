@@ -90,6 +90,7 @@ def _work_lines(
         f"{mean_tokens:.0f} tokens on average{_cut(train)}",
         f"public      {len(public)} examples of {space.data.public_name} ({words['public']}); "
         f"all prompts share {prefix} tokens{_cut(public)}",
+        *([f"holdout     {words['holdout']}, of {space.data.holdout_name}"] if "holdout" in words else []),
         f"search      {searched}",
         f"trials      {space.num_trials} by {space.searcher.type} search",
         f"epoch       {steps_per_epoch} steps of {fixed.batch_size} examples",

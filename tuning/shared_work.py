@@ -18,6 +18,7 @@ import torch
 from qlora.base.device import default_token_budget
 from qlora.config import BaseModelSettings
 from qlora.data.prompts import EncodedExample
+from qlora.lora.average import Update, attach_update
 from qlora.lora.bank import Adapter, load_bank
 from qlora.packed.packing import FEWEST_PASS_TOKENS
 from qlora.perplexity import adapter_perplexities
@@ -74,6 +75,17 @@ class SharedWork:
 
         errors = self._together(measure, range(len(adapters)), shrinks_itself=True)
         return [values[place] if error is None else error for place, error in enumerate(errors)]
+
+    def perplexities(self, update: Update, examples: Sequence[EncodedExample]) -> list[float]:
+        """Measure the perplexity of each example under an update. Raises what measuring raises."""
+        adapter = attach_update(self.bank, update)
+        try:
+            (found,) = self.evaluate([adapter], examples)
+        finally:
+            self.bank.detach(adapter)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     @contextmanager
     def counted(self, work: str | None) -> Iterator[None]:

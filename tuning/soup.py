@@ -236,13 +236,9 @@ class _Bench:
 
     def _measure(self, names: Sequence[str], *, exactly: bool = False) -> _Average:
         mean = self._mean(names)
-        adapter = attach_update(self._work.bank, mean if exactly else reduced(mean, self._most_rank))
-        (found,) = self._work.evaluate([adapter], self._public)
-        self._work.bank.detach(adapter)
+        update = mean if exactly else reduced(mean, self._most_rank)
         self.measured, self._left = self.measured + 1, self._left - 1
-        if isinstance(found, Exception):
-            raise found
-        return _Average(found, adapter.settings.lora_r)
+        return _Average(self._work.perplexities(update, self._public), rank_of(update))
 
     def _with_loss(self, names: Sequence[str], found: _Average) -> _Average:
         """Return a measured average with what its lower rank cost, if it was brought to one."""

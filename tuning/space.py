@@ -44,8 +44,8 @@ def checked_name(name: str) -> str:
     return name
 
 
-class PublicShare(Settings):
-    """A share of the training set that is held out to measure public perplexity on."""
+class TrainingShare(Settings):
+    """A share of the training set that is not trained on, to measure on."""
 
     fraction: Number = Field(gt=0, lt=1)
     seed: int = Field(0, ge=0, le=MAX_SEED)
@@ -54,12 +54,13 @@ class PublicShare(Settings):
 class DataSettings(Settings):
     """Data sets, what their rows hold, and how many of their first examples to use (all by default).
 
-    A set is a file, a URI or a list of them; the public one may be a share of the training set. format,
-    columns: see RowShape.
+    A set is a file, a URI or a list of them; the public one and the holdout may be shares of the training
+    set. holdout: examples that nothing is chosen on. format, columns: see RowShape.
     """
 
     train: DataPlaces
-    public: PublicShare | DataPlaces
+    public: TrainingShare | DataPlaces
+    holdout: TrainingShare | DataPlaces | None = None
     format: Literal["auto"] | Format = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     train_examples: int | None = Field(None, ge=1)
@@ -78,9 +79,17 @@ class DataSettings(Settings):
     @property
     def public_name(self) -> str:
         """Return what the public set is called."""
-        if isinstance(self.public, PublicShare):
-            return f"{self.public.fraction:g} of {self.train_name}, held out with seed {self.public.seed}"
-        return joined(self.public)
+        return self._name(self.public)
+
+    @property
+    def holdout_name(self) -> str:
+        """Return what the holdout is called; nothing if there is none."""
+        return self._name(self.holdout) if self.holdout is not None else ""
+
+    def _name(self, places: TrainingShare | DataPlaces) -> str:
+        if isinstance(places, TrainingShare):
+            return f"{places.fraction:g} of {self.train_name}, held out with seed {places.seed}"
+        return joined(places)
 
     @property
     def shape(self) -> RowShape:

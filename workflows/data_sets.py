@@ -1,4 +1,4 @@
-"""Owns the training and public sets of a sweep or a study: read, split if need be, described.
+"""Owns the sets of a sweep or a study, train, public and holdout: read, split if need be, described.
 
 Loads nothing heavy.
 """
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.config import InputError
+from qlora.config import DataPlaces, InputError
 from qlora.data.examples import examples_digest, found_shape, load_examples
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import Example
 from qlora.data.sources import joined
 from qlora.data.split import as_row, asked_keys, count_asked, hold_out
 from qlora.files import write_text
-from tuning.space import DataSettings, PublicShare
+from tuning.space import DataSettings, TrainingShare
 
 PUBLIC_FILE = "public.jsonl"
 
@@ -24,19 +24,21 @@ PUBLIC_FILE = "public.jsonl"
 class DataSets:
     """The examples of a sweep or a study.
 
-    words: what the rows of train and public hold, and how many public examples ask what is trained on, for
-    people. holds_conversations: training rows are messages.
+    words: what the rows of each set hold, by its name, and how many examples ask what others ask, for people.
+    holds_conversations: training rows are messages. holdout: empty if there is none.
     """
 
     train: Sequence[Example]
     public: Sequence[Example]
     words: Mapping[str, str]
     holds_conversations: bool
+    holdout: Sequence[Example] = ()
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return the digests of both sets."""
-        return {"train": examples_digest(self.train), "public": examples_digest(self.public)}
+        """Return the digest of each set that there is."""
+        sets = {"train": self.train, "public": self.public, "holdout": self.holdout}
+        return {name: examples_digest(examples) for name, examples in sets.items() if examples}
 
     def keep_public(self, folder: Path) -> None:
         """Write the public examples as a data file, so that other commands can measure on them."""
@@ -47,21 +49,38 @@ class DataSets:
 def read_data(data: DataSettings) -> DataSets:
     """Read the sets that settings name. Raises InputError for data that can't be had."""
     train = load_examples(data.train, data.shape, need_output=True)
+    train, public, public_words = _measured_on(data, data.public, train)
+    holdout: list[Example] = []
+    if data.holdout is not None:
+        train, holdout, holdout_words = _measured_on(data, data.holdout, train)
     shape = found_shape(data.train, data.shape)
-    if isinstance(data.public, PublicShare):
-        try:
-            train, public = hold_out(train, data.public.fraction, data.public.seed)
-        except ValueError as error:
-            raise InputError(joined(data.train), str(error)) from None
-        public_shape = shape
-    else:
-        public = load_examples(data.public, data.shape, need_output=True)
-        public_shape = found_shape(data.public, data.shape)
     train, public = train[: data.train_examples], public[: data.public_examples]
-    leaked = count_asked(public, asked_keys(train))
-    told = f"; {leaked} of them ask what a training example asks" if leaked else ""
-    words = {"train": shape.words, "public": public_shape.words + told}
-    return DataSets(train, public, words, shape.holds_conversations)
+    words = {"train": shape.words, "public": public_words + _overlap(public, train, "a training example")}
+    if holdout:
+        others = [*train, *public]
+        overlap = _overlap(holdout, others, "a training or public example")
+        words["holdout"] = f"{len(holdout)} examples, {holdout_words}{overlap}"
+    return DataSets(train, public, words, shape.holds_conversations, holdout)
+
+
+def _measured_on(
+    data: DataSettings, places: TrainingShare | DataPlaces, train: list[Example]
+) -> tuple[list[Example], list[Example], str]:
+    """Return what is left to train on, the examples to measure on, and what their rows hold."""
+    if not isinstance(places, TrainingShare):
+        examples = load_examples(places, data.shape, need_output=True)
+        return train, examples, found_shape(places, data.shape).words
+    try:
+        left, examples = hold_out(train, places.fraction, places.seed)
+    except ValueError as error:
+        raise InputError(joined(data.train), str(error)) from None
+    return left, examples, found_shape(data.train, data.shape).words
+
+
+def _overlap(examples: Sequence[Example], others: Sequence[Example], one_of_them: str) -> str:
+    """Say how many examples ask what others ask; nothing if none does."""
+    count = count_asked(examples, asked_keys(others))
+    return f"; {count} of them ask what {one_of_them} asks" if count else ""
 
 
 def own_prompt(name: str | None, sets: DataSets, loss: str | None, thinking: bool | None) -> AnyPrompt:

@@ -65,6 +65,13 @@ class Study(Settings):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     reported: Reported | None = None
 
+    @field_validator("data")
+    @classmethod
+    def _data_fits(cls, data: DataSettings) -> DataSettings:
+        if data.holdout is not None:
+            raise ValueError("a study has no use for a holdout; take it out")
+        return data
+
     @field_validator("stages")
     @classmethod
     def _stages_fit(cls, stages: tuple[str, ...]) -> tuple[str, ...]:

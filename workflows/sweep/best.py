@@ -1,6 +1,7 @@
 """Owns the way from ended trials to the adapter that is registered: averages are tried, the best is kept."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -9,7 +10,7 @@ from qlora.config import first_line
 from qlora.files import below
 from tuning.best_adapter import BestAdapter, NoTrialSucceededError, keep_best_adapter
 from tuning.checkpoints import RAY, Storage
-from tuning.host_directory import Hosts, ask_for_soup
+from tuning.host_directory import Hosts, ask_a_host
 from tuning.ledger import Ledger, TrialRecord
 from tuning.soup import Finalist, Soup, affordable_averages, finalists, keep_soup, kept_soup
 from workflows.session import FailedError, StoppedError, go_on
@@ -35,6 +36,14 @@ def find_best(
     except CheckpointError as error:
         raise StoppedError(f"{error}; its trial goes on from the one before: {sweep.how_to_go_on}") from error
     return best, words
+
+
+def answer_of(hosts: Hosts, question: str, *arguments: Any) -> Any:
+    """Ask a host and wait for its answer, unless the command is to end. Raises RayError if it fails."""
+    asked = ask_a_host(hosts, question, *arguments)
+    while not ray.wait([asked], timeout=_SECONDS_BETWEEN_LOOKS)[0]:
+        go_on()
+    return ray.get(asked)
 
 
 def averages_are_due(sweep: SweepFolder, prepared: PreparedSweep) -> bool:
@@ -65,10 +74,7 @@ def _soup(
     soup = kept_soup(sweep.folder, found)
     if soup is None:
         try:
-            asked = ask_for_soup(hosts, below(sweep.storage, RAY), found, most)
-            while not ray.wait([asked], timeout=_SECONDS_BETWEEN_LOOKS)[0]:
-                go_on()
-            soup, adapter = ray.get(asked)
+            soup, adapter = answer_of(hosts, "soup", below(sweep.storage, RAY), found, most)
         except ray.exceptions.RayError as error:
             return None, f"can't be measured: {first_line(getattr(error, 'cause', None) or error)}"
         keep_soup(sweep.folder, soup, adapter)

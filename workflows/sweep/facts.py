@@ -7,7 +7,8 @@ from typing import Any
 
 from qlora.base.reference import split_revision
 from qlora.provenance import git_commit, package_versions
-from reporting.sweep_page import AverageReport, SweepReport, TrialReport
+from reporting.sweep_page import SweepReport
+from reporting.verdicts import AverageReport, HoldoutReport, TrialReport
 from tuning.best_adapter import BestAdapter
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.soup import Soup
@@ -79,6 +80,7 @@ def sweep_report(
     sweep: SweepFolder,
     records: Sequence[TrialRecord],
     soup: Soup | None,
+    holdout: HoldoutReport | None,
     zero_shot: float,
     seconds: float,
     registration: str,
@@ -94,6 +96,7 @@ def sweep_report(
         "seed": space.seed,
         "train": f"{data.train_name} ({data.train_examples or 'all'} examples)",
         "public": f"{data.public_name} ({data.public_examples or 'all'} examples)",
+        "holdout": data.holdout_name or None,
     }
     shown = {
         key.removeprefix("mlflow.source.").removeprefix("version."): value
@@ -111,6 +114,7 @@ def sweep_report(
         facts=shown,
         starts_at_base=sweep.start is None,
         links=links,
+        holdout=holdout,
     )
 
 

@@ -55,7 +55,7 @@ class BaseFacts:
 class PreparedSweep:
     """The data that a sweep works on, made once.
 
-    start: the adapter that its trials go on from, if there is one.
+    start: the adapter that its trials go on from, if there is one. holdout: empty if there is none.
     """
 
     space: Space
@@ -64,6 +64,7 @@ class PreparedSweep:
     public: Sequence[EncodedExample]
     base: BaseFacts
     start: "AdapterFiles | None"
+    holdout: Sequence[EncodedExample] = ()
 
     def host_data(self, budgets: Mapping[str, int]) -> "SweepData":
         """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name."""
@@ -94,6 +95,7 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
         "base_files": space.base_model.name,
         "train": space.data.train_name,
         "public": space.data.public_name,
+        "holdout": space.data.holdout_name,
         "prompt": str(prompt_file(prompt.name)),
     }
     for role, digest in sweep.digests.items():
@@ -138,4 +140,5 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True)
         public=encode_examples(tokenizer, inputs.prompt, sets.public, data.public_name, *cut),
         base=BaseFacts(size, revision, tokenizer_digest(tokenizer), template, limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
+        holdout=encode_examples(tokenizer, inputs.prompt, sets.holdout, data.holdout_name, *cut),
     )

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from qlora.data.chat import ChatPrompt
 from qlora.data.split import write_keys
 from qlora.files import write_json, write_text
 from qlora.home import PROJECT_ROOT
-from reporting.sweep_page import verdict, write_sweep_page
+from reporting.sweep_page import write_sweep_page
+from reporting.verdicts import outlook, verdict
 from tracking.links import pages_root
 from tracking.logged_model import ModelFiles, log_model, withdraw_model
 from tracking.registry import Registration, register
@@ -23,9 +25,20 @@ from workflows.session import FailedError
 from workflows.sweep.closing import summary_links
 from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder
+from workflows.sweep.holdout import Holdout
 from workflows.sweep.prepared import PreparedSweep
 
 _TRAINED_ON = "trained_on.bin"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Holds what a sweep found: its trials, the best adapter, what it has on the holdout if there is one."""
+
+    records: Sequence[TrialRecord]
+    best: BestAdapter
+    holdout: Holdout | None
+    zero_shot: float
 
 
 def track(sweep: SweepFolder) -> SweepTracker:
@@ -41,6 +54,8 @@ def describe(sweep: SweepFolder, prepared: PreparedSweep, hardware: str, tracker
         "train": (data.train_name, inputs.digests["train"], len(inputs.sets.train)),
         "public": (data.public_name, inputs.digests["public"], len(inputs.sets.public)),
     }
+    if inputs.sets.holdout:
+        examples["holdout"] = (data.holdout_name, inputs.digests["holdout"], len(inputs.sets.holdout))
     describe_sweep(tracker, parameters, examples)
     facts = provenance(sweep.space, hardware, inputs.digests)
     continued_from = sweep.start[0] if sweep.start else None
@@ -50,8 +65,7 @@ def describe(sweep: SweepFolder, prepared: PreparedSweep, hardware: str, tracker
 def register_best(
     sweep: SweepFolder,
     prepared: PreparedSweep,
-    best: BestAdapter,
-    zero_shot: float,
+    found: Found,
     tracker: SweepTracker,
     base_digest: str | None,
     prove: Callable[[str, float], None],
@@ -61,6 +75,7 @@ def register_best(
     `base_digest`: see qlora.base.reference. Raises what `prove` raises; what was logged is then withdrawn.
     """
     space, digests = sweep.space, prepared.inputs.digests
+    best, holdout, zero_shot = found.best, found.holdout, found.zero_shot
     perplexity, run_id = best.public_perplexity, _run_id(best, tracker)
     settings = {"base_model": space.base_model.name, "quantization": space.base_model.quantization}
     facts = {
@@ -78,6 +93,7 @@ def register_best(
         "base_revision": prepared.base.revision,
         "base_digest": base_digest,
         "max_length": str(prepared.base.max_length),
+        **(holdout.facts() if holdout is not None else {}),
     }
     known = {key: value for key, value in facts.items() if value}
     card = model_card(space, best, zero_shot, digests, prepared.inputs.prompt.name)
@@ -102,20 +118,16 @@ def register_best(
 
 
 def summarise(
-    sweep: SweepFolder,
-    records: Sequence[TrialRecord],
-    best: BestAdapter,
-    zero_shot: float,
-    tracker: SweepTracker,
-    registered: Registration,
+    sweep: SweepFolder, found: Found, tracker: SweepTracker, registered: Registration
 ) -> dict[str, Any]:
     """Return the sweep's summary, as summary.json has it."""
+    best, records, holdout = found.best, found.records, found.holdout
     settings = list(dict.fromkeys([*REPORTED, *sweep.space.search]))
     return {
         "sweep": sweep.name,
         "space": sweep.space_file,
         "metric": "public_perplexity",
-        "zero_shot": zero_shot,
+        "zero_shot": found.zero_shot,
         "trials": [{**_trial(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
         "best": {
             "trial_id": best.record.trial_id if best.soup is None else None,
@@ -126,6 +138,7 @@ def summarise(
             "model_uri": registered.model_uri,
             "mlflow_run_id": _run_id(best, tracker),
         },
+        "holdout": holdout.summary() if holdout is not None else None,
         "epochs_saved": share_of_epochs_saved(records),
         "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
         "mlflow_experiment_id": tracker.experiment_id,
@@ -138,8 +151,7 @@ def publish(
     sweep: SweepFolder,
     prepared: PreparedSweep,
     summary: dict[str, Any],
-    records: Sequence[TrialRecord],
-    best: BestAdapter,
+    found: Found,
     seconds: float,
     hardware: str,
     tracker: SweepTracker,
@@ -147,26 +159,31 @@ def publish(
     """Write report.html, and bring it and the summary to the tracking server."""
     facts = provenance(sweep.space, hardware, prepared.inputs.digests)
     facts |= {"what hosts noted": "; ".join(summary["host_notes"]) or None}
-    zero_shot, uri = summary["zero_shot"], summary["best"]["model_uri"]
+    zero_shot, uri, best = found.zero_shot, summary["best"]["model_uri"], found.best
     registration = f"{uri}: {summary['champion']['reason']}."
     report = sweep.folder / "report.html"
     links = summary_links(summary, pages_root())
-    content = sweep_report(sweep, records, best.soup, zero_shot, seconds, registration, facts, links)
+    words = prepared.inputs.sets.words
+    measured = found.holdout.report(words["holdout"]) if found.holdout is not None else None
+    content = sweep_report(
+        sweep, found.records, best.soup, measured, zero_shot, seconds, registration, facts, links
+    )
     write_sweep_page(report, content)
     pages = ", ".join(f"[{name}]({link})" for name, link in summary_links(summary, "").items())
-    words = verdict(content.trials, zero_shot, content.average)
-    words = f"{words} Registered as {registration}\n\n{pages}; artifact report.html."
-    found = {
+    told = verdict(content.trials, zero_shot, content.average)
+    expected = outlook(content.trials, content.average, measured)
+    told = f"{told} {expected} Registered as {registration}\n\n{pages}; artifact report.html."
+    tags = {
         "best_trial": ", ".join(best.weights),
         "model_uri": uri,
-        "mlflow.note.content": words,
+        "mlflow.note.content": told,
         "host_notes": facts["what hosts noted"],
     }
     checkpoints = {trial: {"checkpoint": path} for trial, path in best.checkpoints.items()}
     # In the sweep's own folder it would say that the sweep is finished.
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "summary.json", summary, "summary to log")
-        tracker.note(found, [report, Path(folder) / "summary.json"], checkpoints)
+        tracker.note(tags, [report, Path(folder) / "summary.json"], checkpoints)
 
 
 def _run_id(best: BestAdapter, tracker: SweepTracker) -> str:

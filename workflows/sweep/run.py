@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -41,8 +42,9 @@ from workflows.preflight import check_room
 from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.best import averages_are_due, find_best
 from workflows.sweep.folder import SweepFolder
+from workflows.sweep.holdout import holdout_is_due, measure_holdout
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
-from workflows.sweep.registration import describe, publish, register_best, summarise, track
+from workflows.sweep.registration import Found, describe, publish, register_best, summarise, track
 from workflows.sweep.start import StartedHosts, good_answers
 from workflows.worker import Worker, prove
 
@@ -90,7 +92,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     shares = sweep.space.trial_shares(plan.trials)
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
-    if not _is_trained(sweep) or averages_are_due(sweep, prepared):
+    if not _is_trained(sweep) or averages_are_due(sweep, prepared) or holdout_is_due(sweep, prepared):
         begin_hosts(hosts, prepared.host_data(plan.budgets), joining(needs, asked))
     measured = _ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
@@ -109,26 +111,18 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                 raise StoppedError(sweep.how_to_go_on)
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
+            holdout = measure_holdout(sweep, prepared, hosts, best)
+            found = Found(records, best, holdout, zero_shot)
             seconds = time.monotonic() - started.began
-            work = _tell_how_it_went(hosts, plan, records, averages, zero_shot, seconds)
+            work = _tell_how_it_went(hosts, plan, found, averages, seconds)
             stop_hosts(hosts)
-            metrics["best_public_perplexity"] = best.public_perplexity
-            metrics["system/epochs_saved"] = share_of_epochs_saved(records)
+            metrics |= _closing_metrics(found)
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
-                registered = register_best(
-                    sweep,
-                    prepared,
-                    best,
-                    zero_shot,
-                    tracker,
-                    ray.get(digest),
-                    lambda uri, expected: prove(
-                        worker, uri, sweep.space.base_model, prepared.public, expected
-                    ),
-                )
-                summary = {**summarise(sweep, records, best, zero_shot, tracker, registered), **work}
-                publish(sweep, prepared, summary, records, best, seconds, devices[0].name, tracker)
+                proof = partial(_proof, worker, prepared)
+                registered = register_best(sweep, prepared, found, tracker, ray.get(digest), proof)
+                summary = {**summarise(sweep, found, tracker, registered), **work}
+                publish(sweep, prepared, summary, found, seconds, devices[0].name, tracker)
                 metrics["system/seconds"] = time.monotonic() - started.began
                 tracker.end("FINISHED", metrics)
         status = "FINISHED"
@@ -143,6 +137,18 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         if kept is not None:
             wait_until_kept(kept, _SECONDS_TO_KEEP)
     sweep.finish(summary)
+
+
+def _proof(worker: Worker, prepared: PreparedSweep, model_uri: str, expected: float) -> None:
+    prove(worker, model_uri, prepared.space.base_model, prepared.public, expected)
+
+
+def _closing_metrics(found: Found) -> dict[str, float]:
+    metrics = {
+        "best_public_perplexity": found.best.public_perplexity,
+        "system/epochs_saved": share_of_epochs_saved(found.records),
+    }
+    return metrics | (found.holdout.metrics() if found.holdout is not None else {})
 
 
 def _run_trials(
@@ -271,13 +277,16 @@ def _first_good(questions: Sequence[Any]) -> list[float]:
 
 
 def _tell_how_it_went(
-    hosts: Hosts, plan: SweepPlan, records: list[TrialRecord], averages: str, zero_shot: float, seconds: float
+    hosts: Hosts, plan: SweepPlan, found: Found, averages: str, seconds: float
 ) -> dict[str, Any]:
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
+    records = found.records
     spent, notes = host_seconds(hosts), host_notes(hosts)
-    print(f"\n{ranking(records, zero_shot)} in {clock(seconds)}", flush=True)
+    print(f"\n{ranking(records, found.zero_shot)} in {clock(seconds)}", flush=True)
     if averages:
         print(f"averages    {averages}")
+    if found.holdout is not None:
+        print(f"holdout     {found.holdout.words()}")
     print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
     print(where_time_went(spent))
     for note in notes:
