@@ -44,6 +44,7 @@ BASES = {
     "nn.Module",
     "torch.autograd.Function",
     "tune.Callback",
+    "Stopper",
     "TrialScheduler",
     "SearchAlgorithm",
     "PythonModel",

@@ -142,6 +142,7 @@ class Host:
         """Average finalists' adapters; see tuning.soup.find_soup."""
 
         def find() -> tuple[Soup, AdapterFiles | None]:
+            self._leave_all()
             with self._work.counted("evaluating"):
                 return find_soup(self._work, self._data.public, storage, found, most)
 
@@ -153,6 +154,7 @@ class Host:
         """Measure the perplexity of each example under each adapter. Raises what measuring raises."""
 
         def measured() -> list[list[float]]:
+            self._leave_all()
             found = []
             with self._work.counted("evaluating"):
                 for adapter in adapters:
@@ -302,6 +304,11 @@ class Host:
         )
         begin = training.step if work.seen else training.step + 1  # stopped just before its evaluation
         return sorted(step for step in stops if step >= begin)
+
+    def _leave_all(self) -> None:
+        """Free what is left of trials, which have ended: their processes may have had no time to leave."""
+        for trial_id in list(self._seats):
+            self._leave(trial_id)
 
     def _leave(self, trial_id: str) -> None:
         seat = self._seats.pop(trial_id, None)

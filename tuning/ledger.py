@@ -91,7 +91,7 @@ class TrialRecord:
     def reason(self) -> str:
         """Say why the trial ended before its time; empty if it did not."""
         if self.status == "stopped":
-            return f"early stopping, at {self.percent:.3g} % of its schedule"
+            return f"{self.error or 'early stopping'}, at {self.percent:.3g} % of its schedule"
         return self.error or ""
 
 

@@ -107,6 +107,8 @@ def _work_lines(
         whole = f"; trials of {shortest} steps are whole before that" if shortest <= rounds.steps else ""
         compared = f"compared after {rounds.steps} steps, {rounds.kept} go on{whole}"
         lines.append(f"rounds      of {rounds.trials} trials, {compared}")
+    if space.budget is not None:
+        lines.append(f"budget      {space.budget.words}; the sweep then ends with what it has")
     return lines
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from qlora.config import TrialSettings
 from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
+from tuning.spending import Spent
+from tuning.strategy import Budget
 
 _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗", "diverged": "↯"}
 
@@ -72,12 +74,19 @@ def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: f
 def ranking(records: Sequence[TrialRecord], zero_shot: float) -> str:
     """Lay out the closing table, with what early stopping saved."""
     saved = share_of_epochs_saved(records)
-    stopped = sum(record.status == "stopped" for record in records)
+    stopped = sum(record.status == "stopped" and not record.error for record in records)
     return (
         f"{table(records, zero_shot, limit=len(records))}\n"
         f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} "
         f"trials and saved {saved:.0%} of the full-length epochs"
     )
+
+
+def spending(spent: Spent, budget: Budget | None, has_gpu: bool) -> str:
+    """Write one line: what trials have spent, and whether that was the budget."""
+    gpus = f", {spent.device_seconds:.0f} GPU-seconds" if has_gpu else ""
+    over = f"; the budget of {budget.words} is spent" if budget is not None and spent.is_over else ""
+    return f"spent       {clock(spent.seconds)} of trials{gpus}{over}"
 
 
 def where_time_went(seconds: Mapping[str, float]) -> str:

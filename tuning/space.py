@@ -24,7 +24,7 @@ from qlora.data.row_shapes import Format, RowShape
 from qlora.data.sources import joined
 from qlora.files import read_yaml
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
-from tuning.strategy import Asha, NoEarlyStopping, OptunaSearch, PriorSearch, RandomSearch, Rounds
+from tuning.strategy import Asha, Budget, NoEarlyStopping, OptunaSearch, PriorSearch, RandomSearch, Rounds
 
 START_TIMEOUT_SECONDS = 900.0  # that a cluster has by default to bring the first device
 STORED = "stored"  # the context of a space that was checked when its sweep began
@@ -135,6 +135,7 @@ class Space(Settings):
     budget_tokens: int | None = Field(None, ge=1, le=65536)
     registered_model: str | None = None
     storage: str | None = None
+    budget: Budget | None = None
     soup: bool = True
     seed: int = Field(42, ge=0, le=MAX_SEED)
 
@@ -179,6 +180,8 @@ class Space(Settings):
         if isinstance(rounds, Rounds) and most is not None and most < rounds.trials:
             problem = f"max_concurrent_trials {most} is below scheduler.trials {rounds.trials}"
             raise ValueError(f"{problem}: the trials of a round wait for each other")
+        if self.budget is not None and self.budget.gpu_seconds is not None and not self.wants_gpu:
+            raise ValueError("budget.gpu_seconds: trials ask for no GPU; give budget.minutes")
         if self.accelerator_type and not self.wants_gpu:
             raise ValueError("accelerator_type is a kind of GPU, but trials ask for none; set trials_per_gpu")
         return self

@@ -1,4 +1,4 @@
-"""Owns the settings of how a sweep searches: its searcher, which draws configurations, and its scheduler.
+"""Owns the settings of how a sweep searches: who draws configurations, who stops trials, what it may spend.
 
 Refuses to know how they do it (tuning.ledger_search, tuning.prior_search, tuning.restored_asha,
 tuning.round_scheduler).
@@ -93,3 +93,26 @@ class NoEarlyStopping(Settings):
     """Ray Tune's FIFOScheduler: every trial runs its whole schedule."""
 
     type: Literal["fifo"]
+
+
+class Budget(Settings):
+    """Names what the trials of a sweep may spend, whichever is spent first.
+
+    The sweep then ends with what it has. minutes: while trials run. gpu_seconds: of all GPUs that have one.
+    """
+
+    minutes: Number | None = Field(None, gt=0)
+    gpu_seconds: Number | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _is_given(self) -> Self:
+        if self.minutes is None and self.gpu_seconds is None:
+            raise ValueError("give minutes or gpu_seconds")
+        return self
+
+    @property
+    def words(self) -> str:
+        """Write it as people read it."""
+        parts = [f"{self.minutes:g} minutes"] if self.minutes is not None else []
+        parts += [f"{self.gpu_seconds:g} GPU-seconds"] if self.gpu_seconds is not None else []
+        return " or ".join(parts)

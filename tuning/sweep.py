@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from tuning.restored_asha import RestoredASHA
 from tuning.round_scheduler import RoundScheduler
 from tuning.screen import SweepScreen
 from tuning.space import Space, tune_space
+from tuning.spending import SpendingClock
 from tuning.strategy import Asha, Rounds
 from tuning.sweep_callback import SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
 _SECONDS_TO_RECOVER = 10
+_OUT_OF_BUDGET = "the budget was spent"
 _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state-*.json", "*-state-*.pkl")
 
 
@@ -71,18 +73,19 @@ def run_sweep(
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
     screen = SweepScreen(space.num_trials, known.zero_shot)
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts, shares=shares), shares)
-    times_left = space.max_failures
+    times_left, clock = space.max_failures, SpendingClock(space.budget, folder, num_devices)
     try:
-        while not all_ended(space, list(ledger.records.values())):
+        while not all_ended(space, list(ledger.records.values()), clock.spent.is_over):
             begun = list(ledger.records.values())
             scheduler = _scheduler(space, begun, num_devices)
             may_begin = scheduler.may_begin if isinstance(scheduler, RoundScheduler) else lambda number: True
             search = LedgerSearch(space, begun, storage, known.width, may_begin)
-            callback = SweepCallback(ledger, space, screen, observer, scheduler, go_on)
+            callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, go_on)
             _prepare_tune(search, folder)
-            tuner = _tuner(space, place, trainable, callback, scheduler, search)
+            tuner = _tuner(space, place, trainable, callback, scheduler, search, clock)
             try:
                 tuner.fit()
+                _end_at_budget(clock, ledger, observer)
                 screen.close(list(ledger.records.values()))
                 break
             except Exception as error:
@@ -97,6 +100,7 @@ def run_sweep(
                     go_on()
                     time.sleep(1)
     finally:
+        clock.keep()
         screen.stop()
     return list(ledger.records.values())
 
@@ -110,9 +114,19 @@ def _is_short_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def all_ended(space: Space, records: list[TrialRecord]) -> bool:
-    """Tell whether every trial of a sweep has ended."""
-    return len(records) >= space.num_trials and all(record.has_ended for record in records)
+def all_ended(space: Space, records: list[TrialRecord], is_spent: bool) -> bool:
+    """Tell whether every trial of a sweep has ended; once its budget `is_spent`, no more begin."""
+    are_all = is_spent or len(records) >= space.num_trials
+    return are_all and all(record.has_ended for record in records)
+
+
+def _end_at_budget(clock: SpendingClock, ledger: Ledger, observer: SweepObserver) -> None:
+    """Record the end of the trials that the budget's end has stopped."""
+    for record in list(ledger.records.values()) if clock.spent.is_over else ():
+        if not record.has_ended:
+            ended = replace(record, status="stopped", error=_OUT_OF_BUDGET, ended_at=time.time())
+            ledger.put(ended)
+            observer.trial_changed(ended)
 
 
 def _prepare_tune(search: LedgerSearch, folder: Path) -> None:
@@ -138,6 +152,7 @@ def _tuner(
     callback: SweepCallback,
     scheduler: TrialScheduler,
     search: LedgerSearch,
+    clock: SpendingClock,
 ) -> tune.Tuner:
     return tune.Tuner(
         trainable,
@@ -156,6 +171,7 @@ def _tuner(
             name=RAY,
             storage_path=storage,
             callbacks=[callback],
+            stop=clock,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=space.max_failures),
         ),

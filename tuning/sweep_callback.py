@@ -15,6 +15,7 @@ from tuning.checkpoints import keep_two
 from tuning.ledger import POINT, Ledger, Status, TrialRecord
 from tuning.screen import SweepScreen
 from tuning.space import Space
+from tuning.spending import SpendingClock
 
 
 class SweepObserver(Protocol):
@@ -28,8 +29,8 @@ class SweepCallback(tune.Callback):
     """Ray Tune's events -> ledger, observer and screen.
 
     Ray stores callbacks with a sweep; this one stores nothing, since nothing that Ray stores is read again.
-    `scheduler` knows which trials it told to stop or wait. `go_on` is called at each turn of Ray's loop, and
-    raises to end it.
+    `scheduler` knows which trials it told to stop or wait; `clock` counts what they spend. `go_on` is called
+    at each turn of Ray's loop, and raises to end it.
     """
 
     def __init__(
@@ -39,20 +40,22 @@ class SweepCallback(tune.Callback):
         screen: SweepScreen,
         observer: SweepObserver,
         scheduler: Any,
+        clock: SpendingClock,
         go_on: Callable[[], None],
     ):
         self._ledger, self._space, self._screen, self._observer = ledger, space, screen, observer
         self._stopped_early: Set[str] = getattr(scheduler, "stopped", set())
         self._waiting: Set[str] = getattr(scheduler, "waiting", set())
-        self._go_on = go_on
+        self._clock, self._go_on = clock, go_on
         self._full_disk: OSError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Ask whether to go on."""
+        """Ask whether to go on, and count the time."""
         self._go_on()
+        self._clock.count(self._records())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""

@@ -34,7 +34,8 @@ from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
 from tuning.placement import this_node
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
-from tuning.progress import clock, ranking, where_time_went
+from tuning.progress import clock, ranking, spending, where_time_went
+from tuning.spending import spent_so_far
 from tuning.sweep import KnownBase, ShortOfMemoryError, all_ended, run_sweep
 from tuning.sweep_plan import SweepPlan, make_sweep_plan
 from workflows.cluster.nodes import Needs, check_nodes, joining
@@ -107,16 +108,16 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
             known = KnownBase(zero_shot, prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
-            if not all_ended(sweep.space, records):
+            if not all_ended(sweep.space, records, spent_so_far(sweep.folder).is_over):
                 raise StoppedError(sweep.how_to_go_on)
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
             holdout = measure_holdout(sweep, prepared, hosts, best)
             found = Found(records, best, holdout, zero_shot)
             seconds = time.monotonic() - started.began
-            work = _tell_how_it_went(hosts, plan, found, averages, seconds)
+            work = _tell_how_it_went(sweep, hosts, plan, found, averages, seconds)
             stop_hosts(hosts)
-            metrics |= _closing_metrics(found)
+            metrics |= _closing_metrics(found) | {"system/gpu_seconds": work["spent"]["gpu_seconds"]}
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
                 proof = partial(_proof, worker, prepared)
@@ -203,7 +204,9 @@ def _record_needed(sweep: SweepFolder) -> Iterator[None]:
 def _is_trained(sweep: SweepFolder) -> bool:
     """Tell whether a sweep that goes on lacks its registration alone, so that no host need load the base."""
     records = Ledger(sweep.folder / "trials").records.values()
-    return sweep.zero_shot() is not None and all_ended(sweep.space, list(records))
+    return sweep.zero_shot() is not None and all_ended(
+        sweep.space, list(records), spent_so_far(sweep.folder).is_over
+    )
 
 
 def _make_plan(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
@@ -277,19 +280,22 @@ def _first_good(questions: Sequence[Any]) -> list[float]:
 
 
 def _tell_how_it_went(
-    hosts: Hosts, plan: SweepPlan, found: Found, averages: str, seconds: float
+    sweep: SweepFolder, hosts: Hosts, plan: SweepPlan, found: Found, averages: str, seconds: float
 ) -> dict[str, Any]:
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     records = found.records
-    spent, notes = host_seconds(hosts), host_notes(hosts)
+    spent, notes, cost = host_seconds(hosts), host_notes(hosts), spent_so_far(sweep.folder)
     print(f"\n{ranking(records, found.zero_shot)} in {clock(seconds)}", flush=True)
     if averages:
         print(f"averages    {averages}")
     if found.holdout is not None:
         print(f"holdout     {found.holdout.words()}")
     print(compare_with_run(plan, max(record.peak_memory_gib for record in records), seconds))
+    print(spending(cost, sweep.space.budget, sweep.space.wants_gpu))
     print(where_time_went(spent))
     for note in notes:
         print(f"note        {note}")
     print(flush=True)
-    return {"host_seconds": spent, "host_notes": notes}
+    gpu_seconds = cost.device_seconds if sweep.space.wants_gpu else 0.0
+    trials = {"minutes": cost.seconds / 60, "gpu_seconds": gpu_seconds, "was_budget": cost.is_over}
+    return {"host_seconds": spent, "host_notes": notes, "spent": trials}
