@@ -24,7 +24,7 @@ _LONGEST_TURN = 60.0  # a machine that slept or stood still was not at work
 
 @dataclass(frozen=True)
 class Spent:
-    """What trials of a sweep have spent so far. is_over: whether that was the budget."""
+    """Tells what trials of a sweep have spent so far. is_over: whether that was the budget."""
 
     seconds: float = 0.0
     device_seconds: float = 0.0
