@@ -1,8 +1,8 @@
 """Owns what a recorded pass reads: buffers of a rounded size, and writing a pass of a smaller size into them.
 
 A CUDA graph has fixed shapes and addresses, while passes differ in size. So sizes are rounded up, one graph
-serves all passes of a rounded size, and each pass is padded to it. The padding is a tail: a row of its own,
-behind the last one, which has no adapter, and whose scored positions have no weight in the loss. All buffers
+serves all passes of a rounded size, and each pass is padded to it. The padding is a tail: rows of its own,
+behind the last one, which have no adapter, and whose scored positions have no weight in the loss. All buffers
 lie in one block of memory, so that one copy fills them.
 
 Plain NumPy, with the same bytes on any machine. Refuses to know CUDA.
@@ -21,6 +21,20 @@ from qlora.packed.stream import bounds_of, prefix_places, stretch_lengths
 from qlora.passes import Pass
 
 _ALIGNMENT_BYTES = 16
+_MOST_WASTE = 1.3  # tokens of a size, over those of the size that a pass has by itself
+# Of these a size may have more than a pass needs.
+_ROOMS = (
+    "rank",
+    "has_dropout",
+    "answers",
+    "rows",
+    "parts",
+    "prefix_tokens",
+    "longest_row",
+    "longest_part",
+    "longest_prefix",
+    "longest",
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,22 @@ class PassSize:
             num_layers=len(bank.layers),
             has_dropout=any(dropout is not None for dropout in work.dropouts),
             is_training=work.weights is not None,
+        )
+
+    def holds(self, work: Pass, own: "PassSize") -> bool:
+        """Tell whether a pass fits into buffers of this size, too, with few tokens wasted.
+
+        `own`: the size that the pass has by itself.
+        """
+        rows, _, prefixes = stretch_lengths(work.layout.parts)
+        tail = self.tokens - work.layout.num_tokens
+        made_alike = (self.num_layers, self.is_training) == (own.num_layers, own.is_training)
+        return (
+            made_alike
+            and own.tokens <= self.tokens <= _MOST_WASTE * own.tokens
+            and all(getattr(own, name) <= getattr(self, name) for name in _ROOMS)
+            and tail <= min(self.longest_part, self.longest_row * (self.rows - len(rows)))
+            and self.prefix_tokens - int(prefixes.sum()) <= tail  # its places are the tail's
         )
 
 
@@ -163,7 +193,10 @@ def _fill_stretches(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> No
     parts = work.layout.parts
     rows, in_parts, prefixes = (bounds_of(lengths) for lengths in stretch_lengths(parts))
     at["rows"][: len(rows)] = rows
-    at["rows"][len(rows) :] = size.tokens  # the tail is the row behind the last
+    num_left = size.rows + 1 - len(rows)  # the tail is one row behind the last, or several if it is long
+    at["rows"][len(rows) :] = np.minimum(
+        num_tokens + size.longest_row * np.arange(1, num_left + 1), size.tokens
+    )
     with_ends = (("parts", in_parts, size.tokens), ("prefixes", prefixes, size.prefix_tokens))
     for name, bounds, end in with_ends:
         at[name][: len(bounds)] = bounds

@@ -1,4 +1,4 @@
-"""Owns recorded passes: CUDA graphs of rounded sizes, recorded when a size first comes up, and replayed.
+"""Owns recorded passes: CUDA graphs of rounded sizes, recorded when passes need them, and replayed.
 
 A pass over a small model waits for its launches: a linear layer costs the host a millisecond of Python and
 kernel launches, forward and backward, whatever its size. A CUDA graph is recorded once and launched as a
@@ -14,6 +14,7 @@ Source: https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,9 @@ _log = logging.getLogger(__name__)
 # Tokens times parameters of a linear layer, above which a host launches faster than a GPU works.
 _LAUNCH_BOUND = 2e11
 _MOST_RECORDINGS = 64
+# Passes of a size that are replayed in a larger recording: each costs a tenth of a pass or so, a recording of
+# its own as much as several passes.
+_MOST_TIMES = 24
 _FIRST_PAUSE_PASSES = 256  # after out of memory; every further pause is twice as long
 
 
@@ -51,6 +55,7 @@ class Recorder:
         self._recordings: dict[PassSize, _Recording] = {}
         self._compiled: set[tuple[int, ...]] = set()
         self._refused: set[PassSize] = set()
+        self._times: Counter[PassSize] = Counter()  # that a size came up and was not recorded
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # an allocator reuses memory on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
@@ -71,10 +76,12 @@ class Recorder:
         size = PassSize.of(work, self._bank)
         if size in self._refused:
             return None
-        recording = self._recordings.pop(size, None) or self._recorded(size, work)
+        found = size if size in self._recordings else self._larger(size, work)
+        recording = self._recorded(size, work) if found is None else self._recordings.pop(found)
         if recording is None:
             return None
-        self._recordings[size] = recording  # last in order, so the first is the one not replayed for longest
+        # Last in order, so that the first is the one not replayed for longest.
+        self._recordings[found or size] = recording
         return recording.play(work)
 
     @property
@@ -119,6 +126,17 @@ class Recorder:
         if self._is_at_large_steps and not was_at_large_steps:
             self._give_back()
         return self._is_at_large_steps
+
+    def _larger(self, size: PassSize, work: Pass) -> PassSize | None:
+        """Return the smallest recorded size that holds a pass of a size that is not recorded.
+
+        None if there is none, and for a size that comes up often: its own recording wastes less.
+        """
+        self._times[size] += 1
+        if self._times[size] > _MOST_TIMES:
+            return None
+        fitting = (one for one in self._recordings if one.holds(work, size))
+        return min(fitting, key=lambda one: one.tokens, default=None)
 
     def _recorded(self, size: PassSize, work: Pass) -> "_Recording | None":
         """Record a size, given its first pass; return None if that fails, and don't try again."""

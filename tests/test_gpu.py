@@ -152,6 +152,26 @@ def test_recorded_passes_equal_launched_ones():
         assert (recorded - launched).norm() < 0.1 * launched.norm()
 
 
+def test_a_pass_is_replayed_in_a_larger_recording_until_its_size_is_common(monkeypatch):
+    """Perplexities of fewer examples come from the recording of more, and are those of launched passes."""
+    from test_bank import TRIALS
+
+    monkeypatch.setattr(recorded_passes, "_MOST_TIMES", 2)
+    examples = random_examples(60, seed=9)
+    bank = gpu_bank("llama", torch.bfloat16)
+    adapter = bank.attach(TRIALS[1])
+    adapter.weights.normal_(std=0.05)
+    adapter.refresh()
+    counts, found = [], []
+    for number in (60, 54, 54, 54):
+        found += adapter_perplexities(bank, [(adapter, examples[:number])], 10_000)[0]
+        counts.append(bank.recorder.num_recordings)
+    assert counts == [1, 1, 1, 2]
+    bank.recorder.stop()
+    launched = adapter_perplexities(bank, [(adapter, examples)], 10_000)[0]
+    assert found == pytest.approx([*launched, *(3 * launched[:54])], rel=0.03)
+
+
 def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch):
     """A step's small remainder is not recorded beside its large passes; a trial that stays behind is recorded
     again.

@@ -74,11 +74,26 @@ def buffers_of(size: PassSize, work: Pass) -> dict[str, Tensor]:
     return {name: torch.from_numpy(one) for name, one in buffer_views(size, filled_block(size, work)).items()}
 
 
+def larger(bank: AdapterBank, work: Pass, **more: int) -> PassSize:
+    """A size with more room than a pass needs."""
+    own = PassSize.of(work, bank)
+    return replace(own, **{name: getattr(own, name) + extra for name, extra in more.items()})
+
+
+ROOMS = [
+    {},
+    {"tokens": 96, "answers": 40},
+    {"tokens": 128, "rows": 32, "parts": 2, "prefix_tokens": 64, "rank": 16},
+    {"tokens": 64, "longest_row": 1024, "longest_part": 4096, "longest_prefix": 64, "longest": 2048},
+]
+
+
+@pytest.mark.parametrize("room", ROOMS)
 @pytest.mark.parametrize("numbers", [(0,), (1, 2), (0, 1, 3)])
-def test_the_base_scores_a_filled_buffer_as_it_scores_the_stream(bank, numbers):
+def test_the_base_scores_a_filled_buffer_as_it_scores_the_stream(bank, numbers, room):
     """Without adapters: ids, positions, who attends to whom, what is scored. The tail changes nothing."""
     work = pass_over(bank, numbers, None)
-    size = PassSize.of(work, bank)
+    size = larger(bank, work, **room)
     batch = recorded_batch(size, buffers_of(size, work))
     assert batch.num_tokens > work.layout.num_tokens
     with torch.no_grad():
@@ -87,8 +102,8 @@ def test_the_base_scores_a_filled_buffer_as_it_scores_the_stream(bank, numbers):
     torch.testing.assert_close(found, launch(bank, bare), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", [None, (0.5, 0.25, 0.125)])
-def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights, monkeypatch):
+@pytest.mark.parametrize(("weights", "room"), [(None, ROOMS[0]), ((0.5, 0.25, 0.125), ROOMS[2])])
+def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights, room, monkeypatch):
     """NLL and, in training, the gradients of every adapter, with the kernels in Triton's interpreter.
 
     Dropout is off, since kernels draw masks of their own; its keys are looked at below.
@@ -100,7 +115,7 @@ def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights
     monkeypatch.setattr(banked_linear, "kernels", kernels)
     work = pass_over(bank, (0, 1, 3), weights)
     work = replace(work, dropouts=[None] * 3)
-    size = PassSize.of(work, bank)
+    size = larger(bank, work, **room)
     buffers = buffers_of(size, work)
     unused = [None] * (size.parts + 1 - len(work.adapters))
     tables = make_bank_tables([[None] * (size.parts + 1)] * bank.num_layers, CPU, size.rank)
@@ -122,9 +137,10 @@ def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights
         assert adapter.gradients.norm() > 0 or not weights
 
 
-def test_tables_name_every_tokens_adapter_and_dropout(bank):
+@pytest.mark.parametrize("room", ROOMS)
+def test_tables_name_every_tokens_adapter_and_dropout(bank, room):
     work = pass_over(bank, (0, 1, 3), (1.0, 1.0, 1.0))
-    size = PassSize.of(work, bank)
+    size = larger(bank, work, **room)
     at = buffer_views(size, filled_block(size, work))
     owners = np.full(size.tokens, -1)
     for part, first, end in at["tiles"].reshape(-1, 3):
@@ -162,3 +178,38 @@ def test_like_passes_have_one_size(bank):
         adapter = bank.attach(TRIALS[0])
         sizes.add(PassSize.of(Pass(lay_out([group]), [adapter], [None], None), bank))
     assert len(sizes) <= 4
+
+
+def test_a_size_holds_what_fits_with_little_waste(bank):
+    """It says no to whatever its kernels or its buffers are not made for."""
+    work = pass_over(bank, (0, 1, 3), (1.0, 1.0, 1.0))
+    own = PassSize.of(work, bank)
+    assert own.holds(work, own)
+    assert all(larger(bank, work, **room).holds(work, own) for room in ROOMS)
+    wrong = [
+        {"tokens": -128},
+        {"tokens": 4 * own.tokens},
+        {"answers": -1},
+        {"rows": -32},
+        {"parts": -1},
+        {"longest_row": -1},
+        {"longest_part": -1},
+        {"prefix_tokens": own.tokens},
+        {"rank": -1},
+        {"num_layers": 1},
+    ]
+    assert not any(larger(bank, work, **room).holds(work, own) for room in wrong)
+    assert not replace(own, has_dropout=False).holds(work, own)
+    assert own.holds(work, replace(own, has_dropout=False))
+    assert not replace(own, is_training=False).holds(work, own)
+
+
+def test_a_long_tail_is_several_rows(bank):
+    """No row is longer than the kernels' grid; without rows to spare the tail does not fit."""
+    work = pass_over(bank, (0,), None)
+    own = PassSize.of(work, bank)
+    size = replace(own, tokens=own.tokens + 100, longest_row=64)
+    lengths = np.diff(buffer_views(size, filled_block(size, work))["rows"])
+    assert lengths.max() <= 64 and lengths.sum() == size.tokens
+    rows = len(work.layout.parts[0].suffixes.lengths) + 1
+    assert not replace(size, rows=rows + 1).holds(work, replace(own, longest_row=64, rows=rows))
