@@ -34,6 +34,7 @@ import tuning.sweep
 from benchmarks.commands import ROOT
 from benchmarks.report import print_report
 from qlora.config import DEFAULT_BASE, BaseModelSettings, DecodingSettings
+from tuning.orders import Orders
 from tuning.space import Space
 
 _POINTS = 4
@@ -149,7 +150,10 @@ def _our_trials(count: int, folder: Path, _: str) -> None:
     try:
         nobody: Any = None  # to train
         known = tuning.sweep.KnownBase(zero_shot=1e3, width=576)
-        records = tuning.sweep.run_sweep(space, nobody, {"CPU": 1}, folder, str(folder), known, 1, _Nobody())
+        orders = Orders(str(folder))
+        records = tuning.sweep.run_sweep(
+            space, nobody, {"CPU": 1}, folder, str(folder), orders, known, 1, _Nobody()
+        )
     finally:
         sys.stdout = sys.__stdout__
     assert len(records) == count and all(record.has_ended for record in records)

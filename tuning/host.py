@@ -32,6 +32,7 @@ from qlora.provenance import hardware
 from qlora.training import DivergedError, StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
+from tuning.seat import Seat, ended_by_hand, point_of
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
 from tuning.space import Space
@@ -56,28 +57,6 @@ class SweepData:
     budgets: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class Seat:
-    """An attached trial: who holds it, its work, and the step that it was asked to reach."""
-
-    holder: str
-    work: TrialWork
-    goal: int | None = None
-    folder: str = ""
-    reply: "Future[dict[str, Any]]" = field(default_factory=Future)
-
-    @property
-    def at_goal(self) -> bool:
-        """Tell whether it has only to be evaluated."""
-        return self.goal is not None and self.work.training.step >= self.goal
-
-    def fail(self, error: Exception) -> None:
-        """Answer whoever asked with an error; the seat waits for its next goal."""
-        if self.goal is not None:
-            self.goal = None
-            self.reply.set_exception(error)
-
-
 class Host:
     """Trains attached trials in shared passes.
 
@@ -88,7 +67,7 @@ class Host:
         torch.set_num_threads(num_threads)
         self._data = data
         self._seats: dict[str, Seat] = {}
-        self._stopped = False
+        self._stopped, self._ended_by_hand = False, set[str]()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         budget = data.budgets.get(hardware(default_device().type), data.budget_tokens)
@@ -125,12 +104,14 @@ class Host:
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder.
 
-        Returns its metrics, and as `perplexities` those of the public examples. Raises DivergedError;
-        KeyError for a trial without a seat.
+        Returns its metrics, and as `perplexities` those of the public examples; for a trial that is to end,
+        nothing but `by_hand`. Raises DivergedError; KeyError for a trial without a seat.
         """
 
         def start() -> "Future[dict[str, Any]]":
             seat = self._seats[trial_id]
+            if trial_id in self._ended_by_hand:
+                return ended_by_hand()
             seat.goal, seat.folder, seat.reply = step, folder, Future()
             return seat.reply
 
@@ -164,6 +145,16 @@ class Host:
             return found
 
         return self._ask(measured)
+
+    def end(self, trial_id: str) -> None:
+        """Let a trial end at its next step, here if it is here, or when it comes."""
+
+        def answer() -> None:
+            self._ended_by_hand.add(trial_id)
+            if trial_id in self._seats:
+                self._seats[trial_id].end_by_hand()
+
+        self._ask(answer)
 
     def stop(self, storage: Storage) -> int:
         """Do no more work, and keep where each trial stands that is not at a report; returns how many are.
@@ -250,7 +241,7 @@ class Host:
                         f"diverged at step {seat.work.training.step}: public perplexity {perplexity:g}; "
                         "try a lower learning rate"
                     )
-                metrics = _metrics(seat.work, perplexity)
+                metrics = point_of(seat.work, perplexity)
                 metrics |= {"perplexities": found, "host_notes": self.notes()}
                 written = partial(_written, content, Path(seat.folder), metrics)
                 self._writers.submit(_settle, seat.reply, written)
@@ -315,21 +306,6 @@ class Host:
         if seat is not None:
             self._work.bank.detach(seat.work.training.adapter)
             seat.fail(RuntimeError("the trial was detached"))
-
-
-def _metrics(work: TrialWork, perplexity: float) -> dict[str, Any]:
-    training, seen = work.training, work.seen
-    on_gpu = training.bank.device.type == "cuda"
-    return {
-        "public_perplexity": perplexity,
-        "training_loss": sum(result.loss for result in seen) / max(len(seen), 1),
-        "learning_rate": seen[-1].learning_rate if seen else 0.0,
-        "step": training.step,
-        "epoch": training.timetable.epochs_at(training.step),
-        "schedule_percent": training.timetable.percent_at(training.step),
-        "tokens_per_second": sum(result.num_tokens for result in seen) / max(work.seconds, 1e-9),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
-    }
 
 
 def _written(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,11 @@ class HostActor:
         """See Host."""
         return self._found().measure(adapters, examples)
 
+    def end(self, trial_id: str) -> None:
+        """See Host; a host that has not begun is told again."""
+        if self._has_begun():
+            self._host.end(trial_id)
+
     def stop(self, storage_uri: str) -> int:
         """See Host; a host that has not begun has nothing to keep."""
         from tuning.checkpoints import Storage

@@ -87,6 +87,11 @@ class HostDirectory:
         for host in self._hosts.values():
             host.begin.remote(orders)
 
+    def end(self, trial_id: str) -> None:
+        """Have a trial end at its next step, wherever it is."""
+        for host in self._hosts.values():
+            host.end.remote(trial_id)
+
     def stop(self, storage_uri: str) -> int:
         """Have all living hosts keep where their trials stand; returns how many trials that were."""
         asked = [host.stop.remote(storage_uri) for host in self._hosts.values()]
@@ -178,6 +183,11 @@ def ask_a_host(hosts: Hosts, question: str, *arguments: Any) -> Any:
     if host is None:
         raise ray.exceptions.ActorDiedError("no host is left")
     return getattr(host, question).remote(*arguments)
+
+
+def end_trial(hosts: Hosts, trial_id: str) -> None:
+    """Have a trial end at its next step, wherever it is. Returns at once."""
+    hosts.directory.end.remote(trial_id)
 
 
 def ask_where_trials_stand(hosts: Hosts, storage_uri: str) -> Any:

@@ -26,7 +26,8 @@ class LedgerSearch(SearchAlgorithm):
     """A searcher of Ray's behind Ray's interface, which knows what a sweep has done before.
 
     `records`: of the trials that began before, in the order in which they did. `base_width`: hidden size of
-    the base. `may_begin`: whether a new trial may, by its number.
+    the base. `may_begin`: whether a new trial may, by its number. `num_trials`: of the sweep now (default:
+    those of its space).
     """
 
     def __init__(
@@ -36,15 +37,17 @@ class LedgerSearch(SearchAlgorithm):
         storage: Storage,
         base_width: int,
         may_begin: Callable[[int], bool] = lambda number: True,
+        num_trials: Callable[[], int] | None = None,
     ):
         super().__init__()
         self._space, self._storage, self._inner = space, storage, _searcher(space, base_width)
-        self._may_begin = may_begin
+        self._may_begin, self._num_trials = may_begin, num_trials or (lambda: space.num_trials)
         self._records = {record.trial_id: record for record in records}
         self._ids = TrialIds(space.seed, list(self._records))
         self._inner_ids: dict[str, str] = {}
         self._kept_settings: dict[str, dict[str, Any]] = {}  # of trials that are drawn otherwise now
         self._last_results: dict[str, dict[str, Any]] = {}
+        self._is_over = False
 
     @property
     def max_pending(self) -> int:
@@ -59,7 +62,7 @@ class LedgerSearch(SearchAlgorithm):
     @property
     def total_samples(self) -> int:
         """Count the trials of the sweep."""
-        return self._inner.total_samples  # type: ignore[no-any-return]
+        return self._num_trials()
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -73,7 +76,7 @@ class LedgerSearch(SearchAlgorithm):
 
     def next_trial(self) -> Any:
         """Draw the next trial that has not ended; None if there is none for now."""
-        while self._ids.count < len(self._records) or self._may_begin(self._ids.count):
+        while self._ids.count < len(self._records) or self._may_draw():
             if (trial := self._inner.next_trial()) is None:
                 return None
             drawn_as = trial.trial_id
@@ -99,6 +102,9 @@ class LedgerSearch(SearchAlgorithm):
             restore_checkpoints(trial, self._storage, record)
             return trial
         return None
+
+    def _may_draw(self) -> bool:
+        return self._ids.count < self._num_trials() and self._may_begin(self._ids.count)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass a result on, unless it is no number to learn from."""
@@ -128,10 +134,12 @@ class LedgerSearch(SearchAlgorithm):
 
     def is_finished(self) -> bool:
         """Tell whether no trial is left to draw."""
-        return self._inner.is_finished()  # type: ignore[no-any-return]
+        are_drawn = self._ids.count >= max(self._num_trials(), len(self._records))
+        return self._is_over or are_drawn or self._inner.is_finished()
 
     def set_finished(self) -> None:
         """Draw no more trials."""
+        self._is_over = True
         self._inner.set_finished()
 
     def has_checkpoint(self, dirpath: str) -> bool:

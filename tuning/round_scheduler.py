@@ -21,7 +21,8 @@ class RoundScheduler(TrialScheduler):
     """Pauses each trial at the rounds' step, and lets the best of a round train on.
 
     `records`: of the trials that began before. `num_devices`: that many rounds are under way at once.
-    waiting: ids of the trials that are paused until their round is decided.
+    waiting: ids of the trials that are paused until their round is decided. ended_by_hand: of those that
+    people want stopped.
     """
 
     def __init__(self, rounds: Rounds, records: Sequence[TrialRecord], num_trials: int, num_devices: int):
@@ -30,7 +31,7 @@ class RoundScheduler(TrialScheduler):
         self._trials = dict[int, Any]()
         self._values = dict[int, float]()  # by a trial's number: its perplexity where it is compared
         self._ended = set[int]()
-        self.waiting = set[str]()
+        self.waiting, self.ended_by_hand = set[str](), set[str]()
         for record in records:
             number = _number(record.trial_id)
             point = next((point for point in record.curve if self._is_compared(point)), None)
@@ -92,9 +93,10 @@ class RoundScheduler(TrialScheduler):
         going_on = []
         for number, trial in sorted(self._trials.items()):
             kept = self._kept(number // self._rounds.trials)
-            if trial.status != Trial.PAUSED or kept is None:
+            is_unwanted = trial.trial_id in self.ended_by_hand
+            if trial.status != Trial.PAUSED or (kept is None and not is_unwanted):
                 continue
-            if number in kept:
+            if kept is not None and number in kept and not is_unwanted:
                 going_on.append(trial)
             else:
                 tune_controller.stop_trial(trial)

@@ -30,6 +30,10 @@ class SweepScreen:
         """Keep what people should know of how the work goes, each thing once, for the next table."""
         self._notes = list(dict.fromkeys([*self._notes, *notes]))
 
+    def expect(self, num_trials: int) -> None:
+        """Know of so many trials."""
+        self._num_trials = num_trials
+
     def update(self, records: Sequence[TrialRecord]) -> None:
         """Show the trials if it is time to."""
         between = _SECONDS_BETWEEN_TABLES if self._live is None else _SECONDS_BETWEEN_FRAMES

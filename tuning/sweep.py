@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from qlora.files import below
 from tuning.checkpoints import RAY, Storage
-from tuning.host_directory import Hosts
+from tuning.host_directory import Hosts, end_trial
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
+from tuning.orders import MOST_ADDED, Orders
 from tuning.restored_asha import RestoredASHA
 from tuning.round_scheduler import RoundScheduler
 from tuning.screen import SweepScreen
@@ -55,6 +57,7 @@ def run_sweep(
     shares: dict[str, float],
     folder: Path,
     place: str,
+    orders: Orders,
     known: KnownBase,
     num_devices: int,
     observer: SweepObserver,
@@ -63,31 +66,37 @@ def run_sweep(
     """Run or continue the sweep whose results live in `folder`; returns the record of every trial.
 
     `place`: the path or URI below which Ray keeps checkpoints, and which all nodes reach. `shares`: what a
-    trial asks Ray for. `num_devices`: that trials begin on. `go_on` is called again and again, and raises to
-    end the sweep.
+    trial asks Ray for. `orders`: what people ask for. `num_devices`: that trials begin on. `go_on` is called
+    again and again, and raises to end the sweep.
     Trials still pending or running in the result mean that it was interrupted and can be resumed. Raises
     ShortOfMemoryError, after `max_failures` times, where Ray's monitor goes on killing trials.
     """
     ledger, storage = Ledger(folder / "trials"), Storage.at(below(place, RAY))
     for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
-    screen = SweepScreen(space.num_trials, known.zero_shot)
+    screen = SweepScreen(space.num_trials + orders.added, known.zero_shot)
+
+    def num_trials() -> int:
+        return space.num_trials + orders.added
+
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts, shares=shares), shares)
     times_left, clock = space.max_failures, SpendingClock(space.budget, folder, num_devices)
     try:
-        while not all_ended(space, list(ledger.records.values()), clock.spent.is_over):
+        while not all_ended(num_trials(), list(ledger.records.values()), clock.spent.is_over):
             begun = list(ledger.records.values())
             scheduler = _scheduler(space, begun, num_devices)
             may_begin = scheduler.may_begin if isinstance(scheduler, RoundScheduler) else lambda number: True
-            search = LedgerSearch(space, begun, storage, known.width, may_begin)
-            callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, go_on)
+            search = LedgerSearch(space, begun, storage, known.width, may_begin, num_trials)
+            ending = partial(end_trial, hosts)
+            callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, orders, ending, go_on)
             _prepare_tune(search, folder)
             tuner = _tuner(space, place, trainable, callback, scheduler, search, clock)
             try:
                 tuner.fit()
                 _end_at_budget(clock, ledger, observer)
-                screen.close(list(ledger.records.values()))
-                break
+                if num_trials() <= len(ledger.records) or clock.spent.is_over:
+                    screen.close(list(ledger.records.values()))
+                    break  # else more trials were asked for when Ray had just ended
             except Exception as error:
                 if not _is_short_of_memory(error):
                     raise
@@ -114,9 +123,9 @@ def _is_short_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def all_ended(space: Space, records: list[TrialRecord], is_spent: bool) -> bool:
-    """Tell whether every trial of a sweep has ended; once its budget `is_spent`, no more begin."""
-    are_all = is_spent or len(records) >= space.num_trials
+def all_ended(num_trials: int, records: list[TrialRecord], is_spent: bool) -> bool:
+    """Tell whether all of so many trials have ended; once the budget `is_spent`, no more begin."""
+    are_all = is_spent or len(records) >= num_trials
     return are_all and all(record.has_ended for record in records)
 
 
@@ -160,7 +169,7 @@ def _tuner(
         tune_config=tune.TuneConfig(
             metric="public_perplexity",
             mode="min",
-            num_samples=space.num_samples,
+            num_samples=_most_samples(space),  # LedgerSearch knows how many there are
             search_alg=search,
             scheduler=scheduler,
             # A paused trial's process would wait for the next one; if its node dies, trials that are tried
@@ -176,6 +185,11 @@ def _tuner(
             failure_config=tune.FailureConfig(max_failures=space.max_failures),
         ),
     )
+
+
+def _most_samples(space: Space) -> int:
+    """Return the samples, of the size of a grid each, that may come up with trials that are added by hand."""
+    return space.num_samples + -(-MOST_ADDED * space.num_samples // space.num_trials)
 
 
 def _scheduler(space: Space, begun: list[TrialRecord], num_devices: int) -> TrialScheduler:

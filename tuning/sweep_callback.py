@@ -13,6 +13,7 @@ from ray import tune
 from qlora.files import disk_without_space, is_full
 from tuning.checkpoints import keep_two
 from tuning.ledger import POINT, Ledger, Status, TrialRecord
+from tuning.orders import BY_HAND, Orders
 from tuning.screen import SweepScreen
 from tuning.space import Space
 from tuning.spending import SpendingClock
@@ -29,8 +30,9 @@ class SweepCallback(tune.Callback):
     """Ray Tune's events -> ledger, observer and screen.
 
     Ray stores callbacks with a sweep; this one stores nothing, since nothing that Ray stores is read again.
-    `scheduler` knows which trials it told to stop or wait; `clock` counts what they spend. `go_on` is called
-    at each turn of Ray's loop, and raises to end it.
+    `scheduler` knows which trials it told to stop or wait; `clock` counts what they spend. `orders`: what
+    people ask for; `end_trial` has a trial end at its next step. `go_on` is called at each turn of Ray's
+    loop, and raises to end it.
     """
 
     def __init__(
@@ -41,21 +43,31 @@ class SweepCallback(tune.Callback):
         observer: SweepObserver,
         scheduler: Any,
         clock: SpendingClock,
+        orders: Orders,
+        end_trial: Callable[[str], None],
         go_on: Callable[[], None],
     ):
         self._ledger, self._space, self._screen, self._observer = ledger, space, screen, observer
         self._stopped_early: Set[str] = getattr(scheduler, "stopped", set())
         self._waiting: Set[str] = getattr(scheduler, "waiting", set())
-        self._clock, self._go_on = clock, go_on
+        self._clock, self._orders, self._end_trial, self._go_on = clock, orders, end_trial, go_on
+        self._to_be_stopped: set[str] = getattr(scheduler, "ended_by_hand", set())
         self._full_disk: OSError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Ask whether to go on, and count the time."""
+        """Ask whether to go on, count the time, and carry out what people have asked for since."""
         self._go_on()
         self._clock.count(self._records())
+        if self._orders.look():
+            self._screen.expect(self._space.num_trials + self._orders.added)
+            self._to_be_stopped |= self._orders.stops
+            for trial_id in self._orders.stops:
+                record = self._ledger.records.get(trial_id)
+                if record is not None and not record.has_ended:
+                    self._end_trial(trial_id)  # again and again: it may be on its way to another host
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""
@@ -91,7 +103,8 @@ class SweepCallback(tune.Callback):
         """Record how a trial ended."""
         record = self._ledger.records[trial.trial_id]
         if not record.has_ended:
-            self._end(record, _status_of(record))
+            is_by_hand = trial.trial_id in self._orders.stops and record.percent < 100
+            self._end(replace(record, error=BY_HAND if is_by_hand else record.error), _status_of(record))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record why a trial failed, unless that ends the sweep."""

@@ -39,6 +39,8 @@ def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) ->
         for step in steps:
             with tempfile.TemporaryDirectory() as folder:
                 metrics = ray.get(host.advance.remote(trial_id, step, folder))
+                if "by_hand" in metrics:
+                    return
                 if "diverged" in metrics:
                     tune.report({"public_perplexity": math.inf, **metrics})
                     return

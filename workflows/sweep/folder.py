@@ -7,6 +7,7 @@ Loads nothing heavy.
     results/NAME/public.jsonl  the examples that public perplexity is measured on
     results/NAME/start/        the adapter that trials go on from, if there is one
     results/NAME/trials/       one record a trial
+    results/NAME/orders/       what people asked of it while it ran
     results/NAME/ray/          Ray Tune's own state and checkpoints
     results/NAME/soup/         what averaging the best trials' adapters came to, and the best average
     results/NAME/best/         the best adapter, PEFT
@@ -88,8 +89,11 @@ class SweepFolder:
     @property
     def storage(self) -> str:
         """Return below which path or URI checkpoints are kept: `storage` of the space, else the home."""
-        if self.space.storage:
-            return below(self.space.storage, self.name)
+        return below(self.space.storage, self.name) if self.space.storage else self.place
+
+    @property
+    def place(self) -> str:
+        """Return where the sweep is kept: a path, or a URI of which the folder is a copy."""
         return home_place(RESULTS, self.name) if home_folder() is None else str(self.folder.resolve())
 
     @property

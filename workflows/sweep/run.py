@@ -32,6 +32,7 @@ from tuning.host_directory import (
 )
 from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
+from tuning.orders import Orders
 from tuning.placement import this_node
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
 from tuning.progress import clock, ranking, spending, where_time_went
@@ -108,7 +109,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
             known = KnownBase(zero_shot, prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
-            if not all_ended(sweep.space, records, spent_so_far(sweep.folder).is_over):
+            if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
@@ -163,7 +164,16 @@ def _run_trials(
     try:
         watch = _watch(sweep, hosts, shares)
         return run_sweep(
-            sweep.space, hosts, shares, sweep.folder, sweep.storage, known, num_devices, tracker, watch
+            sweep.space,
+            hosts,
+            shares,
+            sweep.folder,
+            sweep.storage,
+            Orders(sweep.place),
+            known,
+            num_devices,
+            tracker,
+            watch,
         )
     except ShortOfMemoryError as error:
         raise StoppedError(f"{error}; with more of it, or fewer trials, {sweep.how_to_go_on}") from error
@@ -204,9 +214,13 @@ def _record_needed(sweep: SweepFolder) -> Iterator[None]:
 def _is_trained(sweep: SweepFolder) -> bool:
     """Tell whether a sweep that goes on lacks its registration alone, so that no host need load the base."""
     records = Ledger(sweep.folder / "trials").records.values()
-    return sweep.zero_shot() is not None and all_ended(
-        sweep.space, list(records), spent_so_far(sweep.folder).is_over
-    )
+    return sweep.zero_shot() is not None and _is_run(sweep, list(records))
+
+
+def _is_run(sweep: SweepFolder, records: list[TrialRecord]) -> bool:
+    """Tell whether all trials have ended, those that were asked for by hand among them."""
+    num_trials = sweep.space.num_trials + Orders(sweep.place).added
+    return all_ended(num_trials, records, spent_so_far(sweep.folder).is_over)
 
 
 def _make_plan(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:

@@ -1,0 +1,82 @@
+"""Owns what people ask of a sweep while it runs: orders, each a small file beside its results.
+
+    PLACE/orders/TIME-RANDOM.json    {"kind": "stop", "trial_id": ...} or {"kind": "add", "count": ...}
+
+Whoever can write to the home can give orders, from any machine; the sweep looks for them again and again, and
+one that goes on later finds them, too. Nothing is ever removed: what a sweep was asked is part of its record.
+Loads nothing heavy.
+"""
+
+import json
+import secrets
+import time
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.fs
+from pydantic import Field, ValidationError
+
+from qlora.config import Settings
+from qlora.files import below, write_json
+from tuning.checkpoints import Storage
+
+_FOLDER = "orders"
+_SECONDS_BETWEEN_LOOKS = 1.0
+MOST_ADDED = 1000  # trials, by hand
+BY_HAND = "stopped by hand"
+
+
+class Order(Settings):
+    """Something asked of a sweep: to stop a trial, or to draw so many more."""
+
+    kind: Literal["stop", "add"]
+    trial_id: str | None = None
+    count: int = Field(0, ge=0)
+
+
+def give_order(place: str, order: Order) -> None:
+    """Leave an order at a sweep's place, a folder or a URI. Raises OSError."""
+    name = f"{time.time_ns()}-{secrets.token_hex(4)}.json"
+    content = order.model_dump(exclude_defaults=True)
+    if "://" not in place:
+        write_json(Path(place) / _FOLDER / name, content)
+        return
+    storage = Storage.at(below(place, _FOLDER))
+    storage.filesystem.create_dir(storage.path)
+    with storage.filesystem.open_output_stream(f"{storage.path}/{name}") as file:
+        file.write(json.dumps(content).encode("utf-8"))
+
+
+class Orders:
+    """The orders at a sweep's place, as far as they are known. stops: trials; added: trials to draw more."""
+
+    def __init__(self, place: str):
+        """Look at once."""
+        self._storage = Storage.at(below(place, _FOLDER))
+        self._known: dict[str, Order | None] = {}
+        self._looked_at = float("-inf")
+        self.stops = set[str]()
+        self.added = 0
+        self.look()
+
+    def look(self) -> bool:
+        """Take in new orders, if it is time to; tells whether it looked. One that can't be read is none."""
+        if time.monotonic() - self._looked_at < _SECONDS_BETWEEN_LOOKS:
+            return False
+        self._looked_at = time.monotonic()
+        selector = pyarrow.fs.FileSelector(self._storage.path, allow_not_found=True)
+        for info in self._storage.filesystem.get_file_info(selector):
+            if info.path.endswith(".json") and info.path not in self._known:
+                order = self._known[info.path] = self._read(info.path)
+                if order is not None and order.kind == "add":
+                    self.added = min(MOST_ADDED, self.added + order.count)
+                elif order is not None and order.trial_id:
+                    self.stops.add(order.trial_id)
+        return True
+
+    def _read(self, path: str) -> Order | None:
+        try:
+            with self._storage.filesystem.open_input_stream(path) as file:
+                return Order.model_validate_json(file.read())
+        except (OSError, ValidationError):
+            return None

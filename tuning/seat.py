@@ -1,0 +1,60 @@
+"""Owns a trial's seat on a host: who holds it, its work, what it was asked to reach and what it answers."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tuning.shared_work import TrialWork
+
+
+@dataclass
+class Seat:
+    """An attached trial: who holds it, its work, and the step that it was asked to reach."""
+
+    holder: str
+    work: TrialWork
+    goal: int | None = None
+    folder: str = ""
+    reply: "Future[dict[str, Any]]" = field(default_factory=Future)
+
+    @property
+    def at_goal(self) -> bool:
+        """Tell whether it has only to be evaluated."""
+        return self.goal is not None and self.work.training.step >= self.goal
+
+    def fail(self, error: Exception) -> None:
+        """Answer whoever asked with an error; the seat waits for its next goal."""
+        if self.goal is not None:
+            self.goal = None
+            self.reply.set_exception(error)
+
+    def end_by_hand(self) -> None:
+        """Answer whoever asked that the trial is to end; the seat waits to be left."""
+        if self.goal is not None:
+            self.goal = None
+            self.reply.set_result({"by_hand": True})
+
+
+def ended_by_hand() -> "Future[dict[str, Any]]":
+    """Return what a trial that is to end is answered."""
+    reply: Future[dict[str, Any]] = Future()
+    reply.set_result({"by_hand": True})
+    return reply
+
+
+def point_of(work: TrialWork, perplexity: float) -> dict[str, Any]:
+    """Return a point of a trial's curve: what it measured, and of its steps since the point before."""
+    training, seen = work.training, work.seen
+    on_gpu = training.bank.device.type == "cuda"
+    return {
+        "public_perplexity": perplexity,
+        "training_loss": sum(result.loss for result in seen) / max(len(seen), 1),
+        "learning_rate": seen[-1].learning_rate if seen else 0.0,
+        "step": training.step,
+        "epoch": training.timetable.epochs_at(training.step),
+        "schedule_percent": training.timetable.percent_at(training.step),
+        "tokens_per_second": sum(result.num_tokens for result in seen) / max(work.seconds, 1e-9),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+    }
