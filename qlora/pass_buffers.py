@@ -117,7 +117,9 @@ class PassSize:
             and own.tokens <= self.tokens <= _MOST_WASTE * own.tokens
             and all(getattr(own, name) <= getattr(self, name) for name in _ROOMS)
             and tail <= min(self.longest_part, self.longest_row * (self.rows - len(rows)))
-            and self.prefix_tokens - int(prefixes.sum()) <= tail  # its places are the tail's
+            and self.answers <= 2 * own.answers
+            # What is left of the prefixes' places are the tail's, which has one prefix.
+            and self.prefix_tokens - int(prefixes.sum()) <= min(tail, self.longest_prefix)
         )
 
 

@@ -6,13 +6,14 @@ that it was chosen on. Refuses to know where values come from.
 Shapes: T trials, N examples, D draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 _DRAWS = 10_000
 _PIECE = 2_000_000  # numbers at once
+_NEGLIGIBLE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def expect_unseen(perplexities: Sequence[Sequence[float]], chosen: int, draws: i
     """Return what mean perplexity to expect on unseen examples of the same kind, of the one that was chosen.
 
     `perplexities`: [T][N] of all that were chosen from, on the examples that they were chosen on. Two things
-    are put right. How much better the best looks than it is: choosing is repeated on each draw, and the
-    chosen one's mean there compared with its mean here. And the skew: the interval is the bootstrap-t's, of
-    the mean's logarithm.
+    are put right. How much better the best looks than it is: choosing is repeated on each draw, and what is
+    chosen there compared with what it is here, beyond what a draw does to one trial alone. And the skew: the
+    interval is the bootstrap-t's, of the mean's logarithm.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 12 and 17.
     """
@@ -62,12 +63,14 @@ def expect_unseen(perplexities: Sequence[Sequence[float]], chosen: int, draws: i
     for counts_DN in _shares(size, draws):
         drawn_DT = counts_DN @ values_TN.T
         best_D = drawn_DT.argmin(axis=1)
-        optimism_D.append(np.log(means_T[best_D] / drawn_DT[np.arange(len(drawn_DT)), best_D]))
-        drawn_D = drawn_DT[:, chosen]
+        drawn_D, best_drawn_D = drawn_DT[:, chosen], drawn_DT[np.arange(len(drawn_DT)), best_D]
+        optimism_D.append(np.log(means_T[best_D] / best_drawn_D) - np.log(mean / drawn_D))
         error_D = _standard_error(drawn_D, counts_DN @ np.square(own_N), size)
-        pivots_D.append(np.log(drawn_D / mean) * drawn_D / np.maximum(error_D, np.finfo(float).tiny))
+        varied_D = error_D > _NEGLIGIBLE * error  # a draw of one example alone tells nothing of the spread
+        pivots_D.append(np.log(drawn_D / mean)[varied_D] * drawn_D[varied_D] / error_D[varied_D])
     expected = mean * np.exp(np.concatenate(optimism_D).mean())
-    low, high = np.quantile(np.concatenate(pivots_D), [0.025, 0.975])
+    pivots = np.concatenate(pivots_D)
+    low, high = np.quantile(pivots, [0.025, 0.975]) if len(pivots) else (0.0, 0.0)
     return Interval(
         float(expected),
         float(expected * np.exp(-high * error / mean)),
@@ -80,13 +83,12 @@ def _standard_error(mean: np.ndarray, mean_square: np.ndarray, size: int) -> np.
     return np.sqrt(np.maximum(mean_square - np.square(mean), 0) / max(1, size - 1))
 
 
-def _shares(size: int, draws: int) -> list[np.ndarray]:
-    """Return the share of each example in so many draws of as many examples: [D, N] in pieces.
+def _shares(size: int, draws: int) -> Iterator[np.ndarray]:
+    """Yield the share of each example in so many draws of as many examples: [D, N] in pieces.
 
     They depend on the number of examples alone.
     """
     generator, piece = np.random.default_rng(0), max(1, _PIECE // max(1, size))
     even = np.full(size, 1 / size)
-    return [
-        generator.multinomial(size, even, min(piece, draws - done)) / size for done in range(0, draws, piece)
-    ]
+    for done in range(0, draws, piece):
+        yield generator.multinomial(size, even, min(piece, draws - done)) / size

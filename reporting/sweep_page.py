@@ -76,7 +76,7 @@ def _page(sweep: SweepReport) -> str:
     order = ranked(sweep.trials)
     seen = [trial for trial in order if trial.curve]
     names = _searched(seen)
-    stopped = sum(trial.status == "stopped" for trial in sweep.trials)
+    stopped = sum(trial.status == "stopped" and not trial.is_cut for trial in sweep.trials)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
         f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot, sweep.average))}</p>',

@@ -12,13 +12,16 @@ import numpy as np
 
 from reporting.intervals import Interval, bootstrap_interval, compare, expect_unseen
 
+_FEWEST_EXAMPLES = 8  # to say what to expect of others
+
 
 @dataclass(frozen=True)
 class TrialReport:
     """One trial of the page.
 
     settings: those that were searched. curve: (percent of its schedule, public perplexity). perplexities: of
-    each public example at its best point. The rest is what it cost.
+    each public example at its best point. is_cut: whether a budget or people stopped it. The rest is what it
+    cost.
     """
 
     name: str
@@ -31,6 +34,7 @@ class TrialReport:
     tokens_per_second: float | None
     peak_memory_gib: float
     seconds: float | None
+    is_cut: bool = False
 
     @property
     def best(self) -> float:
@@ -117,7 +121,7 @@ def expected_unseen(trials: Sequence[TrialReport], average: AverageReport | None
     if average is not None:
         chosen_from.insert(0, average.perplexities)
     alike = [values for values in chosen_from if len(values) == len(chosen_from[0])]
-    return expect_unseen(alike, 0) if alike and len(alike[0]) > 1 else None
+    return expect_unseen(alike, 0) if alike and len(alike[0]) >= _FEWEST_EXAMPLES else None
 
 
 def _on_holdout(holdout: HoldoutReport) -> str:

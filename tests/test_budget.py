@@ -12,13 +12,12 @@ from pydantic import ValidationError
 from test_sweep import wait_for_a_report
 
 import tuning.spending
-from tuning.ledger import TrialRecord
-from tuning.progress import spending
+from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.progress import headline, spending
 from tuning.space import Space
 from tuning.spending import SpendingClock, Spent, spent_so_far
 from tuning.strategy import Budget
 
-RUNNING = TrialRecord("t", {}, "running")
 SPACE = {"data": {"train": "t", "public": "p"}, "search": {"learning_rate": {"choice": [1e-3]}}}
 
 
@@ -31,45 +30,62 @@ def at(monkeypatch):
 
 
 def test_time_counts_while_trials_run_and_a_gpu_as_a_whole(tmp_path, at):
-    clock = SpendingClock(Budget(gpu_seconds=50), tmp_path, num_devices=2)
-    clock.count([RUNNING])
+    """As many devices as trials are on; while that is not known, as many as they can be on."""
+    known = {"there": 0}
+    clock = SpendingClock(Budget(gpu_seconds=80), tmp_path, 2, lambda trial_ids: known["there"])
+    clock.count(["a"])
     at(10)
-    clock.count([RUNNING])  # on one of two devices
+    clock.count(["a"])  # on one of two devices
     at(20)
-    clock.count([RUNNING] * 5)
+    clock.count(list("abcde"))
     at(30)
-    clock.count([replace(RUNNING, status="finished")])
+    clock.count([])
     assert (clock.spent.seconds, clock.spent.device_seconds) == (20, 10 + 20)
-    assert not clock.stop_all()
+    known["there"] = 4  # devices that joined later
     at(40)
-    clock.count([RUNNING] * 5)
+    clock.count(list("abcde"))
+    assert not clock.stop_all()
+    at(50)
+    known["there"] = 1  # all of them on one
+    clock.count(list("abcde"))
     assert clock.stop_all()
-    assert spent_so_far(tmp_path) == clock.spent == Spent(30, 50, is_over=True)
+    assert spent_so_far(tmp_path) == clock.spent == Spent(40, 80, is_over=True)
     assert clock("t", {}) is False
 
 
 def test_what_was_spent_in_sittings_before_counts(tmp_path, at):
     first = SpendingClock(Budget(minutes=1), tmp_path, num_devices=1)
-    first.count([RUNNING])
+    first.count(["a"])
     at(50)
-    first.count([RUNNING])
+    first.count(["a"])
     first.keep()
     second = SpendingClock(Budget(minutes=1), tmp_path, num_devices=1)
     at(1000)  # between two sittings nothing runs
-    second.count([RUNNING])
+    second.count(["a"])
     assert not second.stop_all()
     at(1010)
-    second.count([RUNNING])
+    second.count(["a"])
     assert second.stop_all()
 
 
 def test_a_machine_that_slept_has_not_worked(tmp_path, at):
     clock = SpendingClock(None, tmp_path, num_devices=1)
-    clock.count([RUNNING])
+    clock.count(["a"])
     at(8 * 3600)
-    clock.count([RUNNING])
+    clock.count(["a"])
     assert clock.spent.seconds == 60
     assert not clock.stop_all(), "there is no budget"
+
+
+def test_what_a_budget_cut_is_not_saved_by_early_stopping():
+    point = {"step": 1.0, "epoch": 2.0, "schedule_percent": 20.0, "public_perplexity": 5.0}
+    config = {"epochs": 10, "learning_rate": 1e-3}
+    stopped = TrialRecord("a", config, "stopped", (point,))
+    cut = replace(stopped, trial_id="b", error="the budget was spent")
+    assert share_of_epochs_saved([stopped]) == pytest.approx(0.8)
+    assert share_of_epochs_saved([cut]) == 0
+    assert cut.reason == "the budget was spent, at 20 % of its schedule"
+    assert "1 stopped early, 1 cut" in headline([stopped, cut], 2, 60.0)
 
 
 def test_a_damaged_file_of_what_was_spent_begins_anew(tmp_path):

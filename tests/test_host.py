@@ -261,7 +261,7 @@ def test_a_trial_is_answered_when_its_report_fails(data, tmp_path, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError("in a trial's metrics")
 
-    monkeypatch.setattr(tuning.host, "_metrics", broken)
+    monkeypatch.setattr(tuning.host, "point_of", broken)
     host = Host(data, 1)
     with pytest.raises(ZeroDivisionError):
         run(host, "t", CONFIGS[0], tmp_path)

@@ -83,7 +83,7 @@ def larger(bank: AdapterBank, work: Pass, **more: int) -> PassSize:
 ROOMS = [
     {},
     {"tokens": 96, "answers": 40},
-    {"tokens": 128, "rows": 32, "parts": 2, "prefix_tokens": 64, "rank": 16},
+    {"tokens": 128, "rows": 32, "parts": 2, "prefix_tokens": 64, "longest_prefix": 64, "rank": 16},
     {"tokens": 64, "longest_row": 1024, "longest_part": 4096, "longest_prefix": 64, "longest": 2048},
 ]
 
@@ -190,6 +190,8 @@ def test_a_size_holds_what_fits_with_little_waste(bank):
         {"tokens": -128},
         {"tokens": 4 * own.tokens},
         {"answers": -1},
+        {"answers": 2 * own.answers},
+        {"prefix_tokens": 2 * own.longest_prefix, "longest_prefix": 0},
         {"rows": -32},
         {"parts": -1},
         {"longest_row": -1},

@@ -15,14 +15,21 @@ from test_host import run
 from transformers import AutoModelForCausalLM
 
 from qlora.checkpoint_files import ADAPTER, CheckpointError
+from qlora.files import write_json
 from qlora.lora.average import read_update
 from qlora.lora.peft_folder import load_adapter
 from qlora.perplexity import mean_perplexity
+from reporting.verdicts import outlook
+from tuning.best_adapter import keep_best_adapter
 from tuning.checkpoints import Storage
 from tuning.host import Host, SweepData
-from tuning.ledger import TrialRecord
+from tuning.ledger import Ledger, TrialRecord
 from tuning.soup import Finalist, affordable_averages, finalists, keep_soup, kept_soup
 from tuning.space import Space
+from workflows.sweep.best import averages_are_due
+from workflows.sweep.folder import reopen_sweep
+from workflows.sweep.holdout import holdout_is_due, measure_holdout
+from workflows.sweep.prepared import prepare, read_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +120,14 @@ def test_an_average_that_is_no_better_leaves_the_best_trial(trained):
 def test_no_more_is_measured_than_there_is_time_for(trained):
     host, found, storage = trained
     assert host.soup(storage, found, 1)[0].measured == 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 7])
+def test_what_a_lower_rank_costs_is_measured_within_the_limit(trained, monkeypatch, most):
+    host, found, storage = trained
+    monkeypatch.setattr("tuning.soup.MAX_GPU_RANK", 1)
+    monkeypatch.setattr("tuning.soup._MOST_LOST", 1.0)
+    assert host.soup(storage, found, most)[0].measured <= most
 
 
 def test_an_average_of_too_high_a_rank_is_brought_to_one_that_fits(data, trained, monkeypatch):
@@ -272,6 +287,32 @@ def test_a_holdout_is_measured_for_the_best_adapter_and_its_runner_up(project, t
     assert float(tags["holdout_perplexity"]) == held["perplexity"]
     assert tags["holdout_interval"] == "{:.5g} to {:.5g}".format(*held["interval"])
     assert {value for (value,) in contexts} == {"train", "public", "holdout"}
+
+
+@pytest.mark.ray
+def test_a_holdout_is_measured_once(project, sweep, monkeypatch):
+    """A sweep that goes on takes what was measured, also if the runner-up's checkpoint was damaged."""
+    monkeypatch.setenv("QLORA_HOME", str(project))
+    monkeypatch.chdir(project)
+    folder = reopen_sweep(project / "results/seeds")
+    prepared = prepare(folder, read_inputs(folder))
+    assert not averages_are_due(folder, prepared)
+    assert not holdout_is_due(folder, prepared)
+    found = finalists(
+        list(Ledger(folder.folder / "trials").records.values()), Storage.at(f"{folder.folder}/ray")
+    )
+    best = keep_best_adapter(folder.folder, folder.storage, kept_soup(folder.folder, found))
+    nobody = None  # who would be asked
+    assert measure_holdout(folder, prepared, nobody, best).summary() == sweep[1]["holdout"]
+    content = json.loads((folder.folder / "holdout.json").read_text())
+    write_json(folder.folder / "holdout.json", {**content, "perplexities": []})
+    kept = measure_holdout(folder, prepared, nobody, best)
+    assert "runner_up" not in kept.summary()
+    assert "trial" not in outlook([], None, kept.report("8 examples"))
+    write_json(folder.folder / "holdout.json", {**content, "digests": ["other", "examples"]})
+    with pytest.raises(AttributeError):  # another adapter's: somebody is asked
+        measure_holdout(folder, prepared, nobody, best)
+    write_json(folder.folder / "holdout.json", content)
 
 
 def best_checkpoint(project: Path, trial: str) -> Path:

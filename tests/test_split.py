@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_inputs import good_space, nothing_heavy_happens, tune  # noqa: F401
 
+from qlora.config import InputError
 from qlora.data.examples import examples_digest, load_examples
 from qlora.data.row_shapes import Example, Turn, instruction_example
 from qlora.data.split import as_row, asked_keys, count_asked, hold_out, read_keys, write_keys
@@ -96,8 +97,11 @@ def test_a_holdout_can_be_a_share_of_the_training_set(write_rows):
     shares = {"public": {"fraction": 0.2}, "holdout": {"fraction": 0.25, "seed": 3}}
     sets = read_data(DataSettings(train=str(write_rows(rows)), train_examples=50, **shares))
     asked = [{example.instruction for example in each} for each in (sets.train, sets.public, sets.holdout)]
-    assert [len(one) for one in asked] == [50, 20, 20]
-    assert len(set.union(*asked)) == 90
+    assert [len(one) for one in asked] == [50, 20, 25]
+    assert len(set.union(*asked)) == 95
+    shares = {"public": {"fraction": 0.5}, "holdout": {"fraction": 0.5}}
+    with pytest.raises(InputError, match="leave nothing to train on"):
+        read_data(DataSettings(train=str(write_rows(rows)), **shares))
 
 
 def test_what_was_trained_on_is_known_without_its_texts(tmp_path):

@@ -123,10 +123,10 @@ class Host:
         """Average finalists' adapters; see tuning.soup.find_soup."""
 
         def find() -> tuple[Soup, AdapterFiles | None]:
-            self._leave_all()
             with self._work.counted("evaluating"):
                 return find_soup(self._work, self._data.public, storage, found, most)
 
+        self._ask(self._leave_all)
         return self._ask(find)
 
     def measure(
@@ -135,7 +135,6 @@ class Host:
         """Measure the perplexity of each example under each adapter. Raises what measuring raises."""
 
         def measured() -> list[list[float]]:
-            self._leave_all()
             found = []
             with self._work.counted("evaluating"):
                 for adapter in adapters:
@@ -144,6 +143,7 @@ class Host:
                     found.append(self._work.perplexities(update, examples))
             return found
 
+        self._ask(self._leave_all)
         return self._ask(measured)
 
     def end(self, trial_id: str) -> None:

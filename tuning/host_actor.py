@@ -66,6 +66,11 @@ class HostActor:
             self._error = error
         self._begun.set()
 
+    def is_fit(self) -> bool:
+        """Tell whether the host can do its part, once that is known."""
+        self._begun.wait()
+        return self._error is None
+
     def _has_begun(self) -> bool:
         return self._begun.is_set() and self._error is None
 

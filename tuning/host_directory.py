@@ -81,6 +81,10 @@ class HostDirectory:
         living = [node["NodeID"] for node in nodes_for(shares)]
         return self._left_out[living[0]] if living and set(living) <= self._left_out.keys() else ""
 
+    def num_devices_of(self, trial_ids: Sequence[str]) -> int:
+        """Count the devices that these trials are on, as far as they have come to one."""
+        return len({self._places[trial_id] for trial_id in trial_ids if trial_id in self._places})
+
     def begin(self, orders: list[Any]) -> None:
         """Have all hosts begin, those that are there and those to come. `orders`: see `Hosts`."""
         self._orders = orders
@@ -101,9 +105,13 @@ class HostDirectory:
                 found += ray.get(reply)
         return found
 
-    def living(self) -> Any:
-        """Return a living host, if there is one."""
-        return next((host for host in self._hosts.values() if not _is_dead(host)), None)
+    def fit_host(self) -> Any:
+        """Return a host that lives and can do its part, once it has begun; None if there is none."""
+        for host in self._hosts.values():
+            with suppress(ray.exceptions.RayActorError):
+                if ray.get(host.is_fit.remote()):
+                    return host
+        return None
 
     def seconds(self) -> dict[str, float]:
         """Return where the time of all living hosts together went, by kind of work.
@@ -175,14 +183,32 @@ def host_notes(hosts: Hosts) -> list[str]:
 
 
 def ask_a_host(hosts: Hosts, question: str, *arguments: Any) -> Any:
-    """Ask a host that lives; returns a reference to the answer. `question`: a method of HostActor.
+    """Ask a host that can do its part; returns a reference to the answer. `question`: a method of HostActor.
 
-    It asks Ray for nothing, so it is for when trials have ended. Raises ActorDiedError if no host is left.
+    It asks Ray for nothing, so it is for when trials have ended. Raises RayError if there is no such host.
     """
-    host = ray.get(hosts.directory.living.remote())
+    host = ray.get(hosts.directory.fit_host.remote()) if hosts.orders else None
     if host is None:
-        raise ray.exceptions.ActorDiedError("no host is left")
+        raise ray.exceptions.RayError("no host is left that can do it")
     return getattr(host, question).remote(*arguments)
+
+
+class DeviceCount:
+    """Counts the devices that trials are on, without waiting: it answers what it knows."""
+
+    def __init__(self, hosts: Hosts):
+        self._hosts, self._known = hosts, 0
+        self._asked: Any = None
+
+    def __call__(self, trial_ids: Sequence[str]) -> int:
+        """Return how many devices the trials were on when the last answer came; 0 before there is one."""
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            with suppress(ray.exceptions.RayError):
+                self._known = ray.get(self._asked)
+            self._asked = None
+        if self._asked is None:
+            self._asked = self._hosts.directory.num_devices_of.remote(list(trial_ids))
+        return self._known
 
 
 def end_trial(hosts: Hosts, trial_id: str) -> None:

@@ -88,6 +88,11 @@ class TrialRecord:
         return self.curve[-1]["schedule_percent"] if self.curve else 0.0
 
     @property
+    def is_cut(self) -> bool:
+        """Tell whether a budget or people stopped the trial, not a comparison."""
+        return self.status == "stopped" and self.error is not None
+
+    @property
     def reason(self) -> str:
         """Say why the trial ended before its time; empty if it did not."""
         if self.status == "stopped":
@@ -157,14 +162,14 @@ def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:
     """Return the share of all trials' full-length epochs that early stopping did not run.
 
-    A trial that failed or diverged counts as it ran.
+    A trial that failed, diverged, or was cut by a budget or by hand counts as it ran.
     """
     planned = sum(_full_epochs(record) for record in records)
     run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)
     lost = sum(
         _full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
         for record in records
-        if record.status in ("failed", "diverged")
+        if record.status in ("failed", "diverged") or record.is_cut
     )
     return (planned - run - lost) / planned if planned else 0.0
 

@@ -55,11 +55,13 @@ def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: f
     """Write one line: trials by status, the best so far, elapsed time, an upper bound of what remains."""
     counts = {status: sum(record.status == status for record in records) for status in _MARKS}
     ended = counts["finished"] + counts["stopped"] + counts["failed"] + counts["diverged"]
+    num_cut = sum(record.is_cut for record in records)
     best = next((record for record in ranked(records) if record.best), None)
     parts = [
         f"{ended}/{num_trials} trials ended",
         f"{counts['running']} running",
-        f"{counts['stopped']} stopped early",
+        f"{counts['stopped'] - num_cut} stopped early",
+        *([f"{num_cut} cut"] if num_cut else []),
     ]
     parts += [f"{counts[status]} {status}" for status in ("failed", "diverged") if counts[status]]
     if best is not None and best.best is not None:
@@ -74,7 +76,7 @@ def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: f
 def ranking(records: Sequence[TrialRecord], zero_shot: float) -> str:
     """Lay out the closing table, with what early stopping saved."""
     saved = share_of_epochs_saved(records)
-    stopped = sum(record.status == "stopped" and not record.error for record in records)
+    stopped = sum(record.status == "stopped" and not record.is_cut for record in records)
     return (
         f"{table(records, zero_shot, limit=len(records))}\n"
         f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} "

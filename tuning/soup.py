@@ -208,7 +208,10 @@ class _Bench:
         chosen: tuple[str, ...] = (names[0],)
         best, lowest = None, alone
         while others := [name for name in names if name not in chosen and self._fits((*chosen, name))]:
-            tried = {(*chosen, name): self._measure((*chosen, name)) for name in others[: self._left]}
+            room = self._left - any(
+                self._is_reduced((*chosen, name)) for name in others
+            )  # one for what it costs
+            tried = {(*chosen, name): self._measure((*chosen, name)) for name in others[: max(0, room)]}
             if not tried:
                 break
             together = min(tried, key=lambda one: tried[one].public_perplexity)
@@ -228,8 +231,14 @@ class _Bench:
             self._work.bank.detach(adapter)
             return AdapterFiles.read(folder)
 
+    def _rank(self, names: Sequence[str]) -> int:
+        return sum(rank_of(self._members[name]) for name in names)
+
     def _fits(self, names: Sequence[str]) -> bool:
-        return sum(rank_of(self._members[name]) for name in names) <= MAX_RANK
+        return self._rank(names) <= MAX_RANK
+
+    def _is_reduced(self, names: Sequence[str]) -> bool:
+        return self._rank(names) > self._most_rank
 
     def _mean(self, names: Sequence[str]) -> Update:
         return mean_update([self._members[name] for name in names], [1 / len(names)] * len(names))
@@ -242,7 +251,7 @@ class _Bench:
 
     def _with_loss(self, names: Sequence[str], found: _Average) -> _Average:
         """Return a measured average with what its lower rank cost, if it was brought to one."""
-        if rank_of(self._mean(names)) == found.rank:
+        if not self._is_reduced(names):
             return found
         exact = self._measure(names, exactly=True)
         return replace(found, lost=found.public_perplexity / exact.public_perplexity - 1)

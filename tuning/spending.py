@@ -5,7 +5,7 @@ as a whole however many trials share it, since a sweep has it to itself.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from ray.tune import Stopper
 
 from qlora.config import InputError
 from qlora.files import read_json, write_json
-from tuning.ledger import TrialRecord
 from tuning.strategy import Budget
 
 _FILE = "spent.json"
@@ -45,26 +44,35 @@ def spent_so_far(folder: Path) -> Spent:
 class SpendingClock(Stopper):
     """Counts what a sweep's trials spend, and stops them all when that is the budget.
 
-    `num_devices`: that trials may run on at once.
+    `num_devices_of`: how many devices trials are on, by their ids; 0 if that is not known: then at most
+    `num_devices`.
     """
 
-    def __init__(self, budget: Budget | None, folder: Path, num_devices: int):
+    def __init__(
+        self,
+        budget: Budget | None,
+        folder: Path,
+        num_devices: int,
+        num_devices_of: Callable[[Sequence[str]], int] = lambda trial_ids: 0,
+    ):
         self._budget, self._folder, self._num_devices = budget, folder, num_devices
+        self._num_devices_of = num_devices_of
         self.spent = spent_so_far(folder)
         self._counted_at: float | None = None
         self._written_at = 0.0
 
-    def count(self, records: Sequence[TrialRecord]) -> None:
-        """Count the time since the last call, for the devices that trials run on now."""
-        now, running = time.monotonic(), sum(record.status == "running" for record in records)
+    def count(self, running: Sequence[str]) -> None:
+        """Count the time since the last call, for the devices that trials run on now, given their ids."""
+        now = time.monotonic()
         passed = min(now - (now if self._counted_at is None else self._counted_at), _LONGEST_TURN)
         self._counted_at = now
-        if running == 0:
+        if not running:
             return
+        num_devices = self._num_devices_of(running) or min(len(running), self._num_devices)
         spent = replace(
             self.spent,
             seconds=self.spent.seconds + passed,
-            device_seconds=self.spent.device_seconds + passed * min(running, self._num_devices),
+            device_seconds=self.spent.device_seconds + passed * num_devices,
         )
         self.spent = replace(spent, is_over=self._budget is not None and _is_over(spent, self._budget))
         if self.spent.is_over or now - self._written_at > _SECONDS_BETWEEN_WRITES:

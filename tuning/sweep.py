@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from qlora.files import below
 from tuning.checkpoints import RAY, Storage
-from tuning.host_directory import Hosts, end_trial
+from tuning.host_directory import DeviceCount, Hosts, end_trial
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.orders import MOST_ADDED, Orders
@@ -80,7 +80,10 @@ def run_sweep(
         return space.num_trials + orders.added
 
     trainable = tune.with_resources(tune.with_parameters(run_trial, hosts=hosts, shares=shares), shares)
-    times_left, clock = space.max_failures, SpendingClock(space.budget, folder, num_devices)
+    times_left, clock = (
+        space.max_failures,
+        SpendingClock(space.budget, folder, num_devices, DeviceCount(hosts)),
+    )
     try:
         while not all_ended(num_trials(), list(ledger.records.values()), clock.spent.is_over):
             begun = list(ledger.records.values())

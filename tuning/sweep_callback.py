@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from qlora.files import disk_without_space, is_full
 from tuning.checkpoints import keep_two
@@ -60,7 +61,7 @@ class SweepCallback(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Ask whether to go on, count the time, and carry out what people have asked for since."""
         self._go_on()
-        self._clock.count(self._records())
+        self._clock.count([trial.trial_id for trial in trials if trial.status == Trial.RUNNING])
         if self._orders.look():
             self._screen.expect(self._space.num_trials + self._orders.added)
             self._to_be_stopped |= self._orders.stops

@@ -49,10 +49,11 @@ class DataSets:
 def read_data(data: DataSettings) -> DataSets:
     """Read the sets that settings name. Raises InputError for data that can't be had."""
     train = load_examples(data.train, data.shape, need_output=True)
-    train, public, public_words = _measured_on(data, data.public, train)
+    total = len(train)
+    train, public, public_words = _measured_on(data, data.public, train, total)
     holdout: list[Example] = []
     if data.holdout is not None:
-        train, holdout, holdout_words = _measured_on(data, data.holdout, train)
+        train, holdout, holdout_words = _measured_on(data, data.holdout, train, total)
     shape = found_shape(data.train, data.shape)
     train, public = train[: data.train_examples], public[: data.public_examples]
     words = {"train": shape.words, "public": public_words + _overlap(public, train, "a training example")}
@@ -64,14 +65,20 @@ def read_data(data: DataSettings) -> DataSets:
 
 
 def _measured_on(
-    data: DataSettings, places: TrainingShare | DataPlaces, train: list[Example]
+    data: DataSettings, places: TrainingShare | DataPlaces, train: list[Example], total: int
 ) -> tuple[list[Example], list[Example], str]:
-    """Return what is left to train on, the examples to measure on, and what their rows hold."""
+    """Return what is left to train on, the examples to measure on, and what their rows hold.
+
+    A share is one of `total` examples, of which `train` are left.
+    """
     if not isinstance(places, TrainingShare):
         examples = load_examples(places, data.shape, need_output=True)
         return train, examples, found_shape(places, data.shape).words
+    fraction = places.fraction * total / len(train)
+    if fraction >= 1:
+        raise InputError(joined(data.train), "shares for public and holdout leave nothing to train on")
     try:
-        left, examples = hold_out(train, places.fraction, places.seed)
+        left, examples = hold_out(train, fraction, places.seed)
     except ValueError as error:
         raise InputError(joined(data.train), str(error)) from None
     return left, examples, found_shape(data.train, data.shape).words

@@ -35,7 +35,7 @@ def find_best(
         raise FailedError(f"{error}; nothing is registered") from error
     except CheckpointError as error:
         raise StoppedError(f"{error}; its trial goes on from the one before: {sweep.how_to_go_on}") from error
-    return best, words
+    return best, words or (_words(soup, best) if soup is not None else "")
 
 
 def answer_of(hosts: Hosts, question: str, *arguments: Any) -> Any:
@@ -66,6 +66,7 @@ def _finalists(
 def _soup(
     sweep: SweepFolder, prepared: PreparedSweep, hosts: Hosts, records: Sequence[TrialRecord]
 ) -> tuple[Soup | None, str]:
+    """Return what averaging came to; if nothing was measured, none and why, for people."""
     found, most = _finalists(sweep, prepared, records)
     if len(found) < 2:
         return None, ""
@@ -78,16 +79,17 @@ def _soup(
         except ray.exceptions.RayError as error:
             return None, f"can't be measured: {first_line(getattr(error, 'cause', None) or error)}"
         keep_soup(sweep.folder, soup, adapter)
-    return soup, _words(soup, found[0])
+    return soup, ""
 
 
-def _words(soup: Soup, best: Finalist) -> str:
+def _words(soup: Soup, best: BestAdapter) -> str:
     cost = f"{soup.measured} measured in {soup.seconds:.1f} s"
-    if soup.public_perplexity is None:
+    if best.soup is None:
         return f"none is better than the best trial ({cost})"
-    gain = 1 - soup.public_perplexity / best.public_perplexity
+    assert best.record.best is not None
+    gain = 1 - best.public_perplexity / best.record.best["public_perplexity"]
     rank = f"rank {soup.rank}" + (f", which costs {soup.lost:.2%}" if soup.lost else "")
     return (
-        f"of {', '.join(soup.weights)}: public perplexity {soup.public_perplexity:.4f}, {gain:.2%} below the "
+        f"of {', '.join(soup.weights)}: public perplexity {best.public_perplexity:.4f}, {gain:.2%} below the "
         f"best trial's; {rank} ({cost})"
     )

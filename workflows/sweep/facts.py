@@ -131,4 +131,5 @@ def _trial(record: TrialRecord, space: Space) -> TrialReport:
         tokens_per_second=last["tokens_per_second"] if last else None,
         peak_memory_gib=record.peak_memory_gib,
         seconds=record.ended_at - record.started_at if record.ended_at and record.started_at else None,
+        is_cut=record.is_cut,
     )

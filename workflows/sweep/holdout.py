@@ -32,8 +32,8 @@ _FILE = "holdout.json"
 class Holdout:
     """The perplexity of each example of the holdout under the best adapter and under its runner-up.
 
-    digests: of the best adapter and of the examples. runner_up: a trial; None if there is no other, and then
-    there are no perplexities of it.
+    digests: of the best adapter and of the examples. runner_up: a trial; None if there is no other. There are
+    no perplexities of it if its checkpoint was damaged.
     """
 
     digests: tuple[str, str]
@@ -43,7 +43,8 @@ class Holdout:
 
     def report(self, words: str) -> HoldoutReport:
         """Return what the page says of it. `words`: what the examples hold."""
-        return HoldoutReport(words, self.best, self.runner_up or "", self.perplexities)
+        name = self.runner_up if self.runner_up is not None and self.perplexities else ""
+        return HoldoutReport(words, self.best, name, self.perplexities)
 
     def metrics(self) -> dict[str, float]:
         """Return what is measured of it on the sweep's run."""
@@ -69,7 +70,7 @@ class Holdout:
     def summary(self) -> dict[str, Any]:
         """Return what summary.json says of it."""
         found = {"count": len(self.best), **_figures(self.best)}
-        if self.runner_up is None:
+        if not self.perplexities:
             return found
         difference, low, high = compare(self.best, self.perplexities)
         return {
@@ -101,14 +102,14 @@ def measure_holdout(
         try:
             with best_checkpoint(Storage.at(below(sweep.storage, RAY)), runner_up) as source:
                 adapters.append(AdapterFiles.read(source / ADAPTER))
-        except CheckpointError:  # only the best one's must be whole
-            name = None
+        except CheckpointError:
+            pass  # only the best one's must be whole
     try:
         found = answer_of(hosts, "measure", adapters, prepared.holdout)
     except ray.exceptions.RayError as error:
         why = first_line(getattr(error, "cause", None) or error)
         raise StoppedError(f"the holdout could not be measured ({why}); {sweep.how_to_go_on}") from error
-    holdout = Holdout(digests, tuple(found[0]), name, tuple(found[1]) if name else ())
+    holdout = Holdout(digests, tuple(found[0]), name, tuple(found[1]) if len(found) > 1 else ())
     write_json(sweep.folder / _FILE, asdict(holdout))
     return holdout
 
