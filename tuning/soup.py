@@ -208,9 +208,8 @@ class _Bench:
         chosen: tuple[str, ...] = (names[0],)
         best, lowest = None, alone
         while others := [name for name in names if name not in chosen and self._fits((*chosen, name))]:
-            room = self._left - any(
-                self._is_reduced((*chosen, name)) for name in others
-            )  # one for what it costs
+            is_one_reduced = any(self._is_reduced((*chosen, name)) for name in others)
+            room = self._left - is_one_reduced  # what that costs is measured, too
             tried = {(*chosen, name): self._measure((*chosen, name)) for name in others[: max(0, room)]}
             if not tried:
                 break
