@@ -7,6 +7,7 @@ Refuses to know when a checkpoint is due and where it is kept.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,15 @@ from qlora.checkpoint_files import (
 from qlora.lora.peft_folder import AdapterContent
 from qlora.training import Training
 
-__all__ = ["CheckpointContent", "CheckpointError", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]
+__all__ = [
+    "CheckpointContent",
+    "CheckpointError",
+    "load_checkpoint",
+    "save_checkpoint",
+    "start_from",
+    "verify_checkpoint",
+]
+_START = {"step": 0, "is_start": True}  # the position of a run that begins with another's adapter
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,18 @@ def save_checkpoint(folder: Path, training: Training) -> None:
     CheckpointContent.of(training).write(folder)
 
 
+def start_from(folder: Path, target: Path) -> None:
+    """Write the checkpoint of a run that begins with the adapter of another run's checkpoint.
+
+    Raises CheckpointError if that is not whole, OSError.
+    """
+    verify_checkpoint(folder)
+    shutil.copytree(folder / ADAPTER, target / ADAPTER)
+    save_file({}, target / OPTIMIZER)
+    (target / POSITION).write_text(json.dumps(_START), encoding="utf-8")
+    write_manifest(target)
+
+
 def load_checkpoint(folder: Path, training: Training) -> None:
     """Bring a fresh Training with the same settings and data to where the checkpoint was.
 
@@ -77,5 +98,6 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     verify_checkpoint(folder)
     tensors = load_file(folder / OPTIMIZER)
     position = json.loads((folder / POSITION).read_text(encoding="utf-8"))
-    training.load_state(tensors, position)
+    if position != _START:
+        training.load_state(tensors, position)
     training.bank.load(training.adapter, folder / ADAPTER)

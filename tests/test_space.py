@@ -8,15 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
 
 from qlora.config import InputError, TrialSettings
 from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
+from tuning.restored_scheduler import RestoredScheduler
 from tuning.samplers import SAMPLERS, sampled_values
 from tuning.space import load_space, tune_space
 from tuning.strategy import Asha, NoEarlyStopping
-from tuning.sweep import RestoredASHA
 from workflows.sweep.folder import reopen_sweep
 
 SPACES = sorted(Path("search_spaces").glob("*.yaml"))
@@ -112,15 +113,9 @@ def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
     ledger = Ledger(tmp_path)
     for name, value in {"a": 10.0, "b": 20.0, "c": 30.0}.items():
         ledger.put(record(name, value, status="running"))
-    asha = RestoredASHA(
-        list(Ledger(tmp_path).records.values()),
-        time_attr="schedule_percent",
-        max_t=100,
-        grace_period=25,
-        reduction_factor=2,
-        metric="public_perplexity",
-        mode="min",
-    )
+    options = {"max_t": 100, "grace_period": 25, "reduction_factor": 2, "mode": "min"}
+    options |= {"time_attr": "schedule_percent", "metric": "public_perplexity"}
+    asha = RestoredScheduler(ASHAScheduler(**options), list(Ledger(tmp_path).records.values()))
     for name in ("a", "b", "c", "new"):
         asha.on_trial_add(None, SimpleNamespace(trial_id=name))
 
@@ -130,15 +125,7 @@ def test_a_restored_asha_decides_as_one_that_was_never_stopped(tmp_path):
         )
 
     assert decide("new", 25.0) == "STOP"
-    fresh = RestoredASHA(
-        [],
-        time_attr="schedule_percent",
-        max_t=100,
-        grace_period=25,
-        reduction_factor=2,
-        metric="public_perplexity",
-        mode="min",
-    )
+    fresh = RestoredScheduler(ASHAScheduler(**options), [])
     fresh.on_trial_add(None, SimpleNamespace(trial_id="new"))
     assert (
         fresh.on_trial_result(

@@ -2,23 +2,31 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import command, finished
+from ray.tune.experiment import Experiment
+from ray.tune.schedulers import FIFOScheduler
 from test_host import data, run, threads  # noqa: F401
 from test_sweep import ledger, wait_for_a_report
 
+from qlora.checkpoint_files import CheckpointError, verify_checkpoint
 from qlora.config import InputError
+from tuning.checkpoints import Storage, put_start
 from tuning.host import Host
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.orders import Order, Orders, give_order
+from tuning.restored_scheduler import RestoredScheduler
 from tuning.space import Space, tune_space
-from workflows.sweep.steering import ask_for_more, ask_to_stop, status
+from workflows.sweep.steering import ask_for_clone, ask_for_more, ask_to_stop, status
 
 
 def test_orders_are_found_at_their_place_once_each(tmp_path):
@@ -68,34 +76,99 @@ SPACE = {
 }
 
 
-def drawn(searcher: dict, records: list[TrialRecord], num_trials: list[int]) -> LedgerSearch:
-    from ray.tune.experiment import Experiment
-
+def drawn(searcher: dict, records: list[TrialRecord], place: Path) -> tuple[LedgerSearch, Orders]:
+    """The searcher of a sweep of three trials, and what people ask of it at a place."""
     space = Space.model_validate({**SPACE, "searcher": searcher})
-    search = LedgerSearch(space, records, None, 64, num_trials=lambda: num_trials[0])
+    orders = Orders(str(place))
+    search = LedgerSearch(space, records, Storage.at(f"{place}/ray"), 64, orders=orders)
     search.set_search_properties("public_perplexity", "min", tune_space(space))
-    search.add_configurations(
-        [Experiment("x", lambda config: None, config=tune_space(space), num_samples=103)]
-    )
-    return search
+    samples = Experiment("x", lambda config: None, config=tune_space(space), num_samples=103)
+    search.add_configurations([samples])
+    return search, orders
+
+
+def ask(place: Path, orders: Orders, **order) -> None:
+    give_order(str(place), Order(**order))
+    orders._looked_at = 0
+    assert orders.look()
 
 
 @pytest.mark.parametrize("searcher", [{"type": "random"}, {"type": "prior"}])
-def test_trials_that_are_added_are_drawn_as_if_there_had_been_so_many(searcher):
+def test_trials_that_are_added_are_drawn_as_if_there_had_been_so_many(searcher, tmp_path):
     """Those before them are the same, and a searcher is finished when all of them are drawn."""
-    count = [3]
-    search = drawn(searcher, [], count)
+    search, orders = drawn(searcher, [], tmp_path)
     first = [search.next_trial() for _ in range(3)]
     assert search.next_trial() is None and search.is_finished()
     assert search.total_samples == 3
-    count[0] = 5
+    ask(tmp_path, orders, kind="add", count=2)
     assert not search.is_finished()
     added = [search.next_trial() for _ in range(2)]
     assert search.next_trial() is None and search.is_finished()
-    whole = drawn(searcher, [], [5])
+    whole, _ = drawn(searcher, [], tmp_path)  # which knows of five from the start
     expected = [whole.next_trial() for _ in range(5)]
     assert [one.trial_id for one in first + added] == [one.trial_id for one in expected]
     assert [one.config for one in first + added] == [one.config for one in expected]
+
+
+@pytest.mark.parametrize("searcher", [{"type": "random"}, {"type": "prior"}, {"type": "optuna"}])
+def test_a_clone_is_the_next_trial_and_a_sweep_that_goes_on_has_it_once(searcher, tmp_path):
+    if searcher["type"] == "optuna":
+        pytest.importorskip("optuna")
+    search, orders = drawn(searcher, [], tmp_path)
+    search.next_trial()
+    ask(tmp_path, orders, kind="clone", trial_id="42_00000", settings={"learning_rate": 0.0123})
+    clone = search.next_trial()
+    assert clone.config == {"learning_rate": 0.0123}
+    assert list(search.clones) == [clone.trial_id] == ["42_00001"]
+    assert search.total_samples == 4
+    others = [search.next_trial() for _ in range(2)]
+    assert all(one.config != clone.config for one in others)
+    (name,) = orders.clones
+    settings = Space.model_validate(SPACE).trial_settings(clone.config).model_dump(mode="json")
+    point = {"step": 4.0, "epoch": 1.0, "schedule_percent": 50.0, "public_perplexity": 9.0}
+    record = TrialRecord(clone.trial_id, settings, "running", (point,), cloned_from="42_00000", order=name)
+    first = TrialRecord("42_00000", settings, "running")
+    again, _ = drawn(searcher, [first, record], tmp_path)
+    configs = [again.next_trial().config for _ in range(4)]
+    assert configs.count(clone.config) >= 1 and configs[1] == clone.config
+    assert not again.clones, "the order was taken before"
+    for number in range(4):  # results of clones are learned from, too, or at least do no harm
+        again.on_trial_result(f"42_{number:05d}", {**point, "training_iteration": 1})
+        again.on_trial_complete(f"42_{number:05d}", point)
+
+
+def test_a_clone_begins_before_trials_that_wait():
+    scheduler = RestoredScheduler(FIFOScheduler(), [])
+    waiting = [SimpleNamespace(trial_id=name, status="PENDING") for name in "ab"]
+    running = SimpleNamespace(trial_id="c", status="RUNNING")
+    controller = SimpleNamespace(get_trials=lambda: [running, *waiting])
+    scheduler.first = {"b": None, "c": None}
+    assert scheduler.choose_trial_to_run(controller).trial_id == "b"
+
+
+def test_a_warm_clone_begins_with_the_adapter_as_the_trial_has_it(data, tmp_path):  # noqa: F811
+    """Its first perplexity is the trial's; its optimizer and its schedule are fresh."""
+    host, storage = Host(data, 1), Storage.at(str(tmp_path / "ray"))
+    config = {"learning_rate": 0.01, "lora_r": 4, "epochs": "1+1"}
+    points = run(host, "one", config, tmp_path)
+    for number, point in enumerate(points):
+        shutil.copytree(tmp_path / f"one-{point['step']}", tmp_path / f"ray/one/checkpoint_{number:06d}")
+    put_start(storage, "one", "two")
+    start = tmp_path / "ray/two/checkpoint_stopped"
+    verify_checkpoint(start)
+    found = run(host, "two", {**config, "learning_rate": 1e-12}, tmp_path, str(start))
+    assert [point["step"] for point in found] == [point["step"] for point in points]
+    assert found[0]["public_perplexity"] == pytest.approx(points[-1]["public_perplexity"], rel=1e-5)
+    assert found[0]["learning_rate"] < 1e-11
+    damaged = tmp_path / f"ray/one/checkpoint_{len(points) - 1:06d}" / "position.json"
+    damaged.write_text("{}")
+    put_start(storage, "one", "three")  # from the one before
+    before = run(
+        host, "three", {**config, "learning_rate": 1e-12}, tmp_path, str(start).replace("two", "three")
+    )
+    assert before[0]["public_perplexity"] == pytest.approx(points[-2]["public_perplexity"], rel=1e-5)
+    with pytest.raises(CheckpointError, match="trial none has no checkpoint"):
+        put_start(storage, "none", "four")
 
 
 @pytest.fixture
@@ -131,7 +204,18 @@ def test_what_is_asked_is_checked_and_left_beside_the_sweep(project, unfinished,
         ask_to_stop("steered", "42_00000")
     with pytest.raises(InputError, match="steered has begun no trial none; it has 42_00001"):
         ask_to_stop("steered", "none")
-    with pytest.raises(InputError, match="1003 are more than the 1000 trials that can be added"):
+    words = ask_for_clone("steered", "42_00001", ["learning_rate=0.02"], True)
+    assert "a clone of trial 42_00001, 9 trials in all" in words
+    (order,) = Orders(str(unfinished)).clones.values()
+    assert order.settings == {"learning_rate": 0.02, "epochs": 1}
+    for overrides, problem in (
+        (["lora_r=8"], "must read KEY=VALUE, of what is searched: epochs, learning_rate"),
+        (["learning_rate=fast"], "learning_rate: 'fast'"),
+        (["learning_rate"], "must read KEY=VALUE"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            ask_for_clone("steered", "42_00001", overrides, False)
+    with pytest.raises(InputError, match="1004 are more than the 1000 trials that can be added"):
         ask_for_more("steered", 1000)
     best = {"trial_id": None, "public_perplexity": 1.0, "checkpoint": "c", "model_uri": "m"}
     summary = {"zero_shot": 500.0, "best": best, "champion": {"is_champion": True, "reason": "r"}}
@@ -144,7 +228,7 @@ def test_what_is_asked_is_checked_and_left_beside_the_sweep(project, unfinished,
 def test_the_command_says_what_is_wrong_in_a_line(project, unfinished):
     out = finished(command(project, "steer", "steered", "status"))
     assert "42_00001" in out
-    for arguments in (("add", "0"), ("pause",), ("stop",), ("status", "42_00001")):
+    for arguments in (("add", "0"), ("pause",), ("stop",), ("status", "42_00001"), ("stop", "x", "--warm")):
         process = command(project, "steer", "steered", *arguments)
         told, _ = process.communicate(timeout=60)
         assert process.returncode == 2
@@ -170,7 +254,8 @@ def test_a_running_sweep_is_steered_and_one_that_goes_on_knows_it(project):
         time.sleep(0.2)
     assert ledger(project, "hand")[one]["error"] == "stopped by hand"
     assert ledger(project, "hand")[two]["status"] == "running"
-    finished(command(project, "steer", "hand", "add", "2"))
+    finished(command(project, "steer", "hand", "add", "1"))
+    finished(command(project, "steer", "hand", "clone", one, "--set", "learning_rate=1e-3", "--warm"))
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     finished(command(project, "steer", "hand", "stop", two))
@@ -188,3 +273,7 @@ def test_a_running_sweep_is_steered_and_one_that_goes_on_knows_it(project):
     assert all((one["status"], one["error"]) == ("stopped", "stopped by hand") for one in records.values())
     summary = json.loads((project / "results/hand/summary.json").read_text())
     assert len(summary["trials"]) == 4
+    (clone,) = (trial for trial in summary["trials"] if trial.get("cloned_from"))
+    assert (clone["cloned_from"], clone["config"]["learning_rate"]) == (one, 1e-3)
+    known = min(point["public_perplexity"] for point in records[one]["curve"])
+    assert clone["curve"][0]["public_perplexity"] < 1.2 * known < 0.8 * summary["zero_shot"]

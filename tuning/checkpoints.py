@@ -118,6 +118,23 @@ class Storage:
         return [info for info in self.filesystem.get_file_info(selector) if info.type.name == "Directory"]
 
 
+def put_start(storage: Storage, source_id: str, trial_id: str) -> None:
+    """Let a trial begin with the adapter that another one has in its newest whole checkpoint.
+
+    Raises CheckpointError if there is none.
+    """
+    from qlora.checkpoint import start_from
+
+    for stored in reversed(storage.checkpoints(storage.folder_of(source_id))):
+        with suppress(CheckpointError, OSError), tempfile.TemporaryDirectory() as name:
+            target = Path(name) / "start"
+            with storage.here(stored.path) as folder:
+                start_from(folder, target)
+            storage.put(target, f"{trial_id}/{STOPPED}")
+            return
+    raise CheckpointError(f"trial {source_id} has no checkpoint to go on from")
+
+
 def restore_checkpoints(trial: Any, storage: Storage, record: TrialRecord) -> None:
     """Tell Ray's books of a trial what is in its folder, so that it goes on from the newest."""
     from ray import tune

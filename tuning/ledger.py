@@ -37,7 +37,8 @@ class TrialRecord:
     """One trial: its configuration, how it ended, and its curve.
 
     curve: one point an evaluation, by ascending step. best_perplexities: of each public example at the best
-    point. Times are in seconds since 1970.
+    point. Times are in seconds since 1970. cloned_from, order: of a trial that people asked for, the trial
+    whose settings it began with, and what they asked (tuning.orders).
     """
 
     trial_id: str
@@ -48,6 +49,8 @@ class TrialRecord:
     started_at: float | None = None
     ended_at: float | None = None
     best_perplexities: tuple[float, ...] = ()
+    cloned_from: str | None = None
+    order: str | None = None
 
     def with_point(self, point: dict[str, float], perplexities: Sequence[float] = ()) -> "TrialRecord":
         """Return the record with one more point; it replaces one at the same step, as after a restore."""

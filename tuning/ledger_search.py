@@ -9,12 +9,15 @@ here. The searcher behind is Ray's, random or Optuna's, or ours (tuning.prior_se
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, SearchGenerator
 
-from tuning.checkpoints import Storage, restore_checkpoints
+from qlora.checkpoint_files import CheckpointError
+from tuning.checkpoints import STOPPED, Storage, put_start, restore_checkpoints
 from tuning.ledger import METRIC, TrialRecord
+from tuning.orders import Order, Orders
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space
 
@@ -26,8 +29,8 @@ class LedgerSearch(SearchAlgorithm):
     """A searcher of Ray's behind Ray's interface, which knows what a sweep has done before.
 
     `records`: of the trials that began before, in the order in which they did. `base_width`: hidden size of
-    the base. `may_begin`: whether a new trial may, by its number. `num_trials`: of the sweep now (default:
-    those of its space).
+    the base. `may_begin`: whether a new trial may, by its number. `orders`: what people ask
+    for, if they may.
     """
 
     def __init__(
@@ -37,11 +40,14 @@ class LedgerSearch(SearchAlgorithm):
         storage: Storage,
         base_width: int,
         may_begin: Callable[[int], bool] = lambda number: True,
-        num_trials: Callable[[], int] | None = None,
+        orders: Orders | None = None,
     ):
         super().__init__()
         self._space, self._storage, self._inner = space, storage, _searcher(space, base_width)
-        self._may_begin, self._num_trials = may_begin, num_trials or (lambda: space.num_trials)
+        self._may_begin, self._orders = may_begin, orders
+        self._taken = {record.order for record in records if record.order}
+        self.clones = dict[str, tuple[str, Order]]()  # the orders that trials are, with their names
+        self._untold = set[str]()  # trials whose results say nothing of their settings
         self._records = {record.trial_id: record for record in records}
         self._ids = TrialIds(space.seed, list(self._records))
         self._inner_ids: dict[str, str] = {}
@@ -84,11 +90,15 @@ class LedgerSearch(SearchAlgorithm):
             self._inner_ids[trial.trial_id] = drawn_as
             record = self._records.get(trial.trial_id)
             if record is None:
+                self._take_order(trial, drawn_as)
                 return trial
             known = {key: record.config[key] for key in trial.config if key in record.config}
+            if self._is_warm(record):
+                self._untold.add(trial.trial_id)
             if self._space.trial_settings(trial.config) != self._space.trial_settings(known):
                 trial.config = known
-                if isinstance(learner := _learner(self._inner), PriorSearcher):
+                learner = _learner(self._inner)
+                if isinstance(learner, PriorSearcher) and trial.trial_id not in self._untold:
                     learner.tried_instead(drawn_as, known)
                 else:
                     self._kept_settings[trial.trial_id] = known
@@ -102,6 +112,38 @@ class LedgerSearch(SearchAlgorithm):
             restore_checkpoints(trial, self._storage, record)
             return trial
         return None
+
+    def _take_order(self, trial: Any, drawn_as: str) -> None:
+        """Let a new trial be the next clone that people asked for, if there is one."""
+        clones = self._orders.clones if self._orders is not None else {}
+        waiting = ((name, order) for name, order in clones.items() if name not in self._taken)
+        name, order = next(waiting, (None, None))
+        if clones:
+            self._storage.remove(
+                f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
+            )  # of one that never began
+        if name is None or order is None:
+            return
+        self._taken.add(name)
+        self.clones[trial.trial_id] = (name, order)
+        trial.config = dict(order.settings)
+        if isinstance(learner := _learner(self._inner), PriorSearcher) and not order.is_warm:
+            learner.tried_instead(drawn_as, trial.config)
+        else:
+            self._kept_settings[trial.trial_id] = trial.config
+        if order.is_warm:
+            self._untold.add(trial.trial_id)
+            with suppress(CheckpointError):  # that one's are damaged: this one begins afresh
+                put_start(self._storage, str(order.trial_id), trial.trial_id)
+                restore_checkpoints(trial, self._storage, TrialRecord(trial.trial_id, {}))
+
+    def _is_warm(self, record: TrialRecord) -> bool:
+        """Tell whether a trial began with another one's adapter."""
+        order = self._orders.clones.get(record.order or "") if self._orders is not None else None
+        return order is not None and order.is_warm
+
+    def _num_trials(self) -> int:
+        return self._space.num_trials + (self._orders.added if self._orders is not None else 0)
 
     def _may_draw(self) -> bool:
         return self._ids.count < self._num_trials() and self._may_begin(self._ids.count)
@@ -127,8 +169,9 @@ class LedgerSearch(SearchAlgorithm):
             result, error = None, True
         learner = _learner(self._inner)
         if trial_id in self._kept_settings and learner is not None:
-            if result is not None:
-                learner.add_evaluated_point(self._kept_settings[trial_id], result[METRIC])
+            if result is not None and trial_id not in self._untold:
+                with suppress(ValueError):  # people may choose what lies outside of the space
+                    learner.add_evaluated_point(self._kept_settings[trial_id], result[METRIC])
             result, error = None, True  # what was drawn for it was never tried
         self._inner.on_trial_complete(self._inner_ids[trial_id], result=result, error=error)
 

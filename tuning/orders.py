@@ -1,6 +1,7 @@
 """Owns what people ask of a sweep while it runs: orders, each a small file beside its results.
 
-    PLACE/orders/TIME-RANDOM.json    {"kind": "stop", "trial_id": ...} or {"kind": "add", "count": ...}
+    PLACE/orders/TIME-RANDOM.json    {"kind": "stop", "trial_id": ...} or {"kind": "add", "count": ...} or
+                                     {"kind": "clone", "trial_id": ..., "settings": {...}, "is_warm": true}
 
 Whoever can write to the home can give orders, from any machine; the sweep looks for them again and again, and
 one that goes on later finds them, too. Nothing is ever removed: what a sweep was asked is part of its record.
@@ -11,7 +12,7 @@ import json
 import secrets
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow.fs
 from pydantic import Field, ValidationError
@@ -27,11 +28,16 @@ BY_HAND = "stopped by hand"
 
 
 class Order(Settings):
-    """Something asked of a sweep: to stop a trial, or to draw so many more."""
+    """Something asked of a sweep: to stop a trial, to draw so many more, or to run one with other settings.
 
-    kind: Literal["stop", "add"]
+    is_warm: whether a clone begins with the adapter as the trial has it, not with a fresh one.
+    """
+
+    kind: Literal["stop", "add", "clone"]
     trial_id: str | None = None
     count: int = Field(0, ge=0)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    is_warm: bool = False
 
 
 def give_order(place: str, order: Order) -> None:
@@ -48,7 +54,11 @@ def give_order(place: str, order: Order) -> None:
 
 
 class Orders:
-    """The orders at a sweep's place, as far as they are known. stops: trials; added: trials to draw more."""
+    """The orders at a sweep's place, as far as they are known.
+
+    stops: ids of trials. added: how many trials there are more. clones: by the names of their orders, in the
+    order in which they were asked for.
+    """
 
     def __init__(self, place: str):
         """Look at once."""
@@ -57,6 +67,7 @@ class Orders:
         self._looked_at = float("-inf")
         self.stops = set[str]()
         self.added = 0
+        self.clones = dict[str, Order]()
         self.look()
 
     def look(self) -> bool:
@@ -65,11 +76,14 @@ class Orders:
             return False
         self._looked_at = time.monotonic()
         selector = pyarrow.fs.FileSelector(self._storage.path, allow_not_found=True)
-        for info in self._storage.filesystem.get_file_info(selector):
+        for info in sorted(self._storage.filesystem.get_file_info(selector), key=lambda info: info.path):
             if info.path.endswith(".json") and info.path not in self._known:
                 order = self._known[info.path] = self._read(info.path)
                 if order is not None and order.kind == "add":
                     self.added = min(MOST_ADDED, self.added + order.count)
+                elif order is not None and order.kind == "clone" and self.added < MOST_ADDED:
+                    self.added += 1
+                    self.clones[info.base_name] = order
                 elif order is not None and order.trial_id:
                     self.stops.add(order.trial_id)
         return True

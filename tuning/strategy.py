@@ -1,6 +1,6 @@
 """Owns the settings of how a sweep searches: who draws configurations, who stops trials, what it may spend.
 
-Refuses to know how they do it (tuning.ledger_search, tuning.prior_search, tuning.restored_asha,
+Refuses to know how they do it (tuning.ledger_search, tuning.prior_search, tuning.restored_scheduler,
 tuning.round_scheduler).
 """
 

@@ -1,7 +1,7 @@
 """Owns the run of a sweep's trials: Ray Tune's Tuner around `run_trial`.
 
 Schedulers and searchers are Ray's, or ours behind its interfaces. The state of a sweep is its ledger and its
-checkpoints: a sweep that goes on is a new Tuner over them (tuning.ledger_search, tuning.restored_asha,
+checkpoints: a sweep that goes on is a new Tuner over them (tuning.ledger_search, tuning.restored_scheduler,
 tuning.round_scheduler, tuning.checkpoints).
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 from ray.exceptions import OutOfMemoryError
 from ray.tune.execution import class_cache
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from qlora.files import below
 from tuning.checkpoints import RAY, Storage
@@ -25,13 +25,13 @@ from tuning.host_directory import DeviceCount, Hosts, end_trial
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.orders import MOST_ADDED, Orders
-from tuning.restored_asha import RestoredASHA
+from tuning.restored_scheduler import RestoredScheduler
 from tuning.round_scheduler import RoundScheduler
 from tuning.screen import SweepScreen
 from tuning.space import Space, tune_space
 from tuning.spending import SpendingClock
 from tuning.strategy import Asha, Rounds
-from tuning.sweep_callback import SweepCallback, SweepObserver
+from tuning.sweep_callback import Hand, SweepCallback, SweepObserver
 from tuning.trial import run_trial
 
 _SECONDS_TO_RECOVER = 10
@@ -89,9 +89,11 @@ def run_sweep(
             begun = list(ledger.records.values())
             scheduler = _scheduler(space, begun, num_devices)
             may_begin = scheduler.may_begin if isinstance(scheduler, RoundScheduler) else lambda number: True
-            search = LedgerSearch(space, begun, storage, known.width, may_begin, num_trials)
-            ending = partial(end_trial, hosts)
-            callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, orders, ending, go_on)
+            search = LedgerSearch(space, begun, storage, known.width, may_begin, orders)
+            if isinstance(scheduler, RestoredScheduler):
+                scheduler.first = search.clones
+            hand = Hand(orders, search.clones, partial(end_trial, hosts))
+            callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, hand, go_on)
             _prepare_tune(search, folder)
             tuner = _tuner(space, place, trainable, callback, scheduler, search, clock)
             try:
@@ -200,11 +202,6 @@ def _scheduler(space: Space, begun: list[TrialRecord], num_devices: int) -> Tria
     if isinstance(settings, Rounds):
         return RoundScheduler(settings, begun, space.num_trials, num_devices)
     if not isinstance(settings, Asha):
-        return FIFOScheduler()
-    return RestoredASHA(
-        begun,
-        time_attr=settings.time_attr,
-        max_t=settings.max_t,
-        grace_period=settings.grace_period,
-        reduction_factor=settings.reduction_factor,
-    )
+        return RestoredScheduler(FIFOScheduler(), [])
+    options: dict[str, Any] = settings.model_dump(exclude={"type"})
+    return RestoredScheduler(ASHAScheduler(**options), begun)

@@ -3,8 +3,8 @@
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from qlora.files import disk_without_space, is_full
 from tuning.checkpoints import keep_two
 from tuning.ledger import POINT, Ledger, Status, TrialRecord
-from tuning.orders import BY_HAND, Orders
+from tuning.orders import BY_HAND, Order, Orders
 from tuning.screen import SweepScreen
 from tuning.space import Space
 from tuning.spending import SpendingClock
@@ -27,13 +27,25 @@ class SweepObserver(Protocol):
         """Take in that a trial started, reported a point (the last of its curve) or ended."""
 
 
+@dataclass(frozen=True)
+class Hand:
+    """Holds what people may do to a sweep while it runs.
+
+    orders: what they ask for. clones: by trial, the name of an order, and the order. end_trial: has a trial
+    end at its next step.
+    """
+
+    orders: Orders
+    clones: Mapping[str, tuple[str, Order]]
+    end_trial: Callable[[str], None]
+
+
 class SweepCallback(tune.Callback):
     """Ray Tune's events -> ledger, observer and screen.
 
     Ray stores callbacks with a sweep; this one stores nothing, since nothing that Ray stores is read again.
-    `scheduler` knows which trials it told to stop or wait; `clock` counts what they spend. `orders`: what
-    people ask for; `end_trial` has a trial end at its next step. `go_on` is called at each turn of Ray's
-    loop, and raises to end it.
+    `scheduler` knows which trials it told to stop or wait; `clock` counts what they spend. `hand`: what
+    people ask for. `go_on` is called at each turn of Ray's loop, and raises to end it.
     """
 
     def __init__(
@@ -44,14 +56,13 @@ class SweepCallback(tune.Callback):
         observer: SweepObserver,
         scheduler: Any,
         clock: SpendingClock,
-        orders: Orders,
-        end_trial: Callable[[str], None],
+        hand: "Hand",
         go_on: Callable[[], None],
     ):
         self._ledger, self._space, self._screen, self._observer = ledger, space, screen, observer
         self._stopped_early: Set[str] = getattr(scheduler, "stopped", set())
         self._waiting: Set[str] = getattr(scheduler, "waiting", set())
-        self._clock, self._orders, self._end_trial, self._go_on = clock, orders, end_trial, go_on
+        self._clock, self._hand, self._go_on = clock, hand, go_on
         self._to_be_stopped: set[str] = getattr(scheduler, "ended_by_hand", set())
         self._full_disk: OSError | None = None
 
@@ -62,13 +73,14 @@ class SweepCallback(tune.Callback):
         """Ask whether to go on, count the time, and carry out what people have asked for since."""
         self._go_on()
         self._clock.count([trial.trial_id for trial in trials if trial.status == Trial.RUNNING])
-        if self._orders.look():
-            self._screen.expect(self._space.num_trials + self._orders.added)
-            self._to_be_stopped |= self._orders.stops
-            for trial_id in self._orders.stops:
+        orders = self._hand.orders
+        if orders.look():
+            self._screen.expect(self._space.num_trials + orders.added)
+            self._to_be_stopped |= orders.stops
+            for trial_id in orders.stops:
                 record = self._ledger.records.get(trial_id)
                 if record is not None and not record.has_ended:
-                    self._end_trial(trial_id)  # again and again: it may be on its way to another host
+                    self._hand.end_trial(trial_id)  # again and again: it may be on its way to another host
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""
@@ -104,7 +116,7 @@ class SweepCallback(tune.Callback):
         """Record how a trial ended."""
         record = self._ledger.records[trial.trial_id]
         if not record.has_ended:
-            is_by_hand = trial.trial_id in self._orders.stops and record.percent < 100
+            is_by_hand = trial.trial_id in self._hand.orders.stops and record.percent < 100
             self._end(replace(record, error=BY_HAND if is_by_hand else record.error), _status_of(record))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -139,7 +151,9 @@ class SweepCallback(tune.Callback):
         return list(self._ledger.records.values())
 
     def _new_record(self, trial: Any) -> TrialRecord:
-        return TrialRecord(trial.trial_id, self._space.trial_settings(trial.config).model_dump(mode="json"))
+        record = TrialRecord(trial.trial_id, self._space.trial_settings(trial.config).model_dump(mode="json"))
+        name, order = self._hand.clones.get(trial.trial_id, (None, None))
+        return record if order is None else replace(record, cloned_from=order.trial_id, order=name)
 
     def _end(self, record: TrialRecord, status: Status) -> None:
         self._put(replace(record, status=status, ended_at=time.time()))

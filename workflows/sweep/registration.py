@@ -202,6 +202,8 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "status": record.status,
         "curve": curve,
     }
+    if record.cloned_from:
+        found["cloned_from"] = record.cloned_from
     return {**found, "error": record.error} if record.error else found
 
 

@@ -5,17 +5,22 @@ A sweep's files tell how it stands, and orders are files (tuning.orders): nothin
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from qlora.config import InputError
+import yaml
+
+from qlora.config import InputError, first_line, validated
 from qlora.home import in_results
 from tuning.ledger import Ledger, TrialRecord
 from tuning.orders import MOST_ADDED, Order, Orders, give_order
 from tuning.progress import headline, spending, table
+from tuning.samplers import checked_setting
 from tuning.spending import spent_so_far
 from tuning.strategy import Rounds
 from workflows.results import open_results
 from workflows.sweep.folder import SweepFolder, reopen_sweep
 
+_OF_THE_ADAPTER = ("lora_r", "lora_alpha", "target_modules")
 _WHEN = "it takes effect at the next step or, if the sweep is not running, when it goes on"
 
 
@@ -61,11 +66,58 @@ def ask_for_more(name: str, count: int) -> str:
             raise InputError(
                 "add", "trials that are compared in rounds can't be added to; start another sweep"
             )
-        added = Orders(sweep.place).added + count
-        if added > MOST_ADDED:
-            raise InputError("add", f"{added} are more than the {MOST_ADDED} trials that can be added")
+        added = _added(sweep, count)
         give_order(sweep.place, Order(kind="add", count=count))
         return f"asked       {count} more, {sweep.space.num_trials + added} trials in all; {_WHEN}"
+
+
+def ask_for_clone(name: str, trial_id: str, overrides: list[str], is_warm: bool) -> str:
+    """Ask for a trial with another one's settings but for `overrides`, KEY=VALUE. Raises InputError."""
+    with _sweep(name) as (sweep, records):
+        _check_is_unfinished(sweep)
+        space = sweep.space
+        if isinstance(space.scheduler, Rounds) or any("grid_search" in one for one in space.search.values()):
+            problem = "trials of rounds and of a grid can't be added to; start another sweep"
+            raise InputError("clone", problem)
+        source = next((record for record in records if record.trial_id == trial_id), None)
+        if source is None:
+            known = ", ".join(record.trial_id for record in records)
+            raise InputError("clone", f"{name} has begun no trial {trial_id}; it has {known or 'none'}")
+        if is_warm and not source.curve:
+            raise InputError("--warm", f"trial {trial_id} has no report yet, so no adapter to begin with")
+        settings = {key: source.config[key] for key in space.search}
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals or key not in settings:
+                searched = ", ".join(space.search)
+                raise InputError(
+                    "--set", f"{override!r} must read KEY=VALUE, of what is searched: {searched}"
+                )
+            settings[key] = _setting(key, text)
+        changed = [key for key in _OF_THE_ADAPTER if settings.get(key) != source.config.get(key)]
+        if is_warm and any(key in settings for key in changed):
+            raise InputError("--warm", f"an adapter keeps its {', '.join(changed)}; leave that as it is")
+        validated("--set", lambda: space.trial_settings(settings))
+        added = _added(sweep, 1)
+        order = Order(kind="clone", trial_id=trial_id, settings=settings, is_warm=is_warm)
+        give_order(sweep.place, order)
+        return f"asked       a clone of trial {trial_id}, {space.num_trials + added} trials in all; {_WHEN}"
+
+
+def _setting(key: str, text: str) -> Any:
+    """Return a setting as it is written on the command line. Raises InputError."""
+    try:
+        return checked_setting(key, yaml.safe_load(text), key)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError("--set", first_line(error)) from None
+
+
+def _added(sweep: SweepFolder, count: int) -> int:
+    """Return how many trials are added, with so many more. Raises InputError for too many."""
+    added = Orders(sweep.place).added + count
+    if added > MOST_ADDED:
+        raise InputError("add", f"{added} are more than the {MOST_ADDED} trials that can be added")
+    return added
 
 
 @contextmanager

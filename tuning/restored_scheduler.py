@@ -1,80 +1,85 @@
-"""Owns early stopping that survives a restart: Ray's ASHA, told again what trials had reached.
+"""Owns Ray's schedulers as a sweep needs them: told again what trials had reached, with clones first.
 
 Source: https://arxiv.org/abs/1810.05934
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from tuning.ledger import TrialRecord
 
 
-class RestoredASHA(TrialScheduler):
-    """Ray's ASHA behind Ray's interface.
+class RestoredScheduler(TrialScheduler):
+    """A scheduler of Ray's behind Ray's interface, ASHA or FIFO.
 
     `records`: of the trials that began before; their curves are told again, at the rungs that they had
-    reached. `stopped`: ids of the trials that it told to stop.
+    reached. `stopped`: ids of the trials that it told to stop. `first`: of those that begin before others.
     """
 
-    def __init__(self, records: Sequence[TrialRecord], **options: Any):
+    def __init__(self, scheduler: TrialScheduler, records: Sequence[TrialRecord]):
         super().__init__()
         self._to_replay = list(records)
-        self._asha = ASHAScheduler(**options)
+        self._inner = scheduler
         self.stopped: set[str] = set()
+        self.first: Container[str] = ()
 
     @property
     def metric(self) -> str | None:
         """Return what trials are compared by."""
-        return self._asha.metric  # type: ignore[no-any-return]
+        return self._inner.metric  # type: ignore[no-any-return]
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Take over what trials are compared by, and which way."""
-        return self._asha.set_search_properties(metric, mode, **spec)  # type: ignore[no-any-return]
+        return self._inner.set_search_properties(metric, mode, **spec)  # type: ignore[no-any-return]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take in a trial; before the first one, replay the recorded curves."""
         while self._to_replay:
             record = self._to_replay.pop(0)
             stand_in: Any = SimpleNamespace(trial_id=record.trial_id)
-            self._asha.on_trial_add(tune_controller, stand_in)
+            self._inner.on_trial_add(tune_controller, stand_in)
             for point in record.curve:
-                self._asha.on_trial_result(tune_controller, stand_in, point)
-        self._asha.on_trial_add(tune_controller, trial)
+                self._inner.on_trial_result(tune_controller, stand_in, point)
+        self._inner.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide whether a trial goes on."""
-        decision = self._asha.on_trial_result(tune_controller, trial, result)
+        decision = self._inner.on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             self.stopped.add(trial.trial_id)
         return decision  # type: ignore[no-any-return]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Take in a trial's last result."""
-        self._asha.on_trial_complete(tune_controller, trial, result)
+        self._inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Take in that a trial failed."""
-        self._asha.on_trial_error(tune_controller, trial)
+        self._inner.on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Forget a trial that was not running."""
-        self._asha.on_trial_remove(tune_controller, trial)
+        self._inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Choose the next trial."""
-        return self._asha.choose_trial_to_run(tune_controller)
+        """Choose the next trial: one that people asked for, else whichever is next."""
+        for trial in tune_controller.get_trials() if self.first else ():
+            if trial.status == Trial.PENDING and trial.trial_id in self.first:
+                return trial
+        return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
         """Describe the rungs."""
-        return self._asha.debug_string()  # type: ignore[no-any-return]
+        return self._inner.debug_string()  # type: ignore[no-any-return]
 
     def save(self, checkpoint_path: str) -> None:
         """Write Ray's part of the state."""
-        self._asha.save(checkpoint_path)
+        self._inner.save(checkpoint_path)
 
     def restore(self, checkpoint_path: str) -> None:
         """Read Ray's part of the state."""
-        self._asha.restore(checkpoint_path)
+        self._inner.restore(checkpoint_path)
