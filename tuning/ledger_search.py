@@ -29,8 +29,8 @@ class LedgerSearch(SearchAlgorithm):
     """A searcher of Ray's behind Ray's interface, which knows what a sweep has done before.
 
     `records`: of the trials that began before, in the order in which they did. `base_width`: hidden size of
-    the base. `may_begin`: whether a new trial may, by its number. `orders`: what people ask
-    for, if they may.
+    the base. `may_begin`: whether a new trial may, by its number. `orders`: what people ask for,
+    if they may. clones: by trial, the name of an order and the order, of this sitting.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LedgerSearch(SearchAlgorithm):
         self._space, self._storage, self._inner = space, storage, _searcher(space, base_width)
         self._may_begin, self._orders = may_begin, orders
         self._taken = {record.order for record in records if record.order}
-        self.clones = dict[str, tuple[str, Order]]()  # the orders that trials are, with their names
+        self.clones = dict[str, tuple[str, Order]]()
         self._untold = set[str]()  # trials whose results say nothing of their settings
         self._records = {record.trial_id: record for record in records}
         self._ids = TrialIds(space.seed, list(self._records))
@@ -118,10 +118,9 @@ class LedgerSearch(SearchAlgorithm):
         clones = self._orders.clones if self._orders is not None else {}
         waiting = ((name, order) for name, order in clones.items() if name not in self._taken)
         name, order = next(waiting, (None, None))
-        if clones:
-            self._storage.remove(
-                f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
-            )  # of one that never began
+        start = f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
+        if any(one.is_warm for one in clones.values()) and self._storage.is_finished(start):
+            self._storage.remove(start)  # of a clone that never began under this id
         if name is None or order is None:
             return
         self._taken.add(name)
