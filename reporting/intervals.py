@@ -43,7 +43,8 @@ def bootstrap_interval(values: Sequence[float], draws: int = _DRAWS) -> tuple[fl
 def compare(best: Sequence[float], other: Sequence[float], draws: int = _DRAWS) -> tuple[float, float, float]:
     """Return (difference of means best - other, its 95 % interval), both drawn over the same examples."""
     differences = np.array(best) - np.array(other)
-    return float(differences.mean()), *bootstrap_interval(differences.tolist(), draws)  # type: ignore[return-value]
+    low, high = bootstrap_interval(differences.tolist(), draws)
+    return float(differences.mean()), low, high
 
 
 def expect_unseen(perplexities: Sequence[Sequence[float]], chosen: int, draws: int = _DRAWS) -> Interval:

@@ -61,7 +61,7 @@ def test_an_average_is_a_plain_peft_folder(folders, tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 19])
 def test_a_reduced_average_is_the_nearest_of_its_rank(folders, rank):
-    """What it misses is what a full SVD has behind the first `rank` singular values."""
+    """Misses what a full SVD has behind the first `rank` singular values, and no more."""
     whole = mean_update([read_update(folder) for folder in folders], [0.5, 0.5])
     found = reduced(whole, rank)
     assert rank_of(found) == rank

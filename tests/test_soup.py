@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import WORDS, command, finished, random_examples
 from oracles import loop_perplexities
-from test_host import run
+from test_host import run, threads  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from qlora.checkpoint_files import ADAPTER, CheckpointError
@@ -30,14 +30,6 @@ from workflows.sweep.best import averages_are_due
 from workflows.sweep.folder import reopen_sweep
 from workflows.sweep.holdout import holdout_is_due, measure_holdout
 from workflows.sweep.prepared import prepare, read_inputs
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """A host sets its process's threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

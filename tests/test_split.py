@@ -92,7 +92,7 @@ def test_a_holdout_is_told_and_what_it_shares_with_the_others_is_counted(write_r
 
 
 def test_a_holdout_can_be_a_share_of_the_training_set(write_rows):
-    """What is held out for it is neither trained on nor public."""
+    """Holds out what is neither trained on nor public."""
     rows = [{"instruction": f"問{n}", "output": f"答{n}"} for n in range(100)]
     shares = {"public": {"fraction": 0.2}, "holdout": {"fraction": 0.25, "seed": 3}}
     sets = read_data(DataSettings(train=str(write_rows(rows)), train_examples=50, **shares))

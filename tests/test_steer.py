@@ -95,7 +95,7 @@ def ask(place: Path, orders: Orders, **order) -> None:
 
 @pytest.mark.parametrize("searcher", [{"type": "random"}, {"type": "prior"}])
 def test_trials_that_are_added_are_drawn_as_if_there_had_been_so_many(searcher, tmp_path):
-    """Those before them are the same, and a searcher is finished when all of them are drawn."""
+    """Keeps those before them as they were, and ends when all of them are drawn."""
     search, orders = drawn(searcher, [], tmp_path)
     first = [search.next_trial() for _ in range(3)]
     assert search.next_trial() is None and search.is_finished()

@@ -102,8 +102,8 @@ def measure_holdout(
         try:
             with best_checkpoint(Storage.at(below(sweep.storage, RAY)), runner_up) as source:
                 adapters.append(AdapterFiles.read(source / ADAPTER))
-        except CheckpointError:
-            pass  # only the best one's must be whole
+        except CheckpointError as error:  # only the best one's must be whole
+            print(f"note        the holdout is not measured for the runner-up: {error}", flush=True)
     try:
         found = answer_of(hosts, "measure", adapters, prepared.holdout)
     except ray.exceptions.RayError as error:
