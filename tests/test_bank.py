@@ -90,6 +90,15 @@ def test_trials_together_equal_trials_alone(budget):
         )
 
 
+def test_a_trial_does_not_depend_on_whether_others_came_before_it():
+    """To the last bit: at high rates Adam makes much of what rounding does to small gradients."""
+    first, later = trial(tiny_bank(), 1), tiny_bank()
+    losses(trial(later, 0), 2)
+    second = trial(later, 1)
+    assert losses(first, 2) == losses(second, 2)
+    assert torch.equal(weights(first), weights(second))
+
+
 def test_a_saved_adapter_is_the_same_model_in_plain_peft(tmp_path):
     run, public = trial(tiny_bank(), 3), random_examples(5, seed=9)
     losses(run, 4)

@@ -28,13 +28,15 @@ from qlora.base.fused import fuse_for_training
 from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
 from qlora.base.reference import split_revision
 from qlora.config import BaseModelSettings, InputError, TrialSettings
+from qlora.data.prompts import EncodedExample
 from qlora.lora.adapter import Adapter, Place, lay_out_matrices
 from qlora.lora.banked_linear import BankedLinear, Route, Switch, kernels
 from qlora.lora.peft_folder import WEIGHTS, AdapterContent
 from qlora.lora.products import MAX_GPU_RANK, Dropout, LayerPart
 from qlora.lora.tables import BankTables, make_bank_tables, make_pass_tables
 from qlora.packed.agreement import pack_attention
-from qlora.packed.packing import Group
+from qlora.packed.attention import packed_logits
+from qlora.packed.packing import Group, pack
 from qlora.packed.stream import PackedBatch
 
 
@@ -108,8 +110,10 @@ class AdapterBank:
             num_weights = max((b.end for _, b in layers.values()), default=0)
             weights = self.fresh_weights(settings) if trains else torch.zeros(num_weights, device=self.device)
         weights = weights.to(self.device)
-        for name in layers:
-            self._make_banked(name)
+        if new := [name for name in layers if name not in self.layers]:
+            for name in new:
+                self._make_banked(name)
+            self._meet_siblings()
         return Adapter(
             settings=settings,
             weights=weights,
@@ -222,11 +226,21 @@ class AdapterBank:
         return lay_out_matrices(targeted, settings.lora_r)
 
     def _make_banked(self, name: str) -> None:
-        """Replace a linear layer of the model by a BankedLinear, unless it is one."""
-        if name not in self.layers:
-            index = list(self._linear).index(name)
-            self.layers[name] = BankedLinear(self.model.get_submodule(name), self.switch, name, index)
-            self.model.set_submodule(name, self.layers[name])
+        """Replace a linear layer of the model by a BankedLinear."""
+        index = list(self._linear).index(name)
+        self.layers[name] = BankedLinear(self.model.get_submodule(name), self.switch, name, index)
+        self.model.set_submodule(name, self.layers[name])
+
+    @torch.no_grad()
+    def _meet_siblings(self) -> None:
+        """Let the switch see which layers read the same input, by a pass of two tokens.
+
+        Else the first pass would add up gradients in another order than all behind it, and a trial's first
+        step would depend on whether others came before.
+        """
+        batch = pack([EncodedExample("", (0,), (0,))], self.device)
+        with self.routed(batch, [None] * len(batch.parts), [None] * len(batch.parts)):
+            packed_logits(self.model, batch)
 
 
 def is_targeted(name: str, wanted: Any) -> bool:

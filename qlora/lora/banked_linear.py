@@ -49,7 +49,7 @@ class Switch:
     """The route of the pass that a model is in, and the layers that read the same input.
 
     The route is None between passes. The first layer that reads an input is the leader of all that do; they
-    are known from the second pass on.
+    are known from the second pass on, so that a bank makes the first one when it makes layers.
     """
 
     route: Route | None = None
