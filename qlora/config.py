@@ -8,7 +8,7 @@ Refuses to know torch, Ray and MLflow, so that it imports at once.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -186,6 +186,22 @@ class TrialSettings(Settings):
     def stages(self) -> tuple[int, ...]:
         """Return the epochs of each stage; every stage has its own fresh optimizer and schedule."""
         return parse_stages(self.epochs)
+
+
+class TrialData(Settings):
+    """Settings of a trial's examples, where the trials of a sweep differ in them.
+
+    prompt: a name or a file, as a space's. train_examples: how many of the first training examples.
+    """
+
+    prompt: LocalPath | None = Field(None, min_length=1)
+    train_examples: int | None = Field(None, ge=1)
+
+
+def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a trial's configuration into what TrialSettings and what TrialData takes."""
+    of_data = {key: value for key, value in config.items() if key in TrialData.model_fields}
+    return {key: value for key, value in config.items() if key not in of_data}, of_data
 
 
 class DecodingSettings(Settings):

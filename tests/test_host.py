@@ -21,6 +21,7 @@ from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import adapter_perplexities, mean_perplexity
 from qlora.training import Training
 from tuning.checkpoints import Storage
+from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import Host, SweepData
 from tuning.space import Space
 
@@ -50,9 +51,8 @@ def data(tiny_base) -> SweepData:
             "scheduler": {"type": "asha", "grace_period": 50},
         }
     )
-    return SweepData(
-        space, random_examples(12, vocabulary=250), random_examples(5, seed=3, vocabulary=250), 10_000
-    )
+    train, public = random_examples(12, vocabulary=250), random_examples(5, seed=3, vocabulary=250)
+    return SweepData(space, SweepExamples({"default": PromptedExamples(train, public)}), 10_000)
 
 
 def run(
@@ -71,10 +71,10 @@ def run(
 def alone(data: SweepData, config: dict) -> tuple[list[float], float]:
     """(losses, last perplexity) of a trial without a host."""
     settings = data.space.trial_settings(config)
-    training = Training(load_bank(data.space.base_model), data.train, settings)
+    training = Training(load_bank(data.space.base_model), data.examples.of({}).train, settings)
     found = losses(training, training.timetable.total_steps)
     return found, mean_perplexity(
-        adapter_perplexities(training.bank, [(training.adapter, data.public)], 10_000)[0]
+        adapter_perplexities(training.bank, [(training.adapter, data.examples.of({}).public)], 10_000)[0]
     )
 
 
@@ -86,8 +86,11 @@ def test_trials_of_a_host_are_what_they_are_alone(data, tmp_path):
         expected, perplexity = alone(data, config)
         assert points[-1]["public_perplexity"] == pytest.approx(perplexity, rel=1e-4)
         assert points[-1]["step"] == len(expected)
-    assert host.zero_shot() == pytest.approx(
-        adapter_perplexities(load_bank(data.space.base_model), [(None, data.public)], 10_000)[0], rel=1e-5
+    assert host.zero_shot()["default"] == pytest.approx(
+        adapter_perplexities(load_bank(data.space.base_model), [(None, data.examples.of({}).public)], 10_000)[
+            0
+        ],
+        rel=1e-5,
     )
 
 
@@ -229,11 +232,12 @@ def test_out_of_memory_in_an_evaluation_shrinks_its_passes(data, tmp_path, monke
             raise torch.cuda.OutOfMemoryError("no room")
         return whole(bank, groups, *arguments, **options)
 
-    data = replace(data, public=random_examples(40, seed=3, vocabulary=250))
-    expected = Host(data, 1).zero_shot()
+    longer = replace(data.examples.of({}), public=random_examples(40, seed=3, vocabulary=250))
+    data = replace(data, examples=SweepExamples({"default": longer}))
+    expected = Host(data, 1).zero_shot()["default"]
     monkeypatch.setattr(qlora.perplexity, "run_pass", short_of_memory)
     host = Host(data, 1)
-    assert host.zero_shot() == pytest.approx(expected, rel=1e-5)
+    assert host.zero_shot()["default"] == pytest.approx(expected, rel=1e-5)
     assert max(tried) > 400 >= tried[-1]
     assert any("out of memory: passes of" in note for note in host.notes())
     (tmp_path / "t").mkdir()
@@ -254,7 +258,7 @@ def test_an_evaluation_that_never_fits_fails(data, monkeypatch):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         host.zero_shot()
     monkeypatch.undo()
-    assert len(host.zero_shot()) == len(data.public)
+    assert len(host.zero_shot()["default"]) == len(data.examples.of({}).public)
 
 
 def test_a_trial_is_answered_when_its_report_fails(data, tmp_path, monkeypatch):

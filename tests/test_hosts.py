@@ -14,6 +14,7 @@ from conftest import random_examples
 from ray.cluster_utils import Cluster
 
 from tuning.device import Device
+from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import SweepData
 from tuning.host_directory import ask_all_devices, begin_hosts, host_of_my_device, start_hosts
 from tuning.placement import on_node
@@ -109,7 +110,7 @@ def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     )
     examples = random_examples(4, vocabulary=250)
     hosts = start_hosts()
-    begin_hosts(hosts, SweepData(space, examples, examples))
+    begin_hosts(hosts, SweepData(space, SweepExamples({"default": PromptedExamples(examples, examples)})))
 
     def processes() -> list[int]:
         """Return the processes of hosts that two holders on each node find, asking at once."""

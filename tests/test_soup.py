@@ -22,6 +22,7 @@ from qlora.perplexity import mean_perplexity
 from reporting.verdicts import outlook
 from tuning.best_adapter import keep_best_adapter
 from tuning.checkpoints import Storage
+from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import Host, SweepData
 from tuning.ledger import Ledger, TrialRecord
 from tuning.soup import Finalist, affordable_averages, finalists, keep_soup, kept_soup
@@ -45,7 +46,7 @@ def data(tiny_base) -> SweepData:
         }
     )
     train, public = random_examples(24, vocabulary=20), random_examples(12, seed=3, vocabulary=20)
-    return SweepData(space, train, public, 10_000)
+    return SweepData(space, SweepExamples({"default": PromptedExamples(train, public)}), 10_000)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def trained(data, tmp_path):
         points = run(host, f"t{number}", {"learning_rate": 0.01, **config}, tmp_path)
         folder = tmp_path / "ray" / f"t{number}" / "checkpoint_000001"
         shutil.copytree(tmp_path / f"t{number}-{points[-1]['step']}", folder)
-        found.append(Finalist(f"t{number}", points[-1]["public_perplexity"], str(folder)))
+        found.append(Finalist(f"t{number}", points[-1]["public_perplexity"], str(folder), "default"))
     return host, sorted(found, key=lambda one: one.public_perplexity), Storage.at(str(tmp_path / "ray"))
 
 
@@ -83,7 +84,10 @@ def test_members_are_added_while_the_average_gets_better(data, trained, tmp_path
     base, adapters = data.space.base_model.name, [Path(one.checkpoint) / ADAPTER for one in found]
     chosen, lowest = [0], found[0].public_perplexity
     while True:
-        values = {i: by_merging(base, [adapters[j] for j in (*chosen, i)], data.public) for i in range(3)}
+        values = {
+            i: by_merging(base, [adapters[j] for j in (*chosen, i)], data.examples.of({}).public)
+            for i in range(3)
+        }
         others = [i for i in values if i not in chosen]
         if not others or min(values[i] for i in others) >= lowest:
             break
@@ -96,7 +100,7 @@ def test_members_are_added_while_the_average_gets_better(data, trained, tmp_path
     assert soup.public_perplexity == pytest.approx(lowest, rel=1e-4)
     assert soup.public_perplexity == pytest.approx(mean_perplexity(soup.perplexities))
     files.write(tmp_path / "soup")
-    assert in_peft(base, tmp_path / "soup", data.public) == pytest.approx(lowest, rel=1e-4)
+    assert in_peft(base, tmp_path / "soup", data.examples.of({}).public) == pytest.approx(lowest, rel=1e-4)
     assert soup.lost == 0, "its rank is the sum of its members'"
 
 
@@ -164,7 +168,10 @@ def test_finalists_are_the_best_that_ended_by_themselves(trained):
         record("gone", 5.2),
         record("t3", 4.0, "failed"),
     ]
-    assert [one.trial_id for one in finalists(records, storage)] == ["t0", "t1"]
+    assert [
+        one.trial_id
+        for one in finalists(records, SweepExamples({"default": PromptedExamples([], [])}), storage)
+    ] == ["t0", "t1"]
 
 
 def test_averages_are_a_small_share_of_the_sweep():
@@ -172,10 +179,11 @@ def test_averages_are_a_small_share_of_the_sweep():
     train, public = random_examples(30, seed=1), random_examples(10, seed=2)
     tokens, asked = (sum(one.num_tokens for one in each) for each in (train, public))
     records = [record(str(number), 5.0, epochs=10) for number in range(5)]
-    found = affordable_averages(records, train, public)
+    examples = SweepExamples({"default": PromptedExamples(train, public)})
+    found = affordable_averages(records, examples)
     assert found == int(0.04 * (3 * 50 * tokens + 5 * asked) / asked)
     assert found > 0
-    assert affordable_averages([record("short", 5.0, epochs=0.1)], train, public) == 0
+    assert affordable_averages([record("short", 5.0, epochs=0.1)], examples) == 0
 
 
 def test_what_averaging_came_to_is_kept_for_these_finalists(trained, tmp_path):
@@ -291,7 +299,9 @@ def test_a_holdout_is_measured_once(project, sweep, monkeypatch):
     assert not averages_are_due(folder, prepared)
     assert not holdout_is_due(folder, prepared)
     found = finalists(
-        list(Ledger(folder.folder / "trials").records.values()), Storage.at(f"{folder.folder}/ray")
+        list(Ledger(folder.folder / "trials").records.values()),
+        prepared.examples,
+        Storage.at(f"{folder.folder}/ray"),
     )
     best = keep_best_adapter(folder.folder, folder.storage, kept_soup(folder.folder, found))
     nobody = None  # who would be asked
@@ -317,15 +327,15 @@ def best_checkpoint(project: Path, trial: str) -> Path:
     raise AssertionError(f"no checkpoint of step {step}")
 
 
-def encoded(project: Path, tiny_base: Path, name: str):
+def encoded(project: Path, tiny_base: Path, name: str, prompt: str = ""):
     from transformers import AutoTokenizer
 
     from qlora.data.examples import load_examples
     from qlora.data.prompts import encode_examples, load_prompt
 
     rows = load_examples(project / name, need_output=True)
-    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny_base), load_prompt(str(project / "plain.yaml"))
-    return encode_examples(tokenizer, prompt, rows, "public")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    return encode_examples(tokenizer, load_prompt(prompt or str(project / "plain.yaml")), rows, "public")
 
 
 @pytest.mark.ray

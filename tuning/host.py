@@ -32,6 +32,7 @@ from qlora.provenance import hardware
 from qlora.training import DivergedError, StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
+from tuning.examples import PromptedExamples, SweepExamples
 from tuning.seat import Seat, ended_by_hand, point_of
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
@@ -50,8 +51,7 @@ class SweepData:
     """
 
     space: Space
-    train: Sequence[EncodedExample]
-    public: Sequence[EncodedExample]
+    examples: SweepExamples
     budget_tokens: int | None = None
     start: AdapterFiles | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
@@ -75,12 +75,14 @@ class Host:
         self._writers = ThreadPoolExecutor(_WRITERS)
         threading.Thread(target=self._take_turns, daemon=True).start()
 
-    def zero_shot(self) -> list[float]:
-        """Measure the perplexity of each public example under the base without an adapter."""
-        found = self._ask(lambda: self._work.evaluate([None], self._data.public)[0])
-        if isinstance(found, Exception):
-            raise found
-        return found
+    def zero_shot(self) -> dict[str, list[float]]:
+        """Measure the perplexity of each public example under the base alone, by prompt."""
+        prompts = self._data.examples.by_prompt
+        measured = self._ask(lambda: self._work.evaluate([(None, one.public) for one in prompts.values()]))
+        for found in measured:
+            if isinstance(found, Exception):
+                raise found
+        return dict(zip(prompts, measured, strict=True))  # type: ignore[arg-type]
 
     def attach(
         self,
@@ -99,7 +101,8 @@ class Host:
             self._work.note(note)
         settings = self._data.space.trial_settings(config)
         weights = self._work.bank.fresh_weights(settings)  # here, where no other trial waits for it
-        return self._ask(lambda: self._attach(trial_id, holder, settings, weights, checkpoint))
+        examples = self._data.examples.of(config)
+        return self._ask(lambda: self._attach(trial_id, holder, settings, examples, weights, checkpoint))
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder.
@@ -124,20 +127,19 @@ class Host:
 
         def find() -> tuple[Soup, AdapterFiles | None]:
             with self._work.counted("evaluating"):
-                return find_soup(self._work, self._data.public, storage, found, most)
+                public = self._data.examples.by_prompt[found[0].prompt].public
+                return find_soup(self._work, public, storage, found, most)
 
         self._ask(self._leave_all)
         return self._ask(find)
 
-    def measure(
-        self, adapters: Sequence[AdapterFiles], examples: Sequence[EncodedExample]
-    ) -> list[list[float]]:
-        """Measure the perplexity of each example under each adapter. Raises what measuring raises."""
+    def measure(self, requests: Sequence[tuple[AdapterFiles, Sequence[EncodedExample]]]) -> list[list[float]]:
+        """Measure the perplexity of examples under adapters. Raises what measuring raises."""
 
         def measured() -> list[list[float]]:
             found = []
             with self._work.counted("evaluating"):
-                for adapter in adapters:
+                for adapter, examples in requests:
                     with adapter.in_folder() as folder:
                         update = read_update(folder, self._work.bank.device)
                     found.append(self._work.perplexities(update, examples))
@@ -228,8 +230,8 @@ class Host:
                 seat.fail(error)
 
     def _evaluate(self, seats: Sequence[Seat]) -> None:
-        adapters = [seat.work.training.adapter for seat in seats]
-        for seat, found in zip(seats, self._work.evaluate(adapters, self._data.public), strict=True):
+        requests = [(seat.work.training.adapter, seat.public) for seat in seats]
+        for seat, found in zip(seats, self._work.evaluate(requests), strict=True):
             if isinstance(found, Exception):
                 seat.fail(found)
                 continue
@@ -271,6 +273,7 @@ class Host:
         trial_id: str,
         holder: str,
         settings: TrialSettings,
+        examples: PromptedExamples,
         weights: torch.Tensor,
         checkpoint: str | None,
     ) -> list[int]:
@@ -278,7 +281,7 @@ class Host:
             name for name, seat in self._seats.items() if seat.holder == holder or name == trial_id
         ]:
             self._leave(other)
-        training = Training(self._work.bank, self._data.train, settings, weights)
+        training = Training(self._work.bank, examples.train, settings, weights)
         if self._data.start is not None:
             with self._data.start.in_folder() as folder:
                 self._work.bank.load(training.adapter, folder)
@@ -289,7 +292,7 @@ class Host:
             if since.exists():
                 found = json.loads(since.read_text(encoding="utf-8"))
                 work.seconds, work.seen = found["seconds"], [StepResult(**step) for step in found["steps"]]
-        self._seats[trial_id] = Seat(holder, work)
+        self._seats[trial_id] = Seat(holder, work, examples.public)
         stops = evaluation_steps(
             training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch
         )

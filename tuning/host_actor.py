@@ -80,7 +80,7 @@ class HostActor:
             raise self._error
         return self._host
 
-    def zero_shot(self) -> list[float]:
+    def zero_shot(self) -> dict[str, list[float]]:
         """See Host."""
         return self._found().zero_shot()
 
@@ -106,10 +106,10 @@ class HostActor:
         return self._found().soup(Storage.at(storage_uri), found, most)
 
     def measure(
-        self, adapters: Sequence["AdapterFiles"], examples: Sequence["EncodedExample"]
+        self, requests: Sequence[tuple["AdapterFiles", Sequence["EncodedExample"]]]
     ) -> list[list[float]]:
         """See Host."""
-        return self._found().measure(adapters, examples)
+        return self._found().measure(requests)
 
     def end(self, trial_id: str) -> None:
         """See Host; a host that has not begun is told again."""

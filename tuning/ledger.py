@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from qlora.config import InputError, TrialSettings, first_problem, parse_stages
+from qlora.config import InputError, TrialData, TrialSettings, first_problem, parse_stages, split_config
 from qlora.files import read_json, write_json
 from tuning.space import REPORTED
 
@@ -138,7 +138,9 @@ def _read_record(path: Path) -> TrialRecord:
     content = read_json(path, mend)
     try:
         record = _RECORD.validate_python(content)
-        TrialSettings.model_validate(record.config)
+        of_training, of_data = split_config(record.config)
+        TrialSettings.model_validate(of_training)
+        TrialData.model_validate(of_data)
     except ValidationError as error:
         key, problem = first_problem(error)
         raise InputError(path, f"is damaged ({key}: {problem}); {mend}") from None

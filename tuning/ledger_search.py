@@ -95,7 +95,7 @@ class LedgerSearch(SearchAlgorithm):
             known = {key: record.config[key] for key in trial.config if key in record.config}
             if self._is_warm(record):
                 self._untold.add(trial.trial_id)
-            if self._space.trial_settings(trial.config) != self._space.trial_settings(known):
+            if self._space.trial_config(trial.config) != self._space.trial_config(known):
                 trial.config = known
                 learner = _learner(self._inner)
                 if isinstance(learner, PriorSearcher) and trial.trial_id not in self._untold:

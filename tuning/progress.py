@@ -1,8 +1,9 @@
 """Owns the words that people read while a sweep runs and when it ends: pure functions, records -> text."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from qlora.config import TrialSettings
+from qlora.config import TrialData, TrialSettings, split_config
 from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
 from tuning.spending import Spent
 from tuning.strategy import Budget
@@ -12,24 +13,11 @@ _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■"
 
 def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> str:
     """Lay out trials by best perplexity: configuration, progress, best and last perplexity, status."""
-    rows = [
-        (
-            "",
-            "trial",
-            "lr",
-            "r",
-            "alpha",
-            "dropout",
-            "epochs",
-            "done",
-            "best ppl",
-            "last ppl",
-            "vs zero-shot",
-            "status",
-        )
-    ]
+    shown = [key for key in TrialData.model_fields if any(key in record.config for record in records)]
+    heads = ("", "trial", "lr", "r", "alpha", "dropout", "epochs", *(key.replace("_", " ") for key in shown))
+    rows: list[tuple[str, ...]] = [(*heads, "done", "best ppl", "last ppl", "vs zero-shot", "status")]
     for record in ranked(records)[:limit]:
-        settings = TrialSettings.model_validate(record.config)
+        settings = TrialSettings.model_validate(split_config(record.config)[0])
         best, last = record.best, record.curve[-1] if record.curve else None
         rows.append(
             (
@@ -40,6 +28,7 @@ def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> 
                 f"{settings.lora_alpha:g}",
                 f"{settings.lora_dropout:.3g}",
                 str(settings.epochs),
+                *(Path(str(record.config.get(key, "-"))).name for key in shown),
                 f"{record.percent:.0f}%",
                 _number(best),
                 _number(last),

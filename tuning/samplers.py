@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora.config import TrialSettings, first_problem, meant_by
+from qlora.config import Settings, TrialData, TrialSettings, first_problem, meant_by
 
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "uniform": ("lower", "upper"),
@@ -39,10 +39,10 @@ def checked_sampler(key: str, sampler: dict[str, Any]) -> dict[str, list[Any]]:
     Raises ValueError, naming the key, for what is no sampler, and if a draw could be refused later.
     """
     where = f"search.{key}"
-    if key not in TrialSettings.model_fields:
-        meant = meant_by(key, TrialSettings.model_fields)
+    known = {**TrialSettings.model_fields, **TrialData.model_fields}
+    if key not in known:
         raise ValueError(
-            f"{where} is no trial setting; {meant}; there are: {', '.join(TrialSettings.model_fields)}"
+            f"{where} is no trial setting; {meant_by(key, known)}; there are: {', '.join(known)}"
         )
     if len(sampler) != 1:
         raise ValueError(f"{where} must hold one sampler, such as {{loguniform: [1.0e-5, 1.0e-3]}}")
@@ -70,8 +70,11 @@ def checked_setting(key: str, value: Any, where: str) -> Any:
 
     Raises ValueError, naming `where`, if they refuse it.
     """
+    owner: type[Settings] = TrialData if key in TrialData.model_fields else TrialSettings
+    if owner is TrialData and value is None:
+        raise ValueError(f"{where}: give values, not null")
     try:
-        return TrialSettings.model_validate({key: value}).model_dump(mode="json")[key]
+        return owner.model_validate({key: value}).model_dump(mode="json")[key]
     except ValidationError as error:
         raise ValueError(f"{where}: {value!r}: {first_problem(error)[1]}") from None
 

@@ -1,20 +1,26 @@
 """Owns a trial's seat on a host: who holds it, its work, what it was asked to reach and what it answers."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from qlora.data.prompts import EncodedExample
 from tuning.shared_work import TrialWork
 
 
 @dataclass
 class Seat:
-    """An attached trial: who holds it, its work, and the step that it was asked to reach."""
+    """An attached trial: who holds it, its work, and the step that it was asked to reach.
+
+    public: the examples that it is measured on, under its prompt.
+    """
 
     holder: str
     work: TrialWork
+    public: Sequence[EncodedExample]
     goal: int | None = None
     folder: str = ""
     reply: "Future[dict[str, Any]]" = field(default_factory=Future)

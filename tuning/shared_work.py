@@ -24,6 +24,7 @@ from qlora.packed.packing import FEWEST_PASS_TOKENS
 from qlora.perplexity import adapter_perplexities
 from qlora.training import StepResult, Training, advance_together
 
+Request = tuple[Adapter | None, Sequence[EncodedExample]]
 WORK = ("training", "compiling", "recording", "evaluating", "waiting")
 _log = logging.getLogger(__name__)
 
@@ -54,33 +55,31 @@ class SharedWork:
         """Take one optimizer step of each trial; returns what each one's failed with."""
         return self._together(self._train, works)
 
-    def evaluate(
-        self, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample]
-    ) -> list[list[float] | Exception]:
-        """Measure the perplexity of each example under each adapter (None: the bare base).
+    def evaluate(self, requests: Sequence[Request]) -> list[list[float] | Exception]:
+        """Measure the perplexity of each request's examples under its adapter (None: the bare base).
 
-        Returns the values, or what an adapter's evaluation failed with.
+        Returns the values, or what a request's evaluation failed with.
         """
         values: dict[int, list[float]] = {}
 
         def measure(places: Sequence[int]) -> list[Exception | None]:
             found = adapter_perplexities(
                 self.bank,
-                [(adapters[place], examples) for place in places],
+                [requests[place] for place in places],
                 self._budget_tokens,
                 shrink=lambda tokens: self._budget_tokens if self._shrink() else None,
             )
             values.update(zip(places, found, strict=True))
             return [None] * len(places)
 
-        errors = self._together(measure, range(len(adapters)), shrinks_itself=True)
+        errors = self._together(measure, range(len(requests)), shrinks_itself=True)
         return [values[place] if error is None else error for place, error in enumerate(errors)]
 
     def perplexities(self, update: Update, examples: Sequence[EncodedExample]) -> list[float]:
         """Measure the perplexity of each example under an update. Raises what measuring raises."""
         adapter = attach_update(self.bank, update)
         try:
-            (found,) = self.evaluate([adapter], examples)
+            (found,) = self.evaluate([(adapter, examples)])
         finally:
             self.bank.detach(adapter)
         if isinstance(found, Exception):

@@ -29,6 +29,7 @@ from qlora.lora.peft_folder import AdapterFiles
 from qlora.lora.products import MAX_GPU_RANK
 from qlora.perplexity import mean_perplexity
 from tuning.checkpoints import Storage, checkpoint_paths
+from tuning.examples import SweepExamples
 from tuning.ledger import TrialRecord, ranked
 from tuning.shared_work import SharedWork
 
@@ -42,11 +43,15 @@ _FOLDER, _FACTS = "soup", "soup.json"
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trial that may be a member: its public perplexity at its best checkpoint, and where that is kept."""
+    """A trial that may be a member: its public perplexity at its best checkpoint, and where that is kept.
+
+    prompt: the name of the one that it was trained under.
+    """
 
     trial_id: str
     public_perplexity: float
     checkpoint: str
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,17 @@ class Soup:
 _SOUP = TypeAdapter(Soup)
 
 
-def finalists(records: Sequence[TrialRecord], storage: Storage) -> list[Finalist]:
-    """Return the trials that may be members, the best first: finished and stopped ones near the best."""
+def finalists(records: Sequence[TrialRecord], examples: SweepExamples, storage: Storage) -> list[Finalist]:
+    """Return the trials that may be members, the best first: finished and stopped ones near the best.
+
+    They have the best one's prompt, which an adapter is served with.
+    """
     there = [one for one in ranked(records) if one.best and one.status in ("finished", "stopped")]
+    prompts = [examples.prompt_of(one.config) for one in there]
+    there = [one for one, prompt in zip(there, prompts, strict=True) if prompt == prompts[0]]
     paths = checkpoint_paths(storage, {record.trial_id: record for record in there[:_FINALISTS]})
     found = [
-        Finalist(record.trial_id, record.best["public_perplexity"], paths[record.trial_id])
+        Finalist(record.trial_id, record.best["public_perplexity"], paths[record.trial_id], prompts[0])
         for record in there[:_FINALISTS]
         if record.best and record.trial_id in paths
     ]
@@ -94,19 +104,20 @@ def perplexities_of(found: Sequence[Finalist]) -> dict[str, float]:
     return {one.trial_id: one.public_perplexity for one in found}
 
 
-def affordable_averages(
-    records: Sequence[TrialRecord], train: Sequence[EncodedExample], public: Sequence[EncodedExample]
-) -> int:
+def affordable_averages(records: Sequence[TrialRecord], examples: SweepExamples) -> int:
     """Count the averages whose measuring is a small share of the sweep's work.
 
     It follows from what trials did, not from the time it took, so that a sweep that was interrupted comes to
     the same.
     """
-    train_tokens, public_tokens = (sum(one.num_tokens for one in each) for each in (train, public))
-    epochs = sum(record.curve[-1]["epoch"] for record in records if record.curve)
-    points = sum(len(record.curve) for record in records)
-    work = (1 + _BACKWARD) * epochs * train_tokens + points * public_tokens
-    return int(_SHARE * work / public_tokens)
+    work, dearest = 0.0, 1
+    for record in records:
+        if record.curve:
+            found = examples.of(record.config)
+            work += (1 + _BACKWARD) * record.curve[-1]["epoch"] * found.train_tokens
+            work += len(record.curve) * found.public_tokens
+            dearest = max(dearest, found.public_tokens)
+    return int(_SHARE * work / dearest)
 
 
 def find_soup(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,7 @@ from qlora.config import (
     Number,
     Settings,
     TrialSettings,
+    split_config,
     validated,
 )
 from qlora.data.row_shapes import Format, RowShape
@@ -29,6 +31,8 @@ from tuning.strategy import Asha, Budget, NoEarlyStopping, OptunaSearch, PriorSe
 START_TIMEOUT_SECONDS = 900.0  # that a cluster has by default to bring the first device
 STORED = "stored"  # the context of a space that was checked when its sweep began
 REPORTED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs")
+# Of what a trial's examples are: how a space names it where all trials share it.
+_OWN_KEYS = {"prompt": "prompt", "train_examples": "data.train_examples"}
 _NAME = re.compile(r"\w[\w. -]{0,198}\w|\w", re.ASCII)
 _GPU_PARTS = 10_000  # Ray counts shares of a GPU in ten thousandths
 _OF_A_KIND = 0.001  # of what Ray's nodes have one of, named after their kind of GPU
@@ -165,6 +169,9 @@ class Space(Settings):
     @field_validator("trial")
     @classmethod
     def _settings_fit(cls, trial: dict[str, Any]) -> dict[str, Any]:
+        for key, owner in _OWN_KEYS.items():
+            if key in trial:
+                raise ValueError(f"{key} is no setting of training; where trials share it, it is {owner}")
         return {key: checked_setting(key, value, f"trial.{key}") for key, value in trial.items()}
 
     @model_validator(mode="after")
@@ -172,6 +179,10 @@ class Space(Settings):
         both = sorted(set(self.trial) & set(self.search))
         if both:
             raise ValueError(f"{', '.join(both)} stands under both trial and search; keep one")
+        fixed = {"prompt": self.prompt, "train_examples": self.data.train_examples}
+        for key, owner in _OWN_KEYS.items():
+            if key in self.search and fixed[key] is not None:
+                raise ValueError(f"{key} stands under search, and as {owner}; keep one")
         has_grid = any("grid_search" in sampler for sampler in self.search.values())
         if self.searcher.type != "random" and has_grid:
             problem = f"searcher {self.searcher.type} takes no grid_search"
@@ -186,15 +197,24 @@ class Space(Settings):
             raise ValueError("accelerator_type is a kind of GPU, but trials ask for none; set trials_per_gpu")
         return self
 
-    def trial_settings(self, config: dict[str, Any]) -> TrialSettings:
+    def trial_settings(self, config: Mapping[str, Any]) -> TrialSettings:
         """Return the full settings of one sampled configuration."""
-        return TrialSettings.model_validate({**self.trial, **config})
+        return TrialSettings.model_validate({**self.trial, **split_config(config)[0]})
+
+    def trial_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one sampled configuration in full: settings, and what is searched of a trial's examples."""
+        return {**self.trial_settings(config).model_dump(mode="json"), **split_config(config)[1]}
 
     def values(self, key: str) -> list[Any]:
         """Return the choices, or both extremes, of a setting; the fixed one if it is not searched."""
         if key in self.search:
             return sampled_values(self.search[key])
         return [getattr(self.trial_settings({}), key)]
+
+    @property
+    def prompts(self) -> list[str | None]:
+        """Return the names of the prompts that trials may have; None for what fits the data."""
+        return list(dict.fromkeys(self.values("prompt"))) if "prompt" in self.search else [self.prompt]
 
     @property
     def wants_gpu(self) -> bool:

@@ -151,7 +151,7 @@ class SweepCallback(tune.Callback):
         return list(self._ledger.records.values())
 
     def _new_record(self, trial: Any) -> TrialRecord:
-        record = TrialRecord(trial.trial_id, self._space.trial_settings(trial.config).model_dump(mode="json"))
+        record = TrialRecord(trial.trial_id, self._space.trial_config(trial.config))
         name, order = self._hand.clones.get(trial.trial_id, (None, None))
         return record if order is None else replace(record, cloned_from=order.trial_id, order=name)
 

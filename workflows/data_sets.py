@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.config import DataPlaces, InputError
+from qlora.data.chat import ChatPrompt
 from qlora.data.examples import examples_digest, found_shape, load_examples
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import Example
@@ -88,6 +89,25 @@ def _overlap(examples: Sequence[Example], others: Sequence[Example], one_of_them
     """Say how many examples ask what others ask; nothing if none does."""
     count = count_asked(examples, asked_keys(others))
     return f"; {count} of them ask what {one_of_them} asks" if count else ""
+
+
+def own_prompts(
+    names: Sequence[str | None], sets: DataSets, *, loss: str | None, thinking: bool | None
+) -> list[AnyPrompt]:
+    """Load the prompts that settings name. Of several, `loss` and `thinking` are for those that are chats.
+
+    Raises InputError as `own_prompt` does, and if none of them is one.
+    """
+    if len(names) == 1:
+        return [own_prompt(names[0], sets, loss, thinking)]
+    prompts = [own_prompt(name, sets, None, None) for name in names]
+    are_chats = any(isinstance(prompt, ChatPrompt) for prompt in prompts)
+    return [
+        for_chat(prompt, "search.prompt", loss, thinking)
+        if isinstance(prompt, ChatPrompt) or not are_chats
+        else prompt
+        for prompt in prompts
+    ]
 
 
 def own_prompt(name: str | None, sets: DataSets, loss: str | None, thinking: bool | None) -> AnyPrompt:

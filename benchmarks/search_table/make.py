@@ -258,10 +258,10 @@ class _Maker:
     def _evaluate(self, trials: Sequence[_Trial]) -> None:
         began = time.monotonic()
         adapters = [trial.work.training.adapter for trial in trials]
-        found = self._shared.evaluate(adapters, self._public)
+        found = self._shared.evaluate([(adapter, self._public) for adapter in adapters])
         seconds = (time.monotonic() - began) / len(trials)
         ended = [trial for trial in trials if trial.stops[0] in trial.stage_ends]
-        of_unseen = self._shared.evaluate([one.work.training.adapter for one in ended], self._unseen)
+        of_unseen = self._shared.evaluate([(one.work.training.adapter, self._unseen) for one in ended])
         unseen = {id(trial): values for trial, values in zip(ended, of_unseen, strict=True)}
         for trial, values in zip(trials, found, strict=True):
             assert not isinstance(values, Exception), values
@@ -297,7 +297,7 @@ class _Maker:
         )
 
     def _mean_of(self, adapter: None, examples: Sequence[EncodedExample]) -> float:
-        (values,) = self._shared.evaluate([adapter], examples)
+        (values,) = self._shared.evaluate([(adapter, examples)])
         assert not isinstance(values, Exception), values
         return sum(values) / len(values)
 

@@ -59,8 +59,8 @@ def _finalists(
     """Return the trials that may be members, and how many averages may be measured."""
     if not sweep.space.soup:
         return [], 0
-    found = finalists(records, Storage.at(below(sweep.storage, RAY)))
-    return found, affordable_averages(records, prepared.train, prepared.public)
+    found = finalists(records, prepared.examples, Storage.at(below(sweep.storage, RAY)))
+    return found, affordable_averages(records, prepared.examples)
 
 
 def _soup(

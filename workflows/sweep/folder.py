@@ -123,17 +123,18 @@ class SweepFolder:
                 f"holds an unfinished sweep; continue it with --resume {self.name}, or choose another --name",
             )
 
-    def claim(self, digests: Mapping[str, str], prompt_text: str, sets: DataSets) -> None:
+    def claim(self, digests: Mapping[str, str], prompt_text: str | None, sets: DataSets) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed.
 
-        One that exists stays as it is.
+        One that exists stays as it is. `prompt_text`: of the prompt that all trials have, if they have one.
         """
         if self.digests:
             return
         if self.start:
             with durable("start adapter"):
                 shutil.copytree(self.start[1], self.folder / _START, dirs_exist_ok=True)
-        self.keep_prompt(prompt_text)
+        if prompt_text is not None:
+            self.keep_prompt(prompt_text)
         sets.keep_public(self.folder)
         content = {
             "sweep": self.name,
@@ -169,17 +170,22 @@ class SweepFolder:
             raise InputError(path, f"is damaged ({key}: {problem}); {mend}") from None
         return content
 
-    def zero_shot(self) -> float | None:
-        """Return the base's public perplexity; None if it was not measured yet, or can't be read."""
+    def zero_shot(self) -> dict[str, float] | None:
+        """Return the base's public perplexity by prompt; None if it is not known, or can't be read."""
         try:
-            found = read_json(self.folder / _ZERO_SHOT, "").get("public_perplexity")
+            content = read_json(self.folder / _ZERO_SHOT, "")
         except (FileNotFoundError, InputError):
             return None  # it is measured again
-        return found if isinstance(found, float) and math.isfinite(found) else None
+        found = content.get("by_prompt", {"": content.get("public_perplexity")})
+        are_good = isinstance(found, dict) and all(
+            isinstance(value, float) and math.isfinite(value) for value in found.values()
+        )
+        return found if found and are_good else None
 
-    def keep_zero_shot(self, perplexity: float) -> None:
-        """Write the base's public perplexity."""
-        write_json(self.folder / _ZERO_SHOT, {"public_perplexity": perplexity})
+    def keep_zero_shot(self, by_prompt: Mapping[str, float]) -> None:
+        """Write the base's public perplexity under each prompt."""
+        lowest = min(by_prompt.values())
+        write_json(self.folder / _ZERO_SHOT, {"public_perplexity": lowest, "by_prompt": dict(by_prompt)})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: from here on the sweep is finished."""

@@ -87,11 +87,12 @@ def measure_holdout(
     sweep: SweepFolder, prepared: PreparedSweep, hosts: Hosts, best: BestAdapter
 ) -> Holdout | None:
     """Measure the holdout, if there is one and it was not done. Raises StoppedError if it can't be."""
-    if not prepared.holdout:
+    if not prepared.has_holdout:
         return None
-    adapters = [AdapterFiles.read(best.folder)]
+    examples = prepared.examples
+    requests = [(AdapterFiles.read(best.folder), examples.of(best.record.config).holdout)]
     runner_up = _runner_up(sweep, best)
-    digests = (adapters[0].digest, prepared.inputs.digests["holdout"])
+    digests = (requests[0][0].digest, prepared.inputs.digests["holdout"])
     name = runner_up.trial_id if runner_up is not None else None
     if (kept := _kept(sweep.folder / _FILE)) is not None and (kept.digests, kept.runner_up) == (
         digests,
@@ -101,11 +102,12 @@ def measure_holdout(
     if runner_up is not None:
         try:
             with best_checkpoint(Storage.at(below(sweep.storage, RAY)), runner_up) as source:
-                adapters.append(AdapterFiles.read(source / ADAPTER))
+                own = examples.of(runner_up.config).holdout
+                requests.append((AdapterFiles.read(source / ADAPTER), own))
         except CheckpointError as error:  # only the best one's must be whole
             print(f"note        the holdout is not measured for the runner-up: {error}", flush=True)
     try:
-        found = answer_of(hosts, "measure", adapters, prepared.holdout)
+        found = answer_of(hosts, "measure", requests)
     except ray.exceptions.RayError as error:
         why = first_line(getattr(error, "cause", None) or error)
         raise StoppedError(f"the holdout could not be measured ({why}); {sweep.how_to_go_on}") from error
@@ -116,7 +118,7 @@ def measure_holdout(
 
 def holdout_is_due(sweep: SweepFolder, prepared: PreparedSweep) -> bool:
     """Tell whether the holdout is still to be measured, for which a sweep needs hosts."""
-    return bool(prepared.holdout) and _kept(sweep.folder / _FILE) is None
+    return prepared.has_holdout and _kept(sweep.folder / _FILE) is None
 
 
 def _runner_up(sweep: SweepFolder, best: BestAdapter) -> TrialRecord | None:

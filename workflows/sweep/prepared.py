@@ -3,17 +3,19 @@
 Importing it loads nothing heavy; `prepare` does.
 """
 
+import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora.base.reference import base_files_digest, check_has_weights, resolve_base
 from qlora.config import InputError
 from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
+from tuning.examples import PromptedExamples, SweepExamples
 from tuning.space import Space
-from workflows.data_sets import DataSets, own_prompt, read_data
+from workflows.data_sets import DataSets, own_prompts, read_data
 from workflows.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
@@ -26,21 +28,26 @@ if TYPE_CHECKING:
 class SweepInputs:
     """A sweep's files, read once.
 
-    prompt_text: what the prompt is loaded from again. digests: of train and public examples, of the
-    prompt and, if it is local, of the base without its weights' values, by role.
+    prompts: those that trials may have, by name. digests: of train and public examples, of prompts and, if it
+    is local, of the base without its weights' values, by role.
     """
 
     sets: DataSets
-    prompt: AnyPrompt
-    prompt_text: str
+    prompts: Mapping[str, AnyPrompt]
     digests: Mapping[str, str]
+
+    @property
+    def prompt_text(self) -> str | None:
+        """Return what the prompt of all trials is loaded from again; None if they have several."""
+        texts = [prompt_text(prompt) for prompt in self.prompts.values()]
+        return texts[0] if len(texts) == 1 else None
 
 
 @dataclass(frozen=True)
 class BaseFacts:
     """The facts of a base that are known without its weights.
 
-    revision: a hub commit. template_digest: of the chat template that prompts are in, if they are in one.
+    revision: a hub commit. template_digest: of the chat template that prompts are in, if any is in one.
     max_length: tokens where examples are cut for it.
     """
 
@@ -55,23 +62,39 @@ class BaseFacts:
 class PreparedSweep:
     """The data that a sweep works on, made once.
 
-    start: the adapter that its trials go on from, if there is one. holdout: empty if there is none.
+    start: the adapter that its trials go on from, if there is one.
     """
 
     space: Space
     inputs: SweepInputs
-    train: Sequence[EncodedExample]
-    public: Sequence[EncodedExample]
+    examples: SweepExamples
     base: BaseFacts
     start: "AdapterFiles | None"
-    holdout: Sequence[EncodedExample] = ()
+
+    @property
+    def has_holdout(self) -> bool:
+        """Tell whether there are examples that nothing is chosen on."""
+        return bool(self.inputs.sets.holdout)
+
+    def prompt_of(self, config: Mapping[str, Any]) -> AnyPrompt:
+        """Return a trial's prompt."""
+        return self.inputs.prompts[self.examples.prompt_of(config)]
+
+    def planned(self) -> tuple[Sequence[EncodedExample], Sequence[EncodedExample]]:
+        """Return the train and public examples that a plan counts with: under the longest prompt, and as many
+        to train on as trials have on average.
+        """
+        found, counts = self.examples.longest(), [len(self.inputs.sets.train)]
+        if "train_examples" in self.space.search:
+            counts = [min(count, *counts) for count in self.space.values("train_examples")]
+        return found.train[: max(1, sum(counts) // len(counts))], found.public
 
     def host_data(self, budgets: Mapping[str, int]) -> "SweepData":
         """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name."""
         from tuning.host import SweepData
 
         least = min(budgets.values())
-        return SweepData(self.space, self.train, self.public, least, self.start, budgets)
+        return SweepData(self.space, self.examples, least, self.start, budgets)
 
 
 def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
@@ -87,8 +110,11 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
     if needs_weights:
         check_has_weights(reference)
     sets = read_data(space.data)
-    prompt = own_prompt(space.prompt, sets, space.loss, space.thinking)
-    digests = {**sets.digests, "prompt": prompt.digest}
+    prompts = {
+        prompt.name: prompt
+        for prompt in own_prompts(space.prompts, sets, loss=space.loss, thinking=space.thinking)
+    }
+    digests = {**sets.digests, "prompt": _digest(list(prompts.values()))}
     if files := base_files_digest(space.base_model.name):
         digests["base_files"] = files
     places = {
@@ -96,14 +122,20 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
         "train": space.data.train_name,
         "public": space.data.public_name,
         "holdout": space.data.holdout_name,
-        "prompt": str(prompt_file(prompt.name)),
+        "prompt": ", ".join(str(prompt_file(name)) for name in prompts),
     }
     for role, digest in sweep.digests.items():
         if digests.get(role) != digest:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
-    return SweepInputs(sets, prompt, prompt_text(prompt), digests)
+    return SweepInputs(sets, prompts, digests)
+
+
+def _digest(prompts: Sequence[AnyPrompt]) -> str:
+    """Return one digest of all prompts: a single one's own."""
+    digests = [prompt.digest for prompt in prompts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True) -> PreparedSweep:
@@ -126,19 +158,30 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True)
     space = sweep.space
     config, tokenizer = load_facts(space.base_model, is_packed=True, needs_weights=needs_weights)
     size = trainable_size(config, space.base_model.name)
-    check_chat(inputs.prompt, tokenizer, space.base_model.name)
+    prompts = inputs.prompts
+    for prompt in prompts.values():
+        check_chat(prompt, tokenizer, space.base_model.name)
     limit = longest_example(config, space.max_length)
     revision = base_revision(space.base_model.name)
     space = space.model_copy(update={"base_model": pinned(space.base_model)})
-    template = template_digest(tokenizer) if isinstance(inputs.prompt, ChatPrompt) else None
+    is_chat = any(isinstance(prompt, ChatPrompt) for prompt in prompts.values())
+    template = template_digest(tokenizer) if is_chat else None
     cut = (limit, length_reason(config, space.max_length))
     data, sets = space.data, inputs.sets
+
+    def encoded(prompt: AnyPrompt) -> PromptedExamples:
+        return PromptedExamples(
+            encode_examples(tokenizer, prompt, sets.train, data.train_name, *cut),
+            encode_examples(tokenizer, prompt, sets.public, data.public_name, *cut),
+            encode_examples(tokenizer, prompt, sets.holdout, data.holdout_name, *cut),
+        )
+
+    examples = SweepExamples({name: encoded(prompt) for name, prompt in prompts.items()})
+    examples.check_compare()
     return PreparedSweep(
         space,
         inputs,
-        train=encode_examples(tokenizer, inputs.prompt, sets.train, data.train_name, *cut),
-        public=encode_examples(tokenizer, inputs.prompt, sets.public, data.public_name, *cut),
+        examples,
         base=BaseFacts(size, revision, tokenizer_digest(tokenizer), template, limit),
         start=AdapterFiles.read(sweep.start[1]) if sweep.start else None,
-        holdout=encode_examples(tokenizer, inputs.prompt, sets.holdout, data.holdout_name, *cut),
     )

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.config import TrialData
 from qlora.data.chat import ChatPrompt
+from qlora.data.prompts import prompt_text
 from qlora.data.split import write_keys
 from qlora.files import write_json, write_text
 from qlora.home import PROJECT_ROOT
@@ -77,18 +79,20 @@ def register_best(
     space, digests = sweep.space, prepared.inputs.digests
     best, holdout, zero_shot = found.best, found.holdout, found.zero_shot
     perplexity, run_id = best.public_perplexity, _run_id(best, tracker)
+    prompt = prepared.prompt_of(best.record.config)
+    is_chat = isinstance(prompt, ChatPrompt)
     settings = {"base_model": space.base_model.name, "quantization": space.base_model.quantization}
     facts = {
         **settings,
         "sweep": sweep.name,
         "trial_id": ", ".join(best.weights),
-        "prompt": prepared.inputs.prompt.name,
-        "prompt_kind": "chat" if isinstance(prepared.inputs.prompt, ChatPrompt) else "template",
+        "prompt": prompt.name,
+        "prompt_kind": "chat" if is_chat else "template",
         "zero_shot_public_perplexity": repr(zero_shot),
         "train_digest": digests["train"],
-        "prompt_digest": digests["prompt"],
+        "prompt_digest": prompt.digest,
         "tokenizer_digest": prepared.base.tokenizer_digest,
-        "template_digest": prepared.base.template_digest,
+        "template_digest": prepared.base.template_digest if is_chat else None,
         "continued_from": sweep.start[0] if sweep.start else None,
         "base_revision": prepared.base.revision,
         "base_digest": base_digest,
@@ -96,10 +100,11 @@ def register_best(
         **(holdout.facts() if holdout is not None else {}),
     }
     known = {key: value for key, value in facts.items() if value}
-    card = model_card(space, best, zero_shot, digests, prepared.inputs.prompt.name)
+    card = model_card(space, best, zero_shot, digests, prompt.name)
     write_text(best.folder / "README.md", card)
-    sweep.keep_prompt(prepared.inputs.prompt_text)
-    write_keys(sweep.folder / _TRAINED_ON, prepared.inputs.sets.train)
+    sweep.keep_prompt(prompt_text(prompt))
+    trained_on = max(len(prepared.examples.of(record.config).train) for record in best.members)
+    write_keys(sweep.folder / _TRAINED_ON, prepared.inputs.sets.train[:trained_on])
     files = ModelFiles(
         adapter=best.folder,
         prompt=sweep.prompt_file,
@@ -198,7 +203,9 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
     ]
     found = {
         "trial_id": record.trial_id,
-        "config": {key: record.config[key] for key in REPORTED},
+        "config": {
+            key: record.config[key] for key in (*REPORTED, *TrialData.model_fields) if key in record.config
+        },
         "status": record.status,
         "curve": curve,
     }

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,10 +12,12 @@ import ray
 
 from qlora.base.reference import base_digest
 from qlora.config import InputError, first_line
+from qlora.data.prompts import EncodedExample
 from qlora.files import below, disk_without_space
 from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
 from tracking.sweep_tracker import SweepTracker
+from tuning.best_adapter import BestAdapter
 from tuning.checkpoints import RAY
 from tuning.device import Device
 from tuning.host_actor import UnfitNodeError
@@ -58,7 +60,7 @@ def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) ->
     """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
     prepared = prepare(sweep, inputs)
     plan = _make_plan(prepared, [device], 1) if device else None
-    print(describe_plan(prepared.space, prepared.train, prepared.public, inputs.sets.words, plan))
+    print(describe_plan(prepared.space, *_longest(prepared), inputs.sets.words, plan))
 
 
 def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: float | None) -> None:
@@ -71,8 +73,8 @@ def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: flo
         raise InputError("--on", "trials of this space ask for no GPU; add --set trials_per_gpu=auto")
     prepared = prepare(sweep, inputs, needs_weights=False)
     quick_plan, slow_plan = (_make_plan(prepared, [device], count) for device in (quick, slow))
-    space, train, public = prepared.space, prepared.train, prepared.public
-    print(describe_range(space, train, public, inputs.sets.words, quick_plan, slow_plan, price))
+    space, words = prepared.space, inputs.sets.words
+    print(describe_range(space, *_longest(prepared), words, quick_plan, slow_plan, price))
 
 
 def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> None:
@@ -88,7 +90,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     asked = check_nodes(started.shares, needs)
     check_room(sweep.storage, int(plan.mean_disk_bytes * _share_to_come(sweep)))
     words = inputs.sets.words
-    print(describe_plan(sweep.space, prepared.train, prepared.public, words, plan, len(devices)), flush=True)
+    print(describe_plan(sweep.space, *_longest(prepared), words, plan, len(devices)), flush=True)
     sweep.claim(inputs.digests, inputs.prompt_text, inputs.sets)
     resume_with(sweep.how_to_go_on)
     shares = sweep.space.trial_shares(plan.trials)
@@ -105,15 +107,19 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         with _record_needed(sweep):
             describe(sweep, prepared, devices[0].name, tracker)
         with tracker.system_metrics():
-            zero_shot = metrics["zero_shot_public_perplexity"] = _zero_shot(sweep, measured)
-            print(f"\nzero-shot   public perplexity {zero_shot:.4f}", flush=True)
-            known = KnownBase(zero_shot, prepared.base.size.hidden)
+            by_prompt = _zero_shot(sweep, measured)
+            print(f"\nzero-shot   public perplexity {_of_prompts(by_prompt)}", flush=True)
+            metrics["zero_shot_public_perplexity"] = min(by_prompt.values())
+            known = KnownBase(min(by_prompt.values()), prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
             holdout = measure_holdout(sweep, prepared, hosts, best)
+            own_prompt = prepared.examples.prompt_of(best.record.config)
+            zero_shot = by_prompt.get(own_prompt, min(by_prompt.values()))
+            metrics["zero_shot_public_perplexity"] = zero_shot
             found = Found(records, best, holdout, zero_shot)
             seconds = time.monotonic() - started.began
             work = _tell_how_it_went(sweep, hosts, plan, found, averages, seconds)
@@ -121,7 +127,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             metrics |= _closing_metrics(found) | {"system/gpu_seconds": work["spent"]["gpu_seconds"]}
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
-                proof = partial(_proof, worker, prepared)
+                proof = partial(_proof, worker, prepared, best)
                 registered = register_best(sweep, prepared, found, tracker, ray.get(digest), proof)
                 summary = {**summarise(sweep, found, tracker, registered), **work}
                 publish(sweep, prepared, summary, found, seconds, devices[0].name, tracker)
@@ -141,8 +147,24 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     sweep.finish(summary)
 
 
-def _proof(worker: Worker, prepared: PreparedSweep, model_uri: str, expected: float) -> None:
-    prove(worker, model_uri, prepared.space.base_model, prepared.public, expected)
+def _proof(
+    worker: Worker, prepared: PreparedSweep, best: BestAdapter, model_uri: str, expected: float
+) -> None:
+    public = prepared.examples.of(best.record.config).public
+    prove(worker, model_uri, prepared.space.base_model, public, expected)
+
+
+def _longest(prepared: PreparedSweep) -> tuple[Sequence[EncodedExample], Sequence[EncodedExample]]:
+    """Return the train and public examples under the prompt that takes most tokens, for people."""
+    longest = prepared.examples.longest()
+    return longest.train, longest.public
+
+
+def _of_prompts(by_prompt: Mapping[str, float]) -> str:
+    """Write the figures of prompts, naming these where there are several."""
+    if len(by_prompt) == 1:
+        return f"{next(iter(by_prompt.values())):.4f}"
+    return ", ".join(f"{value:.4f} ({name})" for name, value in by_prompt.items())
 
 
 def _closing_metrics(found: Found) -> dict[str, float]:
@@ -225,7 +247,7 @@ def _is_run(sweep: SweepFolder, records: list[TrialRecord]) -> bool:
 
 def _make_plan(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
     size = prepared.base.size
-    return make_sweep_plan(prepared.space, prepared.train, prepared.public, size, devices, num_devices)
+    return make_sweep_plan(prepared.space, *prepared.planned(), size, devices, num_devices)
 
 
 def _found_devices(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> list[Device]:
@@ -256,21 +278,22 @@ def _ask_zero_shot(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -
     return [] if sweep.zero_shot() is not None else ask_all_devices(hosts, shares, "zero_shot")
 
 
-def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> float:
-    """Return the base's public perplexity, measured once a sweep."""
+def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> dict[str, float]:
+    """Return the base's public perplexity under each prompt, measured once a sweep."""
     if measured:
-        found = mean_perplexity(_first_good(measured))
-        if not math.isfinite(found):
-            raise FailedError(
-                f"the base alone has public perplexity {found}: its weights or dtype are no good"
-            )
+        found = {name: mean_perplexity(values) for name, values in _first_good(measured).items()}
+        for value in found.values():
+            if not math.isfinite(value):
+                raise FailedError(
+                    f"the base alone has public perplexity {value}: its weights or dtype are no good"
+                )
         sweep.keep_zero_shot(found)
     known = sweep.zero_shot()
     assert known is not None, "it was kept"
     return known
 
 
-def _first_good(questions: Sequence[Any]) -> list[float]:
+def _first_good(questions: Sequence[Any]) -> dict[str, list[float]]:
     """Return the first answer, of those at hand the first by their order; the other questions are dropped.
 
     Raises the last error if no host answers.

@@ -35,7 +35,7 @@ def status(name: str, now: float) -> str:
         until = max(ended, default=now) if all(record.has_ended for record in records) else now
         num_trials = sweep.space.num_trials + Orders(sweep.place).added
         words = [
-            table(records, zero_shot, limit=len(records)),
+            table(records, min(zero_shot.values()), limit=len(records)),
             headline(records, num_trials, max(0.0, until - began)),
             spending(spent_so_far(sweep.folder), sweep.space.budget, sweep.space.wants_gpu),
         ]
@@ -98,6 +98,9 @@ def ask_for_clone(name: str, trial_id: str, overrides: list[str], is_warm: bool)
         if is_warm and any(key in settings for key in changed):
             raise InputError("--warm", f"an adapter keeps its {', '.join(changed)}; leave that as it is")
         validated("--set", lambda: space.trial_settings(settings))
+        if "prompt" in settings and settings["prompt"] not in space.prompts:
+            known = ", ".join(map(str, space.prompts))
+            raise InputError("--set", f"prompt {settings['prompt']} is not among the sweep's: {known}")
         added = _added(sweep, 1)
         order = Order(kind="clone", trial_id=trial_id, settings=settings, is_warm=is_warm)
         give_order(sweep.place, order)
