@@ -55,6 +55,8 @@ class AverageReport:
     @property
     def name(self) -> str:
         """Return what people call it."""
+        if len(self.members) == 1:
+            return f"the average of two checkpoints of trial {self.members[0]}"
         return f"the average of trials {' and '.join([', '.join(self.members[:-1]), self.members[-1]])}"
 
 

@@ -58,7 +58,8 @@ def trained(data, tmp_path):
         points = run(host, f"t{number}", {"learning_rate": 0.01, **config}, tmp_path)
         folder = tmp_path / "ray" / f"t{number}" / "checkpoint_000001"
         shutil.copytree(tmp_path / f"t{number}-{points[-1]['step']}", folder)
-        found.append(Finalist(f"t{number}", points[-1]["public_perplexity"], str(folder), "default"))
+        last = points[-1]
+        found.append(Finalist(f"t{number}", last["step"], last["public_perplexity"], str(folder), "default"))
     return host, sorted(found, key=lambda one: one.public_perplexity), Storage.at(str(tmp_path / "ray"))
 
 
@@ -83,16 +84,11 @@ def test_members_are_added_while_the_average_gets_better(data, trained, tmp_path
     host, found, storage = trained
     base, adapters = data.space.base_model.name, [Path(one.checkpoint) / ADAPTER for one in found]
     chosen, lowest = [0], found[0].public_perplexity
-    while True:
-        values = {
-            i: by_merging(base, [adapters[j] for j in (*chosen, i)], data.examples.of({}).public)
-            for i in range(3)
-        }
-        others = [i for i in values if i not in chosen]
-        if not others or min(values[i] for i in others) >= lowest:
-            break
-        chosen.append(min(others, key=values.get))
-        lowest = values[chosen[-1]]
+    for i in (1, 2):
+        together = [adapters[j] for j in (*chosen, i)]
+        value = by_merging(base, together, data.examples.of({}).public)
+        if value < lowest:
+            chosen, lowest = [*chosen, i], value
     soup, files = host.soup(storage, found, 10)
     assert len(chosen) > 1, "or nothing is shown"
     assert list(soup.weights) == [found[i].trial_id for i in chosen]
@@ -174,6 +170,26 @@ def test_finalists_are_the_best_that_ended_by_themselves(trained):
     ] == ["t0", "t1"]
 
 
+def test_both_checkpoints_of_a_trial_are_finalists(trained):
+    """The newest need not be the best, and what is far off is none."""
+    host, found, storage = trained
+    best = found[0]
+    for number, step in ((2, 30), (3, 36)):
+        folder = Path(best.checkpoint).with_name(f"checkpoint_{number:06d}")
+        shutil.copytree(best.checkpoint, folder)
+        position = json.loads((folder / "position.json").read_text())
+        (folder / "position.json").write_text(json.dumps({**position, "step": step}))
+    curve = [(best.step, 5.0), (30, 5.1), (36, 9.0)]
+    points = tuple({"step": step, "epoch": 1.0, "public_perplexity": value} for step, value in curve)
+    records = [TrialRecord(best.trial_id, {}, "finished", points)]
+    listed = finalists(records, SweepExamples({"default": PromptedExamples([], [])}), storage)
+    assert [(one.step, one.public_perplexity) for one in listed] == [(best.step, 5.0), (30, 5.1)]
+    (Path(listed[1].checkpoint) / ADAPTER / "adapter_model.safetensors").write_bytes(b"")
+    host.soup(storage, listed, 10)
+    said = f"trial {best.trial_id}: its checkpoint of step 30 is damaged; it is in no average"
+    assert said in host.notes()
+
+
 def test_averages_are_a_small_share_of_the_sweep():
     """It counts forward passes: training a token is three of them."""
     train, public = random_examples(30, seed=1), random_examples(10, seed=2)
@@ -249,7 +265,13 @@ def test_an_average_that_wins_is_registered_as_what_it_is(project, tiny_base, sw
     )
     card = (project / best["checkpoint"] / "README.md").read_text()
     assert f"LoRA adapter of the average of trials {names}" in card
-    folders = [best_checkpoint(project, trial) for trial in best["trial_ids"]]
+    folders = [checkpoint(project, one["trial_id"], one["step"]) for one in best["members"]]
+    assert len(folders) > len(best["trial_ids"]), "both of a trial's checkpoints may be members"
+    shares = {trial: 0.0 for trial in best["trial_ids"]}
+    for one in best["members"]:
+        assert one["weight"] == pytest.approx(1 / len(folders))
+        shares[one["trial_id"]] += one["weight"]
+    assert list(shares.values()) == pytest.approx(best["weights"])
     examples = encoded(project, tiny_base, "asked.json")
     expected = by_merging(str(tiny_base), folders, examples)
     assert best["public_perplexity"] == pytest.approx(expected, rel=1e-4)
@@ -273,7 +295,9 @@ def test_a_holdout_is_measured_for_the_best_adapter_and_its_runner_up(project, t
     }
     second = held["runner_up"]
     assert second["trial_id"] == min(alone, key=alone.get)
-    found = in_peft(str(tiny_base), best_checkpoint(project, second["trial_id"]), examples)
+    (path,) = (project / "results/seeds/trials").glob(f"*-{second['trial_id']}.json")
+    step = min(json.loads(path.read_text())["curve"], key=lambda point: point["public_perplexity"])["step"]
+    found = in_peft(str(tiny_base), checkpoint(project, second["trial_id"], step), examples)
     assert second["perplexity"] == pytest.approx(found, rel=1e-4)
     assert held["difference"]["mean"] == pytest.approx(held["perplexity"] - second["perplexity"])
     overlap = "8 examples, instruction + output; 8 of them ask what a training or public example asks"
@@ -317,10 +341,7 @@ def test_a_holdout_is_measured_once(project, sweep, monkeypatch):
     write_json(folder.folder / "holdout.json", content)
 
 
-def best_checkpoint(project: Path, trial: str) -> Path:
-    (path,) = (project / "results/seeds/trials").glob(f"*-{trial}.json")
-    curve = json.loads(path.read_text())["curve"]
-    step = min(curve, key=lambda point: point["public_perplexity"])["step"]
+def checkpoint(project: Path, trial: str, step: int) -> Path:
     for folder in (project / "results/seeds/ray" / trial).glob("checkpoint_*"):
         if json.loads((folder / "position.json").read_text())["step"] == step:
             return folder / ADAPTER

@@ -69,6 +69,10 @@ class TrialRecord:
         finite = [point for point in self.curve if math.isfinite(point["public_perplexity"])]
         return min(finite, key=lambda point: point["public_perplexity"], default=None)
 
+    def point_at(self, step: int) -> dict[str, float] | None:
+        """Return the point of the curve at a step; None if there is none."""
+        return next((point for point in self.curve if point["step"] == step), None)
+
     @property
     def has_ended(self) -> bool:
         """Tell whether nothing is left to do."""

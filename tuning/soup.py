@@ -1,9 +1,10 @@
 """Owns a sweep's soup: the average of its finalists' adapters that is better than each of them, if one is.
 
 Trials that end near each other leave adapters that err differently; the mean of their updates often predicts
-better than the best of them and costs no training. Members are chosen greedily on the public examples: to the
-best adapter is added whichever other lowers the perplexity of the average most, until none does. What is
-measured is what would be registered: an average whose rank no GPU takes is first brought to one that fits.
+better than the best of them and costs no training. So do the checkpoints of one trial: each trial has two.
+Members are chosen greedily on the public examples: from the best checkpoint down, each is added that lowers
+the perplexity of the average. What is measured is what would be registered: an average whose rank no GPU
+takes is first brought to one that fits.
 
 Refuses to know how averages are made (qlora.lora.average) and how hosts are found.
 
@@ -28,12 +29,12 @@ from qlora.lora.average import Update, attach_update, mean_update, rank_of, read
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.lora.products import MAX_GPU_RANK
 from qlora.perplexity import mean_perplexity
-from tuning.checkpoints import Storage, checkpoint_paths
+from tuning.checkpoints import Storage
 from tuning.examples import SweepExamples
 from tuning.ledger import TrialRecord, ranked
 from tuning.shared_work import SharedWork
 
-_FINALISTS = 6
+_FINALISTS = 12
 _FARTHEST = 1.15  # from the best perplexity: what is farther off was never seen to help
 _SHARE = 0.04  # of a sweep's work that averages may cost; reading and averaging adapters comes to it
 _BACKWARD = 2  # a training pass is a forward, as an evaluation is, and a backward of twice that
@@ -43,36 +44,59 @@ _FOLDER, _FACTS = "soup", "soup.json"
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trial that may be a member: its public perplexity at its best checkpoint, and where that is kept.
+    """A checkpoint of a trial that may be a member: its step, its public perplexity, and where it is kept.
 
-    prompt: the name of the one that it was trained under.
+    prompt: the name of the one that its trial was trained under.
     """
 
     trial_id: str
+    step: int
     public_perplexity: float
     checkpoint: str
     prompt: str
+
+    @property
+    def name(self) -> str:
+        """Return what tells it from others of a sweep."""
+        return f"{self.trial_id} at {self.step}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint of a trial that an average is made of, and its weight."""
+
+    trial_id: str
+    step: int
+    weight: float
 
 
 @dataclass(frozen=True)
 class Soup:
     """Tells what averaging came to.
 
-    finalists: the perplexity of each trial that could be a member. measured: how many averages were.
-    weights: of each member, by trial, summing to 1; empty if no average beats the best trial. perplexities:
-    of each public example. rank: of the adapter. lost: the share of perplexity that bringing it to this rank
-    cost. digest: of the adapter's files.
+    finalists: the perplexity of each checkpoint that could be a member. measured: how many averages were.
+    members: with weights that sum to 1; none if no average beats the best trial. perplexities: of each public
+    example. rank: of the adapter. lost: the share of perplexity that bringing it to this rank cost. digest:
+    of the adapter's files.
     """
 
     finalists: dict[str, float]
     measured: int
     seconds: float
-    weights: dict[str, float]
+    members: tuple[Member, ...]
     public_perplexity: float | None = None
     perplexities: tuple[float, ...] = ()
     rank: int = 0
     lost: float = 0.0
     digest: str = ""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the share of each trial, all of its checkpoints together."""
+        shares: dict[str, float] = {}
+        for member in self.members:
+            shares[member.trial_id] = shares.get(member.trial_id, 0.0) + member.weight
+        return shares
 
     def beats(self, public_perplexity: float) -> bool:
         """Tell whether there is an average that is better than this."""
@@ -83,25 +107,29 @@ _SOUP = TypeAdapter(Soup)
 
 
 def finalists(records: Sequence[TrialRecord], examples: SweepExamples, storage: Storage) -> list[Finalist]:
-    """Return the trials that may be members, the best first: finished and stopped ones near the best.
+    """Return the checkpoints that may be members, the best first: those near the best one.
 
-    They have the best one's prompt, which an adapter is served with.
+    Their trials have finished or were stopped, and have the best one's prompt, which an adapter is served
+    with.
     """
     there = [one for one in ranked(records) if one.best and one.status in ("finished", "stopped")]
     prompts = [examples.prompt_of(one.config) for one in there]
     there = [one for one, prompt in zip(there, prompts, strict=True) if prompt == prompts[0]]
-    paths = checkpoint_paths(storage, {record.trial_id: record for record in there[:_FINALISTS]})
-    found = [
-        Finalist(record.trial_id, record.best["public_perplexity"], paths[record.trial_id], prompts[0])
-        for record in there[:_FINALISTS]
-        if record.best and record.trial_id in paths
-    ]
-    return [one for one in found if one.public_perplexity <= _FARTHEST * found[0].public_perplexity]
+    found = []
+    for record in there[:_FINALISTS]:
+        known = {int(point["step"]): point["public_perplexity"] for point in record.curve}
+        for stored in storage.checkpoints(storage.folder_of(record.trial_id)):
+            if stored.index >= 0 and stored.step in known:
+                value = known[stored.step]
+                found.append(Finalist(record.trial_id, stored.step, value, stored.path, prompts[0]))
+    found.sort(key=lambda one: one.public_perplexity)
+    near = [one for one in found if one.public_perplexity <= _FARTHEST * found[0].public_perplexity]
+    return near[:_FINALISTS]
 
 
 def perplexities_of(found: Sequence[Finalist]) -> dict[str, float]:
-    """Return the finalists' perplexities by trial: what tells whether averages are still those of a sweep."""
-    return {one.trial_id: one.public_perplexity for one in found}
+    """Return the finalists' perplexities: what tells whether averages are still those of a sweep."""
+    return {one.name: one.public_perplexity for one in found}
 
 
 def affordable_averages(records: Sequence[TrialRecord], examples: SweepExamples) -> int:
@@ -136,20 +164,21 @@ def find_soup(
             except CheckpointError:
                 if one is found[0]:
                     raise
-                work.note(f"trial {one.trial_id}: its best checkpoint is damaged; it is in no average")
+                which = "best checkpoint" if _is_best(one, found) else f"checkpoint of step {one.step}"
+                work.note(f"trial {one.trial_id}: its {which} is damaged; it is in no average")
                 continue
-            members[one.trial_id] = read_update(folder / ADAPTER, work.bank.device)
+            members[one.name] = read_update(folder / ADAPTER, work.bank.device)
     bench = _Bench(work, public, members, most)
     chosen, best = bench.choose(found[0].public_perplexity)
     competed = perplexities_of(found)
     if best is None:
-        return Soup(competed, bench.measured, time.monotonic() - started, {}), None
+        return Soup(competed, bench.measured, time.monotonic() - started, ()), None
     adapter = bench.adapter_files(chosen)
     soup = Soup(
         finalists=competed,
         measured=bench.measured,
         seconds=time.monotonic() - started,
-        weights={trial_id: 1 / len(chosen) for trial_id in chosen},
+        members=tuple(Member(one.trial_id, one.step, 1 / len(chosen)) for one in found if one.name in chosen),
         public_perplexity=best.public_perplexity,
         perplexities=tuple(best.perplexities),
         rank=best.rank,
@@ -178,7 +207,7 @@ def kept_soup(folder: Path, found: Sequence[Finalist]) -> Soup | None:
         soup = _SOUP.validate_python(read_json(folder / _FOLDER / _FACTS, ""))
         if soup.finalists != perplexities_of(found):
             return None
-        if soup.weights and AdapterFiles.read(soup_adapter(folder)).digest != soup.digest:
+        if soup.members and AdapterFiles.read(soup_adapter(folder)).digest != soup.digest:
             return None
     except (OSError, InputError, ValidationError):
         return None  # it is measured again
@@ -188,6 +217,11 @@ def kept_soup(folder: Path, found: Sequence[Finalist]) -> Soup | None:
 def soup_adapter(folder: Path) -> Path:
     """Return the PEFT folder of a sweep's best average."""
     return folder / _FOLDER / ADAPTER
+
+
+def _is_best(finalist: Finalist, found: Sequence[Finalist]) -> bool:
+    """Tell whether no other checkpoint of a finalist's trial is better."""
+    return finalist is next(one for one in found if one.trial_id == finalist.trial_id)
 
 
 @dataclass(frozen=True)
@@ -214,23 +248,21 @@ class _Bench:
         self.measured = 0
 
     def choose(self, alone: float) -> tuple[tuple[str, ...], _Average | None]:
-        """Add members to the first, whose perplexity is `alone`, while an average gets better by it."""
-        names = list(self._members)
-        chosen: tuple[str, ...] = (names[0],)
+        """Add to the first member, whose perplexity is `alone`, each that makes the average better."""
+        first, *others = self._members
+        chosen: tuple[str, ...] = (first,)
         best, lowest = None, alone
-        while others := [name for name in names if name not in chosen and self._fits((*chosen, name))]:
-            is_one_reduced = any(self._is_reduced((*chosen, name)) for name in others)
-            room = self._left - is_one_reduced  # what that costs is measured, too
-            tried = {(*chosen, name): self._measure((*chosen, name)) for name in others[: max(0, room)]}
-            if not tried:
-                break
-            together = min(tried, key=lambda one: tried[one].public_perplexity)
-            if tried[together].public_perplexity >= lowest:
-                break
-            found = self._with_loss(together, tried[together])
-            if found.lost >= _MOST_LOST:
-                break
-            chosen, best, lowest = together, found, found.public_perplexity
+        for name in others:
+            together = (*chosen, name)
+            needed = 1 + self._is_reduced(together)  # what that costs is measured, too
+            if self._rank(together) > MAX_RANK or needed > self._left:
+                continue
+            found = self._measure(together)
+            if found.public_perplexity >= lowest:
+                continue
+            found = self._with_loss(together, found)
+            if found.lost < _MOST_LOST:
+                chosen, best, lowest = together, found, found.public_perplexity
         return chosen, best
 
     def adapter_files(self, names: Sequence[str]) -> AdapterFiles:
@@ -243,9 +275,6 @@ class _Bench:
 
     def _rank(self, names: Sequence[str]) -> int:
         return sum(rank_of(self._members[name]) for name in names)
-
-    def _fits(self, names: Sequence[str]) -> bool:
-        return self._rank(names) <= MAX_RANK
 
     def _is_reduced(self, names: Sequence[str]) -> bool:
         return self._rank(names) > self._most_rank

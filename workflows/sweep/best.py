@@ -91,5 +91,5 @@ def _words(soup: Soup, best: BestAdapter) -> str:
     rank = f"rank {soup.rank}" + (f", which costs {soup.lost:.2%}" if soup.lost else "")
     return (
         f"of {', '.join(soup.weights)}: public perplexity {best.public_perplexity:.4f}, {gain:.2%} below the "
-        f"best trial's; {rank} ({cost})"
+        f"best trial's; {len(soup.members)} checkpoints, {rank} ({cost})"
     )

@@ -31,6 +31,8 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
 
 
 def _named(best: Mapping[str, Any]) -> str:
+    if best["trial_id"] is None and len(best["trial_ids"]) == 1:
+        return f"average of two checkpoints of trial {best['trial_ids'][0]}"
     if best["trial_id"] is None:
         return f"average of trials {', '.join(best['trial_ids'])}"
     return f"trial {best['trial_id']}"

@@ -49,11 +49,17 @@ def model_card(
     title = f"trial {names}" if best.soup is None else f"the average of trials {names}"
     base, revision = split_revision(space.base_model.name)
     named = f"{base}\nbase_model_revision: {revision}" if revision else base
-    heads = ["setting", *(["value"] if best.soup is None else best.weights)]
-    rows = [[key, *(record.config[key] for record in best.members)] for key in best.record.config]
+    heads, columns = ["setting", "value"], [(best.record, best.record.best)]
     if best.soup is not None:
-        rows.insert(0, ["weight", *(f"{weight:.4g}" for weight in best.weights.values())])
-    epochs = [f"{record.best['epoch']:g}" for record in best.members if record.best]
+        records = {record.trial_id: record for record in best.members}
+        columns = [
+            (records[one.trial_id], records[one.trial_id].point_at(one.step)) for one in best.soup.members
+        ]
+        heads = ["setting", *(one.trial_id for one in best.soup.members)]
+    rows = [[key, *(record.config[key] for record, _ in columns)] for key in best.record.config]
+    if best.soup is not None:
+        rows.insert(0, ["weight", *(f"{one.weight:.4g}" for one in best.soup.members)])
+    epochs = [f"{point['epoch']:g}" if point else "" for _, point in columns]
     lines = [heads, ["---"] * len(heads), *rows, ["epochs of the checkpoint", *epochs]]
     settings = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return f"""---

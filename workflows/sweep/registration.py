@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ def summarise(
             "trial_id": best.record.trial_id if best.soup is None else None,
             "trial_ids": list(best.weights),
             "weights": list(best.weights.values()),
+            "members": [asdict(member) for member in best.soup.members] if best.soup else None,
             "public_perplexity": best.public_perplexity,
             "checkpoint": str(best.folder.relative_to(sweep.folder.parent.parent)),
             "model_uri": registered.model_uri,
