@@ -110,6 +110,10 @@ class BeamSearcher:
                 self._kept = None
                 torch.cuda.empty_cache()
 
+    def release(self) -> None:
+        """Give back what is kept from one call to the next."""
+        self._kept, self._prefix, self._prefix_tokens = None, None, ()
+
     def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Search for all prompts, longest first; yield name and new tokens of each, as they are done."""
         prefix = self._prefix_of([tuple(prompt) for prompt in prompts])

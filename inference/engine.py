@@ -156,13 +156,16 @@ def make_engine(
     decoding: DecodingSettings,
     attention: str | None = None,
     end_tokens: Sequence[int] = (),
+    *,
+    is_lent: bool = False,
 ) -> Engine:
     """Make the engine for a loaded model.
 
     It is the search, which replaces modules of the model by faster ones, unless its settings or the model
     need `transformers.generate`; then the engine's name says why. Outputs end at the tokenizer's EOS, with
     which answers end in training, as well as where the model's generation config says, and at `end_tokens`.
-    `attention` is the model's own, if other engines work with the same model.
+    `attention` is the model's own, if other engines work with the same model. One that is lent keeps its
+    modules: it goes on training.
     """
     known = _as_tuple(model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id, *end_tokens]))
@@ -184,7 +187,8 @@ def make_engine(
             attention=attention,
         )
     name = f"beam engine, {describe_weights(model)}"
-    quicken(model)
+    if not is_lent:
+        quicken(model)
     return BeamEngine(searcher=BeamSearcher(model, rules, decoding.seed), tokenizer=tokenizer, name=name)
 
 

@@ -23,6 +23,8 @@ _COLUMNS = {
     "aliases": "aliases",
     "public_perplexity": "public ppl",
     "zero_shot_public_perplexity": "zero-shot",
+    "objective": "objective",
+    "objective_value": "its value",
     "public_digest": "measured on",
     "base_model": "base",
     "sweep": "sweep",
@@ -59,8 +61,10 @@ def main() -> None:
 
 def table(versions: list[dict[str, str]]) -> str:
     """Versions side by side; only those with the same `measured on` can be compared."""
-    rows = [list(_COLUMNS.values())]
-    rows += [[_cell(key, version.get(key, "-")) for key in _COLUMNS] for version in versions]
+    judged = any("objective" in version for version in versions)
+    columns = [key for key in _COLUMNS if judged or not key.startswith("objective")]
+    rows = [[_COLUMNS[key] for key in columns]]
+    rows += [[_cell(key, version.get(key, "-")) for key in columns] for version in versions]
     return aligned(rows)
 
 

@@ -35,16 +35,23 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial's public perplexity over the percent of its own schedule."""
+    """A trial's curve of what trials are ranked by, over the percent of its own schedule."""
 
     name: str
     percents: Sequence[float]
-    perplexities: Sequence[float]
+    values: Sequence[float]
     was_stopped: bool
     is_best: bool
 
 
-def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bool = True) -> str:
+def learning_curves(
+    curves: Sequence[Curve],
+    zero_shot: float,
+    start_at_base: bool = True,
+    quantity: str = "public perplexity",
+    *,
+    is_logarithmic: bool = True,
+) -> str:
     """Draw all trials, the best one in front, with a cross where one was stopped early.
 
     Curves begin at the base if that is where the trials start.
@@ -60,7 +67,7 @@ def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bo
             first = ([0.0], [zero_shot]) if start_at_base else ([], [])
             axes.plot(
                 [*first[0], *curve.percents],
-                [*first[1], *curve.perplexities],
+                [*first[1], *curve.values],
                 color=colour,
                 linewidth=2.4 if curve.is_best else 1.2,
                 marker="o",
@@ -71,7 +78,7 @@ def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bo
             if curve.was_stopped and curve.percents:
                 axes.plot(
                     curve.percents[-1:],
-                    curve.perplexities[-1:],
+                    curve.values[-1:],
                     marker="x",
                     markersize=8,
                     color=_STOPPED,
@@ -79,8 +86,9 @@ def learning_curves(curves: Sequence[Curve], zero_shot: float, start_at_base: bo
                 )
         axes.plot([], [], color=_OTHER, marker="o", markersize=3, label="ran to its end")
         axes.plot([], [], color=_STOPPED, marker="x", markersize=8, markeredgewidth=2, label="stopped early")
-        _logarithmic(axes)
-        axes.set(xlabel="percent of a trial's own schedule", ylabel="public perplexity", xlim=(0, 103))
+        if is_logarithmic:
+            _logarithmic(axes)
+        axes.set(xlabel="percent of a trial's own schedule", ylabel=quantity, xlim=(0, 103))
         figure.legend(loc="outside upper center", ncols=4, fontsize=9)
         return _svg(figure)
 
@@ -109,24 +117,27 @@ def epoch_curves(curves: Mapping[str, Sequence[tuple[float, float]]], quantity: 
 def parallel_coordinates(
     columns: Mapping[str, Sequence[float]],
     labels: Mapping[str, Mapping[float, str]],
-    perplexities: Sequence[float],
+    values: Sequence[float],
     best: int,
+    quantity: str = "public perplexity",
+    more_is_better: bool = False,
+    *,
+    is_logarithmic: bool = True,
 ) -> str:
-    """Draw one line a trial through an axis for each parameter to its best public perplexity.
+    """Draw one line a trial through an axis for each parameter to the best that it reached of a quantity.
 
-    columns: each trial's place on an axis, from 0 to 1; labels: what stands where. The last axis is
-    logarithmic. best: the trial drawn in front.
+    columns: each trial's place on an axis, from 0 to 1; labels: what stands where. is_logarithmic: of the
+    last axis. best: the trial drawn in front.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(8, 3.8)
-        logs = [math.log(value) for value in perplexities]
-        low, high = min(logs), max(logs)
-        heights = [(value - low) / (high - low or 1.0) for value in logs]
+        scaled = [math.log(value) for value in values] if is_logarithmic else list(values)
+        low, high = min(scaled), max(scaled)
+        heights = [(value - low) / (high - low or 1.0) for value in scaled]
         places = [*columns.values(), heights]
-        for trial in sorted(
-            range(len(perplexities)), key=lambda trial: (trial == best, -perplexities[trial])
-        ):
-            colour = _BEST if trial == best else mpl.colormaps["viridis"](0.1 + 0.7 * (1 - heights[trial]))
+        goodness = heights if more_is_better else [1 - height for height in heights]
+        for trial in sorted(range(len(values)), key=lambda trial: (trial == best, goodness[trial])):
+            colour = _BEST if trial == best else mpl.colormaps["viridis"](0.1 + 0.7 * goodness[trial])
             axes.plot(
                 range(len(places)),
                 [column[trial] for column in places],
@@ -134,14 +145,14 @@ def parallel_coordinates(
                 linewidth=2.6 if trial == best else 1.1,
                 alpha=1.0 if trial == best else 0.7,
             )
-        ends = {0.0: f"{min(perplexities):.4g}", 1.0: f"{max(perplexities):.4g}"}
+        ends = {0.0: f"{min(values):.4g}", 1.0: f"{max(values):.4g}"}
         for x, marks in enumerate([*(labels[name] for name in columns), ends]):
             axes.axvline(x, color=_INK, linewidth=0.8)
             for place, text in marks.items():
                 axes.annotate(
                     text, (x, place), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center"
                 )
-        axes.set_xticks(range(len(places)), [*columns, "public\nperplexity"])
+        axes.set_xticks(range(len(places)), [*columns, quantity.replace(" ", "\n")])
         axes.set_yticks([])
         axes.set(ylim=(-0.06, 1.06), xlim=(-0.1, len(places) - 0.6))
         axes.spines[:].set_visible(False)

@@ -15,7 +15,16 @@ from qlora.files import write_text
 from reporting.charts import Curve, importance_bars, learning_curves, parallel_coordinates
 from reporting.html import facts, figure, number, page, table, text
 from reporting.intervals import bootstrap_interval
-from reporting.verdicts import AverageReport, HoldoutReport, TrialReport, outlook, ranked, verdict
+from reporting.verdicts import (
+    PERPLEXITY,
+    AverageReport,
+    HoldoutReport,
+    Measure,
+    TrialReport,
+    outlook,
+    ranked,
+    verdict,
+)
 
 _LOGARITHMIC = {"learning_rate", "lora_r", "lora_alpha"}
 _FEWEST_TRIALS = 8  # to say which parameter mattered
@@ -25,10 +34,11 @@ _FEWEST_TRIALS = 8  # to say which parameter mattered
 class SweepReport:
     """The content of a sweep's page.
 
-    zero_shot: the base's perplexity. epochs_saved: the share of full-length epochs that early stopping did
-    not run. registration: what became of the best adapter. facts: to print (settings, digests, versions,
-    hardware). starts_at_base: whether fresh adapters were trained, which equal the base at first. links:
-    pages of the tracking server, by name. average: if one is best. holdout: if there is one.
+    zero_shot: the base's figure, of the measure that trials are ranked by. epochs_saved: the share of
+    full-length epochs that early stopping did not run. registration: what became of the best adapter. facts:
+    to print (settings, digests, versions, hardware). starts_at_base: whether fresh adapters were trained,
+    which equal the base at first. links: pages of the tracking server, by name. average: if one is best.
+    holdout: if there is one.
     """
 
     name: str
@@ -42,10 +52,11 @@ class SweepReport:
     links: Mapping[str, str] = field(default_factory=dict)
     average: AverageReport | None = None
     holdout: HoldoutReport | None = None
+    measure: Measure = PERPLEXITY
 
 
 def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
-    """Return the share of each searched parameter in explaining the first perplexity of each trial.
+    """Return the share of each searched parameter in explaining the first figure of each trial.
 
     There all trials had spent the same share of their schedules. Permutation importance in a forest of
     regression trees; empty for too few trials. Source: Breiman 2001, https://doi.org/10.1023/A:1010933404324.
@@ -58,7 +69,8 @@ def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
     from sklearn.inspection import permutation_importance
 
     inputs = np.array([_places(seen, name)[0] for name in names]).T
-    targets = np.log([trial.curve[0][1] for trial in seen])
+    firsts = [trial.curve[0][1] for trial in seen]
+    targets = np.array(firsts) if seen[0].more_is_better or min(firsts) <= 0 else np.log(firsts)
     forest = RandomForestRegressor(300, random_state=0).fit(inputs, targets)
     found = permutation_importance(
         forest, inputs, targets, n_repeats=20, random_state=0
@@ -77,19 +89,20 @@ def _page(sweep: SweepReport) -> str:
     seen = [trial for trial in order if trial.curve]
     names = _searched(seen)
     stopped = sum(trial.status == "stopped" and not trial.is_cut for trial in sweep.trials)
+    told = verdict(sweep.trials, sweep.zero_shot, sweep.average, sweep.measure)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
-        f'<p class="verdict">{text(verdict(sweep.trials, sweep.zero_shot, sweep.average))}</p>',
-        f"<p>{text(outlook(sweep.trials, sweep.average, sweep.holdout))}</p>",
+        f'<p class="verdict">{text(told)}</p>',
+        f"<p>{text(outlook(sweep.trials, sweep.average, sweep.holdout, sweep.measure))}</p>",
         f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them "
         f"and saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
         _links(sweep.links),
         "<h2>Ranking</h2>",
-        _table(order, names),
+        _table(order, names, sweep.measure),
         "<h2>Learning curves</h2>",
         _curves(sweep, seen),
         "<h2>Settings and results</h2>",
-        _coordinates(seen, names),
+        _coordinates(seen, names, sweep.measure),
         "<h2>What mattered</h2>",
         _importance(sweep.trials, len(seen)),
         "<h2>Facts</h2>",
@@ -111,18 +124,26 @@ def _curves(sweep: SweepReport, seen: Sequence[TrialReport]) -> str:
         percents = [percent for percent, _ in trial.curve]
         values = [value for _, value in trial.curve]
         curves.append(Curve(trial.name, percents, values, trial.status == "stopped", is_best=place == 0))
-    caption = "Public perplexity of each trial; a cross is where early stopping ended one."
-    return figure(learning_curves(curves, sweep.zero_shot, sweep.starts_at_base), caption)
+    words = sweep.measure.words
+    caption = f"{words[0].upper()}{words[1:]} of each trial; a cross is where early stopping ended one."
+    is_perplexity = sweep.measure.is_perplexity
+    picture = learning_curves(
+        curves, sweep.zero_shot, sweep.starts_at_base, words, is_logarithmic=is_perplexity
+    )
+    return figure(picture, caption)
 
 
-def _coordinates(seen: Sequence[TrialReport], names: Sequence[str]) -> str:
+def _coordinates(seen: Sequence[TrialReport], names: Sequence[str], measure: Measure) -> str:
     columns, labels = {}, {}
     for name in names:
         columns[_label(name)], labels[_label(name)] = _places(seen, name)
-    picture = parallel_coordinates(columns, labels, [trial.best for trial in seen], best=0)
-    return figure(
-        picture, "One line a trial, from its settings to its best public perplexity; the best trial in front."
+    is_perplexity = measure.is_perplexity
+    values = [trial.best for trial in seen]
+    picture = parallel_coordinates(
+        columns, labels, values, 0, measure.words, measure.more_is_better, is_logarithmic=is_perplexity
     )
+    caption = f"One line a trial, from its settings to its best {measure.words}; the best trial in front."
+    return figure(picture, caption)
 
 
 def _importance(trials: Sequence[TrialReport], num_seen: int) -> str:
@@ -131,19 +152,20 @@ def _importance(trials: Sequence[TrialReport], num_seen: int) -> str:
         words = f"Fewer than {_FEWEST_TRIALS} trials with different settings: too few to say."
         return f'<p class="note">{words}</p>'
     caption = (
-        f"Share of each setting in explaining the first perplexity that the {num_seen} trials reported "
+        f"Share of each setting in explaining the first figure that the {num_seen} trials reported "
         "(random forest, permutation importance). With so few trials this is a hint, not a proof."
     )
     return figure(importance_bars({_label(name): share for name, share in shares.items()}), caption)
 
 
-def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
+def _table(order: Sequence[TrialReport], names: Sequence[str], measure: Measure) -> str:
     has_gpu = any(trial.peak_memory_gib for trial in order)
     heads = [
         "trial",
         "status",
         *map(_label, names),
         "done",
+        *([] if measure.is_perplexity else [measure.label]),
         "perplexity",
         "95 % interval",
         "train. loss",
@@ -164,6 +186,7 @@ def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
                 *(_value(trial.settings[name]) for name in names),
                 f"{percent:.0f}%",
                 number(trial.best),
+                *([] if measure.is_perplexity else [number(_mean(trial.perplexities))]),
                 interval,
                 number(trial.training_loss),
                 "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
@@ -177,6 +200,10 @@ def _table(order: Sequence[TrialReport], names: Sequence[str]) -> str:
         if trial.status in ("failed", "diverged")
     )
     return table(heads, rows, best=0) + failed
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _searched(trials: Sequence[TrialReport]) -> list[str]:

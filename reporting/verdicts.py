@@ -16,12 +16,29 @@ _FEWEST_EXAMPLES = 8  # to say what to expect of others
 
 
 @dataclass(frozen=True)
+class Measure:
+    """The figure that trials are ranked by. words, label: in sentences and in columns."""
+
+    words: str = "public perplexity"
+    label: str = "perplexity"
+    more_is_better: bool = False
+
+    @property
+    def is_perplexity(self) -> bool:
+        """Tell whether it is public perplexity, of which each example has its own."""
+        return self == Measure()
+
+
+PERPLEXITY = Measure()
+
+
+@dataclass(frozen=True)
 class TrialReport:
     """One trial of the page.
 
-    settings: those that were searched. curve: (percent of its schedule, public perplexity). perplexities: of
-    each public example at its best point. is_cut: whether a budget or people stopped it. The rest is what it
-    cost.
+    settings: those that were searched. curve: (percent of its schedule, what trials are ranked by).
+    perplexities: of each public example at its best point. is_cut: whether a budget or people stopped it.
+    more_is_better: of the curve. The rest is what it cost.
     """
 
     name: str
@@ -35,11 +52,13 @@ class TrialReport:
     peak_memory_gib: float
     seconds: float | None
     is_cut: bool = False
+    more_is_better: bool = False
 
     @property
     def best(self) -> float:
-        """Return the lowest public perplexity; infinite before the first evaluation."""
-        return min((value for _, value in self.curve), default=math.inf)
+        """Return the curve's best value; infinitely bad before the first evaluation."""
+        values = [value for _, value in self.curve]
+        return max(values, default=-math.inf) if self.more_is_better else min(values, default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -74,9 +93,19 @@ class HoldoutReport:
     perplexities: Sequence[float]
 
 
-def verdict(trials: Sequence[TrialReport], zero_shot: float, average: AverageReport | None = None) -> str:
-    """Say which adapter is best, a trial's or an average's, and whether it can be told from the runner-up."""
+def verdict(
+    trials: Sequence[TrialReport],
+    zero_shot: float,
+    average: AverageReport | None = None,
+    measure: Measure = PERPLEXITY,
+) -> str:
+    """Say which adapter is best, a trial's or an average's, and whether it can be told from the runner-up.
+
+    Of a measure of texts there is one figure for all examples, so that nothing is said of how sure it is.
+    """
     order = ranked(trials)
+    if not measure.is_perplexity:
+        return _of_texts(order[0], order[1:], zero_shot, measure)
     if average is not None:
         name, values, rivals, rival_is = average.name, average.perplexities, order, "the best trial"
     else:
@@ -101,12 +130,26 @@ def verdict(trials: Sequence[TrialReport], zero_shot: float, average: AverageRep
     return f"{words} It is better than {found}"
 
 
+def _of_texts(first: TrialReport, others: Sequence[TrialReport], zero_shot: float, measure: Measure) -> str:
+    words = f"Trial {first.name} is best: {measure.words} {first.best:.4g}, zero-shot {zero_shot:.4g}"
+    second = next((f"; its runner-up {one.name} has {one.best:.4g}" for one in others if one.curve), "")
+    return f"{words}{second}. Its public perplexity is {float(np.mean(first.perplexities)):.4g}."
+
+
 def outlook(
-    trials: Sequence[TrialReport], average: AverageReport | None = None, holdout: HoldoutReport | None = None
+    trials: Sequence[TrialReport],
+    average: AverageReport | None = None,
+    holdout: HoldoutReport | None = None,
+    measure: Measure = PERPLEXITY,
 ) -> str:
-    """Say what to expect on unseen examples: what the holdout has, else what chosen examples let expect."""
+    """Say what to expect on unseen examples: what the holdout has, else what chosen examples let expect.
+
+    That is of perplexities alone.
+    """
     if holdout is not None:
         return _on_holdout(holdout)
+    if not measure.is_perplexity:
+        return ""
     expected = expected_unseen(trials, average)
     if expected is None:
         return ""
@@ -146,5 +189,5 @@ def _on_holdout(holdout: HoldoutReport) -> str:
 
 
 def ranked(trials: Sequence[TrialReport]) -> list[TrialReport]:
-    """Sort trials by the best perplexity that each reached."""
-    return sorted(trials, key=lambda trial: trial.best)
+    """Sort trials by the best value that each reached."""
+    return sorted(trials, key=lambda trial: -trial.best if trial.more_is_better else trial.best)

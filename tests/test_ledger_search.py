@@ -8,7 +8,8 @@ from ray.tune.experiment import Experiment
 
 from tuning.checkpoints import Storage
 from tuning.ledger import TrialRecord
-from tuning.ledger_search import METRIC, LedgerSearch
+from tuning.ledger_search import LedgerSearch
+from tuning.objective import METRIC
 from tuning.space import load_space, tune_space
 
 NUM_TRIALS, BOUNDS = 14, (1e-4, 3e-2)  # Optuna's sampler learns from the eleventh on

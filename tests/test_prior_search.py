@@ -8,7 +8,8 @@ from ray.tune.experiment import Experiment
 from qlora.config import TrialSettings, parse_stages
 from tuning.checkpoints import Storage
 from tuning.ledger import TrialRecord
-from tuning.ledger_search import METRIC, LedgerSearch
+from tuning.ledger_search import LedgerSearch
+from tuning.objective import METRIC
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space, load_space, tune_space
 

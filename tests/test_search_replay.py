@@ -11,7 +11,7 @@ from benchmarks.search_table import make
 from benchmarks.search_table.regret import draw, summary, worst_ratio
 from benchmarks.search_table.replay import Costs, Played, play
 from benchmarks.search_table.table import Point, Row, read_table
-from tuning.ledger import METRIC
+from tuning.objective import METRIC
 from tuning.round_scheduler import RoundScheduler
 from tuning.strategy import Asha, Rounds
 

@@ -267,7 +267,7 @@ def test_an_average_that_wins_is_registered_as_what_it_is(project, tiny_base, sw
     assert f"LoRA adapter of the average of trials {names}" in card
     folders = [checkpoint(project, one["trial_id"], one["step"]) for one in best["members"]]
     assert len(folders) > len(best["trial_ids"]), "both of a trial's checkpoints may be members"
-    shares = {trial: 0.0 for trial in best["trial_ids"]}
+    shares = dict.fromkeys(best["trial_ids"], 0.0)
     for one in best["members"]:
         assert one["weight"] == pytest.approx(1 / len(folders))
         shares[one["trial_id"]] += one["weight"]

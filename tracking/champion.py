@@ -23,6 +23,7 @@ from qlora.failpoints import durable
 CHAMPION = "champion"
 _HISTORY, _OPEN = "champions", "champion_change"
 _NUM_REMEMBERED = 200
+_OBJECTIVE = "objective"  # of a version that was not chosen by public perplexity
 _VERDICT = "Champion: "
 _FIRST_MAX_LENGTH = "2048"  # of versions from before they said so
 
@@ -110,11 +111,16 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
     zero_shot = _perplexity(version, "zero_shot_public_perplexity")
     if not math.isfinite(ours):
         return False, f"its public perplexity, {version.tags['public_perplexity']}, is no finite number"
-    if not ours < zero_shot:
+    if _OBJECTIVE not in version.tags and not ours < zero_shot:
         return (
             False,
             f"public perplexity {ours:.4g} is no better than the base alone, which has {zero_shot:.4g}",
         )
+    if _OBJECTIVE in version.tags and not _score(version) < _score(version, "zero_shot_objective_value"):
+        words = " is no better than the base alone, which has ".join(
+            version.tags.get(tag, "none") for tag in ("objective_value", "zero_shot_objective_value")
+        )
+        return False, f"{version.tags[_OBJECTIVE]} {words}"
     if present is None:
         return True, "the first champion of this model"
     if present.tags.get("public_digest") != version.tags.get("public_digest"):
@@ -122,6 +128,13 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
             f"champion version {present.version} was measured on other public examples; "
             "measure both on one file with ray_jobs/evaluate.py"
         )
+    if _objective(version) != _objective(present):
+        return False, (
+            f"it was chosen by {_objective(version)[0]}, champion version {present.version} by "
+            f"{_objective(present)[0]}; compare their texts with ray_jobs/batch_infer.py"
+        )
+    if _OBJECTIVE in version.tags:  # of texts, which compare across tokenizers and lengths
+        return _judge_texts(present, version)
     lengths = [one.tags.get("max_length", _FIRST_MAX_LENGTH) for one in (present, version)]
     if lengths[0] != lengths[1]:
         return False, (
@@ -135,6 +148,25 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
         )
     theirs = _perplexity(present, "public_perplexity")
     return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {present.version}"
+
+
+def _objective(version: ModelVersion) -> tuple[str, str]:
+    """Return what a version was chosen by, and which way."""
+    name = version.tags.get(_OBJECTIVE, "public_perplexity")
+    return name, version.tags.get(f"{_OBJECTIVE}_mode", "min")
+
+
+def _score(version: ModelVersion, tag: str = "objective_value") -> float:
+    """Return a version's figure of its objective, with its sign turned if more is better."""
+    found = _perplexity(version, tag)
+    return -found if math.isfinite(found) and _objective(version)[1] == "max" else found
+
+
+def _judge_texts(present: ModelVersion, version: ModelVersion) -> tuple[bool, str]:
+    """Compare two versions by the objective that both were chosen by."""
+    ours, theirs = (_perplexity(one, "objective_value") for one in (version, present))
+    words = f"{version.tags[_OBJECTIVE]} {ours:.4g} against {theirs:.4g} of version {present.version}"
+    return _score(version) < _score(present), words
 
 
 def _perplexity(version: ModelVersion, tag: str) -> float:
@@ -257,6 +289,9 @@ def _describe(client: MlflowClient, name: str, version: ModelVersion, result: Re
     figures = f"Public perplexity **{_perplexity(version, 'public_perplexity'):.5g}**"
     if "zero_shot_public_perplexity" in tags:
         figures += f", the base alone {_perplexity(version, 'zero_shot_public_perplexity'):.5g}"
+    if _OBJECTIVE in tags:
+        chosen_by = f"{tags[_OBJECTIVE]} **{tags.get('objective_value', '-')}**"
+        figures = f"{chosen_by}, the base alone {tags.get('zero_shot_objective_value', '-')}. {figures}"
     if "holdout_perplexity" in tags:
         held = _perplexity(version, "holdout_perplexity")
         figures += f"; on a holdout {held:.5g} (95 % interval {tags.get('holdout_interval', '-')})"

@@ -21,6 +21,7 @@ _SWEEP, _TRIAL, _STATUS, _REASON, _SOURCE = "sweep", "trial_id", "trial_status",
 _RUNNING = "RUNNING"
 # What people compare stands in front. MLflow's pages draw the group `system` last, in a tab of its own.
 _COMPARED = ("public_perplexity", "training_loss")
+_OBJECTIVE, _SCORE = "objective", "score"  # of a point, where trials are not compared by perplexity
 _BEHIND = ("epoch", "schedule_percent", "learning_rate", "tokens_per_second", "peak_memory_gib")
 _TERMINAL = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
 _POINTS_A_REQUEST = 75  # of ten metrics: MLflow takes 1000 a request, and no point is to be cut in two
@@ -170,10 +171,13 @@ def _metrics(curve: Sequence[dict[str, float]], times_ms: Mapping[float, int]) -
     """Return what is logged of a curve's last point."""
     newest = curve[-1]
     step, time_ms = int(newest["step"]), times_ms[newest["step"]]
-    values = {key: newest[key] for key in _COMPARED}
+    values = {key: newest[key] for key in (*_COMPARED, _OBJECTIVE) if key in newest}
     reached = [point["public_perplexity"] for point in curve if math.isfinite(point["public_perplexity"])]
     if reached:
         values["best_public_perplexity"] = min(reached)
+    judged = [point for point in curve if math.isfinite(point.get(_OBJECTIVE, math.nan))]
+    if judged:  # of which scores are, with their signs turned if more is better, the lower the better
+        values[f"best_{_OBJECTIVE}"] = min(judged, key=lambda point: point[_SCORE])[_OBJECTIVE]
     values |= {f"system/{key}": newest[key] for key in _BEHIND}
     found = [Metric(key, _finite(value), time_ms, step) for key, value in values.items()]
     epoch = round(newest["epoch"])

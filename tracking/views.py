@@ -17,27 +17,38 @@ _SETTINGS, _CURVES = "settings", "curves"
 
 
 @asking()
-def save_comparison(experiment_id: str, sweep: str, parent_run_id: str, settings: Sequence[str]) -> str:
-    """Save the view that compares the trials of a sweep over some settings; returns its name, for a link."""
+def save_comparison(
+    experiment_id: str,
+    sweep: str,
+    parent_run_id: str,
+    settings: Sequence[str],
+    objective: str = "public perplexity",
+    *,
+    more_is_better: bool = False,
+) -> str:
+    """Save the view that compares the trials of a sweep over some settings; returns its name, for a link.
+
+    `objective`: what people call what trials are compared by.
+    """
     name = f"sweep-{parent_run_id}"
-    best = "best_public_perplexity"
+    metric = "public_perplexity" if objective == "public perplexity" else "objective"
+    best = f"best_{metric}"
     params = [STAGES if setting == "epochs" else setting for setting in settings]
     axes = {"selectedParams": params, "selectedMetrics": [best], "showAllRuns": True}
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
         "orderByKey": f"metrics.`{best}`",
-        "orderByAsc": True,
+        "orderByAsc": not more_is_better,
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,  # sections stay in this order
         "compareRunSections": [
-            _section(_SETTINGS, f"Sweep {sweep}: settings and best public perplexity", columns=1),
+            _section(_SETTINGS, f"Sweep {sweep}: settings and best {objective}", columns=1),
             _section(_CURVES, "Curves over optimizer steps", columns=3),
         ],
         "compareRunCharts": [
             _chart("PARALLEL", _SETTINGS, "axes", **axes),
             _chart("BAR", _CURVES, "best", metricKey=best),
-            _line("public_perplexity"),
-            _line("training_loss"),
+            *(_line(one) for one in dict.fromkeys([metric, "public_perplexity", "training_loss"])),
         ],
     }
     client = connect()

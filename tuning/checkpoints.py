@@ -20,6 +20,7 @@ import pyarrow.fs
 from qlora.checkpoint_files import MANIFEST, POSITION, CheckpointError, read_position, verify_checkpoint
 from qlora.failpoints import durable
 from tuning.ledger import TrialRecord
+from tuning.objective import METRIC, score_of
 
 RAY = "ray"  # the name of what Ray keeps, below a storage path
 STOPPED = "checkpoint_stopped"
@@ -143,17 +144,17 @@ def restore_checkpoints(trial: Any, storage: Storage, record: TrialRecord) -> No
     folder = storage.folder_of(trial.trial_id)
     trial.custom_dirname = folder
     trial.storage.current_checkpoint_index = storage.last_index(folder)  # the next one comes after it
-    perplexities = {point["step"]: point["public_perplexity"] for point in record.curve}
+    scores = {point["step"]: score_of(point) for point in record.curve}
     manager, newest = trial.run_metadata.checkpoint_manager, -1
     for stored in storage.checkpoints(folder):
         if stored.index < 0 and stored.step <= newest:
             storage.remove(stored.path)  # the trial has been further since
             continue
-        if stored.index >= 0 and stored.step not in perplexities:
+        if stored.index >= 0 and stored.step not in scores:
             storage.remove(stored.path)  # its point was not recorded: it is reported again
             continue
         newest = max(newest, stored.step)
-        metrics = {"step": stored.step, "public_perplexity": perplexities.get(stored.step, float("inf"))}
+        metrics = {"step": stored.step, METRIC: scores.get(stored.step, float("inf"))}
         checkpoint = tune.Checkpoint(stored.path, storage.filesystem)
         manager.register_checkpoint(_TrainingResult(checkpoint=checkpoint, metrics=metrics))
 
@@ -171,7 +172,7 @@ def keep_two(trial: Any) -> None:
         for found in manager._checkpoint_results
         if Storage(found.checkpoint.filesystem, "").is_finished(found.checkpoint.path)
     ]
-    best = min(known, key=lambda found: found.metrics["public_perplexity"], default=None)
+    best = min(known, key=lambda found: score_of(found.metrics), default=None)
     for found in known:
         if found is not best:
             checkpoint = found.checkpoint

@@ -16,11 +16,16 @@ from qlora.data.prompts import EncodedExample
 
 @dataclass(frozen=True)
 class PromptedExamples:
-    """Examples under one prompt. holdout: empty if there is none."""
+    """Examples under one prompt. holdout: empty if there is none.
+
+    asked: for texts, the token ids that ask for the answer of each public example. ends: tokens that end one.
+    """
 
     train: Sequence[EncodedExample]
     public: Sequence[EncodedExample]
     holdout: Sequence[EncodedExample] = ()
+    asked: Sequence[tuple[int, ...]] = ()
+    ends: tuple[int, ...] = ()
 
     @property
     def train_tokens(self) -> int:

@@ -33,6 +33,7 @@ from qlora.training import DivergedError, StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
 from tuning.examples import PromptedExamples, SweepExamples
+from tuning.objective import Judge
 from tuning.seat import Seat, ended_by_hand, point_of
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
@@ -47,7 +48,8 @@ class SweepData:
     """The data that every trial of a sweep works on, sent to the hosts once.
 
     budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from;
-    None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens.
+    None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens. judge: of
+    texts, if the objective is of such.
     """
 
     space: Space
@@ -55,6 +57,7 @@ class SweepData:
     budget_tokens: int | None = None
     start: AdapterFiles | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
+    judge: Judge | None = None
 
 
 class Host:
@@ -79,10 +82,14 @@ class Host:
         """Measure the perplexity of each public example under the base alone, by prompt."""
         prompts = self._data.examples.by_prompt
         measured = self._ask(lambda: self._work.evaluate([(None, one.public) for one in prompts.values()]))
-        for found in measured:
-            if isinstance(found, Exception):
-                raise found
-        return dict(zip(prompts, measured, strict=True))  # type: ignore[arg-type]
+        return dict(zip(prompts, map(_good, measured), strict=True))
+
+    def zero_shot_values(self) -> dict[str, float]:
+        """Measure the objective of texts under the base alone, by prompt."""
+        prompts, judge = self._data.examples.by_prompt, self._data.judge
+        assert judge is not None, "asked for an objective of texts only"
+        measured = self._ask(lambda: self._work.judge(judge, [(None, one) for one in prompts.values()]))
+        return dict(zip(prompts, map(_good, measured), strict=True))
 
     def attach(
         self,
@@ -230,7 +237,7 @@ class Host:
                 seat.fail(error)
 
     def _evaluate(self, seats: Sequence[Seat]) -> None:
-        requests = [(seat.work.training.adapter, seat.public) for seat in seats]
+        requests = [(seat.work.training.adapter, seat.examples.public) for seat in seats]
         for seat, found in zip(seats, self._work.evaluate(requests), strict=True):
             if isinstance(found, Exception):
                 seat.fail(found)
@@ -243,7 +250,8 @@ class Host:
                         f"diverged at step {seat.work.training.step}: public perplexity {perplexity:g}; "
                         "try a lower learning rate"
                     )
-                metrics = point_of(seat.work, perplexity)
+                value = self._value(seat, perplexity)
+                metrics = point_of(seat.work, perplexity, self._data.space.objective, value)
                 metrics |= {"perplexities": found, "host_notes": self.notes()}
                 written = partial(_written, content, Path(seat.folder), metrics)
                 self._writers.submit(_settle, seat.reply, written)
@@ -252,6 +260,13 @@ class Host:
             else:
                 seat.goal = None
                 seat.work.forget()
+
+    def _value(self, seat: Seat, perplexity: float) -> float:
+        """Return the objective's value of a trial. Raises what judging its texts raises."""
+        if self._data.judge is None:
+            return perplexity
+        (value,) = self._work.judge(self._data.judge, [(seat.work.training.adapter, seat.examples)])
+        return _good(value)
 
     def _stop(self, storage: Storage) -> int:
         self._stopped = True
@@ -292,7 +307,7 @@ class Host:
             if since.exists():
                 found = json.loads(since.read_text(encoding="utf-8"))
                 work.seconds, work.seen = found["seconds"], [StepResult(**step) for step in found["steps"]]
-        self._seats[trial_id] = Seat(holder, work, examples.public)
+        self._seats[trial_id] = Seat(holder, work, examples)
         stops = evaluation_steps(
             training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch
         )
@@ -314,6 +329,13 @@ class Host:
 def _written(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     content.write(folder)
     return metrics
+
+
+def _good(found: _Answer | Exception) -> _Answer:
+    """Return what was measured. Raises what that failed with."""
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _settle(reply: "Future[Any]", call: Callable[[], Any]) -> None:

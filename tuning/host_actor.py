@@ -84,6 +84,10 @@ class HostActor:
         """See Host."""
         return self._found().zero_shot()
 
+    def zero_shot_values(self) -> dict[str, float]:
+        """See Host."""
+        return self._found().zero_shot_values()
+
     def attach(
         self, trial_id: str, holder: str, config: dict[str, Any], checkpoint: str | None, notes: list[str]
     ) -> list[int]:

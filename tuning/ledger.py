@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora.config import InputError, TrialData, TrialSettings, first_problem, parse_stages, split_config
 from qlora.files import read_json, write_json
+from tuning.objective import METRIC, VALUE, score_of
 from tuning.space import REPORTED
 
 Status = Literal["pending", "running", "finished", "stopped", "failed", "diverged"]
@@ -27,7 +28,7 @@ POINT = (  # what a point of a curve holds
     "tokens_per_second",
     "peak_memory_gib",
 )
-METRIC = "public_perplexity"  # what trials are compared by
+OF_OBJECTIVE = (METRIC, VALUE)  # what it may hold besides
 _GOING_ON = ("pending", "running")
 _TRIAL_ID = re.compile(r"\w[\w-]*", re.ASCII)
 
@@ -62,12 +63,13 @@ class TrialRecord:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """Return the point with the lowest public perplexity; None before the first evaluation.
+        """Return the point with the lowest score (tuning.objective); None before the first evaluation.
 
-        Perplexities that are no finite numbers, which sweeps from before may have, don't count.
+        Scores that are no finite numbers, which sweeps from before may have, don't count.
         """
-        finite = [point for point in self.curve if math.isfinite(point["public_perplexity"])]
-        return min(finite, key=lambda point: point["public_perplexity"], default=None)
+        return min(
+            (point for point in self.curve if math.isfinite(score_of(point))), key=score_of, default=None
+        )
 
     def point_at(self, step: int) -> dict[str, float] | None:
         """Return the point of the curve at a step; None if there is none."""
@@ -162,10 +164,8 @@ def _read_record(path: Path) -> TrialRecord:
 
 
 def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Sort records by the best perplexity that each reached; those without any come last."""
-    return sorted(
-        records, key=lambda record: record.best["public_perplexity"] if record.best else float("inf")
-    )
+    """Sort records by the best score that each reached; those without any come last."""
+    return sorted(records, key=lambda record: score_of(record.best) if record.best else math.inf)
 
 
 def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:

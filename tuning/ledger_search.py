@@ -16,7 +16,8 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 
 from qlora.checkpoint_files import CheckpointError
 from tuning.checkpoints import STOPPED, Storage, put_start, restore_checkpoints
-from tuning.ledger import METRIC, TrialRecord
+from tuning.ledger import TrialRecord
+from tuning.objective import METRIC, score_of
 from tuning.orders import Order, Orders
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space
@@ -103,11 +104,13 @@ class LedgerSearch(SearchAlgorithm):
                 else:
                     self._kept_settings[trial.trial_id] = known
             last = record.curve[-1] if record.curve and record.status != "diverged" else None
+            ended = None if last is None else {METRIC: score_of(last), **last}
             for number, point in enumerate(record.curve):
                 if not record.has_ended or point is not last:
-                    self.on_trial_result(record.trial_id, {**point, "training_iteration": number + 1})
+                    told = {METRIC: score_of(point), **point, "training_iteration": number + 1}
+                    self.on_trial_result(record.trial_id, told)
             if record.has_ended:
-                self.on_trial_complete(record.trial_id, last, error=last is None)
+                self.on_trial_complete(record.trial_id, ended, error=ended is None)
                 continue
             restore_checkpoints(trial, self._storage, record)
             return trial

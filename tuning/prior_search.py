@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from tuning.ledger import METRIC
+from tuning.objective import METRIC
 from tuning.space import Space, tune_space
 
 _BEST_SIZE = 16.0  # expected of learning rate x alpha^(2/3), times the base's width

@@ -5,17 +5,24 @@ from pathlib import Path
 
 from qlora.config import TrialData, TrialSettings, split_config
 from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
+from tuning.objective import Objective
 from tuning.spending import Spent
 from tuning.strategy import Budget
 
+_PERPLEXITY = Objective()
 _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗", "diverged": "↯"}
 
 
-def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> str:
-    """Lay out trials by best perplexity: configuration, progress, best and last perplexity, status."""
+def table(
+    records: Sequence[TrialRecord], zero_shot: float, limit: int = 24, objective: Objective = _PERPLEXITY
+) -> str:
+    """Lay out trials, the best first: configuration, progress, best and last figure, status.
+
+    `zero_shot`: the objective's value for the base alone.
+    """
     shown = [key for key in TrialData.model_fields if any(key in record.config for record in records)]
     heads = ("", "trial", "lr", "r", "alpha", "dropout", "epochs", *(key.replace("_", " ") for key in shown))
-    rows: list[tuple[str, ...]] = [(*heads, "done", "best ppl", "last ppl", "vs zero-shot", "status")]
+    rows: list[tuple[str, ...]] = [(*heads, *_heads(objective), "status")]
     for record in ranked(records)[:limit]:
         settings = TrialSettings.model_validate(split_config(record.config)[0])
         best, last = record.best, record.curve[-1] if record.curve else None
@@ -30,9 +37,9 @@ def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> 
                 str(settings.epochs),
                 *(Path(str(record.config.get(key, "-"))).name for key in shown),
                 f"{record.percent:.0f}%",
-                _number(best),
-                _number(last),
-                f"{best['public_perplexity'] / zero_shot - 1:+.1%}" if best else "-",
+                _number(best, objective),
+                _number(last, objective),
+                _beside(best, zero_shot, objective),
                 record.status,
             )
         )
@@ -40,7 +47,12 @@ def table(records: Sequence[TrialRecord], zero_shot: float, limit: int = 24) -> 
     return text if len(records) <= limit else f"{text}\n  and {len(records) - limit} more"
 
 
-def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
+def headline(
+    records: Sequence[TrialRecord],
+    num_trials: int,
+    elapsed_seconds: float,
+    objective: Objective = _PERPLEXITY,
+) -> str:
     """Write one line: trials by status, the best so far, elapsed time, an upper bound of what remains."""
     counts = {status: sum(record.status == status for record in records) for status in _MARKS}
     ended = counts["finished"] + counts["stopped"] + counts["failed"] + counts["diverged"]
@@ -54,7 +66,7 @@ def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: f
     ]
     parts += [f"{counts[status]} {status}" for status in ("failed", "diverged") if counts[status]]
     if best is not None and best.best is not None:
-        parts.append(f"best {best.best['public_perplexity']:.4g} ({best.trial_id})")
+        parts.append(f"best {_number(best.best, objective)} ({best.trial_id})")
     parts += [
         f"elapsed {clock(elapsed_seconds)}",
         f"at most {_remaining(records, num_trials, elapsed_seconds)} left",
@@ -62,13 +74,13 @@ def headline(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: f
     return ", ".join(parts)
 
 
-def ranking(records: Sequence[TrialRecord], zero_shot: float) -> str:
+def ranking(records: Sequence[TrialRecord], zero_shot: float, objective: Objective = _PERPLEXITY) -> str:
     """Lay out the closing table, with what early stopping saved."""
     saved = share_of_epochs_saved(records)
     stopped = sum(record.status == "stopped" and not record.is_cut for record in records)
     return (
-        f"{table(records, zero_shot, limit=len(records))}\n"
-        f"zero-shot public perplexity {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} "
+        f"{table(records, zero_shot, len(records), objective)}\n"
+        f"zero-shot {objective.words} {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} "
         f"trials and saved {saved:.0%} of the full-length epochs"
     )
 
@@ -107,8 +119,20 @@ def _remaining(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds:
     return clock(elapsed_seconds * left / done) if done else "?"
 
 
-def _number(point: dict[str, float] | None) -> str:
-    return f"{point['public_perplexity']:.4g}" if point else "-"
+def _heads(objective: Objective) -> tuple[str, ...]:
+    return ("done", f"best {objective.label}", f"last {objective.label}", "vs zero-shot")
+
+
+def _number(point: dict[str, float] | None, objective: Objective) -> str:
+    return f"{objective.value_at(point):.4g}" if point else "-"
+
+
+def _beside(point: dict[str, float] | None, zero_shot: float, objective: Objective) -> str:
+    """Set a trial's best beside the base alone: as a share for perplexity, else as a difference."""
+    if point is None:
+        return "-"
+    value = objective.value_at(point)
+    return f"{value / zero_shot - 1:+.1%}" if objective.is_perplexity else f"{value - zero_shot:+.4g}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

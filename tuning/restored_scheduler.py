@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from tuning.ledger import TrialRecord
+from tuning.objective import METRIC, score_of
 
 
 class RestoredScheduler(TrialScheduler):
@@ -43,7 +44,8 @@ class RestoredScheduler(TrialScheduler):
             stand_in: Any = SimpleNamespace(trial_id=record.trial_id)
             self._inner.on_trial_add(tune_controller, stand_in)
             for point in record.curve:
-                self._inner.on_trial_result(tune_controller, stand_in, point)
+                told = {METRIC: score_of(point), **point}
+                self._inner.on_trial_result(tune_controller, stand_in, told)
         self._inner.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

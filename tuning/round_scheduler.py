@@ -2,7 +2,7 @@
 
 Successive halving with a single halving, behind Ray's interface. A trial that waits for its round is paused:
 its seat on the GPU is given back, and it goes on from its checkpoint exactly where it stood. What is decided
-of a round depends on its trials' perplexities alone, so that a sweep that goes on decides the same.
+of a round depends on its trials' scores alone, so that a sweep that goes on decides the same.
 Source: https://proceedings.mlr.press/v51/jamieson16.html
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from tuning.ledger import METRIC, TrialRecord
+from tuning.ledger import TrialRecord
+from tuning.objective import score_of
 from tuning.strategy import Rounds
 
 
@@ -29,14 +30,14 @@ class RoundScheduler(TrialScheduler):
         super().__init__()
         self._rounds, self._num_trials, self._num_devices = rounds, num_trials, num_devices
         self._trials = dict[int, Any]()
-        self._values = dict[int, float]()  # by a trial's number: its perplexity where it is compared
+        self._values = dict[int, float]()  # by a trial's number: its score where it is compared
         self._ended = set[int]()
         self.waiting, self.ended_by_hand = set[str](), set[str]()
         for record in records:
             number = _number(record.trial_id)
             point = next((point for point in record.curve if self._is_compared(point)), None)
             if point is not None:
-                self._values[number] = point[METRIC]
+                self._values[number] = score_of(point)
             if record.has_ended:
                 self._values.setdefault(number, math.inf)
                 self._ended.add(number)
@@ -67,10 +68,10 @@ class RoundScheduler(TrialScheduler):
         """Pause a trial where it is compared."""
         number = _number(trial.trial_id)
         self.waiting.discard(trial.trial_id)
-        if not math.isfinite(result[METRIC]):
+        if not math.isfinite(score_of(result)):
             self._values.setdefault(number, math.inf)
         elif number not in self._values and self._is_compared(result):
-            self._values[number] = result[METRIC]
+            self._values[number] = score_of(result)
             if result["schedule_percent"] < 100:
                 self.waiting.add(trial.trial_id)
                 return str(TrialScheduler.PAUSE)

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tuning.ledger import TrialRecord
+from tuning.objective import Objective
 from tuning.progress import headline, table
 
 _SECONDS_BETWEEN_TABLES = 20.0
@@ -16,10 +17,11 @@ _SECONDS_BETWEEN_FRAMES = 1.0
 
 
 class SweepScreen:
-    """Shows the trials of a sweep of so many; `zero_shot`: the base's public perplexity."""
+    """Shows the trials of a sweep of so many; `zero_shot`: the objective's value for the base alone."""
 
-    def __init__(self, num_trials: int, zero_shot: float):
+    def __init__(self, num_trials: int, zero_shot: float, objective: Objective | None = None):
         self._num_trials, self._zero_shot = num_trials, zero_shot
+        self._objective = objective or Objective()
         self._notes: list[str] = []
         self._started_at = self._shown_at = time.monotonic()
         self._live = (
@@ -53,8 +55,8 @@ class SweepScreen:
     def _show(self, records: Sequence[TrialRecord]) -> None:
         self._shown_at = time.monotonic()
         elapsed_seconds = self._shown_at - self._started_at
-        trials = table(records, self._zero_shot)
-        words = [headline(records, self._num_trials, elapsed_seconds)]
+        trials = table(records, self._zero_shot, objective=self._objective)
+        words = [headline(records, self._num_trials, elapsed_seconds, self._objective)]
         words += [f"note: {note}" for note in self._notes]
         if self._live is None:
             print("", trials, *words, sep="\n", flush=True)

@@ -1,13 +1,13 @@
 """Owns a trial's seat on a host: who holds it, its work, what it was asked to reach and what it answers."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from qlora.data.prompts import EncodedExample
+from tuning.examples import PromptedExamples
+from tuning.objective import METRIC, VALUE, Objective
 from tuning.shared_work import TrialWork
 
 
@@ -15,12 +15,12 @@ from tuning.shared_work import TrialWork
 class Seat:
     """An attached trial: who holds it, its work, and the step that it was asked to reach.
 
-    public: the examples that it is measured on, under its prompt.
+    examples: what it is trained and measured on.
     """
 
     holder: str
     work: TrialWork
-    public: Sequence[EncodedExample]
+    examples: PromptedExamples
     goal: int | None = None
     folder: str = ""
     reply: "Future[dict[str, Any]]" = field(default_factory=Future)
@@ -50,12 +50,17 @@ def ended_by_hand() -> "Future[dict[str, Any]]":
     return reply
 
 
-def point_of(work: TrialWork, perplexity: float) -> dict[str, Any]:
-    """Return a point of a trial's curve: what it measured, and of its steps since the point before."""
+def point_of(work: TrialWork, perplexity: float, objective: Objective, value: float) -> dict[str, Any]:
+    """Return a point of a trial's curve: what it measured, and of its steps since the point before.
+
+    `value`: the objective's.
+    """
     training, seen = work.training, work.seen
     on_gpu = training.bank.device.type == "cuda"
     return {
         "public_perplexity": perplexity,
+        METRIC: objective.score(value),
+        **({} if objective.is_perplexity else {VALUE: value}),
         "training_loss": sum(result.loss for result in seen) / max(len(seen), 1),
         "learning_rate": seen[-1].learning_rate if seen else 0.0,
         "step": training.step,

@@ -23,6 +23,8 @@ from qlora.lora.bank import Adapter, load_bank
 from qlora.packed.packing import FEWEST_PASS_TOKENS
 from qlora.perplexity import adapter_perplexities
 from qlora.training import StepResult, Training, advance_together
+from tuning.examples import PromptedExamples
+from tuning.objective import Judge
 
 Request = tuple[Adapter | None, Sequence[EncodedExample]]
 WORK = ("training", "compiling", "recording", "evaluating", "waiting")
@@ -73,6 +75,20 @@ class SharedWork:
             return [None] * len(places)
 
         errors = self._together(measure, range(len(requests)), shrinks_itself=True)
+        return [values[place] if error is None else error for place, error in enumerate(errors)]
+
+    def judge(
+        self, judge: Judge, requests: Sequence[tuple[Adapter | None, PromptedExamples]]
+    ) -> list[float | Exception]:
+        """Judge the texts of each adapter (None: the bare base), or return what that failed with."""
+        values: dict[int, float] = {}
+
+        def judged(places: Sequence[int]) -> list[Exception | None]:
+            found = judge.values(self.bank, [requests[place] for place in places])
+            values.update(zip(places, found, strict=True))
+            return [None] * len(places)
+
+        errors = self._together(judged, range(len(requests)))
         return [values[place] if error is None else error for place, error in enumerate(errors)]
 
     def perplexities(self, update: Update, examples: Sequence[EncodedExample]) -> list[float]:

@@ -3,8 +3,8 @@
 Trials that end near each other leave adapters that err differently; the mean of their updates often predicts
 better than the best of them and costs no training. So do the checkpoints of one trial: each trial has two.
 Members are chosen greedily on the public examples: from the best checkpoint down, each is added that lowers
-the perplexity of the average. What is measured is what would be registered: an average whose rank no GPU
-takes is first brought to one that fits.
+the perplexity of the average. An average whose rank no GPU takes is brought to one that fits, once members
+are chosen, and what is registered is what is measured then.
 
 Refuses to know how averages are made (qlora.lora.average) and how hosts are found.
 
@@ -160,7 +160,7 @@ def find_soup(
     for one in found:
         with storage.here(one.checkpoint) as folder:
             try:
-                verify_checkpoint(folder)
+                verify_checkpoint(folder, ADAPTER)
             except CheckpointError:
                 if one is found[0]:
                     raise
@@ -248,22 +248,30 @@ class _Bench:
         self.measured = 0
 
     def choose(self, alone: float) -> tuple[tuple[str, ...], _Average | None]:
-        """Add to the first member, whose perplexity is `alone`, each that makes the average better."""
+        """Add to the first member, whose perplexity is `alone`, each that makes the average better.
+
+        If the rank is too high then, and too much is lost by bringing it down, the last average counts whose
+        rank fits.
+        """
         first, *others = self._members
         chosen: tuple[str, ...] = (first,)
-        best, lowest = None, alone
+        best: _Average | None = None
+        fitting, lowest = (chosen, best), alone
         for name in others:
             together = (*chosen, name)
-            needed = 1 + self._is_reduced(together)  # what that costs is measured, too
+            needed = 1 + (self._rank(together) > self._most_rank)  # bringing it down is measured, too
             if self._rank(together) > MAX_RANK or needed > self._left:
                 continue
-            found = self._measure(together)
-            if found.public_perplexity >= lowest:
-                continue
-            found = self._with_loss(together, found)
-            if found.lost < _MOST_LOST:
+            found = self._measure(self._mean(together))
+            if found.public_perplexity < lowest:
                 chosen, best, lowest = together, found, found.public_perplexity
-        return chosen, best
+                if self._rank(chosen) <= self._most_rank:
+                    fitting = (chosen, best)
+        if best is None or self._rank(chosen) <= self._most_rank:
+            return chosen, best
+        found = self._measure(reduced(self._mean(chosen), self._most_rank))
+        found = replace(found, lost=found.public_perplexity / best.public_perplexity - 1)
+        return (chosen, found) if found.lost < _MOST_LOST else fitting
 
     def adapter_files(self, names: Sequence[str]) -> AdapterFiles:
         """Return the PEFT folder of an average."""
@@ -276,21 +284,9 @@ class _Bench:
     def _rank(self, names: Sequence[str]) -> int:
         return sum(rank_of(self._members[name]) for name in names)
 
-    def _is_reduced(self, names: Sequence[str]) -> bool:
-        return self._rank(names) > self._most_rank
-
     def _mean(self, names: Sequence[str]) -> Update:
         return mean_update([self._members[name] for name in names], [1 / len(names)] * len(names))
 
-    def _measure(self, names: Sequence[str], *, exactly: bool = False) -> _Average:
-        mean = self._mean(names)
-        update = mean if exactly else reduced(mean, self._most_rank)
+    def _measure(self, update: Update) -> _Average:
         self.measured, self._left = self.measured + 1, self._left - 1
         return _Average(self._work.perplexities(update, self._public), rank_of(update))
-
-    def _with_loss(self, names: Sequence[str], found: _Average) -> _Average:
-        """Return a measured average with what its lower rank cost, if it was brought to one."""
-        if not self._is_reduced(names):
-            return found
-        exact = self._measure(names, exactly=True)
-        return replace(found, lost=found.public_perplexity / exact.public_perplexity - 1)

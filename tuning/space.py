@@ -25,6 +25,7 @@ from qlora.config import (
 from qlora.data.row_shapes import Format, RowShape
 from qlora.data.sources import joined
 from qlora.files import read_yaml
+from tuning.objective import Objective
 from tuning.samplers import checked_sampler, checked_setting, sampled_values, tune_sampler
 from tuning.strategy import Asha, Budget, NoEarlyStopping, OptunaSearch, PriorSearch, RandomSearch, Rounds
 
@@ -115,8 +116,9 @@ class Space(Settings):
     room for; it takes the place of resources_per_trial.gpu. accelerator_type: the kind of GPU that trials
     run on, as Ray calls it. start_timeout: seconds that a cluster has to bring the first device. prompt: by
     default, what fits the data. soup: whether averages of the best adapters are tried when trials have ended
-    (tuning.soup). loss, thinking: of a chat prompt, see ChatSettings. max_length: tokens of an
-    example, prompt and answer, behind which it is cut.
+    (tuning.soup). objective: what trials are compared by; a name stands for its settings. loss, thinking: of
+    a chat prompt, see ChatSettings. max_length: tokens of an example, prompt and answer, behind which it is
+    cut.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
@@ -128,6 +130,7 @@ class Space(Settings):
     trial: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, dict[str, Any]]
     num_samples: int = Field(8, ge=1)
+    objective: Objective = Objective()
     searcher: RandomSearch | OptunaSearch | PriorSearch = Field(RandomSearch(), discriminator="type")
     scheduler: Asha | Rounds | NoEarlyStopping = Field(Asha(), discriminator="type")
     resources_per_trial: TrialResources = TrialResources()
@@ -142,6 +145,11 @@ class Space(Settings):
     budget: Budget | None = None
     soup: bool = True
     seed: int = Field(42, ge=0, le=MAX_SEED)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _name_alone(cls, objective: Any) -> Any:
+        return {"name": objective} if isinstance(objective, str) else objective
 
     @field_validator("trials_per_gpu", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from tuning.checkpoints import RAY, Storage
 from tuning.host_directory import DeviceCount, Hosts, end_trial
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
+from tuning.objective import METRIC
 from tuning.orders import MOST_ADDED, Orders
 from tuning.restored_scheduler import RestoredScheduler
 from tuning.round_scheduler import RoundScheduler
@@ -41,7 +42,7 @@ _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state
 
 @dataclass(frozen=True)
 class KnownBase:
-    """Holds what a sweep goes by of its base: its public perplexity without an adapter, its hidden size."""
+    """Holds what a sweep goes by of its base: the objective's value without an adapter, its hidden size."""
 
     zero_shot: float
     width: int
@@ -74,7 +75,7 @@ def run_sweep(
     ledger, storage = Ledger(folder / "trials"), Storage.at(below(place, RAY))
     for record in ledger.records.values():
         observer.trial_changed(record)  # it may have been told otherwise, or not at all
-    screen = SweepScreen(space.num_trials + orders.added, known.zero_shot)
+    screen = SweepScreen(space.num_trials + orders.added, known.zero_shot, space.objective)
 
     def num_trials() -> int:
         return space.num_trials + orders.added
@@ -172,7 +173,7 @@ def _tuner(
         trainable,
         param_space=tune_space(space),
         tune_config=tune.TuneConfig(
-            metric="public_perplexity",
+            metric=METRIC,
             mode="min",
             num_samples=_most_samples(space),  # LedgerSearch knows how many there are
             search_alg=search,

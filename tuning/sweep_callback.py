@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from qlora.files import disk_without_space, is_full
 from tuning.checkpoints import keep_two
-from tuning.ledger import POINT, Ledger, Status, TrialRecord
+from tuning.ledger import OF_OBJECTIVE, POINT, Ledger, Status, TrialRecord
 from tuning.orders import BY_HAND, Order, Orders
 from tuning.screen import SweepScreen
 from tuning.space import Space
@@ -98,7 +98,7 @@ class SweepCallback(tune.Callback):
         if "diverged" in result:
             self._end(replace(record, error=result["diverged"]), "diverged")
         elif "perplexities" in result:
-            point = {key: float(result[key]) for key in POINT}
+            point = {key: float(result[key]) for key in (*POINT, *OF_OBJECTIVE) if key in result}
             record = record.with_point(point, result["perplexities"])
             if record.percent >= 100 or trial.trial_id in self._stopped_early:
                 self._end(record, _status_of(record))

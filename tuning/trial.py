@@ -18,6 +18,7 @@ from qlora.config import first_line
 from tuning.checkpoints import STOPPED, Storage
 from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import Hosts, host_of_my_device, leave_my_node_out
+from tuning.objective import METRIC
 
 
 def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) -> None:
@@ -42,7 +43,7 @@ def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) ->
                 if "by_hand" in metrics:
                     return
                 if "diverged" in metrics:
-                    tune.report({"public_perplexity": math.inf, **metrics})
+                    tune.report({METRIC: math.inf, "public_perplexity": math.inf, **metrics})
                     return
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
     finally:

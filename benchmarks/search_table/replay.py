@@ -21,7 +21,7 @@ from benchmarks.search_table.table import Row, Table
 from qlora.config import parse_stages
 from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
-from tuning.ledger import METRIC
+from tuning.objective import METRIC
 from tuning.strategy import Asha, Rounds
 
 _WORST = 1e4  # perplexity that is told apart

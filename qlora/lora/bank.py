@@ -13,6 +13,7 @@ Source: mLoRA, https://arxiv.org/abs/2312.02515
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,6 +155,17 @@ class AdapterBank:
             return found
 
         with self.switch.on_route(Route(anchor, parts_at, **tables)):
+            yield
+
+    @contextmanager
+    def serving(self, adapter: Adapter | None) -> Iterator[None]:
+        """Route the model's layers, within, so that each token of any pass goes through one adapter."""
+
+        def parts_at(layer: str) -> list[LayerPart]:
+            part = None if adapter is None else adapter.part_at(layer, 0, sys.maxsize)
+            return [] if part is None else [part]
+
+        with self.switch.on_route(Route(torch.zeros((), device=self.device), parts_at)):
             yield
 
     def tables_of(self, adapters: Sequence[Adapter | None]) -> BankTables:

@@ -57,7 +57,7 @@ def _finalists(
     sweep: SweepFolder, prepared: PreparedSweep, records: Sequence[TrialRecord]
 ) -> tuple[list[Finalist], int]:
     """Return the trials that may be members, and how many averages may be measured."""
-    if not sweep.space.soup:
+    if not (sweep.space.soup and sweep.space.objective.is_perplexity):
         return [], 0
     found = finalists(records, prepared.examples, Storage.at(below(sweep.storage, RAY)))
     return found, affordable_averages(records, prepared.examples)

@@ -17,7 +17,7 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
     verdict = "now champion" if champion["is_champion"] else "not champion"
     model = f"models:/{sweep.model_name}@champion" if champion["is_champion"] else best["model_uri"]
     lines = [
-        f"best        {_named(best)}: public perplexity {best['public_perplexity']:.4f}, "
+        f"best        {_named(best)}: {_judged(summary)}public perplexity {best['public_perplexity']:.4f}, "
         f"zero-shot {summary['zero_shot']:.4f}",
         f"registered  {best['model_uri']}, {verdict}: {champion['reason']}",
         f"adapter     {_shown(best['checkpoint'])} (a PEFT folder)",
@@ -28,6 +28,14 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
     if pages_root().startswith("http://127.0.0.1:5000"):
         lines.insert(-1, "            (make ui serves these pages)")
     return "\n".join(lines)
+
+
+def _judged(summary: Mapping[str, Any]) -> str:
+    """Say what the best adapter has of an objective that is not public perplexity."""
+    best = summary["best"]
+    if "objective" not in best:
+        return ""
+    return f"{summary['metric']} {best['objective']:.4g}, zero-shot {best['zero_shot_objective']:.4g}; "
 
 
 def _named(best: Mapping[str, Any]) -> str:

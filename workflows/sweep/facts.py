@@ -8,12 +8,13 @@ from typing import Any
 from qlora.base.reference import split_revision
 from qlora.provenance import git_commit, package_versions
 from reporting.sweep_page import SweepReport
-from reporting.verdicts import AverageReport, HoldoutReport, TrialReport
+from reporting.verdicts import AverageReport, HoldoutReport, Measure, TrialReport
 from tuning.best_adapter import BestAdapter
 from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.soup import Soup
 from tuning.space import REPORTED, Space
 from workflows.sweep.folder import SweepFolder
+from workflows.sweep.zero_shot import ZeroShot
 
 
 def provenance(space: Space, hardware: str, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -87,18 +88,27 @@ def sweep_report(
     records: Sequence[TrialRecord],
     soup: Soup | None,
     holdout: HoldoutReport | None,
-    zero_shot: float,
+    zero_shot: ZeroShot,
+    prompt: str,
     seconds: float,
     registration: str,
     facts: Mapping[str, Any],
     links: Mapping[str, str],
 ) -> SweepReport:
-    """Gather what the page is made of. `soup`: if an average is best. `facts`: see `provenance`."""
+    """Gather what the page is made of. `soup`: if an average is best. `facts`: see `provenance`.
+
+    `prompt`: the name of the best adapter's.
+    """
     space, data = sweep.space, sweep.space.data
+    objective = space.objective
+    measure = Measure()
+    if not objective.is_perplexity:
+        measure = Measure(objective.words, objective.label, objective.more_is_better)
     settings = {
         "continued from": sweep.start[0] if sweep.start else None,
         "search": space.search,
         "scheduler": space.scheduler.model_dump(mode="json"),
+        "objective": None if objective.is_perplexity else objective.name,
         "seed": space.seed,
         "train": f"{data.train_name} ({data.train_examples or 'all'} examples)",
         "public": f"{data.public_name} ({data.public_examples or 'all'} examples)",
@@ -111,7 +121,7 @@ def sweep_report(
     }
     return SweepReport(
         name=sweep.name,
-        zero_shot=zero_shot,
+        zero_shot=zero_shot.value(prompt),
         trials=[_trial(record, space) for record in records],
         average=AverageReport(tuple(soup.weights), soup.perplexities) if soup is not None else None,
         epochs_saved=share_of_epochs_saved(records),
@@ -121,6 +131,7 @@ def sweep_report(
         starts_at_base=sweep.start is None,
         links=links,
         holdout=holdout,
+        measure=measure,
     )
 
 
@@ -131,11 +142,12 @@ def _trial(record: TrialRecord, space: Space) -> TrialReport:
         settings={key: record.config[key] for key in (*REPORTED, *space.search) if key in record.config},
         status=record.status,
         reason=record.reason,
-        curve=[(point["schedule_percent"], point["public_perplexity"]) for point in record.curve],
+        curve=[(point["schedule_percent"], space.objective.value_at(point)) for point in record.curve],
         perplexities=record.best_perplexities,
         training_loss=last["training_loss"] if last else None,
         tokens_per_second=last["tokens_per_second"] if last else None,
         peak_memory_gib=record.peak_memory_gib,
         seconds=record.ended_at - record.started_at if record.ended_at and record.started_at else None,
         is_cut=record.is_cut,
+        more_is_better=space.objective.more_is_better,
     )

@@ -182,10 +182,19 @@ class SweepFolder:
         )
         return found if found and are_good else None
 
-    def keep_zero_shot(self, by_prompt: Mapping[str, float]) -> None:
-        """Write the base's public perplexity under each prompt."""
-        lowest = min(by_prompt.values())
-        write_json(self.folder / _ZERO_SHOT, {"public_perplexity": lowest, "by_prompt": dict(by_prompt)})
+    def zero_shot_values(self) -> dict[str, float]:
+        """Return the objective's value for the base's texts, by prompt; empty if it is not known."""
+        try:
+            found = read_json(self.folder / _ZERO_SHOT, "").get("objective")
+        except (FileNotFoundError, InputError):
+            return {}
+        are_good = isinstance(found, dict) and all(isinstance(value, float) for value in found.values())
+        return found if found and are_good else {}
+
+    def keep_zero_shot(self, by_prompt: Mapping[str, float], values: Mapping[str, float]) -> None:
+        """Write the base's public perplexity under each prompt, and the objective's values, if any."""
+        content = {"public_perplexity": min(by_prompt.values()), "by_prompt": dict(by_prompt)}
+        write_json(self.folder / _ZERO_SHOT, content | ({"objective": dict(values)} if values else {}))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: from here on the sweep is finished."""

@@ -6,17 +6,18 @@ Importing it loads nothing heavy; `prepare` does.
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora.base.reference import base_files_digest, check_has_weights, resolve_base
-from qlora.config import InputError
+from qlora.config import MAX_LENGTH_TOKENS, InputError
 from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
 from tuning.examples import PromptedExamples, SweepExamples
 from tuning.space import Space
 from workflows.data_sets import DataSets, own_prompts, read_data
 from workflows.sweep.folder import SweepFolder
+from workflows.sweep.judging import TextJudge, make_judge
 
 if TYPE_CHECKING:
     from qlora.lora.peft_folder import AdapterFiles
@@ -29,12 +30,13 @@ class SweepInputs:
     """A sweep's files, read once.
 
     prompts: those that trials may have, by name. digests: of train and public examples, of prompts and, if it
-    is local, of the base without its weights' values, by role.
+    is local, of the base without its weights' values, by role. judge: of texts, if the objective is of such.
     """
 
     sets: DataSets
     prompts: Mapping[str, AnyPrompt]
     digests: Mapping[str, str]
+    judge: TextJudge | None = None
 
     @property
     def prompt_text(self) -> str | None:
@@ -94,7 +96,7 @@ class PreparedSweep:
         from tuning.host import SweepData
 
         least = min(budgets.values())
-        return SweepData(self.space, self.examples, least, self.start, budgets)
+        return SweepData(self.space, self.examples, least, self.start, budgets, self.inputs.judge)
 
 
 def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
@@ -129,7 +131,19 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
-    return SweepInputs(sets, prompts, digests)
+    judge = make_judge(space.objective, space.base_model.name, sets.public, space.data.public_name)
+    return SweepInputs(sets, prompts, digests, judge)
+
+
+def _check_room(asked: Sequence[Sequence[int]], room: int, where: str) -> None:
+    """Raise InputError if a prompt leaves no room for the tokens of a text."""
+    for number, prompt in enumerate(asked):
+        if len(prompt) > room:
+            raise InputError(
+                f"{where}:row {number}",
+                f"the prompt has {len(prompt)} tokens, which leaves no room for a text; shorten it, or lower "
+                "objective.max_new_tokens",
+            )
 
 
 def _digest(prompts: Sequence[AnyPrompt]) -> str:
@@ -145,6 +159,7 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True)
     """
     from qlora.base.model import (
         base_revision,
+        context_tokens,
         length_reason,
         longest_example,
         pinned,
@@ -170,11 +185,17 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True)
     data, sets = space.data, inputs.sets
 
     def encoded(prompt: AnyPrompt) -> PromptedExamples:
-        return PromptedExamples(
+        found = PromptedExamples(
             encode_examples(tokenizer, prompt, sets.train, data.train_name, *cut),
             encode_examples(tokenizer, prompt, sets.public, data.public_name, *cut),
             encode_examples(tokenizer, prompt, sets.holdout, data.holdout_name, *cut),
         )
+        if inputs.judge is None:
+            return found
+        asked = [prompt.ids(tokenizer, example.turns) for example in sets.public]
+        room = (context_tokens(config) or MAX_LENGTH_TOKENS) - space.objective.max_new_tokens
+        _check_room(asked, room, data.public_name)
+        return replace(found, asked=asked, ends=prompt.end_ids(tokenizer))
 
     examples = SweepExamples({name: encoded(prompt) for name, prompt in prompts.items()})
     examples.check_compare()

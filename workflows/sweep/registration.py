@@ -22,6 +22,7 @@ from tracking.sweep_tracker import SweepTracker
 from tracking.views import save_comparison
 from tuning.best_adapter import BestAdapter
 from tuning.ledger import TrialRecord, share_of_epochs_saved
+from tuning.objective import VALUE
 from tuning.space import REPORTED
 from workflows.session import FailedError
 from workflows.sweep.closing import summary_links
@@ -29,18 +30,51 @@ from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import Holdout
 from workflows.sweep.prepared import PreparedSweep
+from workflows.sweep.zero_shot import ZeroShot
 
 _TRAINED_ON = "trained_on.bin"
 
 
 @dataclass(frozen=True)
 class Found:
-    """Holds what a sweep found: its trials, the best adapter, what it has on the holdout if there is one."""
+    """Holds what a sweep found: its trials, the best adapter, what it has on the holdout if there is one.
+
+    zero_shot: of the base alone. prompt: the name of the best adapter's.
+    """
 
     records: Sequence[TrialRecord]
     best: BestAdapter
     holdout: Holdout | None
-    zero_shot: float
+    zero_shot: ZeroShot
+    prompt: str
+
+    @property
+    def base_perplexity(self) -> float:
+        """Return the base's public perplexity under the best adapter's prompt."""
+        return self.zero_shot.perplexity(self.prompt)
+
+    def figures(self) -> dict[str, float]:
+        """Return the objective's values of the best adapter and of the base; none for public perplexity."""
+        objective, best = self.zero_shot.objective, self.best.record.best
+        if objective.is_perplexity or best is None:
+            return {}
+        return {
+            "objective": objective.value_at(best),
+            "zero_shot_objective": self.zero_shot.value(self.prompt),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is measured on the sweep's run."""
+        figures = {
+            ("best_" if key == "objective" else "") + key: value for key, value in self.figures().items()
+        }
+        return {
+            "best_public_perplexity": self.best.public_perplexity,
+            "zero_shot_public_perplexity": self.base_perplexity,
+            "system/epochs_saved": share_of_epochs_saved(self.records),
+            **figures,
+            **(self.holdout.metrics() if self.holdout is not None else {}),
+        }
 
 
 def track(sweep: SweepFolder) -> SweepTracker:
@@ -77,7 +111,13 @@ def register_best(
     `base_digest`: see qlora.base.reference. Raises what `prove` raises; what was logged is then withdrawn.
     """
     space, digests = sweep.space, prepared.inputs.digests
-    best, holdout, zero_shot = found.best, found.holdout, found.zero_shot
+    best, holdout, zero_shot = found.best, found.holdout, found.base_perplexity
+    objective = space.objective
+    judged = {
+        "objective": objective.name,
+        "objective_mode": "max" if objective.more_is_better else "min",
+        **{f"{key}_value": repr(value) for key, value in found.figures().items()},
+    }
     perplexity, run_id = best.public_perplexity, _run_id(best, tracker)
     prompt = prepared.prompt_of(best.record.config)
     is_chat = isinstance(prompt, ChatPrompt)
@@ -98,6 +138,7 @@ def register_best(
         "base_digest": base_digest,
         "max_length": str(prepared.base.max_length),
         **(holdout.facts() if holdout is not None else {}),
+        **({} if objective.is_perplexity else judged),
     }
     known = {key: value for key, value in facts.items() if value}
     card = model_card(space, best, zero_shot, digests, prompt.name)
@@ -127,12 +168,14 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the sweep's summary, as summary.json has it."""
     best, records, holdout = found.best, found.records, found.holdout
+    objective = sweep.space.objective
     settings = list(dict.fromkeys([*REPORTED, *sweep.space.search]))
     return {
         "sweep": sweep.name,
         "space": sweep.space_file,
-        "metric": "public_perplexity",
-        "zero_shot": found.zero_shot,
+        "metric": objective.name,
+        "mode": "max" if objective.more_is_better else "min",
+        "zero_shot": found.base_perplexity,
         "trials": [{**_trial(record), "mlflow_run_id": tracker.run_id(record)} for record in records],
         "best": {
             "trial_id": best.record.trial_id if best.soup is None else None,
@@ -140,6 +183,7 @@ def summarise(
             "weights": list(best.weights.values()),
             "members": [asdict(member) for member in best.soup.members] if best.soup else None,
             "public_perplexity": best.public_perplexity,
+            **found.figures(),
             "checkpoint": str(best.folder.relative_to(sweep.folder.parent.parent)),
             "model_uri": registered.model_uri,
             "mlflow_run_id": _run_id(best, tracker),
@@ -149,7 +193,14 @@ def summarise(
         "champion": {"is_champion": registered.is_champion, "reason": registered.reason},
         "mlflow_experiment_id": tracker.experiment_id,
         "mlflow_run_id": tracker.parent_run_id,
-        "mlflow_view": save_comparison(tracker.experiment_id, sweep.name, tracker.parent_run_id, settings),
+        "mlflow_view": save_comparison(
+            tracker.experiment_id,
+            sweep.name,
+            tracker.parent_run_id,
+            settings,
+            objective.words,
+            more_is_better=objective.more_is_better,
+        ),
     }
 
 
@@ -165,19 +216,28 @@ def publish(
     """Write report.html, and bring it and the summary to the tracking server."""
     facts = provenance(sweep.space, hardware, prepared.inputs.digests)
     facts |= {"what hosts noted": "; ".join(summary["host_notes"]) or None}
-    zero_shot, uri, best = found.zero_shot, summary["best"]["model_uri"], found.best
+    uri, best = summary["best"]["model_uri"], found.best
     registration = f"{uri}: {summary['champion']['reason']}."
     report = sweep.folder / "report.html"
     links = summary_links(summary, pages_root())
     words = prepared.inputs.sets.words
     measured = found.holdout.report(words["holdout"]) if found.holdout is not None else None
     content = sweep_report(
-        sweep, found.records, best.soup, measured, zero_shot, seconds, registration, facts, links
+        sweep,
+        found.records,
+        best.soup,
+        measured,
+        found.zero_shot,
+        found.prompt,
+        seconds,
+        registration,
+        facts,
+        links,
     )
     write_sweep_page(report, content)
     pages = ", ".join(f"[{name}]({link})" for name, link in summary_links(summary, "").items())
-    told = verdict(content.trials, zero_shot, content.average)
-    expected = outlook(content.trials, content.average, measured)
+    told = verdict(content.trials, content.zero_shot, content.average, content.measure)
+    expected = outlook(content.trials, content.average, measured, content.measure)
     told = f"{told} {expected} Registered as {registration}\n\n{pages}; artifact report.html."
     tags = {
         "best_trial": ", ".join(best.weights),
@@ -198,8 +258,9 @@ def _run_id(best: BestAdapter, tracker: SweepTracker) -> str:
 
 
 def _trial(record: TrialRecord) -> dict[str, Any]:
+    shown = ("epoch", "public_perplexity", VALUE)
     curve = [
-        {"step": int(point["step"]), "epoch": point["epoch"], "public_perplexity": point["public_perplexity"]}
+        {"step": int(point["step"]), **{key: point[key] for key in shown if key in point}}
         for point in record.curve
     ]
     found = {

@@ -1,8 +1,7 @@
 """Owns the run of a sweep from its plan to its registered adapter, with Ray and MLflow around it."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,19 +10,16 @@ from typing import Any
 import ray
 
 from qlora.base.reference import base_digest
-from qlora.config import InputError, first_line
+from qlora.config import InputError
 from qlora.data.prompts import EncodedExample
 from qlora.files import below, disk_without_space
-from qlora.perplexity import mean_perplexity
 from tracking.errors import TrackingAwayError
 from tracking.sweep_tracker import SweepTracker
 from tuning.best_adapter import BestAdapter
 from tuning.checkpoints import RAY
 from tuning.device import Device
-from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import (
     Hosts,
-    ask_all_devices,
     ask_where_trials_stand,
     begin_hosts,
     host_notes,
@@ -33,7 +29,7 @@ from tuning.host_directory import (
     why_no_node_is_fit,
 )
 from tuning.known_devices import known_device
-from tuning.ledger import Ledger, TrialRecord, share_of_epochs_saved
+from tuning.ledger import Ledger, TrialRecord
 from tuning.orders import Orders
 from tuning.placement import this_node
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
@@ -43,13 +39,14 @@ from tuning.sweep import KnownBase, ShortOfMemoryError, all_ended, run_sweep
 from tuning.sweep_plan import SweepPlan, make_sweep_plan
 from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
-from workflows.session import FailedError, StoppedError, can_go_on, go_on, resume_with
+from workflows.session import StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.best import averages_are_due, find_best
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import holdout_is_due, measure_holdout
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
 from workflows.sweep.registration import Found, describe, publish, register_best, summarise, track
-from workflows.sweep.start import StartedHosts, good_answers
+from workflows.sweep.start import StartedHosts
+from workflows.sweep.zero_shot import ask_zero_shot, zero_shot_of
 from workflows.worker import Worker, prove
 
 _SECONDS_BETWEEN_LOOKS, _SECONDS_WITHOUT_A_NODE = 5.0, 60.0
@@ -98,7 +95,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     digest = digest_task.remote(sweep.space.base_model.name)
     if not _is_trained(sweep) or averages_are_due(sweep, prepared) or holdout_is_due(sweep, prepared):
         begin_hosts(hosts, prepared.host_data(plan.budgets), joining(needs, asked))
-    measured = _ask_zero_shot(sweep, hosts, shares)
+    measured = ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep)  # while hosts measure
     status, kept = "FAILED", None
@@ -107,24 +104,21 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
         with _record_needed(sweep):
             describe(sweep, prepared, devices[0].name, tracker)
         with tracker.system_metrics():
-            by_prompt = _zero_shot(sweep, measured)
-            print(f"\nzero-shot   public perplexity {_of_prompts(by_prompt)}", flush=True)
-            metrics["zero_shot_public_perplexity"] = min(by_prompt.values())
-            known = KnownBase(min(by_prompt.values()), prepared.base.size.hidden)
+            zero_shot = zero_shot_of(sweep, measured)
+            print(f"\nzero-shot   {zero_shot.words}", flush=True)
+            metrics["zero_shot_public_perplexity"] = min(zero_shot.perplexities.values())
+            known = KnownBase(zero_shot.best, prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
             holdout = measure_holdout(sweep, prepared, hosts, best)
-            own_prompt = prepared.examples.prompt_of(best.record.config)
-            zero_shot = by_prompt.get(own_prompt, min(by_prompt.values()))
-            metrics["zero_shot_public_perplexity"] = zero_shot
-            found = Found(records, best, holdout, zero_shot)
+            found = Found(records, best, holdout, zero_shot, prepared.examples.prompt_of(best.record.config))
             seconds = time.monotonic() - started.began
             work = _tell_how_it_went(sweep, hosts, plan, found, averages, seconds)
             stop_hosts(hosts)
-            metrics |= _closing_metrics(found) | {"system/gpu_seconds": work["spent"]["gpu_seconds"]}
+            metrics |= found.metrics() | {"system/gpu_seconds": work["spent"]["gpu_seconds"]}
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
                 proof = partial(_proof, worker, prepared, best)
@@ -158,21 +152,6 @@ def _longest(prepared: PreparedSweep) -> tuple[Sequence[EncodedExample], Sequenc
     """Return the train and public examples under the prompt that takes most tokens, for people."""
     longest = prepared.examples.longest()
     return longest.train, longest.public
-
-
-def _of_prompts(by_prompt: Mapping[str, float]) -> str:
-    """Write the figures of prompts, naming these where there are several."""
-    if len(by_prompt) == 1:
-        return f"{next(iter(by_prompt.values())):.4f}"
-    return ", ".join(f"{value:.4f} ({name})" for name, value in by_prompt.items())
-
-
-def _closing_metrics(found: Found) -> dict[str, float]:
-    metrics = {
-        "best_public_perplexity": found.best.public_perplexity,
-        "system/epochs_saved": share_of_epochs_saved(found.records),
-    }
-    return metrics | (found.holdout.metrics() if found.holdout is not None else {})
 
 
 def _run_trials(
@@ -273,56 +252,14 @@ def _needs(sweep: SweepFolder, inputs: SweepInputs, plan: SweepPlan | None) -> N
     return Needs(sweep.space.base_model.name, digest, sweep.storage, most_there * checkpoint)
 
 
-def _ask_zero_shot(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -> list[Any]:
-    """Ask hosts for the base's perplexity of each public example, if the sweep doesn't know it yet."""
-    return [] if sweep.zero_shot() is not None else ask_all_devices(hosts, shares, "zero_shot")
-
-
-def _zero_shot(sweep: SweepFolder, measured: list[Any]) -> dict[str, float]:
-    """Return the base's public perplexity under each prompt, measured once a sweep."""
-    if measured:
-        found = {name: mean_perplexity(values) for name, values in _first_good(measured).items()}
-        for value in found.values():
-            if not math.isfinite(value):
-                raise FailedError(
-                    f"the base alone has public perplexity {value}: its weights or dtype are no good"
-                )
-        sweep.keep_zero_shot(found)
-    known = sweep.zero_shot()
-    assert known is not None, "it was kept"
-    return known
-
-
-def _first_good(questions: Sequence[Any]) -> dict[str, list[float]]:
-    """Return the first answer, of those at hand the first by their order; the other questions are dropped.
-
-    Raises the last error if no host answers.
-    """
-    left = list(questions)
-    while True:
-        ray.wait(left, fetch_local=False)
-        ended, left = ray.wait(left, num_returns=len(left), timeout=0, fetch_local=False)
-        found, error = good_answers(ended)
-        if found:
-            for question in left:  # one that waits for a busy device would be taken for a wish
-                ray.cancel(question)
-            return found[0]  # type: ignore[no-any-return]
-        if not left:
-            assert error is not None, "none was good"
-            if isinstance(error, UnfitNodeError):
-                raise StoppedError(
-                    f"{first_line(getattr(error, 'cause', error))}; run the same command again"
-                )
-            raise error
-
-
 def _tell_how_it_went(
     sweep: SweepFolder, hosts: Hosts, plan: SweepPlan, found: Found, averages: str, seconds: float
 ) -> dict[str, Any]:
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     records = found.records
     spent, notes, cost = host_seconds(hosts), host_notes(hosts), spent_so_far(sweep.folder)
-    print(f"\n{ranking(records, found.zero_shot)} in {clock(seconds)}", flush=True)
+    ranked = ranking(records, found.zero_shot.best, sweep.space.objective)
+    print(f"\n{ranked} in {clock(seconds)}", flush=True)
     if averages:
         print(f"averages    {averages}")
     if found.holdout is not None:

@@ -27,16 +27,17 @@ _WHEN = "it takes effect at the next step or, if the sweep is not running, when 
 def status(name: str, now: float) -> str:
     """Describe a sweep's trials as they stand; `now`: in seconds since 1970. Raises InputError."""
     with _sweep(name) as (sweep, records):
-        zero_shot = sweep.zero_shot()
-        if zero_shot is None or not records:
+        objective = sweep.space.objective
+        known = sweep.zero_shot() if objective.is_perplexity else sweep.zero_shot_values()
+        if not known or not records:
             return f"the sweep {name} has no trial yet"
         began = min(record.started_at or now for record in records)
         ended = [record.ended_at for record in records if record.ended_at]
         until = max(ended, default=now) if all(record.has_ended for record in records) else now
         num_trials = sweep.space.num_trials + Orders(sweep.place).added
         words = [
-            table(records, min(zero_shot.values()), limit=len(records)),
-            headline(records, num_trials, max(0.0, until - began)),
+            table(records, min(known.values(), key=objective.score), len(records), objective),
+            headline(records, num_trials, max(0.0, until - began), objective),
             spending(spent_so_far(sweep.folder), sweep.space.budget, sweep.space.wants_gpu),
         ]
         if sweep.summary() is not None:

@@ -1,0 +1,103 @@
+"""Texts of a base in training: those of `transformers.generate` with the adapter in plain PEFT."""
+
+import pytest
+import torch
+from conftest import byte_tokenizer, random_examples, tiny_model
+from peft import PeftModel
+from test_training import weights
+
+from inference.banked import BankedGenerator
+from inference.engine import TransformersEngine
+from qlora.config import DecodingSettings, TrialSettings
+from qlora.lora.bank import AdapterBank
+from qlora.packed.attention import use_packed_attention
+from qlora.perplexity import adapter_perplexities
+from qlora.training import Training
+
+SETTINGS = [
+    TrialSettings(
+        learning_rate=0.03, lora_r=4, lora_alpha=32, lora_dropout=0.1, batch_size=4, epochs=4, seed=1
+    ),
+    TrialSettings(
+        learning_rate=0.02, lora_r=8, batch_size=4, epochs=4, seed=2, target_modules=("q_proj", "down_proj")
+    ),
+]
+DECODING = DecodingSettings(num_beams=1, max_new_tokens=12)
+
+
+def plain_texts(family: str, folder, prompts, ends: list[int]) -> list[str]:
+    """One prompt after the other, greedily, by transformers and PEFT."""
+    model, tokenizer = tiny_model(family), byte_tokenizer()
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, str(folder))
+    found = []
+    for prompt in prompts:
+        out = model.eval().generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=[2, *ends],
+            pad_token_id=0,
+        )
+        found.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip())
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, tmp_path):
+    """Between steps of training, which goes on as if no text had been written."""
+    examples = random_examples(8, vocabulary=250)
+    prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
+
+    def trained(writes: bool) -> tuple[list[Training], list[list[str]]]:
+        model = tiny_model(family)
+        use_packed_attention(model)
+        bank = AdapterBank(model, "tiny")
+        generator = BankedGenerator(bank, byte_tokenizer(), DECODING)
+        runs, found = [Training(bank, examples, settings) for settings in SETTINGS], []
+        for step in range(8):
+            for run in runs:
+                run.advance(10_000)
+            if writes and step in (3, 7):
+                found = [
+                    generator.texts(adapter, prompts) for adapter in (None, *(run.adapter for run in runs))
+                ]
+        assert model.config._attn_implementation == "packed"
+        return runs, found
+
+    runs, found = trained(writes=True)
+    undisturbed, _ = trained(writes=False)
+    for number, (run, other) in enumerate(zip(runs, undisturbed, strict=True)):
+        assert torch.equal(weights(run), weights(other))
+        run.bank.save(run.adapter, tmp_path / str(number))
+        assert found[1 + number] == plain_texts(family, tmp_path / str(number), prompts, [])
+    assert found[0] == plain_texts(family, None, prompts, [])
+    assert len({tuple(texts) for texts in found}) == 3, "or nothing is shown"
+    values = adapter_perplexities(runs[0].bank, [(runs[0].adapter, examples)], 10_000)[0]
+    assert (
+        values == adapter_perplexities(undisturbed[0].bank, [(undisturbed[0].adapter, examples)], 10_000)[0]
+    )
+
+
+def test_texts_end_at_the_tokens_that_end_answers_of_their_prompt():
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    generator = BankedGenerator(AdapterBank(model, "tiny"), byte_tokenizer(), DECODING)
+    prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
+    whole = generator.texts(None, prompts)
+    ends = [token for token in range(3, 259) if byte_tokenizer().decode([token]) in whole[0][:3]]
+    cut = generator.texts(None, prompts, ends)
+    assert cut == plain_texts("llama", None, prompts, ends)
+    assert generator.texts(None, prompts) == whole != cut
+
+
+def test_what_the_search_lacks_is_written_by_transformers():
+    decoding = DecodingSettings(num_beams=1, max_new_tokens=12, repetition_penalty=1.3)
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    generator = BankedGenerator(AdapterBank(model, "tiny"), byte_tokenizer(), decoding)
+    prompts = [one.prompt for one in random_examples(3, seed=3, vocabulary=250)]
+    plain = TransformersEngine(tiny_model("llama"), byte_tokenizer(), decoding, 1)
+    expected = [text for _, text, _ in sorted(plain.generate(prompts))]
+    assert generator.texts(None, prompts) == expected == generator.texts(None, prompts)
+    assert model.config._attn_implementation == "packed"
