@@ -1,0 +1,47 @@
+"""The second task of the search's live proof, and the figures that are read of its sweeps."""
+
+import json
+
+from benchmarks.extraction import make_rows, write_task
+from benchmarks.live_search import WAYS, Sweep, figures
+from qlora.data.examples import load_examples
+from tuning.space import load_space
+
+
+def test_answers_stand_in_their_notices_and_no_notice_stands_twice(tmp_path):
+    paths = write_task(tmp_path, seed=3)
+    rows = {name: load_examples(str(path), need_output=True) for name, path in paths.items()}
+    assert {name: len(found) for name, found in rows.items()} == {"train": 2000, "public": 250, "unseen": 500}
+    asked = [one.instruction for found in rows.values() for one in found]
+    assert len(set(asked)) == len(asked)
+    for one in rows["public"]:
+        fields = one.output.split("; ")
+        assert len(fields) == 4
+        assert all(field in one.instruction for field in fields)
+
+
+def test_rows_are_drawn_by_their_seed():
+    assert make_rows(20, 1) == make_rows(20, 1) != make_rows(20, 2)
+
+
+def test_every_way_is_a_sound_space():
+    spaces = {way: load_space("search_spaces/wide.yaml", changes) for way, changes in WAYS.items()}
+    assert spaces["stages"].num_trials == 7
+    assert spaces["stages"].values("epochs") == ["1+1+1"]
+    assert spaces["wide"].searcher.type == "random"
+
+
+def test_figures_are_those_of_the_summary(tmp_path):
+    sweep = Sweep("stages", 2, tmp_path)
+    assert (sweep.summary(), figures(sweep)) == (None, {})
+    sweep.results.mkdir(parents=True)
+    content = {
+        "best": {"public_perplexity": 5.4, "members": [{"trial_id": "a"}, {"trial_id": "b"}]},
+        "trials": [{"curve": [{"public_perplexity": 5.7}, {"public_perplexity": 5.6}]}, {"curve": []}],
+        "holdout": {"perplexity": 5.5},
+        "spent": {"gpu_seconds": 104.96},
+    }
+    (sweep.results / "summary.json").write_text(json.dumps(content))
+    assert figures(sweep) == {
+        "public": 5.4, "unseen": 5.5, "best_trial": 5.6, "members": 2, "gpu_seconds": 105.0,
+    }  # fmt: skip
