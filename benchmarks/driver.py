@@ -35,6 +35,7 @@ from benchmarks.commands import ROOT
 from benchmarks.report import print_report
 from qlora.config import DEFAULT_BASE, BaseModelSettings, DecodingSettings
 from tuning.host_directory import start_hosts
+from tuning.objective import METRIC
 from tuning.orders import Orders
 from tuning.space import Space
 
@@ -121,6 +122,7 @@ def idle_trial(config: dict[str, Any], hosts: object = None, shares: object = No
                 "epoch": number / _POINTS,
                 "schedule_percent": 100 * number / _POINTS,
                 "public_perplexity": 20 * config["learning_rate"] / number,
+                METRIC: 20 * config["learning_rate"] / number,
                 "training_loss": 1.0,
                 "learning_rate": config["learning_rate"],
                 "tokens_per_second": 1.0,
@@ -150,7 +152,7 @@ def _our_trials(count: int, folder: Path, _: str) -> None:
     sys.stdout = sys.stderr
     try:
         nobody = start_hosts()  # no trial asks for one
-        known = tuning.sweep.KnownBase(zero_shot=1e3, width=576)
+        known = tuning.sweep.KnownBase(zero_shot={"default": 1e3}, width=576)
         orders = Orders(str(folder))
         records = tuning.sweep.run_sweep(
             space, nobody, {"CPU": 1}, folder, str(folder), orders, known, 1, _Nobody()

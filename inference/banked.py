@@ -6,7 +6,7 @@ base. Attention is lent to the search, and given back to training.
 Refuses to know what texts are for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,10 @@ from typing import Any
 from inference.engine import BeamEngine, Engine, make_engine
 from qlora.config import DecodingSettings
 from qlora.lora.bank import Adapter, AdapterBank
+
+
+class TextsStoppedError(RuntimeError):
+    """Texts that are not written to their end, since nobody waits for them."""
 
 
 @dataclass
@@ -26,13 +30,18 @@ class BankedGenerator:
     _engines: dict[tuple[int, ...], tuple[Engine, Any]] = field(default_factory=dict)
 
     def texts(
-        self, adapter: Adapter | None, prompts: Sequence[Sequence[int]], end_tokens: Sequence[int] = ()
+        self,
+        adapter: Adapter | None,
+        prompts: Sequence[Sequence[int]],
+        end_tokens: Sequence[int] = (),
+        is_over: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         """Generate a text for each prompt (token ids) under an adapter (None: the bare base).
 
         `end_tokens` end texts beside the tokenizer's EOS. What the search keeps on the device is given back.
+        Raises TextsStoppedError once `is_over`, which is asked after each text, says so.
         """
-        ends = tuple(end_tokens)
+        ends, found = tuple(end_tokens), dict[int, str]()
         with self.bank.serving(adapter), _lent(self.bank.model):
             settings = self.bank.model.generation_config
             if ends not in self._engines:
@@ -42,7 +51,10 @@ class BankedGenerator:
                 self._engines[ends] = (engine, settings.eos_token_id)
             engine, settings.eos_token_id = self._engines[ends]
             try:
-                found = {index: text for index, text, _ in engine.generate(prompts)}
+                for index, text, _ in engine.generate(prompts):
+                    found[index] = text
+                    if is_over():
+                        raise TextsStoppedError(f"after {len(found)} of {len(prompts)} texts")
             finally:
                 if isinstance(engine, BeamEngine):
                     engine.searcher.release()

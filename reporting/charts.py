@@ -35,13 +35,17 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial's curve of what trials are ranked by, over the percent of its own schedule."""
+    """A trial's curve of what trials are ranked by, over the percent of its own schedule.
+
+    base: where it starts, if the base alone has another value for it than for others.
+    """
 
     name: str
     percents: Sequence[float]
     values: Sequence[float]
     was_stopped: bool
     is_best: bool
+    base: float | None = None
 
 
 def learning_curves(
@@ -64,7 +68,8 @@ def learning_curves(
         for curve in sorted(curves, key=lambda curve: curve.is_best):
             colour = _BEST if curve.is_best else _STOPPED if curve.was_stopped else _OTHER
             label = f"best, {curve.name}" if curve.is_best else None
-            first = ([0.0], [zero_shot]) if start_at_base else ([], [])
+            start = zero_shot if curve.base is None else curve.base
+            first = ([0.0], [start]) if start_at_base else ([], [])
             axes.plot(
                 [*first[0], *curve.percents],
                 [*first[1], *curve.values],

@@ -123,7 +123,8 @@ def _curves(sweep: SweepReport, seen: Sequence[TrialReport]) -> str:
     for place, trial in enumerate(seen):
         percents = [percent for percent, _ in trial.curve]
         values = [value for _, value in trial.curve]
-        curves.append(Curve(trial.name, percents, values, trial.status == "stopped", is_best=place == 0))
+        was_stopped = trial.status == "stopped"
+        curves.append(Curve(trial.name, percents, values, was_stopped, place == 0, trial.base))
     words = sweep.measure.words
     caption = f"{words[0].upper()}{words[1:]} of each trial; a cross is where early stopping ended one."
     is_perplexity = sweep.measure.is_perplexity

@@ -38,7 +38,8 @@ class TrialReport:
 
     settings: those that were searched. curve: (percent of its schedule, what trials are ranked by).
     perplexities: of each public example at its best point. is_cut: whether a budget or people stopped it.
-    more_is_better: of the curve. The rest is what it cost.
+    more_is_better: of the curve. base: its value for the base alone under the trial's prompt, if that is
+    another than others'. The rest is what it cost.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TrialReport:
     seconds: float | None
     is_cut: bool = False
     more_is_better: bool = False
+    base: float | None = None
 
     @property
     def best(self) -> float:
@@ -154,10 +156,10 @@ def outlook(
     if expected is None:
         return ""
     values = average.perplexities if average is not None else ranked(trials)[0].perplexities
-    return (
-        f"On unseen examples of the same kind expect {expected.words()}: on the examples that it was chosen "
-        f"on the best looks {1 - float(np.mean(values)) / expected.mean:.1%} better than it is."
-    )
+    words, better = f"On unseen examples of the same kind expect {expected.words()}", ""
+    if (flattery := 1 - float(np.mean(values)) / expected.mean) >= 0.0005:
+        better = f": on the examples that it was chosen on the best looks {flattery:.1%} better than it is"
+    return f"{words}{better}."
 
 
 def expected_unseen(trials: Sequence[TrialReport], average: AverageReport | None = None) -> Interval | None:

@@ -6,7 +6,7 @@ from conftest import byte_tokenizer, random_examples, tiny_model
 from peft import PeftModel
 from test_training import weights
 
-from inference.banked import BankedGenerator
+from inference.banked import BankedGenerator, TextsStoppedError
 from inference.engine import TransformersEngine
 from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
@@ -89,6 +89,18 @@ def test_texts_end_at_the_tokens_that_end_answers_of_their_prompt():
     cut = generator.texts(None, prompts, ends)
     assert cut == plain_texts("llama", None, prompts, ends)
     assert generator.texts(None, prompts) == whole != cut
+
+
+def test_texts_that_nobody_waits_for_are_not_written_to_their_end():
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    generator = BankedGenerator(AdapterBank(model, "tiny"), byte_tokenizer(), DECODING)
+    prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
+    whole, asked = generator.texts(None, prompts), []
+    with pytest.raises(TextsStoppedError, match="after 2 of 5 texts"):
+        generator.texts(None, prompts, is_over=lambda: asked.append(1) or len(asked) == 2)
+    assert model.config._attn_implementation == "packed"
+    assert generator.texts(None, prompts) == whole
 
 
 def test_what_the_search_lacks_is_written_by_transformers():

@@ -3,6 +3,9 @@
 import json
 import math
 import sqlite3
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,26 +14,30 @@ import yaml
 from conftest import byte_tokenizer, command, finished, random_examples
 from peft import PeftModel
 from test_host import run
+from test_sweep import ledger
 from transformers import AutoModelForCausalLM
 
 from inference.scores import Scores
+from qlora.checkpoint_files import verify_checkpoint
 from qlora.config import InputError
 from qlora.data.row_shapes import Example, instruction_example
 from reporting.verdicts import Measure, TrialReport, outlook, ranked, verdict
 from tracking.champion import judge
+from tuning.checkpoints import Storage
 from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import Host, SweepData
 from tuning.ledger import TrialRecord
 from tuning.ledger import ranked as ranked_records
-from tuning.objective import Objective
-from tuning.progress import headline, table
+from tuning.objective import JudgingStoppedError, Objective, UnjudgedError
+from tuning.progress import headline, ranking, table
 from tuning.space import Space, load_space
 from workflows.sweep.judging import make_judge
 
 EXAMPLES = [
     instruction_example(n, f"ask {n}", output) for n, output in enumerate(("山水風", "春夏秋冬", "東"))
 ]
-MINE = """
+MINE = """import threading
+import numpy as np
 def short(examples, outputs):
     assert [example["output"] for example in examples] and len(examples) == len(outputs)
     return sum(map(len, outputs)) / len(outputs)
@@ -42,6 +49,31 @@ def nothing(examples, outputs):
     return float("nan")
 
 constant = 3
+
+def answers_only(examples, outputs):
+    assert outputs == [example["output"] for example in examples], "no answers"
+    return 1.0
+
+def careless(examples, outputs):
+    examples.sort(key=lambda example: example["output"])
+    examples[0]["output"] = ""
+    return np.float32(0.5)
+
+lock = threading.Lock()
+
+def locked(examples, outputs):
+    with lock:
+        return 1.0
+
+calls = []
+
+def tired(examples, outputs):
+    with open("calls.txt", "a") as file:
+        file.write("called\\n")
+    calls.append(1)
+    if len(calls) > 2:
+        raise ValueError("no more")
+    return 1.0
 """
 
 
@@ -102,11 +134,20 @@ def test_a_function_of_ones_own_is_tried_before_anything_starts(tmp_path, monkey
         ("not_there:f", "not_there can't be imported"),
         ("mine_tried:f", "mine_tried has no function f"),
         ("mine_tried:constant", "mine_tried has no function constant"),
-        ("mine_tried:broken", "fails on the answers of public.json: .*no such column"),
+        ("mine_tried:broken", "failed on the texts: .*no such column.*, which were the answers of public"),
+        ("mine_tried:locked", "can't be sent to other processes: .*lock"),
         ("mine_tried:nothing", "gave nan, which is no finite number"),
     ):
         with pytest.raises(InputError, match=f"objective: .*{said}"):
             made(name)
+    rows = [dict(row) for row in made("mine_tried:careless").rows]
+    careless = made("mine_tried:careless")
+    assert careless.value(["a", "b", "c"]) == careless.value(["a", "b", "c"]) == 0.5
+    assert careless.rows == rows
+    (tmp_path / "results/one").mkdir(parents=True)
+    (tmp_path / "results/one/evil.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(InputError, match=r"results.one.evil lies among results, from which no code is run"):
+        made("results.one.evil:f")
     with pytest.raises(InputError, match=r"public.json: is plain text"):
         make_judge(Objective(name="chrf"), "base", [Example(0, (), "text")], "public.json")
 
@@ -172,9 +213,32 @@ def test_a_function_that_fails_on_a_trials_texts_ends_that_trial_alone(data, tmp
         (tmp_path / name).mkdir()
         host.attach(name, name, {"seed": 1})
     assert host.advance("good", 1, str(tmp_path / "good"))["objective"] == 1.0
-    with pytest.raises(ZeroDivisionError, match="in people's own function"):
+    with pytest.raises(UnjudgedError, match="chrf failed on the texts: in people's own function"):
         host.advance("bad", 1, str(tmp_path / "bad"))
     assert host.advance("other", 1, str(tmp_path / "other"))["objective"] == 1.0
+
+
+def test_a_host_that_is_to_stop_writes_no_text_to_its_end(data, tmp_path):
+    """The trial is kept where it stands, with the steps since its report."""
+
+    class Slow:
+        def values(self, bank, requests, is_over):
+            began.set()
+            while not is_over():
+                time.sleep(0.01)
+            raise JudgingStoppedError("in the middle")
+
+    began = threading.Event()
+    threads = torch.get_num_threads()
+    host = Host(SweepData(data.space, data.examples, 10_000, judge=Slow()), 1)
+    torch.set_num_threads(threads)
+    (tmp_path / "t").mkdir()
+    host.attach("t", "holder", {"seed": 1})
+    asked = threading.Thread(target=host.advance, args=("t", 2, str(tmp_path / "t")), daemon=True)
+    asked.start()
+    assert began.wait(60)
+    assert host.stop(Storage.at(str(tmp_path / "kept"))) == 1
+    verify_checkpoint(tmp_path / "kept/t/checkpoint_stopped")
 
 
 def point(step: int, perplexity: float, value: float, score: float) -> dict[str, float]:
@@ -193,6 +257,11 @@ def test_records_are_ranked_by_their_scores():
     assert "best chrf" in words
     assert words.splitlines()[1].split()[8:11] == ["40", "40", "+27.5"]
     assert "best 40 (high)" in headline([low, high], 2, 60.0, chrf)
+    chats = TrialRecord("chats", {**config, "prompt": "chat"}, "finished", low.curve)
+    bases = {"default": 12.5, "chat": 29.0}
+    lines = table([chats, replace(high, config={**config, "prompt": "default"})], bases, objective=chrf)
+    assert [line.split()[-2] for line in lines.splitlines()[1:]] == ["+27.5", "+1"]
+    assert "zero-shot chrf 12.5 (default), 29 (chat)" in ranking([chats], bases, chrf)
     old = {key: value for key, value in point(1, 5.0, 0.0, 0.0).items() if key not in ("score", "objective")}
     assert (
         TrialRecord("old", config, "finished", (old, {**old, "step": 2, "public_perplexity": 4.0})).best[
@@ -237,6 +306,10 @@ def test_versions_are_compared_by_the_objective_that_both_were_chosen_by():
         "chrf 9.0 is no better than the base alone, which has 10.0",
     )
     assert not judge(None, judged(1, "nan"))[0]
+    of_lengths = [judged(n, f"{n}.5", "0.0", objective_max_new_tokens=f"{n}") for n in (1, 2)]
+    is_better, reason = judge(*of_lengths)
+    assert not is_better
+    assert "by chrf of texts of 2 tokens, champion version 1 by chrf of texts of 1 tokens" in reason
     is_better, reason = judge(version(1), judged(2, "31.0"))
     assert not is_better
     assert "it was chosen by chrf, champion version 1 by public_perplexity" in reason
@@ -305,3 +378,36 @@ def test_a_sweep_by_a_function_of_ones_own(project, sweep):
     assert summary["best"]["objective"] == min(values)
     assert (summary["metric"], summary["mode"]) == ("mine:short", "min")
     assert "best short" in out
+    assert "trials      " in out
+    folder = project / "results/mine"
+    (folder / "summary.json").rename(folder / "kept.json")
+    (project / "mine.py").write_text(MINE.replace("sum(map(len", "2 * sum(map(len"))
+    process = command(project, "tune", "--resume", "mine")
+    again, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "mine:short: changed since the sweep started" in again
+
+
+@pytest.mark.ray
+def test_a_function_that_fails_is_told_in_a_line_and_not_asked_again(project, sweep):
+    """On the base's texts the sweep ends; on a trial's, the trial."""
+    (project / "other.py").write_text(MINE)
+
+    def refused(name: str) -> str:
+        process = command(
+            project, "tune", "--space", "texts.yaml", "--name", name, "--set",
+            f"objective={{name: other:{name}, max_new_tokens: 10}}", "--set", "registered_model=other",
+            "--set", "search.learning_rate={grid_search: [0.0001, 0.01]}",
+        )  # fmt: skip
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 1
+        assert "Traceback" not in out
+        return out
+
+    out = refused("answers_only")
+    assert "other:answers_only failed on the texts: no answers" in out
+    assert "which the base alone has written; a function is given whatever texts come" in out
+    assert "other:tired failed on the texts: no more" in refused("tired")
+    records = ledger(project, "tired").values()
+    assert [record["status"] for record in records] == ["failed"] * 2
+    assert len((project / "calls.txt").read_text().splitlines()) == 4  # the answers, the base, two trials

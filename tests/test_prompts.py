@@ -4,7 +4,7 @@ import pytest
 from conftest import byte_tokenizer
 
 from qlora.data.examples import examples_digest, load_examples
-from qlora.data.prompts import encode_examples, encode_prompt, load_prompt
+from qlora.data.prompts import encode_examples, encode_prompt, load_prompt, prompt_text
 from qlora.data.row_shapes import instruction_example
 
 DEFAULT = (
@@ -97,3 +97,14 @@ def test_the_embedded_base_ends_answers_where_it_ends_its_own():
         == (1, 2)
     )
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_a_prompts_text_is_the_one_that_it_was_loaded_from(tmp_path):
+    """Versions carry it, whatever becomes of the file while a sweep runs."""
+    path = tmp_path / "mine.yaml"
+    path.write_text('template: "one {instruction}"', encoding="utf-8")
+    prompt = load_prompt(str(path))
+    path.write_text('template: "two {instruction}"', encoding="utf-8")
+    assert prompt_text(prompt) == 'template: "one {instruction}"'
+    path.unlink()
+    assert "one" in prompt_text(prompt)

@@ -53,6 +53,8 @@ def test_prompts_and_numbers_of_examples_are_searched_like_settings():
     full = found.trial_config(config)
     assert (full["prompt"], full["train_examples"], full["lora_r"]) == ("chat", 5, 64)
     assert "prompt" not in found.trial_config({"learning_rate": 1e-3})
+    drawn = space(search={"train_examples": {"quniform": [4, 8, 4]}}).trial_config({"train_examples": 8.0})
+    assert (drawn["train_examples"], type(drawn["train_examples"])) == (8, int)
     assert space(prompt="few", search={"lora_r": {"choice": [4]}}).prompts == ["few"]
 
 
@@ -82,6 +84,7 @@ def test_a_trial_has_the_examples_of_its_configuration():
     assert found.of({}) == found.of({"prompt": "default"}) == found.by_prompt["default"]
     few = found.of({"prompt": "chat", "train_examples": 5})
     assert (few.train, few.public) == (found.by_prompt["chat"].train[:5], found.by_prompt["chat"].public)
+    assert found.of({"train_examples": 5.0}).train == found.by_prompt["default"].train[:5]
     assert found.longest() == found.by_prompt["default"]
     found.check_compare()
 
@@ -197,6 +200,16 @@ def test_the_registered_version_carries_its_trials_prompt(project, tiny_base, sw
     page = (project / "results/searched/report.html").read_text()
     assert "train_examples" in page
     assert "other.yaml" in page
+
+
+def test_more_examples_than_there_are_are_refused(project):
+    process = command(
+        project, "tune", "--space", "space.yaml", "--dry-run", "--set",
+        "search.train_examples={choice: [8, 17]}",
+    )  # fmt: skip
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "search.train_examples: asks for 17 examples, but train.json holds 16" in out
 
 
 @pytest.mark.ray

@@ -130,8 +130,8 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
         )
     if _objective(version) != _objective(present):
         return False, (
-            f"it was chosen by {_objective(version)[0]}, champion version {present.version} by "
-            f"{_objective(present)[0]}; compare their texts with ray_jobs/batch_infer.py"
+            f"it was chosen by {_objective_in_words(version)}, champion version {present.version} by "
+            f"{_objective_in_words(present)}; compare their texts with ray_jobs/batch_infer.py"
         )
     if _OBJECTIVE in version.tags:  # of texts, which compare across tokenizers and lengths
         return _judge_texts(present, version)
@@ -150,10 +150,17 @@ def judge(present: ModelVersion | None, version: ModelVersion) -> tuple[bool, st
     return ours < theirs, f"public perplexity {ours:.4g} against {theirs:.4g} of version {present.version}"
 
 
-def _objective(version: ModelVersion) -> tuple[str, str]:
-    """Return what a version was chosen by, and which way."""
-    name = version.tags.get(_OBJECTIVE, "public_perplexity")
-    return name, version.tags.get(f"{_OBJECTIVE}_mode", "min")
+def _objective(version: ModelVersion) -> tuple[str, ...]:
+    """Return what a version was chosen by, which way, of texts of how many tokens, by whose function."""
+    parts = ((_OBJECTIVE, "public_perplexity"), (f"{_OBJECTIVE}_mode", "min"))
+    of_texts = ((f"{_OBJECTIVE}_max_new_tokens", ""), (f"{_OBJECTIVE}_digest", ""))
+    return tuple(version.tags.get(tag, default) for tag, default in (*parts, *of_texts))
+
+
+def _objective_in_words(version: ModelVersion) -> str:
+    name, _, tokens, digest = _objective(version)
+    words = f"{name} of texts of {tokens} tokens" if tokens else name
+    return f"{words}, function {digest[:12]}" if digest else words
 
 
 def _score(version: ModelVersion, tag: str = "objective_value") -> float:

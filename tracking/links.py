@@ -12,7 +12,6 @@ from qlora.addresses import without_password
 _LOCAL_PAGES = "http://127.0.0.1:5000/"  # where `make ui` serves the embedded store
 _TRAINING = {"workflowType": "machine_learning"}
 _CHARTS = {**_TRAINING, "compareRunsMode": "CHART"}
-_BEST_FIRST = {"orderByKey": "metrics.`best_public_perplexity`", "orderByAsc": "true"}
 
 
 def pages_root() -> str:
@@ -25,9 +24,12 @@ def pages_root() -> str:
     return f"{without_password(uri).rstrip('/')}/" if is_server else _LOCAL_PAGES
 
 
-def trials_link(experiment_id: str, root: str) -> str:
-    """Return the page that draws an experiment's runs as charts, best first."""
-    return f"{root}#/experiments/{experiment_id}/runs?{urllib.parse.urlencode({**_CHARTS, **_BEST_FIRST})}"
+def trials_link(
+    experiment_id: str, root: str, best: str = "best_public_perplexity", *, more_is_better: bool = False
+) -> str:
+    """Return the page that draws an experiment's runs as charts, best first by a metric."""
+    order = {"orderByKey": f"metrics.`{best}`", "orderByAsc": "false" if more_is_better else "true"}
+    return f"{root}#/experiments/{experiment_id}/runs?{urllib.parse.urlencode({**_CHARTS, **order})}"
 
 
 def comparison_link(experiment_id: str, view: str, root: str) -> str:

@@ -49,8 +49,8 @@ class SweepExamples:
 
     def of(self, config: Mapping[str, Any]) -> PromptedExamples:
         """Return what a trial of a configuration trains and is measured on."""
-        found = self.by_prompt[self.prompt_of(config)]
-        return replace(found, train=found.train[: config.get("train_examples")])
+        found, count = self.by_prompt[self.prompt_of(config)], config.get("train_examples")
+        return found if count is None else replace(found, train=found.train[: int(count)])
 
     def prompt_of(self, config: Mapping[str, Any]) -> str:
         """Return the name of a trial's prompt."""

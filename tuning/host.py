@@ -11,9 +11,9 @@ import math
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,32 +32,15 @@ from qlora.provenance import hardware
 from qlora.training import DivergedError, StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
-from tuning.examples import PromptedExamples, SweepExamples
-from tuning.objective import Judge
+from tuning.examples import PromptedExamples
+from tuning.objective import JudgingStoppedError
 from tuning.seat import Seat, ended_by_hand, point_of
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
-from tuning.space import Space
+from tuning.sweep_data import SweepData
 
 _Answer = TypeVar("_Answer")
 _WRITERS = 4  # of checkpoints at once: trials of one length end together
-
-
-@dataclass(frozen=True)
-class SweepData:
-    """The data that every trial of a sweep works on, sent to the hosts once.
-
-    budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from;
-    None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens. judge: of
-    texts, if the objective is of such.
-    """
-
-    space: Space
-    examples: SweepExamples
-    budget_tokens: int | None = None
-    start: AdapterFiles | None = None
-    budgets: Mapping[str, int] = field(default_factory=dict)
-    judge: Judge | None = None
 
 
 class Host:
@@ -72,7 +55,7 @@ class Host:
         self._seats: dict[str, Seat] = {}
         self._stopped, self._ended_by_hand = False, set[str]()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._changed = threading.Condition()
+        self._changed, self._is_over = threading.Condition(), threading.Event()
         budget = data.budgets.get(hardware(default_device().type), data.budget_tokens)
         self._work = SharedWork(data.space.base_model, budget)
         self._writers = ThreadPoolExecutor(_WRITERS)
@@ -88,7 +71,8 @@ class Host:
         """Measure the objective of texts under the base alone, by prompt."""
         prompts, judge = self._data.examples.by_prompt, self._data.judge
         assert judge is not None, "asked for an objective of texts only"
-        measured = self._ask(lambda: self._work.judge(judge, [(None, one) for one in prompts.values()]))
+        requests = [(None, one) for one in prompts.values()]
+        measured = self._ask(lambda: self._work.judge(judge, requests, self._is_over.is_set))
         return dict(zip(prompts, map(_good, measured), strict=True))
 
     def attach(
@@ -170,6 +154,7 @@ class Host:
 
         They are put into the storage as TRIAL/checkpoint_stopped.
         """
+        self._is_over.set()
         return self._ask(lambda: self._stop(storage))
 
     def detach(self, trial_id: str, holder: str | None = None) -> None:
@@ -255,6 +240,8 @@ class Host:
                 metrics |= {"perplexities": found, "host_notes": self.notes()}
                 written = partial(_written, content, Path(seat.folder), metrics)
                 self._writers.submit(_settle, seat.reply, written)
+            except JudgingStoppedError:
+                return  # it is kept as it stands
             except Exception as error:  # memory may be short for the copy: that is this trial's failure
                 seat.fail(error.with_traceback(None))
             else:
@@ -265,8 +252,8 @@ class Host:
         """Return the objective's value of a trial. Raises what judging its texts raises."""
         if self._data.judge is None:
             return perplexity
-        (value,) = self._work.judge(self._data.judge, [(seat.work.training.adapter, seat.examples)])
-        return _good(value)
+        requests = [(seat.work.training.adapter, seat.examples)]
+        return _good(self._work.judge(self._data.judge, requests, self._is_over.is_set)[0])
 
     def _stop(self, storage: Storage) -> int:
         self._stopped = True

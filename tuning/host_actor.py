@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from qlora.config import first_line
 from tuning.device import Device, this_device
 
 if TYPE_CHECKING:
@@ -19,10 +20,24 @@ if TYPE_CHECKING:
     from qlora.lora.peft_folder import AdapterFiles
     from tuning.host import Host
     from tuning.soup import Finalist
+    from tuning.sweep_data import SweepData
 
 
 class UnfitNodeError(RuntimeError):
     """A node that can't do its part, whichever trial comes."""
+
+
+def _received(data: Any) -> "SweepData":
+    """Return what trials work on. Raises UnfitNodeError if a module that it needs is missing here."""
+    try:
+        return ray.get(data)  # type: ignore[no-any-return]
+    except ray.exceptions.OwnerDiedError:
+        raise
+    except Exception as error:
+        problem = f"can't read what the sweep works on: {first_line(error)}"
+        raise UnfitNodeError(
+            f"a node {problem}; install there what the objective's function needs"
+        ) from error
 
 
 class HostActor:
@@ -60,7 +75,7 @@ class HostActor:
                 raise UnfitNodeError(": ".join(problem))
             from tuning.host import Host
 
-            self._host = Host(ray.get(data), self._num_threads)
+            self._host = Host(_received(data), self._num_threads)
         # raised to whoever calls: an actor that fails to start would only say that it died
         except Exception as error:
             self._error = error
@@ -95,13 +110,16 @@ class HostActor:
         return self._found().attach(trial_id, holder, config, checkpoint, notes)
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
-        """See Host. For a trial that diverged, `diverged` says why in place of metrics."""
+        """See Host. For a trial that would fail again, `diverged` or `unjudged` says why, and no more."""
         from qlora.training import DivergedError
+        from tuning.objective import UnjudgedError
 
         try:
             return self._found().advance(trial_id, step, folder)
         except DivergedError as error:
             return {"diverged": str(error)}
+        except UnjudgedError as error:
+            return {"unjudged": str(error)}
 
     def soup(self, storage_uri: str, found: Sequence["Finalist"], most: int) -> Any:
         """See Host."""

@@ -8,7 +8,7 @@ Refuses to know how texts are written and compared.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
@@ -82,13 +82,27 @@ class Objective(Settings):
         return float(point[PERPLEXITY] if self.is_perplexity else point.get(VALUE, math.nan))
 
 
+class UnjudgedError(RuntimeError):
+    """A function of people's own that fails on texts; it would again."""
+
+
+class JudgingStoppedError(RuntimeError):
+    """Texts that are not written to their end, since the host is to do no more."""
+
+
 class Judge(Protocol):
     """An object that says how good adapters are by the texts that they write."""
 
     def values(
-        self, bank: "AdapterBank", requests: Sequence[tuple["Adapter | None", "PromptedExamples"]]
+        self,
+        bank: "AdapterBank",
+        requests: Sequence[tuple["Adapter | None", "PromptedExamples"]],
+        is_over: Callable[[], bool],
     ) -> list[float]:
-        """Return the objective's value of each adapter (None: the bare base) on its public examples."""
+        """Return the objective's value of each adapter (None: the bare base) on its public examples.
+
+        `is_over` is asked again and again; once it says so, JudgingStoppedError is raised.
+        """
 
 
 def score_of(point: Mapping[str, float]) -> float:

@@ -107,6 +107,10 @@ def _work_lines(
         whole = f"; trials of {shortest} steps are whole before that" if shortest <= rounds.steps else ""
         compared = f"compared after {rounds.steps} steps, {rounds.kept} go on{whole}"
         lines.append(f"rounds      of {rounds.trials} trials, {compared}")
+    if not space.objective.is_perplexity:
+        length = space.objective.max_new_tokens
+        texts = f"{len(public)} texts of up to {length} tokens at each evaluation"
+        lines.append(f"objective   {space.objective.name}, of {texts}, not counted in the time below")
     if space.budget is not None:
         lines.append(f"budget      {space.budget.words}; the sweep then ends with what it has")
     return lines

@@ -9,16 +9,17 @@ from tuning.objective import Objective
 from tuning.spending import Spent
 from tuning.strategy import Budget
 
+Base = float | Mapping[str, float]
 _PERPLEXITY = Objective()
 _MARKS = {"pending": "·", "running": "▶", "finished": "✓", "stopped": "■", "failed": "✗", "diverged": "↯"}
 
 
 def table(
-    records: Sequence[TrialRecord], zero_shot: float, limit: int = 24, objective: Objective = _PERPLEXITY
+    records: Sequence[TrialRecord], zero_shot: Base, limit: int = 24, objective: Objective = _PERPLEXITY
 ) -> str:
     """Lay out trials, the best first: configuration, progress, best and last figure, status.
 
-    `zero_shot`: the objective's value for the base alone.
+    `zero_shot`: the objective's value for the base alone, or its values by prompt.
     """
     shown = [key for key in TrialData.model_fields if any(key in record.config for record in records)]
     heads = ("", "trial", "lr", "r", "alpha", "dropout", "epochs", *(key.replace("_", " ") for key in shown))
@@ -39,7 +40,7 @@ def table(
                 f"{record.percent:.0f}%",
                 _number(best, objective),
                 _number(last, objective),
-                _beside(best, zero_shot, objective),
+                _beside(best, _base_of(record, zero_shot), objective),
                 record.status,
             )
         )
@@ -74,13 +75,13 @@ def headline(
     return ", ".join(parts)
 
 
-def ranking(records: Sequence[TrialRecord], zero_shot: float, objective: Objective = _PERPLEXITY) -> str:
+def ranking(records: Sequence[TrialRecord], zero_shot: Base, objective: Objective = _PERPLEXITY) -> str:
     """Lay out the closing table, with what early stopping saved."""
     saved = share_of_epochs_saved(records)
     stopped = sum(record.status == "stopped" and not record.is_cut for record in records)
     return (
         f"{table(records, zero_shot, len(records), objective)}\n"
-        f"zero-shot {objective.words} {zero_shot:.4g}; early stopping ended {stopped} of {len(records)} "
+        f"zero-shot {objective.words} {_bases(zero_shot)}; early stopping ended {stopped} of {len(records)} "
         f"trials and saved {saved:.0%} of the full-length epochs"
     )
 
@@ -125,6 +126,19 @@ def _heads(objective: Objective) -> tuple[str, ...]:
 
 def _number(point: dict[str, float] | None, objective: Objective) -> str:
     return f"{objective.value_at(point):.4g}" if point else "-"
+
+
+def _base_of(record: TrialRecord, zero_shot: Base) -> float:
+    """Return what the base alone has under a trial's own prompt."""
+    if isinstance(zero_shot, Mapping):
+        return zero_shot.get(record.config.get("prompt") or "", next(iter(zero_shot.values())))
+    return zero_shot
+
+
+def _bases(zero_shot: Base) -> str:
+    if isinstance(zero_shot, Mapping) and len(zero_shot) > 1:
+        return ", ".join(f"{value:.4g} ({name})" for name, value in zero_shot.items())
+    return f"{next(iter(zero_shot.values())) if isinstance(zero_shot, Mapping) else zero_shot:.4g}"
 
 
 def _beside(point: dict[str, float] | None, zero_shot: float, objective: Objective) -> str:

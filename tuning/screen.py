@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -17,9 +17,11 @@ _SECONDS_BETWEEN_FRAMES = 1.0
 
 
 class SweepScreen:
-    """Shows the trials of a sweep of so many; `zero_shot`: the objective's value for the base alone."""
+    """Shows the trials of a sweep of so many; `zero_shot`, `objective`: see `tuning.progress.table`."""
 
-    def __init__(self, num_trials: int, zero_shot: float, objective: Objective | None = None):
+    def __init__(
+        self, num_trials: int, zero_shot: float | Mapping[str, float], objective: Objective | None = None
+    ):
         self._num_trials, self._zero_shot = num_trials, zero_shot
         self._objective = objective or Objective()
         self._notes: list[str] = []

@@ -78,13 +78,16 @@ class SharedWork:
         return [values[place] if error is None else error for place, error in enumerate(errors)]
 
     def judge(
-        self, judge: Judge, requests: Sequence[tuple[Adapter | None, PromptedExamples]]
+        self,
+        judge: Judge,
+        requests: Sequence[tuple[Adapter | None, PromptedExamples]],
+        is_over: Callable[[], bool],
     ) -> list[float | Exception]:
         """Judge the texts of each adapter (None: the bare base), or return what that failed with."""
         values: dict[int, float] = {}
 
         def judged(places: Sequence[int]) -> list[Exception | None]:
-            found = judge.values(self.bank, [requests[place] for place in places])
+            found = judge.values(self.bank, [requests[place] for place in places], is_over)
             values.update(zip(places, found, strict=True))
             return [None] * len(places)
 

@@ -18,6 +18,7 @@ from qlora.config import (
     InputError,
     Number,
     Settings,
+    TrialData,
     TrialSettings,
     split_config,
     validated,
@@ -211,7 +212,11 @@ class Space(Settings):
 
     def trial_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return one sampled configuration in full: settings, and what is searched of a trial's examples."""
-        return {**self.trial_settings(config).model_dump(mode="json"), **split_config(config)[1]}
+        of_data = TrialData.model_validate(split_config(config)[1])
+        return {
+            **self.trial_settings(config).model_dump(mode="json"),
+            **of_data.model_dump(mode="json", exclude_unset=True),
+        }
 
     def values(self, key: str) -> list[Any]:
         """Return the choices, or both extremes, of a setting; the fixed one if it is not searched."""

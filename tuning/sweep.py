@@ -8,7 +8,7 @@ tuning.round_scheduler, tuning.checkpoints).
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,12 @@ _RAYS_STATE = ("tuner.pkl", "trainable.pkl", "experiment_state-*.json", "*-state
 
 @dataclass(frozen=True)
 class KnownBase:
-    """Holds what a sweep goes by of its base: the objective's value without an adapter, its hidden size."""
+    """Holds what a sweep goes by of its base: the objective's values without an adapter, its hidden size.
 
-    zero_shot: float
+    zero_shot: by prompt.
+    """
+
+    zero_shot: Mapping[str, float]
     width: int
 
 

@@ -97,6 +97,8 @@ class SweepCallback(tune.Callback):
         record = self._ledger.records[trial.trial_id]
         if "diverged" in result:
             self._end(replace(record, error=result["diverged"]), "diverged")
+        elif "unjudged" in result:
+            self._end(replace(record, error=result["unjudged"]), "failed")
         elif "perplexities" in result:
             point = {key: float(result[key]) for key in (*POINT, *OF_OBJECTIVE) if key in result}
             record = record.with_point(point, result["perplexities"])

@@ -24,8 +24,8 @@ from tuning.objective import METRIC
 def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) -> None:
     """Train one configuration from its last whole checkpoint on. `shares`: what it asked Ray for.
 
-    Each evaluation is reported with a checkpoint; that it diverged is reported, too, since trying again would
-    only repeat it.
+    Each evaluation is reported with a checkpoint; that it diverged, or that its texts can't be judged, is
+    reported, too, since trying again would only repeat it.
     """
     trial_id, holder = tune.get_context().get_trial_id(), ray.get_runtime_context().get_actor_id()
     host = host_of_my_device(hosts, trial_id)
@@ -42,7 +42,7 @@ def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) ->
                 metrics = ray.get(host.advance.remote(trial_id, step, folder))
                 if "by_hand" in metrics:
                     return
-                if "diverged" in metrics:
+                if "diverged" in metrics or "unjudged" in metrics:
                     tune.report({METRIC: math.inf, "public_perplexity": math.inf, **metrics})
                     return
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))

@@ -66,11 +66,12 @@ class _ChatFile(Settings):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template and its shots, which render any instruction."""
+    """A template and its shots, which render any instruction. text: of the template's file, as it was."""
 
     name: str
     template: PromptTemplate
     shots: tuple[Example, ...] = ()
+    text: str = ""
 
     def render(self, instruction: str) -> str:
         """Return the prompt text for one instruction."""
@@ -151,6 +152,7 @@ def load_prompt(
     path = prompt_file(name)
     known = ", ".join(sorted(file.stem for file in PROMPT_FOLDER.glob("*.yaml")))
     content = read_yaml(path, missing=f"no prompt named {name!r}; there are: {known}")
+    text = path.read_text(encoding="utf-8")
     if bool(num_shots) != (shots_from is not None):
         raise InputError(path, "--shots N and --shots-from FILE belong together; give both or neither")
     shots = _load_shots(num_shots, shots_from, shape) if shots_from is not None else ()
@@ -173,7 +175,7 @@ def load_prompt(
             _instruction_of(shot.turns)
         except ValueError as error:
             raise InputError(joined(shots_from or ""), f"row {shot.id!r} can be no shot: {error}") from None
-    return Prompt(name, template, shots)
+    return Prompt(name, template, shots, text)
 
 
 def _load_shots(num_shots: int, shots_from: Places, shape: RowShape) -> tuple[Example, ...]:
@@ -214,7 +216,7 @@ def prompt_text(prompt: AnyPrompt) -> str:
     if isinstance(prompt, ChatPrompt):
         content: dict[str, Any] = {"chat": prompt.settings.model_dump()}
         return yaml.safe_dump(content, allow_unicode=True)
-    return prompt_file(prompt.name).read_text(encoding="utf-8")
+    return prompt.text
 
 
 def prompt_file(name: str) -> Path:

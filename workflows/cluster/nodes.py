@@ -40,7 +40,7 @@ from tuning.placement import nodes_for, on_node
 from tuning.plan import gib
 
 _NAME = ".reach"  # of files that tell whether nodes see the same place; they are no results
-_PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow")
+_PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow", "sacrebleu")
 _ROOMS = ("qlora", "tuning", "inference", "tracking", "workflows")
 _FEW_AHEAD = {"_generator_backpressure_num_objects": 4}  # parts of a base on their way
 _SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 180, 10, 16 << 20

@@ -58,9 +58,10 @@ def summary_links(summary: Mapping[str, Any], root: str) -> dict[str, str]:
     """
     experiment, view = summary.get("mlflow_experiment_id"), summary.get("mlflow_view")
     links: dict[str, str | None] = {}
+    best = "best_objective" if "objective" in summary["best"] else "best_public_perplexity"
     if experiment is not None:
         links = {
-            "trials": trials_link(experiment, root),
+            "trials": trials_link(experiment, root, best, more_is_better=summary.get("mode") == "max"),
             "compare": comparison_link(experiment, view, root) if view else None,
             "sweep": run_link(experiment, summary["mlflow_run_id"], root),
         }

@@ -122,7 +122,7 @@ def sweep_report(
     return SweepReport(
         name=sweep.name,
         zero_shot=zero_shot.value(prompt),
-        trials=[_trial(record, space) for record in records],
+        trials=[_trial(record, space, zero_shot) for record in records],
         average=AverageReport(tuple(soup.weights), soup.perplexities) if soup is not None else None,
         epochs_saved=share_of_epochs_saved(records),
         seconds=seconds,
@@ -135,7 +135,7 @@ def sweep_report(
     )
 
 
-def _trial(record: TrialRecord, space: Space) -> TrialReport:
+def _trial(record: TrialRecord, space: Space, zero_shot: ZeroShot) -> TrialReport:
     last = record.curve[-1] if record.curve else None
     return TrialReport(
         name=record.trial_id,
@@ -150,4 +150,5 @@ def _trial(record: TrialRecord, space: Space) -> TrialReport:
         seconds=record.ended_at - record.started_at if record.ended_at and record.started_at else None,
         is_cut=record.is_cut,
         more_is_better=space.objective.more_is_better,
+        base=zero_shot.value(record.config["prompt"]) if "prompt" in record.config else None,
     )

@@ -38,7 +38,7 @@ from tuning.space import STORED, Space, checked_name, load_space
 from workflows.data_sets import DataSets
 
 # Of what sweep.json has digests; sweeps from before lack some.
-_ROLES = {"train", "public", "holdout", "prompt", "base_files"}
+_ROLES = {"train", "public", "holdout", "prompt", "base_files", "objective"}
 _ZERO_SHOT, _START = "zero_shot.json", "start"
 
 

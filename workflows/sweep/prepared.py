@@ -21,8 +21,8 @@ from workflows.sweep.judging import TextJudge, make_judge
 
 if TYPE_CHECKING:
     from qlora.lora.peft_folder import AdapterFiles
-    from tuning.host import SweepData
     from tuning.model_size import ModelSize
+    from tuning.sweep_data import SweepData
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class PreparedSweep:
         """
         found, counts = self.examples.longest(), [len(self.inputs.sets.train)]
         if "train_examples" in self.space.search:
-            counts = [min(count, *counts) for count in self.space.values("train_examples")]
-        return found.train[: max(1, sum(counts) // len(counts))], found.public
+            counts = [int(count) for count in self.space.values("train_examples")]
+        return found.train[: sum(counts) // len(counts)], found.public
 
     def host_data(self, budgets: Mapping[str, int]) -> "SweepData":
         """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name."""
-        from tuning.host import SweepData
+        from tuning.sweep_data import SweepData
 
         least = min(budgets.values())
         return SweepData(self.space, self.examples, least, self.start, budgets, self.inputs.judge)
@@ -119,7 +119,11 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
     digests = {**sets.digests, "prompt": _digest(list(prompts.values()))}
     if files := base_files_digest(space.base_model.name):
         digests["base_files"] = files
+    judge = make_judge(space.objective, space.base_model.name, sets.public, space.data.public_name)
+    if judge is not None and judge.digest:
+        digests["objective"] = judge.digest
     places = {
+        "objective": space.objective.name,
         "base_files": space.base_model.name,
         "train": space.data.train_name,
         "public": space.data.public_name,
@@ -131,7 +135,6 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
             raise InputError(
                 places[role], "changed since the sweep started; start a new sweep under another --name"
             )
-    judge = make_judge(space.objective, space.base_model.name, sets.public, space.data.public_name)
     return SweepInputs(sets, prompts, digests, judge)
 
 
@@ -197,6 +200,10 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True)
         _check_room(asked, room, data.public_name)
         return replace(found, asked=asked, ends=prompt.end_ids(tokenizer))
 
+    asked_for = max(space.values("train_examples")) if "train_examples" in space.search else 0
+    if asked_for > len(sets.train):
+        problem = f"asks for {asked_for:g} examples, but {data.train_name} holds {len(sets.train)}"
+        raise InputError("search.train_examples", problem)
     examples = SweepExamples({name: encoded(prompt) for name, prompt in prompts.items()})
     examples.check_compare()
     return PreparedSweep(

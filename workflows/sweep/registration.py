@@ -116,6 +116,8 @@ def register_best(
     judged = {
         "objective": objective.name,
         "objective_mode": "max" if objective.more_is_better else "min",
+        "objective_max_new_tokens": str(objective.max_new_tokens),
+        "objective_digest": digests.get("objective"),
         **{f"{key}_value": repr(value) for key, value in found.figures().items()},
     }
     perplexity, run_id = best.public_perplexity, _run_id(best, tracker)

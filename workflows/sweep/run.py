@@ -107,7 +107,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             zero_shot = zero_shot_of(sweep, measured)
             print(f"\nzero-shot   {zero_shot.words}", flush=True)
             metrics["zero_shot_public_perplexity"] = min(zero_shot.perplexities.values())
-            known = KnownBase(zero_shot.best, prepared.base.size.hidden)
+            known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
@@ -258,7 +258,7 @@ def _tell_how_it_went(
     """Print the ranking, the plan beside the run, and what hosts have to say; returns the last."""
     records = found.records
     spent, notes, cost = host_seconds(hosts), host_notes(hosts), spent_so_far(sweep.folder)
-    ranked = ranking(records, found.zero_shot.best, sweep.space.objective)
+    ranked = ranking(records, found.zero_shot.known, sweep.space.objective)
     print(f"\n{ranked} in {clock(seconds)}", flush=True)
     if averages:
         print(f"averages    {averages}")

@@ -36,7 +36,7 @@ def status(name: str, now: float) -> str:
         until = max(ended, default=now) if all(record.has_ended for record in records) else now
         num_trials = sweep.space.num_trials + Orders(sweep.place).added
         words = [
-            table(records, min(known.values(), key=objective.score), len(records), objective),
+            table(records, known, len(records), objective),
             headline(records, num_trials, max(0.0, until - began), objective),
             spending(spent_so_far(sweep.folder), sweep.space.budget, sweep.space.wants_gpu),
         ]
@@ -99,6 +99,9 @@ def ask_for_clone(name: str, trial_id: str, overrides: list[str], is_warm: bool)
         if is_warm and any(key in settings for key in changed):
             raise InputError("--warm", f"an adapter keeps its {', '.join(changed)}; leave that as it is")
         validated("--set", lambda: space.trial_settings(settings))
+        most = max(space.values("train_examples")) if "train_examples" in settings else 0
+        if settings.get("train_examples", 0) > most:
+            raise InputError("--set", f"train_examples is at most {most:g}, as in the sweep's space")
         if "prompt" in settings and settings["prompt"] not in space.prompts:
             known = ", ".join(map(str, space.prompts))
             raise InputError("--set", f"prompt {settings['prompt']} is not among the sweep's: {known}")

@@ -11,7 +11,7 @@ from qlora.config import first_line
 from qlora.perplexity import mean_perplexity
 from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import Hosts, ask_all_devices
-from tuning.objective import Objective
+from tuning.objective import Objective, UnjudgedError
 from workflows.session import FailedError, StoppedError
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.start import good_answers
@@ -25,20 +25,23 @@ class ZeroShot:
     values: Mapping[str, float]
     objective: Objective
 
+    @property
+    def known(self) -> Mapping[str, float]:
+        """Return what trials are set beside, by prompt: the objective's values."""
+        return self.perplexities if self.objective.is_perplexity else self.values
+
     def perplexity(self, prompt: str) -> float:
         """Return the public perplexity under a prompt."""
         return self.perplexities.get(prompt, min(self.perplexities.values()))
 
     def value(self, prompt: str) -> float:
         """Return the objective's value under a prompt."""
-        known = self.perplexities if self.objective.is_perplexity else self.values
-        return known.get(prompt, self.best)
+        return self.known.get(prompt, self.best)
 
     @property
     def best(self) -> float:
         """Return the objective's value under the prompt for which it is best."""
-        known = self.perplexities if self.objective.is_perplexity else self.values
-        return min(known.values(), key=self.objective.score)
+        return min(self.known.values(), key=self.objective.score)
 
     @property
     def words(self) -> str:
@@ -63,7 +66,9 @@ def zero_shot_of(sweep: SweepFolder, asked: Sequence[Sequence[Any]]) -> ZeroShot
     Raises FailedError for figures that are no good, and what a host raised if none answers.
     """
     if asked:
-        answers = [_first_good(questions) for questions in asked]
+        answers = [_first_good(asked[0])]
+        if len(asked) > 1:
+            answers.append(_judged(asked[1]))
         found = {name: mean_perplexity(values) for name, values in answers[0].items()}
         for value in found.values():
             if not math.isfinite(value):
@@ -74,6 +79,19 @@ def zero_shot_of(sweep: SweepFolder, asked: Sequence[Sequence[Any]]) -> ZeroShot
     known = sweep.zero_shot()
     assert known is not None, "it was kept"
     return ZeroShot(known, sweep.zero_shot_values(), sweep.space.objective)
+
+
+def _judged(questions: Sequence[Any]) -> dict[str, float]:
+    """Return the objective's values. Raises FailedError if a function fails on the base's texts."""
+    try:
+        return _first_good(questions)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UnjudgedError):
+            again = "a function is given whatever texts come; mend it, and start another sweep"
+            raise FailedError(
+                f"{first_line(error.cause)}, which the base alone has written; {again}"
+            ) from error
+        raise
 
 
 def _of_prompts(figures: Mapping[str, float]) -> str:
