@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGS, random_examples, tiny_model
+from conftest import CONFIGS, byte_tokenizer, random_examples, tiny_model
 from oracles import padded_loss
+from peft import PeftModel
 from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
 
+from inference.banked import BankedGenerator
 from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
 from qlora.config import DecodingSettings
@@ -253,3 +255,29 @@ def test_tokens_equal_those_of_generate(family, settings):
     model, decoding = model_that_ends(family).to(CUDA), DecodingSettings(max_new_tokens=20, **settings)
     expected = [generated(model, text, decoding) for text in prompts()]
     assert searched(model, prompts(), decoding, max_slots=3) == expected
+
+
+def test_texts_between_recorded_passes_are_those_of_plain_peft(tmp_path):
+    """Decode steps are recorded while training's recordings exist; training goes on as without texts."""
+    from test_bank import TRIALS
+
+    examples, asked = random_examples(8, vocabulary=250), [one.prompt for one in random_examples(5, seed=3)]
+    decoding, runs = DecodingSettings(num_beams=1, max_new_tokens=12), []
+    for writes in (True, False):
+        bank = gpu_bank("llama")
+        generator = BankedGenerator(bank, byte_tokenizer(), decoding)
+        settings = TRIALS[0].model_copy(update={"lora_dropout": 0.0, "epochs": 3})
+        run, texts = Training(bank, examples, settings), []
+        for step in range(6):
+            run.advance(10_000)
+            if writes and step in (2, 5):
+                texts = generator.texts(run.adapter, asked)
+        runs.append((run, texts))
+    (run, texts), (undisturbed, _) = runs
+    assert torch.equal(run.adapter.weights, undisturbed.adapter.weights)
+    run.bank.save(run.adapter, tmp_path)
+    plain = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).to(CUDA).eval()
+    for prompt, text in zip(asked, texts, strict=True):
+        ids = torch.tensor([prompt], device=CUDA)
+        out = plain.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert byte_tokenizer().decode(out[0, len(prompt) :], skip_special_tokens=True).strip() == text
