@@ -191,5 +191,10 @@ def _on_holdout(holdout: HoldoutReport) -> str:
 
 
 def ranked(trials: Sequence[TrialReport]) -> list[TrialReport]:
-    """Sort trials by the best value that each reached."""
-    return sorted(trials, key=lambda trial: -trial.best if trial.more_is_better else trial.best)
+    """Sort trials by the best value that each reached and, where that is equal, by perplexity."""
+
+    def place(trial: TrialReport) -> tuple[float, float]:
+        perplexity = float(np.mean(trial.perplexities)) if trial.perplexities else math.inf
+        return (-trial.best if trial.more_is_better else trial.best), perplexity
+
+    return sorted(trials, key=place)

@@ -262,6 +262,10 @@ def test_records_are_ranked_by_their_scores():
     lines = table([chats, replace(high, config={**config, "prompt": "default"})], bases, objective=chrf)
     assert [line.split()[-2] for line in lines.splitlines()[1:]] == ["+27.5", "+1"]
     assert "zero-shot chrf 12.5 (default), 29 (chat)" in ranking([chats], bases, chrf)
+    curve = (point(1, 9.0, 0.0, 0.0), point(2, 6.0, 0.0, 0.0), point(3, 7.0, 0.0, 0.0))
+    even = TrialRecord("even", config, "finished", curve)  # as exact matches often are
+    assert even.best["step"] == 2
+    assert ranked_records([even, replace(even, curve=(point(1, 5.0, 0.0, 0.0),))])[1] is even
     old = {key: value for key, value in point(1, 5.0, 0.0, 0.0).items() if key not in ("score", "objective")}
     assert (
         TrialRecord("old", config, "finished", (old, {**old, "step": 2, "public_perplexity": 4.0})).best[

@@ -20,7 +20,7 @@ import pyarrow.fs
 from qlora.checkpoint_files import MANIFEST, POSITION, CheckpointError, read_position, verify_checkpoint
 from qlora.failpoints import durable
 from tuning.ledger import TrialRecord
-from tuning.objective import METRIC, score_of
+from tuning.objective import METRIC, PERPLEXITY, standing
 
 RAY = "ray"  # the name of what Ray keeps, below a storage path
 STOPPED = "checkpoint_stopped"
@@ -144,17 +144,18 @@ def restore_checkpoints(trial: Any, storage: Storage, record: TrialRecord) -> No
     folder = storage.folder_of(trial.trial_id)
     trial.custom_dirname = folder
     trial.storage.current_checkpoint_index = storage.last_index(folder)  # the next one comes after it
-    scores = {point["step"]: score_of(point) for point in record.curve}
+    ranks = {point["step"]: standing(point) for point in record.curve}
     manager, newest = trial.run_metadata.checkpoint_manager, -1
     for stored in storage.checkpoints(folder):
         if stored.index < 0 and stored.step <= newest:
             storage.remove(stored.path)  # the trial has been further since
             continue
-        if stored.index >= 0 and stored.step not in scores:
+        if stored.index >= 0 and stored.step not in ranks:
             storage.remove(stored.path)  # its point was not recorded: it is reported again
             continue
         newest = max(newest, stored.step)
-        metrics = {"step": stored.step, METRIC: scores.get(stored.step, float("inf"))}
+        score, perplexity = ranks.get(stored.step, (float("inf"), float("inf")))
+        metrics = {"step": stored.step, METRIC: score, PERPLEXITY: perplexity}
         checkpoint = tune.Checkpoint(stored.path, storage.filesystem)
         manager.register_checkpoint(_TrainingResult(checkpoint=checkpoint, metrics=metrics))
 
@@ -172,7 +173,7 @@ def keep_two(trial: Any) -> None:
         for found in manager._checkpoint_results
         if Storage(found.checkpoint.filesystem, "").is_finished(found.checkpoint.path)
     ]
-    best = min(known, key=lambda found: score_of(found.metrics), default=None)
+    best = min(known, key=lambda found: standing(found.metrics), default=None)
     for found in known:
         if found is not best:
             checkpoint = found.checkpoint

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora.config import InputError, TrialData, TrialSettings, first_problem, parse_stages, split_config
 from qlora.files import read_json, write_json
-from tuning.objective import METRIC, VALUE, score_of
+from tuning.objective import METRIC, VALUE, score_of, standing
 from tuning.space import REPORTED
 
 Status = Literal["pending", "running", "finished", "stopped", "failed", "diverged"]
@@ -67,9 +67,8 @@ class TrialRecord:
 
         Scores that are no finite numbers, which sweeps from before may have, don't count.
         """
-        return min(
-            (point for point in self.curve if math.isfinite(score_of(point))), key=score_of, default=None
-        )
+        finite = [point for point in self.curve if math.isfinite(score_of(point))]
+        return min(finite, key=standing, default=None)
 
     def point_at(self, step: int) -> dict[str, float] | None:
         """Return the point of the curve at a step; None if there is none."""
@@ -165,7 +164,8 @@ def _read_record(path: Path) -> TrialRecord:
 
 def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Sort records by the best score that each reached; those without any come last."""
-    return sorted(records, key=lambda record: score_of(record.best) if record.best else math.inf)
+    last = (math.inf, math.inf)
+    return sorted(records, key=lambda record: standing(record.best) if record.best else last)
 
 
 def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:

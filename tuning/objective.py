@@ -105,6 +105,11 @@ class Judge(Protocol):
         """
 
 
+def standing(point: Mapping[str, float]) -> tuple[float, float]:
+    """Return what points are ranked by: their scores and, where these are equal, their perplexities."""
+    return score_of(point), point[PERPLEXITY]
+
+
 def score_of(point: Mapping[str, float]) -> float:
     """Return what a point of a curve is compared by; points from before have perplexity alone."""
     return point[METRIC] if METRIC in point else point[PERPLEXITY]
