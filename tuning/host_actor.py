@@ -31,12 +31,10 @@ def _received(data: Any) -> "SweepData":
     """Return what trials work on. Raises UnfitNodeError if a module that it needs is missing here."""
     try:
         return ray.get(data)  # type: ignore[no-any-return]
-    except ray.exceptions.OwnerDiedError:
-        raise
-    except Exception as error:
-        problem = f"can't read what the sweep works on: {first_line(error)}"
+    except ray.exceptions.RaySystemError as error:  # what Ray makes of an error while it unpickles
         raise UnfitNodeError(
-            f"a node {problem}; install there what the objective's function needs"
+            f"a node can't read what the sweep works on: {first_line(error)}; install there what the "
+            "objective's function needs"
         ) from error
 
 
