@@ -1,5 +1,6 @@
 """Where hosts are: one a node and device, found by all who hold a share of it, replaced when it dies."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from ray.cluster_utils import Cluster
 from tuning.device import Device
 from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import SweepData
+from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import ask_all_devices, begin_hosts, host_of_my_device, start_hosts
 from tuning.placement import on_node
 from tuning.space import Space
@@ -129,6 +131,30 @@ def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
     second = processes()
     assert second[0] == second[1] not in first
     assert second[2:] == first[2:]
+
+
+class NeedsAModule:
+    """Stands for a function of people's own whose module imports what a node lacks."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("no_such_module",)
+
+
+def test_a_node_that_lacks_what_a_function_imports_is_unfit(nodes, tiny_base):
+    """It says so, and no trial is tried there again and again."""
+    space = Space.model_validate(
+        {
+            "base_model": {"name": str(tiny_base), "quantization": "none"},
+            "data": {"train": "t", "public": "p"},
+            "search": {"lora_r": {"choice": [4]}},
+        }
+    )
+    examples = random_examples(4, vocabulary=250)
+    prompted = SweepExamples({"default": PromptedExamples(examples, examples)})
+    hosts, shares = start_hosts(), {"CPU": 1.0, "GPU": 0.0}
+    begin_hosts(hosts, SweepData(space, prompted, judge=NeedsAModule()))
+    with pytest.raises(UnfitNodeError, match=r"No module named 'no_such_module'; install there"):
+        ray.get(ask_all_devices(hosts, shares, "zero_shot")[0])
 
 
 def test_work_whose_node_or_process_goes_away_is_done_elsewhere(cluster, nodes, tmp_path):
