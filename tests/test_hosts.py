@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -44,6 +45,18 @@ def nodes(cluster):
     ray.init(address=cluster.address, log_to_driver=False)
     yield found
     ray.shutdown()
+
+
+def sweep_data(base: Path) -> SweepData:
+    space = Space.model_validate(
+        {
+            "base_model": {"name": str(base), "quantization": "none"},
+            "data": {"train": "t", "public": "p"},
+            "search": {"lora_r": {"choice": [4]}},
+        }
+    )
+    examples = random_examples(4, vocabulary=250)
+    return SweepData(space, SweepExamples({"default": PromptedExamples(examples, examples)}))
 
 
 def test_devices_are_those_of_nodes_that_answer(nodes):
@@ -103,16 +116,8 @@ def wait_for_its_end(process: int) -> None:
 
 
 def test_a_device_has_one_host_and_a_dead_one_is_replaced(nodes, tiny_base):
-    space = Space.model_validate(
-        {
-            "base_model": {"name": str(tiny_base), "quantization": "none"},
-            "data": {"train": "t", "public": "p"},
-            "search": {"lora_r": {"choice": [4]}},
-        }
-    )
-    examples = random_examples(4, vocabulary=250)
     hosts = start_hosts()
-    begin_hosts(hosts, SweepData(space, SweepExamples({"default": PromptedExamples(examples, examples)})))
+    begin_hosts(hosts, sweep_data(tiny_base))
 
     def processes() -> list[int]:
         """Return the processes of hosts that two holders on each node find, asking at once."""
@@ -142,17 +147,8 @@ class NeedsAModule:
 
 def test_a_node_that_lacks_what_a_function_imports_is_unfit(nodes, tiny_base):
     """It says so, and no trial is tried there again and again."""
-    space = Space.model_validate(
-        {
-            "base_model": {"name": str(tiny_base), "quantization": "none"},
-            "data": {"train": "t", "public": "p"},
-            "search": {"lora_r": {"choice": [4]}},
-        }
-    )
-    examples = random_examples(4, vocabulary=250)
-    prompted = SweepExamples({"default": PromptedExamples(examples, examples)})
     hosts, shares = start_hosts(), {"CPU": 1.0, "GPU": 0.0}
-    begin_hosts(hosts, SweepData(space, prompted, judge=NeedsAModule()))
+    begin_hosts(hosts, replace(sweep_data(tiny_base), judge=NeedsAModule()))
     with pytest.raises(UnfitNodeError, match=r"No module named 'no_such_module'; install there"):
         ray.get(ask_all_devices(hosts, shares, "zero_shot")[0])
 

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,10 @@ def test_a_function_of_ones_own_is_tried_before_anything_starts(tmp_path, monkey
     (tmp_path / "results/one/evil.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(InputError, match=r"results.one.evil lies among results, from which no code is run"):
         made("results.one.evil:f")
+    (tmp_path / "work/results/project").mkdir(parents=True)  # a folder of people's own that is called so
+    monkeypatch.chdir(tmp_path / "work/results/project")
+    Path("mine_elsewhere.py").write_text(MINE)
+    assert made("mine_elsewhere:short").value(["ab", "c", ""]) == 1.0
     with pytest.raises(InputError, match=r"public.json: is plain text"):
         make_judge(Objective(name="chrf"), "base", [Example(0, (), "text")], "public.json")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.config import DecodingSettings, InputError, first_line
 from qlora.data.row_shapes import Example
 from qlora.data.split import as_row
-from qlora.home import RESULTS
+from qlora.home import RESULTS, home_folder
 from tuning.objective import JudgingStoppedError, Objective, UnjudgedError
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ def _is_among_results(module_name: str) -> bool:
         return False
     places = [*(found.submodule_search_locations or []), *([found.origin] if found.origin else [])]
     paths = [Path(place).resolve().joinpath(*rest) for place in places]
-    return any(RESULTS in path.parts for path in paths)
+    homes = [Path.cwd(), *([home] if (home := home_folder()) is not None else [])]
+    folders = [(one / RESULTS).resolve() for one in homes]
+    return any(path.is_relative_to(folder) for path in paths for folder in folders)
 
 
 def _check_can_be_sent(judge: TextJudge) -> None:
