@@ -1,16 +1,21 @@
 """Best public and unseen perplexity of whole sweeps: ways to search beside that of wide.yaml, seed by seed.
 
     python benchmarks/live_search.py --out FOLDER --train FILE --public FILE --unseen FILE \\
-        [--ways wide stages] [--seeds 1 2 3 4 5] [--gpu-seconds 105] [--gpus 2]
+        [--ways wide stages] [--seeds 1 2 3 4 5] [--budgets 105:7 52.5:3] [--gpus 2]
 
 Each sweep is ray_jobs/tune.py, run whole in a process of its own with a home below --out, and stops by itself
-when its trials have spent --gpu-seconds. The unseen examples are its holdout. There is a lane a GPU, and a
-lane's sweeps run one after another. What has finished is not run again, and one that was stopped goes on, so
-the work can be done in parts. benchmarks/extraction.py writes a task to run it on.
+when its trials have spent its GPU-seconds. The unseen examples are its holdout. There is a lane a GPU. Its
+sweeps run one after another or, with --overlap, each begins so many seconds after the one before should have
+spent its budget, so that one starts and another registers while a third one's trials have the GPU. What has
+finished is not run again, and one that was stopped goes on, so the work can be done in parts. The first way
+is what the others are compared with, and has the highest of the budgets.
+benchmarks/extraction.py writes a task to run it on.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -18,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,32 +34,56 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.commands import ROOT
 from benchmarks.report import print_report
 
-_OWN_ORDER = "search.seed={randint: [0, 1000000]}"
 WAYS = {  # what each changes of wide.yaml
     "wide": ["num_samples=16"],
     "prior": ["num_samples=16", "searcher.type=prior"],
-    "stages": [
-        "num_samples=7",
+    "stages": [  # its trials by budget: none is stopped
         "searcher.type=prior",
         "scheduler={type: fifo}",
         'search.epochs={choice: ["1+1+1"]}',
-        _OWN_ORDER,
+        "search.seed={randint: [0, 1000000]}",
     ],
 }
 
 
 @dataclass(frozen=True)
+class Budget:
+    """GPU-seconds that a sweep may spend, and how many trials of `stages` they are enough for."""
+
+    gpu_seconds: float
+    trials: int
+
+    @classmethod
+    def of(cls, words: str) -> "Budget":
+        """Read SECONDS:TRIALS. Raises ValueError."""
+        seconds, _, trials = words.partition(":")
+        return cls(float(seconds), int(trials))
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """One sweep: its way and its seed, and the home that it runs in."""
+    """One sweep: its way, its seed and what it may spend; homes of all are below `out`."""
 
     way: str
     seed: int
-    home: Path
+    budget: Budget
+    out: Path
 
     @property
     def name(self) -> str:
         """Return what it is called."""
-        return f"{self.way}-{self.seed}"
+        return f"{self.way}-{self.seed}-{self.budget.gpu_seconds:g}s"
+
+    @property
+    def home(self) -> Path:
+        """Return the home that it runs in."""
+        return self.out / self.name
+
+    @property
+    def changes(self) -> list[str]:
+        """Return what it changes of wide.yaml by its way and its budget."""
+        samples = [f"num_samples={self.budget.trials}"] if self.way == "stages" else []
+        return [*WAYS[self.way], *samples, f"budget={{gpu_seconds: {self.budget.gpu_seconds}}}"]
 
     @property
     def results(self) -> Path:
@@ -69,23 +99,35 @@ class Sweep:
 def main() -> None:
     """Run what is missing, print each sweep's figures, and the comparison last."""
     arguments = _arguments()
+    most, *less = sorted(arguments.budgets, key=lambda budget: -budget.gpu_seconds)
     sweeps = [
-        Sweep(way, seed, arguments.out / f"{way}-{seed}")
+        Sweep(way, seed, budget, arguments.out)
+        for budget in (most, *less)
         for seed in arguments.seeds
-        for way in arguments.ways
+        for way in (arguments.ways if budget is most else arguments.ways[1:])
     ]
-    waiting, lock = [sweep for sweep in sweeps if sweep.summary() is None], threading.Lock()
+    waiting, lock = deque(sweep for sweep in sweeps if sweep.summary() is None), threading.Lock()
+    until = time.monotonic() + arguments.minutes * 60
+
+    def run(sweep: Sweep, gpu: int) -> None:
+        started = time.monotonic()
+        code = _run(sweep, gpu, arguments)
+        line = {"sweep": sweep.name, "code": code, "seconds": round(time.monotonic() - started, 1)}
+        print(json.dumps({**line, **figures(sweep)}), flush=True)
 
     def lane(gpu: int) -> None:
+        running: list[threading.Thread] = []
         while True:
             with lock:
-                if not waiting:
-                    return
-                sweep = waiting.pop(0)
-            started = time.monotonic()
-            code = _run(sweep, gpu, arguments)
-            line = {"sweep": sweep.name, "code": code, "seconds": round(time.monotonic() - started, 1)}
-            print(json.dumps({**line, **figures(sweep)}), flush=True)
+                if not waiting or time.monotonic() > until:
+                    break
+                sweep = waiting.popleft()
+            running.append(threading.Thread(target=run, args=(sweep, gpu)))
+            running[-1].start()
+            alone = arguments.overlap is None
+            running[-1].join(None if alone else sweep.budget.gpu_seconds + arguments.overlap)
+        for one in running:
+            one.join()
 
     lanes = [threading.Thread(target=lane, args=(gpu,)) for gpu in range(arguments.gpus)]
     for one in lanes:
@@ -117,23 +159,21 @@ def _run(sweep: Sweep, gpu: int, arguments: argparse.Namespace) -> int:
         **os.environ,
         "QLORA_HOME": str(sweep.home.resolve()),
         "CUDA_VISIBLE_DEVICES": str(gpu),
-        "RAY_TMPDIR": f"{tempfile.gettempdir()}/live-{gpu}",  # two local Rays would meet in one folder
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="live-"),  # two local Rays would meet in one folder
     }
-    Path(environment["RAY_TMPDIR"]).mkdir(exist_ok=True)
     changes = {
         "data.train": arguments.train.resolve(),
         "data.public": arguments.public.resolve(),
         "data.holdout": arguments.unseen.resolve(),
         "data.train_examples": arguments.train_examples,
         "seed": sweep.seed,
-        "budget": f"{{gpu_seconds: {arguments.gpu_seconds}}}",
     }
     command = [sys.executable, "ray_jobs/tune.py"]
     if (sweep.results / "sweep.json").exists():
         command += ["--resume", sweep.name]
     else:
         command += ["--space", "search_spaces/wide.yaml", "--name", sweep.name]
-        for change in [*WAYS[sweep.way], *(f"{key}={value}" for key, value in changes.items() if value)]:
+        for change in [*sweep.changes, *(f"{key}={value}" for key, value in changes.items() if value)]:
             command += ["--set", change]
     with open(sweep.home / "log.txt", "a", encoding="utf-8") as log:
         return subprocess.run(
@@ -142,22 +182,28 @@ def _run(sweep: Sweep, gpu: int, arguments: argparse.Namespace) -> int:
 
 
 def _compare(sweeps: Sequence[Sweep], arguments: argparse.Namespace) -> None:
-    """Print median, mean and spread of each way, and the line that benchmarks end with."""
-    found = {way: [figures(one) for one in sweeps if one.way == way] for way in arguments.ways}
-    medians = {}
-    for way, all_figures in found.items():
-        there = [one for one in all_figures if one]
+    """Print median, mean and spread of each way and budget, and the line that benchmarks end with."""
+    medians = dict[tuple[float, str, str], float]()
+    found = dict[str, list[dict[str, Any]]]()
+    for budget, way in itertools.product(arguments.budgets, arguments.ways):
+        name = f"{way}, {budget.gpu_seconds:g} s"
+        there = [
+            one for one in map(figures, (s for s in sweeps if (s.way, s.budget) == (way, budget))) if one
+        ]
+        found[name] = there
         for key in ("public", "unseen") if there else ():
             values = [one[key] for one in there]
+            medians[budget.gpu_seconds, way, key] = statistics.median(values)
             spread = f"{statistics.mean(values):.4f} +- {statistics.pstdev(values):.4f}"
-            medians[way, key] = statistics.median(values)
-            print(f"{way:<8} {key:<7} median {medians[way, key]:.4f}, mean {spread}, {len(values)} sweeps")
-    first, *others = arguments.ways
-    if (first, "public") in medians and others and (others[-1], "public") in medians:
+            median = f"median {statistics.median(values):.4f}"
+            print(f"{name:<15} {key:<7} {median}, mean {spread}, {len(values)} sweeps")
+    most = max(budget.gpu_seconds for budget in arguments.budgets)
+    first, last = (medians.get((most, way, "public")) for way in (arguments.ways[0], arguments.ways[-1]))
+    if len(arguments.ways) > 1 and first is not None and last is not None:
         print_report(
             "live_search",
-            medians[others[-1], "public"],
-            medians[first, "public"],
+            last,
+            first,
             "median public perplexity",
             {**{key: str(value) for key, value in vars(arguments).items()}, "figures": found},
             higher_is_better=False,
@@ -175,8 +221,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train-examples", type=int, help="only the first so many")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["wide", "stages"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--gpu-seconds", type=float, default=105)
+    both = [Budget(105, 7), Budget(52.5, 3)]
+    budgets = "GPU-seconds of a sweep, and trials of `stages` that they are enough for"
+    parser.add_argument("--budgets", nargs="+", type=Budget.of, default=both, metavar="N:N", help=budgets)
     parser.add_argument("--gpus", type=int, default=1, help="lanes, one a GPU")
+    parser.add_argument("--overlap", type=float, help="seconds behind a budget after which the next begins")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no sweep later than that")
     return parser.parse_args()
 
 

@@ -3,7 +3,7 @@
 import json
 
 from benchmarks.extraction import make_rows, write_task
-from benchmarks.live_search import WAYS, Sweep, figures
+from benchmarks.live_search import WAYS, Budget, Sweep, figures
 from qlora.data.examples import load_examples
 from tuning.space import load_space
 
@@ -24,15 +24,19 @@ def test_rows_are_drawn_by_their_seed():
     assert make_rows(20, 1) == make_rows(20, 1) != make_rows(20, 2)
 
 
-def test_every_way_is_a_sound_space():
-    spaces = {way: load_space("search_spaces/wide.yaml", changes) for way, changes in WAYS.items()}
-    assert spaces["stages"].num_trials == 7
+def test_every_way_is_a_sound_space(tmp_path):
+    spaces = {
+        way: load_space("search_spaces/wide.yaml", Sweep(way, 1, Budget.of("52.5:3"), tmp_path).changes)
+        for way in WAYS
+    }
+    assert {way: space.num_trials for way, space in spaces.items()} == {"wide": 16, "prior": 16, "stages": 3}
+    assert {space.budget.gpu_seconds for space in spaces.values()} == {52.5}
     assert spaces["stages"].values("epochs") == ["1+1+1"]
     assert spaces["wide"].searcher.type == "random"
 
 
 def test_figures_are_those_of_the_summary(tmp_path):
-    sweep = Sweep("stages", 2, tmp_path)
+    sweep = Sweep("stages", 2, Budget(105, 7), tmp_path)
     assert (sweep.summary(), figures(sweep)) == (None, {})
     sweep.results.mkdir(parents=True)
     content = {

@@ -19,7 +19,7 @@ from tuning.space import Space, tune_space
 
 _BEST_SIZE = 16.0  # expected of learning rate x alpha^(2/3), times the base's width
 _ALPHA_POWER = 2 / 3
-_SPREAD = 0.8  # standard deviation of the size's logarithm
+_SPREAD = 0.5  # standard deviation of the size's logarithm
 _EPOCHS_POWER = 1.5  # longer schedules are drawn more often; trials that are stopped early pay for no length
 _PLAIN_DRAWS = 0.1  # share of draws that follow the space's samplers alone
 _CANDIDATES = 32  # draws of the space among which one is chosen
