@@ -11,14 +11,15 @@ Shapes: T tokens of a pass, E slots, K beams, J key-value heads, P prefix tokens
 """
 
 import secrets
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inference.batch import Batch, Ways, pieces_of, share_slots
 from inference.beam_search import SearchRules, SearchState, advance
 from inference.cached_attention import DecodePass, PrefillPass, store_prompts, use_cached_attention
 from inference.kv_cache import CacheShape, KVCache
@@ -30,38 +31,6 @@ _MAX_SLOTS = {"cpu": 32, "cuda": 128}
 # Share of free slots at which the batch is made smaller; a GPU then has to record its step again.
 _SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}
 _PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
-
-
-@dataclass
-class Batch:
-    """The slots that are searched together.
-
-    examples: the index of each slot's prompt, None for a free slot. steps: decode steps that each slot has
-    taken. generators: each slot's own, for sampling. graph: the recorded decode step, on a GPU.
-    """
-
-    cache: KVCache
-    state: SearchState
-    examples: list[int | None]
-    steps: list[int]
-    generators: list[torch.Generator]
-    graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def free(self) -> list[int]:
-        """Return the slots without an example."""
-        return [slot for slot, example in enumerate(self.examples) if example is None]
-
-    def keep(self, slots: list[int]) -> "Batch":
-        """Return a batch of some of the slots, in that order."""
-        chosen = torch.tensor(slots, device=self.state.done_E.device)
-        return Batch(
-            cache=self.cache.keep(chosen),
-            state=self.state.keep(chosen),
-            examples=[self.examples[slot] for slot in slots],
-            steps=[self.steps[slot] for slot in slots],
-            generators=[self.generators[slot] for slot in slots],
-        )
 
 
 @dataclass
@@ -78,8 +47,9 @@ class BeamSearcher:
     seed: int | None = None
     max_slots: int | None = None
     _kept: Batch | None = None
-    _prefix_tokens: tuple[int, ...] = ()
+    _prefix_of_part: tuple[int, tuple[int, ...]] = (0, ())
     _prefix: Tensor | None = None
+    _ways: Ways = field(default_factory=lambda: Ways.one(0))
     _shape: CacheShape = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,13 +58,17 @@ class BeamSearcher:
         self.max_slots = self.max_slots or _MAX_SLOTS[self.model.device.type]
 
     @torch.inference_mode()
-    def search(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    def search(
+        self, prompts: Sequence[Sequence[int]], ways: Ways | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
         """Yield (index, new tokens with the ending EOS) of each prompt, as they are done.
 
         Every prompt needs a token. Out of memory halves the slots and goes on with the prompts that are not
-        done. Raises torch.cuda.OutOfMemoryError if there is no room for one slot.
+        done. What is kept belongs to the ways of the call: others need a release. Raises
+        torch.cuda.OutOfMemoryError if there is no room for one slot.
         """
         use_cached_attention(self.model)  # another engine may have worked with the model meanwhile
+        self._ways = ways or Ways.one(len(prompts))
         left = set(range(len(prompts)))
         while left:
             names = sorted(left)
@@ -112,23 +86,31 @@ class BeamSearcher:
 
     def release(self) -> None:
         """Give back what is kept from one call to the next."""
-        self._kept, self._prefix, self._prefix_tokens = None, None, ()
+        self._kept, self._prefix = None, None
 
     def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """Search for all prompts, longest first; yield name and new tokens of each, as they are done."""
-        prefix = self._prefix_of([tuple(prompt) for prompt in prompts])
+        """Search for prompts, longest first; yield name and new tokens of each, as they are done.
+
+        Slots belong to parts, so that where there are fewer slots than parts, the last ones are left out.
+        """
+        parts = [self._ways.parts[name] for name in names]
+        counts = Counter(parts)
+        # Keys and values of what prompts begin with are of one adapter.
+        prefix = self._prefix_of([tuple(one) if len(counts) == 1 else () for one in prompts], parts[0])
         # A prompt's own tokens are those between the prefix and its last token, which the first step feeds.
         own_lengths = [len(prompt) - prefix.shape[3] - 1 for prompt in prompts]
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-own_lengths[i], i)))
-        batch = self._make_batch(prefix, len(prompts), max(own_lengths))
-        while waiting or any(example is not None for example in batch.examples):
+        order = sorted(range(len(prompts)), key=lambda i: (-own_lengths[i], i))
+        batch = self._make_batch(prefix, counts, max(own_lengths))
+        waiting = {part: deque(i for i in order if parts[i] == part) for part in sorted(set(batch.parts))}
+        while any(waiting.values()) or any(example is not None for example in batch.examples):
             free = batch.free
+            places = [slot for part, slots in batch.by_part(free) for slot in slots[: len(waiting[part])]]
             # Prompts join an eighth of the slots at a time, so that a prefill is worth its launches.
-            enough_to_join = min(len(waiting), max(1, len(batch.examples) // 8))
-            if waiting and len(free) >= enough_to_join:
-                joining = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                self._join(batch, free[: len(joining)], joining, prompts)
-            elif not waiting and self._shrinks(batch, len(free)):
+            enough_to_join = min(sum(map(len, waiting.values())), max(1, len(batch.examples) // 8))
+            if places and len(places) >= enough_to_join:
+                joining = [waiting[batch.parts[slot]].popleft() for slot in places]
+                self._join(batch, places, joining, prompts)
+            elif not any(waiting.values()) and self._shrinks(batch, len(free)):
                 batch = batch.keep([slot for slot in range(len(batch.examples)) if slot not in free])
             self._step(batch)
             for slot, is_done in enumerate(batch.state.done_E.tolist()):
@@ -156,12 +138,17 @@ class BeamSearcher:
             steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None
         ]
         num_steps = 1 + max(taken)
+        if batch.way is None:
+            fed = [batch.state.next_EK.shape[1]] * len(batch.parts)
+            batch.way = self._ways.way_of(pieces_of(batch.parts, fed))
         if batch.state.done_E.is_cuda and not self.rules.do_sample:
             if batch.graph is None:
-                batch.graph = self._record(batch)
+                with batch.way():
+                    batch.graph = self._record(batch)
             batch.graph.replay()
         else:
-            self._feed(batch, num_steps)
+            with batch.way():
+                self._feed(batch, num_steps)
         batch.steps = [steps + 1 for steps in batch.steps]
 
     def _feed(self, batch: Batch, num_steps: int) -> None:
@@ -194,14 +181,14 @@ class BeamSearcher:
         last_tokens = torch.tensor([prompts[i][-1] for i in joining], device=device)
         batch.state.start(places, last_tokens, self.rules)
         budget = _PREFILL_TOKENS[device.type]
-        start = 0
-        # The longest come first, so behind a prompt without tokens of its own there is none with any.
-        while start < len(joining) and own_lengths[start] > 0:
-            end = start + 1
-            while end < len(joining) and own_lengths[end] > 0 and sum(own_lengths[start : end + 1]) <= budget:
-                end += 1
-            self._prefill(batch, places[start:end], [prompts[i][p:-1] for i in joining[start:end]])
-            start = end
+        filled = [row for row, length in enumerate(own_lengths) if length > 0]
+        while filled:
+            count = 1
+            while count < len(filled) and sum(own_lengths[row] for row in filled[: count + 1]) <= budget:
+                count += 1
+            rows, filled = filled[:count], filled[count:]
+            owns = [prompts[joining[row]][p:-1] for row in rows]
+            self._prefill(batch, [slots[row] for row in rows], owns)
         for slot, i in zip(slots, joining, strict=True):
             batch.examples[slot] = i
             batch.steps[slot] = 0
@@ -209,9 +196,10 @@ class BeamSearcher:
                 batch.generators[slot] = torch.Generator(device)
                 batch.generators[slot].manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
 
-    def _prefill(self, batch: Batch, places: Tensor, owns: list[Sequence[int]]) -> None:
+    def _prefill(self, batch: Batch, slots: list[int], owns: list[Sequence[int]]) -> None:
         """Compute keys and values of prompts' own tokens in one packed pass, and keep them in slots."""
-        device = places.device
+        device = batch.state.done_E.device
+        places = torch.tensor(slots, device=device)
         p = batch.cache.prefix.shape[3]
         rows = Rows(tuple(len(own) for own in owns), p, device)
         tokens: list[int] = []
@@ -219,28 +207,31 @@ class BeamSearcher:
         for own in owns:
             tokens += own
             positions += range(p, p + len(own))
-        self._forward(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places, rows)),
-            logits=False,
-        )
+        way = self._ways.way_of(pieces_of([batch.parts[slot] for slot in slots], [len(own) for own in owns]))
+        with way():
+            self._forward(
+                torch.tensor(tokens, device=device),
+                torch.tensor(positions, device=device),
+                PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places, rows)),
+                logits=False,
+            )
 
-    def _prefix_of(self, prompts: list[tuple[int, ...]]) -> Tensor:
+    def _prefix_of(self, prompts: list[tuple[int, ...]], part: int) -> Tensor:
         """Return keys and values of the prefix that all prompts begin with, [2, layers, J, P, D].
 
-        It is kept for the next call. A kept one is used again if prompts begin with it and it is not much
-        shorter than what they share.
+        It is kept for the next call. A kept one is used again if it is of the same part, prompts begin with
+        it, and it is not much shorter than what they share.
         """
         common = prompts[0][: shared_prefix_length(prompts)]
-        kept = self._prefix_tokens
-        if self._prefix is None or common[: len(kept)] != kept or 4 * len(kept) < 3 * len(common):
-            self._prefix = self._compute_prefix(common)
-            self._prefix_tokens = common
+        kept_part, kept = self._prefix_of_part
+        is_close = common[: len(kept)] == kept and 4 * len(kept) >= 3 * len(common)
+        if self._prefix is None or kept_part != part or not is_close:
+            self._prefix = self._compute_prefix(common, part)
+            self._prefix_of_part = part, common
         return self._prefix
 
-    def _compute_prefix(self, tokens: tuple[int, ...]) -> Tensor:
-        """Compute the keys and values of tokens at the beginning of a prompt, [2, layers, J, P, D]."""
+    def _compute_prefix(self, tokens: tuple[int, ...], part: int) -> Tensor:
+        """Compute the keys and values of tokens at the beginning of a part's prompt, [2, layers, J, P, D]."""
         device = self.model.device
         shape = self._shape
         empty = torch.zeros(
@@ -252,28 +243,35 @@ class BeamSearcher:
             prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
 
         if tokens:
-            self._forward(
-                torch.tensor(tokens, device=device),
-                torch.arange(len(tokens), device=device),
-                PrefillPass(empty, Rows((len(tokens),), 0, device), store),
-                logits=False,
-            )
+            with self._ways.way_of([(part, 0, len(tokens))])():
+                self._forward(
+                    torch.tensor(tokens, device=device),
+                    torch.arange(len(tokens), device=device),
+                    PrefillPass(empty, Rows((len(tokens),), 0, device), store),
+                    logits=False,
+                )
         return prefix
 
-    def _make_batch(self, prefix: Tensor, num_examples: int, max_own: int) -> Batch:
-        """Return a batch of free slots with room for `max_own` prompt tokens; use the kept one if it fits."""
+    def _make_batch(self, prefix: Tensor, counts: Mapping[int, int], max_own: int) -> Batch:
+        """Return a batch of free slots with room for `max_own` prompt tokens; use the kept one if it fits.
+
+        `counts`: how many prompts each part has.
+        """
         rules = self.rules
         device = prefix.device
         max_own = -(-max(1, max_own) // 64) * 64
-        num_slots = self._num_slots(num_examples, max_own)
+        parts = share_slots(self._num_slots(sum(counts.values()), max_own), counts)
+        num_slots = len(parts)
         kept = self._kept
-        if kept is None or kept.cache.prefix is not prefix or kept.cache.room != (num_slots, max_own):
+        fits = kept is not None and kept.cache.prefix is prefix and kept.parts == parts
+        if kept is None or not fits or kept.cache.room != (num_slots, max_own):
             self._kept = kept = None  # its memory is freed before the next one's is taken
             kept = Batch(
                 cache=KVCache.empty(
                     self._shape, prefix, num_slots, rules.num_beams, max_own, rules.max_new_tokens
                 ),
                 state=SearchState.empty(num_slots, rules, device),
+                parts=parts,
                 examples=[None] * num_slots,
                 steps=[0] * num_slots,
                 generators=[torch.Generator(device)] * num_slots,

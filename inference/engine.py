@@ -25,6 +25,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from inference.batch import Ways
 from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
 from qlora.base.model import load_tokenizer
@@ -34,6 +35,7 @@ from qlora.served import describe_weights, load_merged, quicken
 
 _log = logging.getLogger(__name__)
 _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
+_LENT_SLOTS = {"cpu": 32, "cuda": 2048}
 
 
 class Engine(Protocol):
@@ -67,9 +69,11 @@ class BeamEngine:
     tokenizer: Any
     name: str
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int]]:
-        """Generate as Engine says."""
-        for index, tokens in self.searcher.search(prompts):
+    def generate(
+        self, prompts: Sequence[Sequence[int]], ways: Ways | None = None
+    ) -> Iterator[tuple[int, str, int]]:
+        """Generate as Engine says; `ways`: where prompts are of several adapters."""
+        for index, tokens in self.searcher.search(prompts, ways):
             yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)
 
 
@@ -165,7 +169,7 @@ def make_engine(
     need `transformers.generate`; then the engine's name says why. Outputs end at the tokenizer's EOS, with
     which answers end in training, as well as where the model's generation config says, and at `end_tokens`.
     `attention` is the model's own, if other engines work with the same model. One that is lent keeps its
-    modules: it goes on training.
+    modules: it goes on training. Then as many prompts are searched together as memory allows.
     """
     known = _as_tuple(model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id, *end_tokens]))
@@ -189,7 +193,8 @@ def make_engine(
     name = f"beam engine, {describe_weights(model)}"
     if not is_lent:
         quicken(model)
-    return BeamEngine(searcher=BeamSearcher(model, rules, decoding.seed), tokenizer=tokenizer, name=name)
+    searcher = BeamSearcher(model, rules, decoding.seed, _LENT_SLOTS[model.device.type] if is_lent else None)
+    return BeamEngine(searcher=searcher, tokenizer=tokenizer, name=name)
 
 
 def _without_stop(text: str, stop: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ from conftest import byte_tokenizer, random_examples, tiny_model
 from peft import PeftModel
 from test_training import weights
 
-from inference.banked import BankedGenerator, TextsStoppedError
+from inference import engine
+from inference.banked import Asked, BankedGenerator, TextsStoppedError
 from inference.engine import TransformersEngine
 from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
@@ -43,9 +44,10 @@ def plain_texts(family: str, folder, prompts, ends: list[int]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, tmp_path):
-    """Between steps of training, which goes on as if no text had been written."""
+@pytest.mark.parametrize(("family", "slots"), [("llama", 32), ("llama", 4), ("llama", 2), ("gemma2", 32)])
+def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, slots, tmp_path, monkeypatch):
+    """Between steps of training, which goes on as if no text had been written; of all adapters together."""
+    monkeypatch.setitem(engine._LENT_SLOTS, "cpu", slots)
     examples = random_examples(8, vocabulary=250)
     prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
 
@@ -59,9 +61,10 @@ def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, 
             for run in runs:
                 run.advance(10_000)
             if writes and step in (3, 7):
-                found = [
-                    generator.texts(adapter, prompts) for adapter in (None, *(run.adapter for run in runs))
-                ]
+                adapters = [None, *(run.adapter for run in runs)]
+                found = generator.texts(
+                    [Asked(one, prompts[:count]) for one, count in zip(adapters, (3, 5, 4), strict=True)]
+                )
         assert model.config._attn_implementation == "packed"
         return runs, found
 
@@ -70,9 +73,10 @@ def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, 
     for number, (run, other) in enumerate(zip(runs, undisturbed, strict=True)):
         assert torch.equal(weights(run), weights(other))
         run.bank.save(run.adapter, tmp_path / str(number))
-        assert found[1 + number] == plain_texts(family, tmp_path / str(number), prompts, [])
-    assert found[0] == plain_texts(family, None, prompts, [])
-    assert len({tuple(texts) for texts in found}) == 3, "or nothing is shown"
+        count = (5, 4)[number]
+        assert found[1 + number] == plain_texts(family, tmp_path / str(number), prompts[:count], [])
+    assert found[0] == plain_texts(family, None, prompts[:3], [])
+    assert len({tuple(texts[:3]) for texts in found}) == 3, "or nothing is shown"
     values = adapter_perplexities(runs[0].bank, [(runs[0].adapter, examples)], 10_000)[0]
     assert (
         values == adapter_perplexities(undisturbed[0].bank, [(undisturbed[0].adapter, examples)], 10_000)[0]
@@ -84,11 +88,13 @@ def test_texts_end_at_the_tokens_that_end_answers_of_their_prompt():
     use_packed_attention(model)
     generator = BankedGenerator(AdapterBank(model, "tiny"), byte_tokenizer(), DECODING)
     prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
-    whole = generator.texts(None, prompts)
+    (whole,) = generator.texts([Asked(None, prompts)])
     ends = [token for token in range(3, 259) if byte_tokenizer().decode([token]) in whole[0][:3]]
-    cut = generator.texts(None, prompts, ends)
-    assert cut == plain_texts("llama", None, prompts, ends)
-    assert generator.texts(None, prompts) == whole != cut
+    cut = plain_texts("llama", None, prompts, ends)
+    both = [Asked(None, prompts), Asked(None, prompts, ends)]
+    assert generator.texts(both) == [whole, cut]
+    assert generator.texts(both[::-1]) == [cut, whole]
+    assert whole != cut
 
 
 def test_texts_that_nobody_waits_for_are_not_written_to_their_end():
@@ -96,11 +102,12 @@ def test_texts_that_nobody_waits_for_are_not_written_to_their_end():
     use_packed_attention(model)
     generator = BankedGenerator(AdapterBank(model, "tiny"), byte_tokenizer(), DECODING)
     prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
-    whole, asked = generator.texts(None, prompts), []
-    with pytest.raises(TextsStoppedError, match="after 2 of 5 texts"):
-        generator.texts(None, prompts, is_over=lambda: asked.append(1) or len(asked) == 2)
+    request, asked = Asked(None, prompts), []
+    whole = generator.texts([request])
+    with pytest.raises(TextsStoppedError, match="after 2 of 10 texts"):
+        generator.texts([request, request], is_over=lambda: asked.append(1) or len(asked) == 2)
     assert model.config._attn_implementation == "packed"
-    assert generator.texts(None, prompts) == whole
+    assert generator.texts([request]) == whole
 
 
 def test_what_the_search_lacks_is_written_by_transformers():
@@ -111,5 +118,5 @@ def test_what_the_search_lacks_is_written_by_transformers():
     prompts = [one.prompt for one in random_examples(3, seed=3, vocabulary=250)]
     plain = TransformersEngine(tiny_model("llama"), byte_tokenizer(), decoding, 1)
     expected = [text for _, text, _ in sorted(plain.generate(prompts))]
-    assert generator.texts(None, prompts) == expected == generator.texts(None, prompts)
+    assert generator.texts([Asked(None, prompts)] * 2) == [expected, expected]
     assert model.config._attn_implementation == "packed"

@@ -13,7 +13,7 @@ from peft import PeftModel
 from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
 
-from inference.banked import BankedGenerator
+from inference.banked import Asked, BankedGenerator
 from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
 from qlora.config import DecodingSettings
@@ -262,22 +262,29 @@ def test_texts_between_recorded_passes_are_those_of_plain_peft(tmp_path):
     from test_bank import TRIALS
 
     examples, asked = random_examples(8, vocabulary=250), [one.prompt for one in random_examples(5, seed=3)]
-    decoding, runs = DecodingSettings(num_beams=1, max_new_tokens=12), []
+    decoding, found = DecodingSettings(num_beams=1, max_new_tokens=12), []
+    kinds = [one.model_copy(update={"lora_dropout": 0.0, "epochs": 3}) for one in TRIALS[:2]]
     for writes in (True, False):
         bank = gpu_bank("llama")
         generator = BankedGenerator(bank, byte_tokenizer(), decoding)
-        settings = TRIALS[0].model_copy(update={"lora_dropout": 0.0, "epochs": 3})
-        run, texts = Training(bank, examples, settings), []
+        runs, texts = [Training(bank, examples, settings) for settings in kinds], []
         for step in range(6):
-            run.advance(10_000)
+            advance_together(runs, 10_000)
             if writes and step in (2, 5):
-                texts = generator.texts(run.adapter, asked)
-        runs.append((run, texts))
-    (run, texts), (undisturbed, _) = runs
-    assert torch.equal(run.adapter.weights, undisturbed.adapter.weights)
-    run.bank.save(run.adapter, tmp_path)
-    plain = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).to(CUDA).eval()
-    for prompt, text in zip(asked, texts, strict=True):
-        ids = torch.tensor([prompt], device=CUDA)
-        out = plain.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-        assert byte_tokenizer().decode(out[0, len(prompt) :], skip_special_tokens=True).strip() == text
+                texts = generator.texts(
+                    [Asked(None, asked[:3]), *(Asked(run.adapter, asked) for run in runs)]
+                )
+        found.append((runs, texts))
+    (runs, texts), (undisturbed, _) = found
+    for number, (run, other) in enumerate(zip(runs, undisturbed, strict=True)):
+        assert torch.equal(run.adapter.weights, other.adapter.weights)
+        run.bank.save(run.adapter, tmp_path / str(number))
+    for folder, of_folder in zip((None, "0", "1"), texts, strict=True):
+        plain = tiny_model("llama")
+        if folder is not None:
+            plain = PeftModel.from_pretrained(plain, str(tmp_path / folder))
+        plain = plain.to(CUDA).eval()
+        for prompt, text in zip(asked, of_folder, strict=False):
+            ids = torch.tensor([prompt], device=CUDA)
+            out = plain.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+            assert byte_tokenizer().decode(out[0, len(prompt) :], skip_special_tokens=True).strip() == text

@@ -5,6 +5,7 @@ import math
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,6 +222,36 @@ def test_a_function_that_fails_on_a_trials_texts_ends_that_trial_alone(data, tmp
     with pytest.raises(UnjudgedError, match="chrf failed on the texts: in people's own function"):
         host.advance("bad", 1, str(tmp_path / "bad"))
     assert host.advance("other", 1, str(tmp_path / "other"))["objective"] == 1.0
+
+
+def test_trials_that_are_due_wait_for_others_that_are_nearly_so(data, tmp_path):
+    """Their texts are written together; one that is far from its report keeps nobody waiting."""
+
+    class Counting:
+        def values(self, bank, requests, is_over):
+            began.set()
+            asked.append(len(requests))
+            assert may_go_on.wait(60)
+            return [1.0] * len(requests)
+
+    began, may_go_on, asked = threading.Event(), threading.Event(), list[int]()
+    threads = torch.get_num_threads()
+    space = data.space.model_copy(update={"trial": {**data.space.trial, "epochs": 20}})
+    host = Host(SweepData(space, data.examples, 10_000, judge=Counting()), 1)
+    torch.set_num_threads(threads)
+    goals = {"first": 1, "near": 3, "nearer": 2, "far": 60}
+    for name in goals:
+        (tmp_path / name).mkdir()
+        host.attach(name, name, {"seed": 1})
+    with ThreadPoolExecutor() as pool:
+        answers = {"first": pool.submit(host.advance, "first", 1, str(tmp_path / "first"))}
+        assert began.wait(60)
+        for name in ("near", "nearer", "far"):
+            answers[name] = pool.submit(host.advance, name, goals[name], str(tmp_path / name))
+        time.sleep(1)  # until all have asked, while texts are written
+        may_go_on.set()
+        assert {name: answer.result()["step"] for name, answer in answers.items()} == goals
+    assert asked == [1, 2, 1]
 
 
 def test_a_host_that_is_to_stop_writes_no_text_to_its_end(data, tmp_path):

@@ -29,7 +29,7 @@ from qlora.lora.average import read_update
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from qlora.provenance import hardware
-from qlora.training import DivergedError, StepResult, Training
+from qlora.training import StepResult, Training
 from tuning.checkpoints import STOPPED, Storage
 from tuning.evaluation_steps import evaluation_steps
 from tuning.examples import PromptedExamples
@@ -40,6 +40,7 @@ from tuning.soup import Finalist, Soup, find_soup
 from tuning.sweep_data import SweepData
 
 _Answer = TypeVar("_Answer")
+_NEAR_STEPS = 24  # that trials wait for others, to have their texts written together
 _WRITERS = 4  # of checkpoints at once: trials of one length end together
 
 
@@ -205,12 +206,18 @@ class Host:
             for call, reply in calls:
                 _settle(reply, call)
         asked = [] if self._stopped else self._asked()
-        if there := [seat for seat in asked if seat.at_goal]:
+        there = [seat for seat in asked if seat.at_goal]
+        if there and not self._others_are_near(asked):
             with self._work.counted("evaluating"):
                 self._evaluate(there)
         if on_the_way := [seat for seat in asked if not seat.at_goal and seat.goal is not None]:
             with self._work.counted("training"):
                 self._train(on_the_way)
+
+    def _others_are_near(self, asked: Sequence[Seat]) -> bool:
+        """Tell whether trials that are due wait: texts of many are written nearly as fast as of one."""
+        is_judged = self._data.judge is not None
+        return is_judged and any(0 < seat.steps_to_go <= _NEAR_STEPS for seat in asked)
 
     def _asked(self) -> list[Seat]:
         return [seat for seat in self._seats.values() if seat.goal is not None]
@@ -223,37 +230,36 @@ class Host:
 
     def _evaluate(self, seats: Sequence[Seat]) -> None:
         requests = [(seat.work.training.adapter, seat.examples.public) for seat in seats]
+        measured = list[tuple[Seat, list[float]]]()
         for seat, found in zip(seats, self._work.evaluate(requests), strict=True):
             if isinstance(found, Exception):
                 seat.fail(found)
-                continue
+            elif not math.isfinite(mean_perplexity(found)):
+                seat.fail(seat.diverged(mean_perplexity(found)))
+            else:
+                measured.append((seat, found))
+        for (seat, found), value in zip(measured, self._values(measured), strict=True):
             try:
                 content = CheckpointContent.of(seat.work.training)
-                perplexity = mean_perplexity(found)
-                if not math.isfinite(perplexity):
-                    raise DivergedError(
-                        f"diverged at step {seat.work.training.step}: public perplexity {perplexity:g}; "
-                        "try a lower learning rate"
-                    )
-                value = self._value(seat, perplexity)
-                metrics = point_of(seat.work, perplexity, self._data.space.objective, value)
+                value = _good(value)
+                metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, value)
                 metrics |= {"perplexities": found, "host_notes": self.notes()}
                 written = partial(_written, content, Path(seat.folder), metrics)
                 self._writers.submit(_settle, seat.reply, written)
             except JudgingStoppedError:
-                return  # it is kept as it stands
+                continue  # it is kept as it stands
             except Exception as error:  # memory may be short for the copy: that is this trial's failure
                 seat.fail(error.with_traceback(None))
             else:
                 seat.goal = None
                 seat.work.forget()
 
-    def _value(self, seat: Seat, perplexity: float) -> float:
-        """Return the objective's value of a trial. Raises what judging its texts raises."""
+    def _values(self, measured: Sequence[tuple[Seat, list[float]]]) -> Sequence[float | Exception]:
+        """Return the objective's value of each trial, or what judging its texts failed with."""
         if self._data.judge is None:
-            return perplexity
-        requests = [(seat.work.training.adapter, seat.examples)]
-        return _good(self._work.judge(self._data.judge, requests, self._is_over.is_set)[0])
+            return [mean_perplexity(found) for _, found in measured]
+        requests = [(seat.work.training.adapter, seat.examples) for seat, _ in measured]
+        return self._work.judge(self._data.judge, requests, self._is_over.is_set) if requests else []
 
     def _stop(self, storage: Storage) -> int:
         self._stopped = True

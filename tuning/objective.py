@@ -98,10 +98,11 @@ class Judge(Protocol):
         bank: "AdapterBank",
         requests: Sequence[tuple["Adapter | None", "PromptedExamples"]],
         is_over: Callable[[], bool],
-    ) -> list[float]:
+    ) -> list[float | UnjudgedError]:
         """Return the objective's value of each adapter (None: the bare base) on its public examples.
 
-        `is_over` is asked again and again; once it says so, JudgingStoppedError is raised.
+        Or what a function of people's own failed with on its texts. `is_over` is asked again and again; once
+        it says so, JudgingStoppedError is raised.
         """
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qlora.training import DivergedError
 from tuning.examples import PromptedExamples
 from tuning.objective import METRIC, VALUE, Objective
 from tuning.shared_work import TrialWork
@@ -29,6 +30,18 @@ class Seat:
     def at_goal(self) -> bool:
         """Tell whether it has only to be evaluated."""
         return self.goal is not None and self.work.training.step >= self.goal
+
+    @property
+    def steps_to_go(self) -> int:
+        """Return how many steps are left to what it was asked to reach."""
+        return 0 if self.goal is None else max(0, self.goal - self.work.training.step)
+
+    def diverged(self, perplexity: float) -> DivergedError:
+        """Return the error of a public perplexity that is no number."""
+        return DivergedError(
+            f"diverged at step {self.work.training.step}: public perplexity {perplexity:g}; "
+            "try a lower learning rate"
+        )
 
     def fail(self, error: Exception) -> None:
         """Answer whoever asked with an error; the seat waits for its next goal."""

@@ -24,7 +24,7 @@ from qlora.packed.packing import FEWEST_PASS_TOKENS
 from qlora.perplexity import adapter_perplexities
 from qlora.training import StepResult, Training, advance_together
 from tuning.examples import PromptedExamples
-from tuning.objective import Judge
+from tuning.objective import Judge, JudgingStoppedError
 
 Request = tuple[Adapter | None, Sequence[EncodedExample]]
 WORK = ("training", "compiling", "recording", "evaluating", "waiting")
@@ -84,10 +84,13 @@ class SharedWork:
         is_over: Callable[[], bool],
     ) -> list[float | Exception]:
         """Judge the texts of each adapter (None: the bare base), or return what that failed with."""
-        values: dict[int, float] = {}
+        values: dict[int, float | Exception] = {}
 
         def judged(places: Sequence[int]) -> list[Exception | None]:
-            found = judge.values(self.bank, [requests[place] for place in places], is_over)
+            try:
+                found = judge.values(self.bank, [requests[place] for place in places], is_over)
+            except JudgingStoppedError as error:  # nobody's fault: there is nothing to try again
+                return [error] * len(places)
             values.update(zip(places, found, strict=True))
             return [None] * len(places)
 

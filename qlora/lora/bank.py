@@ -136,8 +136,22 @@ class AdapterBank:
         Layers add the i-th adapter's products (None: nothing), with the i-th dropout, to the tokens of the
         batch's i-th part.
         """
-        assert len(adapters) == len(batch.parts)
         bounds = tuple((part.start, part.end) for part in batch.parts)
+        with self.switch.on_route(self.route(bounds, adapters, dropouts)):
+            yield
+
+    def route(
+        self,
+        bounds: Sequence[tuple[int, int]],
+        adapters: Sequence[Adapter | None],
+        dropouts: Sequence[Dropout | None],
+    ) -> Route:
+        """Make a route of passes whose tokens from the i-th first one to its end go through the i-th adapter.
+
+        Layers add that adapter's products (None: nothing), with the i-th dropout, if any. It holds until one
+        of the adapters is detached.
+        """
+        assert len(adapters) == len(bounds)
         anchor = torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
         tables: dict[str, Any] = {}
         if self.in_kernels(adapters):
@@ -154,8 +168,7 @@ class AdapterBank:
                     found.append(part)
             return found
 
-        with self.switch.on_route(Route(anchor, parts_at, **tables)):
-            yield
+        return Route(anchor, parts_at, **tables)
 
     @contextmanager
     def serving(self, adapter: Adapter | None) -> Iterator[None]:

@@ -52,23 +52,29 @@ class TextJudge:
         bank: "AdapterBank",
         requests: Sequence[tuple["Adapter | None", "PromptedExamples"]],
         is_over: Callable[[], bool] = lambda: False,
-    ) -> list[float]:
-        """Return the objective's value of each adapter (None: the bare base).
+    ) -> list[float | UnjudgedError]:
+        """Return the objective's value of each adapter (None: the bare base), as Judge says.
 
-        Raises UnjudgedError where a function of people's own fails, JudgingStoppedError once `is_over` says
-        so, and what writing texts raises.
+        Raises JudgingStoppedError once `is_over` says so, and what writing texts raises.
         """
-        from inference.banked import BankedGenerator, TextsStoppedError
+        from inference.banked import Asked, BankedGenerator, TextsStoppedError
         from qlora.base.model import load_tokenizer
 
         if self._generator is None:
             decoding = DecodingSettings(num_beams=1, max_new_tokens=self.objective.max_new_tokens)
             self._generator = BankedGenerator(bank, load_tokenizer(self.base), decoding)
-        write = self._generator.texts
+        asked = [Asked(adapter, one.asked, one.ends) for adapter, one in requests]
         try:
-            return [self.value(write(adapter, one.asked, one.ends, is_over)) for adapter, one in requests]
+            written = self._generator.texts(asked, is_over)
         except TextsStoppedError as error:
             raise JudgingStoppedError(str(error)) from error
+        return [self._judged(texts) for texts in written]
+
+    def _judged(self, texts: Sequence[str]) -> float | UnjudgedError:
+        try:
+            return self.value(texts)
+        except UnjudgedError as error:
+            return error.with_traceback(None)
 
     def value(self, texts: Sequence[str]) -> float:
         """Return the objective's value of texts, one for each example. Raises UnjudgedError."""

@@ -1,0 +1,98 @@
+"""Owns the slots that are searched together, and what leads their passes through several adapters.
+
+Prompts are of one part, or of several, each with an adapter of its own. A part's slots stand together, and
+keep to it as long as a batch lasts, so that a recorded step finds each token's adapter.
+
+Refuses to know how tokens are chosen and models.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from inference.beam_search import SearchState
+from inference.kv_cache import KVCache
+
+Piece = tuple[int, int, int]  # of a pass: whose tokens they are, the first of them, and their end
+Way = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How prompts of several parts, each with an adapter of its own, are searched together.
+
+    parts: each prompt's. way_of: from the pieces of a pass to what leads it through their parts' adapters,
+    which is entered for each pass of such pieces.
+    """
+
+    parts: Sequence[int]
+    way_of: Callable[[Sequence[Piece]], Way]
+
+    @classmethod
+    def one(cls, num_prompts: int) -> "Ways":
+        """Make the way of prompts that the model takes as they are."""
+        return cls([0] * num_prompts, lambda pieces: nullcontext)
+
+
+@dataclass
+class Batch:
+    """The slots that are searched together.
+
+    parts: each slot's, ascending. examples: the index of each slot's prompt, None for a free slot. steps:
+    decode steps that each slot has taken. generators: each slot's own, for sampling. way: of decode steps.
+    graph: the recorded decode step, on a GPU.
+    """
+
+    cache: KVCache
+    state: SearchState
+    parts: list[int]
+    examples: list[int | None]
+    steps: list[int]
+    generators: list[torch.Generator]
+    way: Way | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def free(self) -> list[int]:
+        """Return the slots without an example."""
+        return [slot for slot, example in enumerate(self.examples) if example is None]
+
+    def by_part(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Return some of the slots by their parts."""
+        return [(part, list(alike)) for part, alike in groupby(slots, lambda slot: self.parts[slot])]
+
+    def keep(self, slots: list[int]) -> "Batch":
+        """Return a batch of some of the slots, in that order."""
+        chosen = torch.tensor(slots, device=self.state.done_E.device)
+        return Batch(
+            cache=self.cache.keep(chosen),
+            state=self.state.keep(chosen),
+            parts=[self.parts[slot] for slot in slots],
+            examples=[self.examples[slot] for slot in slots],
+            steps=[self.steps[slot] for slot in slots],
+            generators=[self.generators[slot] for slot in slots],
+        )
+
+
+def pieces_of(parts: Sequence[int], lengths: Sequence[int]) -> list[Piece]:
+    """Return the pieces of a pass, of whose rows, by part, are given the parts and numbers of tokens."""
+    pieces, start = list[Piece](), 0
+    for part, rows in groupby(zip(parts, lengths, strict=True), lambda row: row[0]):
+        end = start + sum(length for _, length in rows)
+        pieces.append((part, start, end))
+        start = end
+    return pieces
+
+
+def share_slots(num_slots: int, counts: Mapping[int, int]) -> list[int]:
+    """Return the part of each slot: parts, of so many prompts each, share the slots as evenly as they can.
+
+    Where there are fewer slots than parts, the last parts have none.
+    """
+    total = sum(counts.values())
+    return [
+        part for part in sorted(counts)[:num_slots] for _ in range(max(1, num_slots * counts[part] // total))
+    ]
