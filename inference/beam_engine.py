@@ -30,6 +30,8 @@ from qlora.packed.stream import Rows
 _MAX_SLOTS = {"cpu": 32, "cuda": 128}
 # Share of free slots at which the batch is made smaller; a GPU then has to record its step again.
 _SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}
+# Rows, slots times beams, of which a GPU's step takes as long as one of fewer.
+_FEWEST_ROWS = {"cpu": 1, "cuda": 64}
 _PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -124,7 +126,8 @@ class BeamSearcher:
         """Tell whether to make the batch smaller: enough slots are free, and there is room for a copy."""
         num_slots = len(batch.examples)
         device = self.model.device
-        if num_free < num_slots * _SHRINK_AT[device.type]:
+        is_small = num_slots * self.rules.num_beams <= _FEWEST_ROWS[device.type]
+        if is_small or num_free < num_slots * _SHRINK_AT[device.type]:
             return False
         copy_bytes = batch.cache.num_bytes * (num_slots - num_free) // num_slots
         return copy_bytes < 0.8 * free_bytes(device)

@@ -201,6 +201,7 @@ def test_a_host_judges_the_texts_of_its_trials(data, tiny_base, tmp_path):
         assert point["objective"] == in_plain_peft(tmp_path / f"t-{point['step']}" / "adapter")
         assert point["score"] == -point["objective"]
     assert len({point["objective"] for point in points}) > 1, "or nothing is shown"
+    assert host.seconds()["writing texts"] > 0
 
 
 def test_a_function_that_fails_on_a_trials_texts_ends_that_trial_alone(data, tmp_path):

@@ -208,8 +208,7 @@ class Host:
         asked = [] if self._stopped else self._asked()
         there = [seat for seat in asked if seat.at_goal]
         if there and not self._others_are_near(asked):
-            with self._work.counted("evaluating"):
-                self._evaluate(there)
+            self._evaluate(there)
         if on_the_way := [seat for seat in asked if not seat.at_goal and seat.goal is not None]:
             with self._work.counted("training"):
                 self._train(on_the_way)
@@ -231,7 +230,9 @@ class Host:
     def _evaluate(self, seats: Sequence[Seat]) -> None:
         requests = [(seat.work.training.adapter, seat.examples.public) for seat in seats]
         measured = list[tuple[Seat, list[float]]]()
-        for seat, found in zip(seats, self._work.evaluate(requests), strict=True):
+        with self._work.counted("evaluating"):
+            answers = self._work.evaluate(requests)
+        for seat, found in zip(seats, answers, strict=True):
             if isinstance(found, Exception):
                 seat.fail(found)
             elif not math.isfinite(mean_perplexity(found)):
@@ -239,27 +240,32 @@ class Host:
             else:
                 measured.append((seat, found))
         for (seat, found), value in zip(measured, self._values(measured), strict=True):
-            try:
-                content = CheckpointContent.of(seat.work.training)
-                value = _good(value)
-                metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, value)
-                metrics |= {"perplexities": found, "host_notes": self.notes()}
-                written = partial(_written, content, Path(seat.folder), metrics)
-                self._writers.submit(_settle, seat.reply, written)
-            except JudgingStoppedError:
-                continue  # it is kept as it stands
-            except Exception as error:  # memory may be short for the copy: that is this trial's failure
-                seat.fail(error.with_traceback(None))
-            else:
-                seat.goal = None
-                seat.work.forget()
+            with self._work.counted("evaluating"):
+                self._report(seat, found, value)
+
+    def _report(self, seat: Seat, found: list[float], value: float | Exception) -> None:
+        """Answer whoever asked for an evaluation, once a checkpoint is written."""
+        try:
+            content = CheckpointContent.of(seat.work.training)
+            metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, _good(value))
+            metrics |= {"perplexities": found, "host_notes": self.notes()}
+            written = partial(_written, content, Path(seat.folder), metrics)
+            self._writers.submit(_settle, seat.reply, written)
+        except JudgingStoppedError:
+            return  # it is kept as it stands
+        except Exception as error:  # memory may be short for the copy: that is this trial's failure
+            seat.fail(error.with_traceback(None))
+        else:
+            seat.goal = None
+            seat.work.forget()
 
     def _values(self, measured: Sequence[tuple[Seat, list[float]]]) -> Sequence[float | Exception]:
         """Return the objective's value of each trial, or what judging its texts failed with."""
         if self._data.judge is None:
             return [mean_perplexity(found) for _, found in measured]
         requests = [(seat.work.training.adapter, seat.examples) for seat, _ in measured]
-        return self._work.judge(self._data.judge, requests, self._is_over.is_set) if requests else []
+        with self._work.counted("writing texts"):
+            return self._work.judge(self._data.judge, requests, self._is_over.is_set) if requests else []
 
     def _stop(self, storage: Storage) -> int:
         self._stopped = True

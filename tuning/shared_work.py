@@ -27,7 +27,7 @@ from tuning.examples import PromptedExamples
 from tuning.objective import Judge, JudgingStoppedError
 
 Request = tuple[Adapter | None, Sequence[EncodedExample]]
-WORK = ("training", "compiling", "recording", "evaluating", "waiting")
+WORK = ("training", "compiling", "recording", "evaluating", "writing texts", "waiting")
 _log = logging.getLogger(__name__)
 
 
