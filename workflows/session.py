@@ -161,8 +161,12 @@ def _dead_servers() -> list[str]:
     from ray._private import worker
 
     node: Any = worker._global_node
-    ended = [] if node is None or os.environ.get("RAY_ADDRESS") else node.dead_processes()
-    return [kind for kind, _ in ended if kind in _SERVERS]
+    if node is None or os.environ.get("RAY_ADDRESS"):
+        return []
+    try:
+        return [kind for kind, _ in node.dead_processes() if kind in _SERVERS]
+    except RuntimeError:  # Ray starts or ends a server meanwhile, and counts them; who asks looks again
+        return []
 
 
 def connect_ray() -> dict[str, float]:
