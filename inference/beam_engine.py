@@ -27,27 +27,42 @@ from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
 
-_MAX_SLOTS = {"cpu": 32, "cuda": 128}
-# Share of free slots at which the batch is made smaller; a GPU then has to record its step again.
-_SHRINK_AT = {"cpu": 0.25, "cuda": 0.5}
 # Rows, slots times beams, of which a GPU's step takes as long as one of fewer.
 _FEWEST_ROWS = {"cpu": 1, "cuda": 64}
-_PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is done at once.
+
+    max_slots: prompts that are searched together, at most. shrink_at: share of free slots at which the batch
+    is made smaller; a GPU then has to record its step again. prefill_tokens: of a pass.
+    """
+
+    max_slots: int
+    shrink_at: float
+    prefill_tokens: int
+
+
+_LIMITS = {"cpu": Limits(32, 0.25, 1024), "cuda": Limits(128, 0.5, 16384)}
+# Of texts that are written in between and at once, by a base that has room to train.
+LENT_LIMITS = {"cpu": _LIMITS["cpu"], "cuda": Limits(2048, 0.75, 32768)}
 
 
 @dataclass
 class BeamSearcher:
     """A beam searcher for many prompts on one model, whose attention it takes over.
 
-    seed: of the generators for sampling, which else are seeded at random. max_slots: most prompts that are
-    searched together. What is kept from one call to the next: the batch's memory, and the keys and values of
-    the prefix.
+    seed: of the generators for sampling, which else are seeded at random. limits: the device's, if none are
+    given. max_slots: in place of theirs. What is kept from one call to the next: the batch's memory, and the
+    keys and values of the prefix.
     """
 
     model: Any
     rules: SearchRules
     seed: int | None = None
     max_slots: int | None = None
+    limits: Limits | None = None
     _kept: Batch | None = None
     _prefix_of_part: tuple[int, tuple[int, ...]] = (0, ())
     _prefix: Tensor | None = None
@@ -57,7 +72,8 @@ class BeamSearcher:
     def __post_init__(self) -> None:
         use_cached_attention(self.model)
         self._shape = CacheShape.of(self.model)
-        self.max_slots = self.max_slots or _MAX_SLOTS[self.model.device.type]
+        self.limits = self.limits or _LIMITS[self.model.device.type]
+        self.max_slots = self.max_slots or self.limits.max_slots
 
     @torch.inference_mode()
     def search(
@@ -127,7 +143,8 @@ class BeamSearcher:
         num_slots = len(batch.examples)
         device = self.model.device
         is_small = num_slots * self.rules.num_beams <= _FEWEST_ROWS[device.type]
-        if is_small or num_free < num_slots * _SHRINK_AT[device.type]:
+        assert self.limits is not None
+        if is_small or num_free < num_slots * self.limits.shrink_at:
             return False
         copy_bytes = batch.cache.num_bytes * (num_slots - num_free) // num_slots
         return copy_bytes < 0.8 * free_bytes(device)
@@ -183,7 +200,8 @@ class BeamSearcher:
         batch.cache.own_E.index_copy_(0, places, torch.tensor(own_lengths, device=device))
         last_tokens = torch.tensor([prompts[i][-1] for i in joining], device=device)
         batch.state.start(places, last_tokens, self.rules)
-        budget = _PREFILL_TOKENS[device.type]
+        assert self.limits is not None
+        budget = self.limits.prefill_tokens
         filled = [row for row, length in enumerate(own_lengths) if length > 0]
         while filled:
             count = 1

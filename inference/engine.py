@@ -26,7 +26,7 @@ from transformers.generation import (
 )
 
 from inference.batch import Ways
-from inference.beam_engine import BeamSearcher
+from inference.beam_engine import LENT_LIMITS, BeamSearcher
 from inference.beam_search import SearchRules
 from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
@@ -35,7 +35,6 @@ from qlora.served import describe_weights, load_merged, quicken
 
 _log = logging.getLogger(__name__)
 _GENERATE_ROWS = {"cpu": 8, "cuda": 64}
-_LENT_SLOTS = {"cpu": 32, "cuda": 2048}
 
 
 class Engine(Protocol):
@@ -193,7 +192,8 @@ def make_engine(
     name = f"beam engine, {describe_weights(model)}"
     if not is_lent:
         quicken(model)
-    searcher = BeamSearcher(model, rules, decoding.seed, _LENT_SLOTS[model.device.type] if is_lent else None)
+    limits = LENT_LIMITS[model.device.type] if is_lent else None
+    searcher = BeamSearcher(model, rules, decoding.seed, limits=limits)
     return BeamEngine(searcher=searcher, tokenizer=tokenizer, name=name)
 
 

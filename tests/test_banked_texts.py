@@ -1,13 +1,15 @@
 """Texts of a base in training: those of `transformers.generate` with the adapter in plain PEFT."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import byte_tokenizer, random_examples, tiny_model
 from peft import PeftModel
 from test_training import weights
 
-from inference import engine
 from inference.banked import Asked, BankedGenerator, TextsStoppedError
+from inference.beam_engine import LENT_LIMITS
 from inference.engine import TransformersEngine
 from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
@@ -47,7 +49,7 @@ def plain_texts(family: str, folder, prompts, ends: list[int]) -> list[str]:
 @pytest.mark.parametrize(("family", "slots"), [("llama", 32), ("llama", 4), ("llama", 2), ("gemma2", 32)])
 def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, slots, tmp_path, monkeypatch):
     """Between steps of training, which goes on as if no text had been written; of all adapters together."""
-    monkeypatch.setitem(engine._LENT_SLOTS, "cpu", slots)
+    monkeypatch.setitem(LENT_LIMITS, "cpu", replace(LENT_LIMITS["cpu"], max_slots=slots))
     examples = random_examples(8, vocabulary=250)
     prompts = [one.prompt for one in random_examples(5, seed=3, vocabulary=250)]
 
