@@ -177,6 +177,23 @@ def test_a_driver_of_sweeps_starts_without_peft():
     assert "peft" not in loaded_by("import tuning.sweep, workflows.sweep.run")
 
 
+@pytest.mark.ray
+def test_what_trials_are_handed_loads_nothing_heavy():
+    """Else each of their processes would load what hosts need, all at once, while devices wait for them."""
+    code = f"""
+import sys, ray
+from tuning.host_directory import begin_hosts, start_hosts
+from workflows.cluster.nodes import Needs, joining
+from workflows.session import connect_ray
+connect_ray()
+hosts = start_hosts()
+begin_hosts(hosts, "data", joining(Needs("base"), []))
+loaded = ray.remote(num_cpus=0)(lambda hosts: [name for name in {HEAVY!r} if name in sys.modules])
+print(ray.get(loaded.remote(hosts)))"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "['ray']"
+
+
 def test_processes_that_hand_out_rows_load_no_model_libraries():
     loaded = loaded_by("import inference.rows, inference.attempts")
     assert "torch" not in loaded and "transformers" not in loaded

@@ -69,7 +69,7 @@ class HostActor:
         """
         try:
             unfit, data = orders
-            if problem := unfit():
+            if problem := ray.get(unfit)():
                 raise UnfitNodeError(": ".join(problem))
             from tuning.host import Host
 

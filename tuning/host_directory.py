@@ -141,8 +141,9 @@ class HostDirectory:
 class Hosts:
     """The hosts of a sweep, as its processes know them: the directory, and what they begin with.
 
-    orders: a question to their node, which returns what is to blame and why it can't do its part, or None;
-    and a reference to the SweepData, in this list so that Ray hands it on as it is. Empty before they begin.
+    orders: references to a question to their node, which returns what is to blame and why it can't do its
+    part, or None, and to the SweepData. They stand in a list so that Ray hands them on as they are: to load
+    them takes libraries that trials do without. Empty before they begin.
     """
 
     directory: Any
@@ -163,7 +164,7 @@ def begin_hosts(
     hosts: Hosts, data: "SweepData", unfit: Callable[[], tuple[str, str] | None] = lambda: None
 ) -> None:
     """Have hosts load their bases. `unfit`: see `Hosts`."""
-    hosts.orders.extend([unfit, ray.put(data)])
+    hosts.orders.extend([ray.put(unfit), ray.put(data)])
     ray.get(hosts.directory.begin.remote(hosts.orders))
 
 
