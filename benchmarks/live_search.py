@@ -1,7 +1,7 @@
 """Best public and unseen perplexity of whole sweeps: ways to search beside that of wide.yaml, seed by seed.
 
     python benchmarks/live_search.py --out FOLDER --train FILE --public FILE --unseen FILE \\
-        [--ways wide stages] [--seeds 1 2 3 4 5] [--budgets 105:7 52.5:3] [--gpus 2]
+        [--ways wide stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1 52.5:4:1+1] [--gpus 2]
 
 Each sweep is ray_jobs/tune.py, run whole in a process of its own with a home below --out, and stops by itself
 when its trials have spent its GPU-seconds. The unseen examples are its holdout. There is a lane a GPU. Its
@@ -9,7 +9,7 @@ sweeps run one after another or, with --overlap, each begins so many seconds aft
 spent its budget, so that one starts and another registers while a third one's trials have the GPU. What has
 finished is not run again, and one that was stopped goes on, so the work can be done in parts. The first way
 is what the others are compared with, and has the highest of the budgets.
-benchmarks/extraction.py writes a task to run it on.
+benchmarks/arithmetic.py writes a task to run it on.
 """
 
 import argparse
@@ -37,10 +37,9 @@ from benchmarks.report import print_report
 WAYS = {  # what each changes of wide.yaml
     "wide": ["num_samples=16"],
     "prior": ["num_samples=16", "searcher.type=prior"],
-    "stages": [  # its trials by budget: none is stopped
+    "stages": [  # trials and epochs by budget: none is stopped
         "searcher.type=prior",
         "scheduler={type: fifo}",
-        'search.epochs={choice: ["1+1+1"]}',
         "search.seed={randint: [0, 1000000]}",
     ],
 }
@@ -48,16 +47,17 @@ WAYS = {  # what each changes of wide.yaml
 
 @dataclass(frozen=True)
 class Budget:
-    """GPU-seconds that a sweep may spend, and how many trials of `stages` they are enough for."""
+    """GPU-seconds that a sweep may spend, and the trials of `stages` and their epochs that fit into them."""
 
     gpu_seconds: float
     trials: int
+    epochs: str
 
     @classmethod
     def of(cls, words: str) -> "Budget":
-        """Read SECONDS:TRIALS. Raises ValueError."""
-        seconds, _, trials = words.partition(":")
-        return cls(float(seconds), int(trials))
+        """Read SECONDS:TRIALS:EPOCHS. Raises ValueError."""
+        seconds, trials, epochs = words.split(":")
+        return cls(float(seconds), int(trials), epochs)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class Sweep:
     @property
     def changes(self) -> list[str]:
         """Return what it changes of wide.yaml by its way and its budget."""
-        samples = [f"num_samples={self.budget.trials}"] if self.way == "stages" else []
-        return [*WAYS[self.way], *samples, f"budget={{gpu_seconds: {self.budget.gpu_seconds}}}"]
+        trials, epochs = self.budget.trials, f'search.epochs={{choice: ["{self.budget.epochs}"]}}'
+        fitting = [f"num_samples={trials}", epochs] if self.way == "stages" else []
+        return [*WAYS[self.way], *fitting, f"budget={{gpu_seconds: {self.budget.gpu_seconds}}}"]
 
     @property
     def results(self) -> Path:
@@ -221,9 +222,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train-examples", type=int, help="only the first so many")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["wide", "stages"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    both = [Budget(105, 7), Budget(52.5, 3)]
-    budgets = "GPU-seconds of a sweep, and trials of `stages` that they are enough for"
-    parser.add_argument("--budgets", nargs="+", type=Budget.of, default=both, metavar="N:N", help=budgets)
+    both = [Budget(105, 6, "1+1+1"), Budget(52.5, 4, "1+1")]
+    budgets = "GPU-seconds of a sweep; trials of `stages` that they are enough for, and their epochs"
+    parser.add_argument(
+        "--budgets", nargs="+", type=Budget.of, default=both, metavar="SECONDS:TRIALS:EPOCHS", help=budgets
+    )
     parser.add_argument("--gpus", type=int, default=1, help="lanes, one a GPU")
     parser.add_argument("--overlap", type=float, help="seconds behind a budget after which the next begins")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no sweep later than that")

@@ -2,22 +2,23 @@
 
 import json
 
-from benchmarks.extraction import make_rows, write_task
+from benchmarks.arithmetic import make_rows, write_task
 from benchmarks.live_search import WAYS, Budget, Sweep, figures
 from qlora.data.examples import load_examples
 from tuning.space import load_space
 
 
-def test_answers_stand_in_their_notices_and_no_notice_stands_twice(tmp_path):
+def test_each_step_of_an_answer_is_right_and_no_question_stands_twice(tmp_path):
     paths = write_task(tmp_path, seed=3)
     rows = {name: load_examples(str(path), need_output=True) for name, path in paths.items()}
     assert {name: len(found) for name, found in rows.items()} == {"train": 2000, "public": 250, "unseen": 500}
     asked = [one.instruction for found in rows.values() for one in found]
     assert len(set(asked)) == len(asked)
     for one in rows["public"]:
-        fields = one.output.split("; ")
-        assert len(fields) == 4
-        assert all(field in one.instruction for field in fields)
+        first, second = (step.split(" = ") for step in one.output.split("; "))
+        for sum_, result in (first, second):
+            assert eval(sum_.replace("x", "*"), {"__builtins__": {}}) == int(result) > 0
+        assert first[1] in second[0].split()
 
 
 def test_rows_are_drawn_by_their_seed():
@@ -26,17 +27,17 @@ def test_rows_are_drawn_by_their_seed():
 
 def test_every_way_is_a_sound_space(tmp_path):
     spaces = {
-        way: load_space("search_spaces/wide.yaml", Sweep(way, 1, Budget.of("52.5:3"), tmp_path).changes)
+        way: load_space("search_spaces/wide.yaml", Sweep(way, 1, Budget.of("52.5:3:1+1"), tmp_path).changes)
         for way in WAYS
     }
     assert {way: space.num_trials for way, space in spaces.items()} == {"wide": 16, "prior": 16, "stages": 3}
     assert {space.budget.gpu_seconds for space in spaces.values()} == {52.5}
-    assert spaces["stages"].values("epochs") == ["1+1+1"]
+    assert spaces["stages"].values("epochs") == ["1+1"]
     assert spaces["wide"].searcher.type == "random"
 
 
 def test_figures_are_those_of_the_summary(tmp_path):
-    sweep = Sweep("stages", 2, Budget(105, 7), tmp_path)
+    sweep = Sweep("stages", 2, Budget(105, 7, "1+1+1"), tmp_path)
     assert (sweep.summary(), figures(sweep)) == (None, {})
     sweep.results.mkdir(parents=True)
     content = {
