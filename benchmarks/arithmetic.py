@@ -2,9 +2,9 @@
 
     python benchmarks/arithmetic.py FOLDER [--seed 0]
 
-A question tells of two or three steps with numbers of two to four digits, and of one number that is not asked
-for. The answer writes each step and its result, as in `348 - 127 = 221; 221 + 5 x 36 = 401`. FOLDER gets
-train.json (2,000 rows), public.json (250) and unseen.json (500); no question stands twice.
+A question takes two steps with numbers of up to four digits, and tells in two of three kinds of one that is
+not asked for. The answer writes each step and its result, as in `348 - 127 = 221; 221 + 5 x 36 = 401`. FOLDER
+gets train.json (2,000 rows), public.json (250) and unseen.json (500); no question stands twice.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Each sweep is ray_jobs/tune.py, run whole in a process of its own with a home below --out, and stops by itself
 when its trials have spent its GPU-seconds. The unseen examples are its holdout. There is a lane a GPU. Its
-sweeps run one after another or, with --overlap, each begins so many seconds after the one before should have
-spent its budget, so that one starts and another registers while a third one's trials have the GPU. What has
+sweeps run one after another or, with --overlap, each begins its budget's and so many more seconds after the
+one before began, so that one starts and another registers while a third one's trials have the GPU. What has
 finished is not run again, and one that was stopped goes on, so the work can be done in parts. The first way
 is what the others are compared with, and has the highest of the budgets.
 benchmarks/arithmetic.py writes a task to run it on.
@@ -72,7 +72,8 @@ class Sweep:
     @property
     def name(self) -> str:
         """Return what it is called."""
-        return f"{self.way}-{self.seed}-{self.budget.gpu_seconds:g}s"
+        fitting = f"-{self.budget.trials}x{self.budget.epochs}" if self.way == "stages" else ""
+        return f"{self.way}-{self.seed}-{self.budget.gpu_seconds:g}s{fitting}"
 
     @property
     def home(self) -> Path:

@@ -6,8 +6,8 @@ base. Attention is lent to the search, and given back to training.
 Refuses to know what texts are for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -49,7 +49,7 @@ class BankedGenerator:
     ) -> list[list[str]]:
         """Generate each request's texts, of all adapters together where the search can.
 
-        What the search keeps on the device is given back. Raises TextsStoppedError once `is_over`, which is
+        What is taken of the device is given back. Raises TextsStoppedError once `is_over`, which is
         asked after each text, says so.
         """
         found: list[dict[int, str]] = [{} for _ in requests]
@@ -57,8 +57,9 @@ class BankedGenerator:
         for place, request in enumerate(requests):
             by_ends.setdefault(tuple(request.end_tokens), []).append(place)
         for ends, places in by_ends.items():
-            with _lent(self.bank.model):
-                for place, index, text in self._written(ends, [(place, requests[place]) for place in places]):
+            of_ends = [(place, requests[place]) for place in places]
+            with _lent(self.bank.model), closing(self._written(ends, of_ends)) as written:
+                for place, index, text in written:
                     found[place][index] = text
                     if is_over():
                         whole = sum(len(request.prompts) for request in requests)
@@ -67,7 +68,7 @@ class BankedGenerator:
 
     def _written(
         self, ends: tuple[int, ...], requests: Sequence[tuple[int, Asked]]
-    ) -> Iterator[tuple[int, int, str]]:
+    ) -> Generator[tuple[int, int, str]]:
         """Yield (place of the request, index of the prompt, text) of requests whose texts end alike."""
         settings = self.bank.model.generation_config
         if ends not in self._engines:
@@ -86,12 +87,10 @@ class BankedGenerator:
         whose = [(part, index) for part, (_, one) in enumerate(requests) for index in range(len(one.prompts))]
         prompts = list(chain.from_iterable(request.prompts for _, request in requests))
         ways = Ways([part for part, _ in whose], partial(self._way_of, adapters))
-        try:
-            for number, text, _ in engine.generate(prompts, ways):
+        with closing(engine.generate(prompts, ways)) as texts:
+            for number, text, _ in texts:
                 part, index = whose[number]
                 yield requests[part][0], index, text
-        finally:
-            engine.searcher.release()
 
     def _way_of(self, adapters: Sequence[Adapter | None], pieces: Sequence[Piece]) -> Way:
         """Return what leads passes of such pieces through their adapters."""

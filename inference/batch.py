@@ -88,11 +88,12 @@ def pieces_of(parts: Sequence[int], lengths: Sequence[int]) -> list[Piece]:
 
 
 def share_slots(num_slots: int, counts: Mapping[int, int]) -> list[int]:
-    """Return the part of each slot: parts, of so many prompts each, share the slots as evenly as they can.
+    """Return the part of each slot: parts, of so many prompts each, share the slots by their prompts.
 
     Where there are fewer slots than parts, the last parts have none.
     """
-    total = sum(counts.values())
-    return [
-        part for part in sorted(counts)[:num_slots] for _ in range(max(1, num_slots * counts[part] // total))
-    ]
+    shares = dict.fromkeys(sorted(counts)[:num_slots], 1)
+    for _ in range(min(num_slots, sum(counts[part] for part in shares)) - len(shares)):
+        short = [part for part in shares if shares[part] < counts[part]]
+        shares[max(short, key=lambda part: counts[part] / shares[part])] += 1
+    return [part for part, share in shares.items() for _ in range(share)]

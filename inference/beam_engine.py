@@ -12,8 +12,9 @@ Shapes: T tokens of a pass, E slots, K beams, J key-value heads, P prefix tokens
 
 import secrets
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,32 +22,18 @@ from torch import Tensor
 
 from inference.batch import Batch, Ways, pieces_of, share_slots
 from inference.beam_search import SearchRules, SearchState, advance
-from inference.cached_attention import DecodePass, PrefillPass, store_prompts, use_cached_attention
+from inference.cached_attention import (
+    DecodePass,
+    PrefillPass,
+    store_prefix,
+    store_prompts,
+    use_cached_attention,
+)
 from inference.kv_cache import CacheShape, KVCache
+from inference.room import FEWEST_ROWS, LIMITS, Limits, Room
 from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
-
-# Rows, slots times beams, of which a GPU's step takes as long as one of fewer.
-_FEWEST_ROWS = {"cpu": 1, "cuda": 64}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is done at once.
-
-    max_slots: prompts that are searched together, at most. shrink_at: share of free slots at which the batch
-    is made smaller; a GPU then has to record its step again. prefill_tokens: of a pass.
-    """
-
-    max_slots: int
-    shrink_at: float
-    prefill_tokens: int
-
-
-_LIMITS = {"cpu": Limits(32, 0.25, 1024), "cuda": Limits(128, 0.5, 16384)}
-# Of texts that are written in between and at once, by a base that has room to train.
-LENT_LIMITS = {"cpu": _LIMITS["cpu"], "cuda": Limits(2048, 0.75, 32768)}
 
 
 @dataclass
@@ -63,31 +50,69 @@ class BeamSearcher:
     seed: int | None = None
     max_slots: int | None = None
     limits: Limits | None = None
+    room: Room = field(init=False)
     _kept: Batch | None = None
-    _prefix_of_part: tuple[int, tuple[int, ...]] = (0, ())
-    _prefix: Tensor | None = None
+    # Tokens of the prefix of each part, and their keys and values.
+    _prefixes: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     _ways: Ways = field(default_factory=lambda: Ways.one(0))
     _shape: CacheShape = field(init=False)
 
     def __post_init__(self) -> None:
         use_cached_attention(self.model)
         self._shape = CacheShape.of(self.model)
-        self.limits = self.limits or _LIMITS[self.model.device.type]
-        self.max_slots = self.max_slots or self.limits.max_slots
+        limits = self.limits or LIMITS[self.model.device.type]
+        if self.max_slots is not None:
+            limits = replace(limits, max_slots=self.max_slots)
+        self.room = Room(self.model, self.rules, self._shape, limits)
 
     @torch.inference_mode()
     def search(
         self, prompts: Sequence[Sequence[int]], ways: Ways | None = None
-    ) -> Iterator[tuple[int, list[int]]]:
+    ) -> Generator[tuple[int, list[int]]]:
         """Yield (index, new tokens with the ending EOS) of each prompt, as they are done.
 
-        Every prompt needs a token. Out of memory halves the slots and goes on with the prompts that are not
-        done. What is kept belongs to the ways of the call: others need a release. Raises
+        Every prompt needs a token. Several parts are searched together where that takes fewer waves of
+        prompts than one part after another. What is kept for the next call is of a call without ways. Out of
+        memory halves the slots and goes on with the prompts that are not done. Raises
         torch.cuda.OutOfMemoryError if there is no room for one slot.
         """
         use_cached_attention(self.model)  # another engine may have worked with the model meanwhile
         self._ways = ways or Ways.one(len(prompts))
-        left = set(range(len(prompts)))
+        try:
+            for group in self._groups(prompts):
+                yield from self._search_group(prompts, group)
+        finally:
+            if ways is not None:
+                self.release()
+
+    def release(self) -> None:
+        """Give back what is kept from one call to the next."""
+        self._kept, self._prefixes, self._ways = None, {}, Ways.one(0)
+        self.room.restore()  # there may be more memory next time
+
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the places of the prompts that are searched together."""
+        by_part: dict[int, list[int]] = {}
+        for place, part in enumerate(self._ways.parts):
+            by_part.setdefault(part, []).append(place)
+
+        def waves(places: list[int], num_shared: int) -> int:
+            longest = max(len(prompts[place]) for place in places)
+            return -(-len(places) // self.room.num_slots(len(places), longest - num_shared))
+
+        groups = list(by_part.values())
+        if len(groups) < 2:
+            return groups
+        together = [place for group in groups for place in group]
+        shared = [shared_prefix_length([tuple(prompts[place]) for place in group]) for group in groups]
+        one_by_one = sum(map(waves, groups, shared))
+        return [together] if waves(together, 0) < one_by_one else groups
+
+    def _search_group(
+        self, prompts: Sequence[Sequence[int]], group: Sequence[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Search for some of the prompts, with fewer slots each time that memory runs out."""
+        left = set(group)
         while left:
             names = sorted(left)
             try:
@@ -95,16 +120,10 @@ class BeamSearcher:
                     left.discard(index)
                     yield index, tokens
             except torch.cuda.OutOfMemoryError:
-                assert self.max_slots is not None
-                if self.max_slots == 1:
+                if not self.room.halve():
                     raise
-                self.max_slots //= 2
                 self._kept = None
                 torch.cuda.empty_cache()
-
-    def release(self) -> None:
-        """Give back what is kept from one call to the next."""
-        self._kept, self._prefix = None, None
 
     def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Search for prompts, longest first; yield name and new tokens of each, as they are done.
@@ -113,21 +132,26 @@ class BeamSearcher:
         """
         parts = [self._ways.parts[name] for name in names]
         counts = Counter(parts)
-        # Keys and values of what prompts begin with are of one adapter.
-        prefix = self._prefix_of([tuple(one) if len(counts) == 1 else () for one in prompts], parts[0])
-        # A prompt's own tokens are those between the prefix and its last token, which the first step feeds.
-        own_lengths = [len(prompt) - prefix.shape[3] - 1 for prompt in prompts]
+        of_part = {
+            part: [tuple(one) for one, own in zip(prompts, parts, strict=True) if own == part]
+            for part in counts
+        }
+        prefixes = {part: self._prefix_of(owns, part) for part, owns in of_part.items()}
+        # One part's prefix is there once for all slots; of several, each slot has a copy of its part's.
+        of_all = prefixes[parts[0]] if len(counts) == 1 else self._compute_prefix((), parts[0])
+        # A prompt's own tokens are those between that and its last token, which the first step feeds.
+        own_lengths = [len(prompt) - of_all.shape[3] - 1 for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (-own_lengths[i], i))
-        batch = self._make_batch(prefix, counts, max(own_lengths))
+        batch = self._make_batch(of_all, counts, max(own_lengths))
         waiting = {part: deque(i for i in order if parts[i] == part) for part in sorted(set(batch.parts))}
         while any(waiting.values()) or any(example is not None for example in batch.examples):
             free = batch.free
             places = [slot for part, slots in batch.by_part(free) for slot in slots[: len(waiting[part])]]
             # Prompts join an eighth of the slots at a time, so that a prefill is worth its launches.
-            enough_to_join = min(sum(map(len, waiting.values())), max(1, len(batch.examples) // 8))
-            if places and len(places) >= enough_to_join:
+            could_join = sum(min(len(queue), batch.parts.count(part)) for part, queue in waiting.items())
+            if places and len(places) >= min(could_join, max(1, len(batch.examples) // 8)):
                 joining = [waiting[batch.parts[slot]].popleft() for slot in places]
-                self._join(batch, places, joining, prompts)
+                self._join(batch, places, joining, prompts, prefixes)
             elif not any(waiting.values()) and self._shrinks(batch, len(free)):
                 batch = batch.keep([slot for slot in range(len(batch.examples)) if slot not in free])
             self._step(batch)
@@ -142,9 +166,8 @@ class BeamSearcher:
         """Tell whether to make the batch smaller: enough slots are free, and there is room for a copy."""
         num_slots = len(batch.examples)
         device = self.model.device
-        is_small = num_slots * self.rules.num_beams <= _FEWEST_ROWS[device.type]
-        assert self.limits is not None
-        if is_small or num_free < num_slots * self.limits.shrink_at:
+        is_small = num_slots * self.rules.num_beams <= FEWEST_ROWS[device.type]
+        if is_small or num_free < num_slots * self.room.limits.shrink_at:
             return False
         copy_bytes = batch.cache.num_bytes * (num_slots - num_free) // num_slots
         return copy_bytes < 0.8 * free_bytes(device)
@@ -191,25 +214,35 @@ class BeamSearcher:
             self._feed(batch, self.rules.max_new_tokens)
         return graph
 
-    def _join(self, batch: Batch, slots: list[int], joining: list[int], prompts: list[Sequence[int]]) -> None:
+    def _join(
+        self,
+        batch: Batch,
+        slots: list[int],
+        joining: list[int],
+        prompts: list[Sequence[int]],
+        prefixes: Mapping[int, Tensor],
+    ) -> None:
         """Put prompts into slots: prefill all but their last tokens, in packed passes, and start searches."""
         device = batch.state.done_E.device
         p = batch.cache.prefix.shape[3]
         places = torch.tensor(slots, device=device)
-        own_lengths = [len(prompts[i]) - p - 1 for i in joining]
-        batch.cache.own_E.index_copy_(0, places, torch.tensor(own_lengths, device=device))
+        own_lengths = torch.tensor([len(prompts[i]) - p - 1 for i in joining], device=device)
+        batch.cache.own_E.index_copy_(0, places, own_lengths)
         last_tokens = torch.tensor([prompts[i][-1] for i in joining], device=device)
         batch.state.start(places, last_tokens, self.rules)
-        assert self.limits is not None
-        budget = self.limits.prefill_tokens
-        filled = [row for row, length in enumerate(own_lengths) if length > 0]
-        while filled:
-            count = 1
-            while count < len(filled) and sum(own_lengths[row] for row in filled[: count + 1]) <= budget:
-                count += 1
-            rows, filled = filled[:count], filled[count:]
-            owns = [prompts[joining[row]][p:-1] for row in rows]
-            self._prefill(batch, [slots[row] for row in rows], owns)
+        budget = self.room.prefill_tokens()
+        for part, rows in groupby(range(len(slots)), lambda row: batch.parts[slots[row]]):
+            prefix, of_part = prefixes[part], list(rows)
+            if p == 0:  # else all slots have it already
+                store_prefix(batch.cache, places[of_part], prefix)
+            owns = {row: prompts[joining[row]][prefix.shape[3] : -1] for row in of_part}
+            filled = [row for row in of_part if owns[row]]
+            while filled:
+                count = 1
+                while count < len(filled) and sum(len(owns[row]) for row in filled[: count + 1]) <= budget:
+                    count += 1
+                now, filled = filled[:count], filled[count:]
+                self._prefill(batch, part, places[now], [owns[row] for row in now], prefix)
         for slot, i in zip(slots, joining, strict=True):
             batch.examples[slot] = i
             batch.steps[slot] = 0
@@ -217,39 +250,38 @@ class BeamSearcher:
                 batch.generators[slot] = torch.Generator(device)
                 batch.generators[slot].manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
 
-    def _prefill(self, batch: Batch, slots: list[int], owns: list[Sequence[int]]) -> None:
-        """Compute keys and values of prompts' own tokens in one packed pass, and keep them in slots."""
-        device = batch.state.done_E.device
-        places = torch.tensor(slots, device=device)
-        p = batch.cache.prefix.shape[3]
+    def _prefill(
+        self, batch: Batch, part: int, places: Tensor, owns: list[Sequence[int]], prefix: Tensor
+    ) -> None:
+        """Compute keys and values of a part's prompts behind their prefix in a packed pass, and keep them."""
+        device, p = places.device, prefix.shape[3]
         rows = Rows(tuple(len(own) for own in owns), p, device)
         tokens: list[int] = []
         positions: list[int] = []
         for own in owns:
             tokens += own
             positions += range(p, p + len(own))
-        way = self._ways.way_of(pieces_of([batch.parts[slot] for slot in slots], [len(own) for own in owns]))
-        with way():
+        first = p - batch.cache.prefix.shape[3]
+        with self._ways.way_of([(part, 0, len(tokens))])():
             self._forward(
                 torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
-                PrefillPass(batch.cache.prefix, rows, store_prompts(batch.cache, places, rows)),
+                PrefillPass(prefix, rows, store_prompts(batch.cache, places, rows, first)),
                 logits=False,
             )
 
     def _prefix_of(self, prompts: list[tuple[int, ...]], part: int) -> Tensor:
-        """Return keys and values of the prefix that all prompts begin with, [2, layers, J, P, D].
+        """Return keys and values of the prefix that a part's prompts begin with, [2, layers, J, P, D].
 
-        It is kept for the next call. A kept one is used again if it is of the same part, prompts begin with
-        it, and it is not much shorter than what they share.
+        It is kept for the next call. A kept one is used again if prompts begin with it and it is not much
+        shorter than what they share.
         """
         common = prompts[0][: shared_prefix_length(prompts)]
-        kept_part, kept = self._prefix_of_part
-        is_close = common[: len(kept)] == kept and 4 * len(kept) >= 3 * len(common)
-        if self._prefix is None or kept_part != part or not is_close:
-            self._prefix = self._compute_prefix(common, part)
-            self._prefix_of_part = part, common
-        return self._prefix
+        kept, prefix = self._prefixes.get(part, ((), None))
+        if prefix is None or common[: len(kept)] != kept or 4 * len(kept) < 3 * len(common):
+            prefix = self._compute_prefix(common, part)
+            self._prefixes[part] = common, prefix
+        return prefix
 
     def _compute_prefix(self, tokens: tuple[int, ...], part: int) -> Tensor:
         """Compute the keys and values of tokens at the beginning of a part's prompt, [2, layers, J, P, D]."""
@@ -281,7 +313,8 @@ class BeamSearcher:
         rules = self.rules
         device = prefix.device
         max_own = -(-max(1, max_own) // 64) * 64
-        parts = share_slots(self._num_slots(sum(counts.values()), max_own), counts)
+        kept_bytes = self._kept.cache.num_bytes if self._kept is not None else 0
+        parts = share_slots(self.room.num_slots(sum(counts.values()), max_own, kept_bytes), counts)
         num_slots = len(parts)
         kept = self._kept
         fits = kept is not None and kept.cache.prefix is prefix and kept.parts == parts
@@ -300,24 +333,6 @@ class BeamSearcher:
             self._kept = kept
         kept.examples = [None] * num_slots  # a search that was broken off may have left some
         return kept
-
-    def _num_slots(self, num_examples: int, max_own: int) -> int:
-        """Return how many slots there are: as many as memory holds and examples need, at most `max_slots`.
-
-        They are so many that the last wave of examples fills them as the first does.
-        """
-        assert self.max_slots is not None
-        vocabulary = self.model.config.get_text_config().vocab_size
-        cached_tokens = max_own + self.rules.max_new_tokens * self.rules.num_beams
-        cache_bytes = self._shape.bytes_per_token * cached_tokens
-        # 16 bytes for each logit: the model's, in float32, without early EOS, and room to work.
-        logits_bytes = 16 * vocabulary * self.rules.num_beams
-        kept_bytes = self._kept.cache.num_bytes if self._kept is not None else 0
-        usable_bytes = int(0.8 * (free_bytes(self.model.device) + kept_bytes))
-        fitting = max(1, usable_bytes // (cache_bytes + logits_bytes))
-        most = min(self.max_slots, fitting, num_examples)
-        waves = -(-num_examples // most)
-        return -(-num_examples // waves)
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, logits: bool = True) -> Tensor:
         """Run one pass and return its logits [T, V], or without `logits` those of its last token [1, V]."""

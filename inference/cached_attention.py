@@ -80,13 +80,24 @@ class PrefillPass:
         return attend_rows(q_THD, k_TJD, v_TJD, k_PJD, v_PJD, self.rows, scale, sliding_window, softcap)
 
 
-def store_prompts(cache: KVCache, slots: Tensor, rows: Rows) -> Callable[[int, Tensor, Tensor], None]:
-    """Return the `store` of a prefill, which keeps keys and values as the prompts of `slots`, in order."""
+def store_prefix(cache: KVCache, slots: Tensor, prefix: Tensor) -> None:
+    """Keep a prefix [2, layers, J, P, D] as the beginning of the prompts of `slots`."""
+    p = prefix.shape[3]
+    cache.prompts[:, :, slots, :, :p] = prefix[:, :, None]
+
+
+def store_prompts(
+    cache: KVCache, slots: Tensor, rows: Rows, first: int = 0
+) -> Callable[[int, Tensor, Tensor], None]:
+    """Return the `store` of a prefill, which keeps keys and values as the prompts of `slots`, in order.
+
+    `first`: the place of a row's first token in its slot.
+    """
     lengths = torch.tensor(rows.lengths, device=slots.device)
     row_starts = rows.bounds[:-1].long()
     slots_T = slots.repeat_interleave(lengths, output_size=rows.num_tokens)
     starts_T = row_starts.repeat_interleave(lengths, output_size=rows.num_tokens)
-    columns_T = torch.arange(rows.num_tokens, device=slots.device) - starts_T
+    columns_T = first + torch.arange(rows.num_tokens, device=slots.device) - starts_T
 
     def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):

@@ -11,7 +11,8 @@ Source: https://huggingface.co/docs/transformers/main_classes/text_generation
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Protocol
@@ -26,8 +27,9 @@ from transformers.generation import (
 )
 
 from inference.batch import Ways
-from inference.beam_engine import LENT_LIMITS, BeamSearcher
+from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
+from inference.room import LENT_LIMITS
 from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
 from qlora.packed.agreement import check_agreement, eager_attention, random_tokens
@@ -70,10 +72,11 @@ class BeamEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], ways: Ways | None = None
-    ) -> Iterator[tuple[int, str, int]]:
+    ) -> Generator[tuple[int, str, int]]:
         """Generate as Engine says; `ways`: where prompts are of several adapters."""
-        for index, tokens in self.searcher.search(prompts, ways):
-            yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)
+        with closing(self.searcher.search(prompts, ways)) as found:
+            for index, tokens in found:
+                yield index, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def make_engine(
     need `transformers.generate`; then the engine's name says why. Outputs end at the tokenizer's EOS, with
     which answers end in training, as well as where the model's generation config says, and at `end_tokens`.
     `attention` is the model's own, if other engines work with the same model. One that is lent keeps its
-    modules: it goes on training. Then as many prompts are searched together as memory allows.
+    modules: it goes on training. Then more prompts are searched together, as memory allows.
     """
     known = _as_tuple(model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, tokenizer.eos_token_id, *end_tokens]))

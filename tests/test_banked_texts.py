@@ -1,5 +1,7 @@
 """Texts of a base in training: those of `transformers.generate` with the adapter in plain PEFT."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,8 +11,10 @@ from peft import PeftModel
 from test_training import weights
 
 from inference.banked import Asked, BankedGenerator, TextsStoppedError
-from inference.beam_engine import LENT_LIMITS
+from inference.batch import share_slots
+from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine
+from inference.room import LENT_LIMITS
 from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
@@ -44,6 +48,18 @@ def plain_texts(family: str, folder, prompts, ends: list[int]) -> list[str]:
         )
         found.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip())
     return found
+
+
+def tiny_bank() -> tuple:
+    """A bank with three adapters that have trained apart."""
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    bank = AdapterBank(model, "tiny")
+    kinds = [one.model_copy(update={"seed": seed}) for seed, one in enumerate([*SETTINGS, SETTINGS[0]])]
+    runs = [Training(bank, random_examples(8, seed=n, vocabulary=250), one) for n, one in enumerate(kinds)]
+    for run in runs * 6:
+        run.advance(10_000)
+    return bank, [run.adapter for run in runs]
 
 
 @pytest.mark.parametrize(("family", "slots"), [("llama", 32), ("llama", 4), ("llama", 2), ("gemma2", 32)])
@@ -83,6 +99,63 @@ def test_texts_are_those_of_transformers_with_the_adapter_in_plain_peft(family, 
     assert (
         values == adapter_perplexities(undisturbed[0].bank, [(undisturbed[0].adapter, examples)], 10_000)[0]
     )
+
+
+def test_many_adapters_share_few_slots_and_each_goes_through_its_own(monkeypatch):
+    """One of sixteen writes long texts, and has two slots, when all others are done with theirs."""
+    bank, (short, long, _) = tiny_bank()
+    prompts = [(*range(40, 52), *one.prompt) for one in random_examples(7, seed=3, vocabulary=250)]
+    writes = BankedGenerator(bank, byte_tokenizer(), DECODING).texts
+    of_short, of_long = (
+        set("".join(texts)) for texts in writes([Asked(short, prompts), Asked(long, prompts)])
+    )
+    ends = [token for token in range(3, 259) if byte_tokenizer().decode([token]) in of_short - of_long]
+    requests = [Asked(short, prompts[number % 2 :], ends) for number in range(15)]
+    requests.append(Asked(long, prompts, ends))
+    monkeypatch.setitem(LENT_LIMITS, "cpu", replace(LENT_LIMITS["cpu"], max_slots=32))
+    together = BankedGenerator(bank, byte_tokenizer(), DECODING).texts(requests)
+    assert together == [writes([one])[0] for one in requests]
+    assert 2 * len("".join(together[0])) < len("".join(together[-1])), "or nothing is shown"
+
+
+def test_slots_are_shared_by_prompts_and_none_is_left_out_or_over():
+    assert share_slots(10, {0: 500, **dict.fromkeys(range(1, 21), 1)}) == [0, *range(1, 10)]
+    assert share_slots(500, dict.fromkeys(range(7), 250)).count(3) in (71, 72)
+    assert len(share_slots(500, dict.fromkeys(range(7), 250))) == 500
+    assert share_slots(9, {2: 1, 5: 3}) == [2, 5, 5, 5]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_memory_that_runs_out_loses_no_text(whole, monkeypatch):
+    """Parts have different numbers of prompts left then."""
+    bank, adapters = tiny_bank()
+    generator = BankedGenerator(bank, byte_tokenizer(), DECODING)
+    prompts = [one.prompt for one in random_examples(8, seed=3, vocabulary=250)]
+    requests = [Asked(adapters[0], prompts), Asked(adapters[1], prompts[:2]), Asked(None, prompts[:3])]
+    expected = generator.texts(requests)
+    plain, failed = BeamSearcher._step, []
+
+    def step(self, batch):
+        taken = max(count for count, one in zip(batch.steps, batch.examples, strict=True) if one is not None)
+        if len(batch.parts) > 3 and (whole or taken > 2):
+            failed.append(len(batch.parts))
+            raise torch.cuda.OutOfMemoryError
+        plain(self, batch)
+
+    monkeypatch.setattr(BeamSearcher, "_step", step)
+    assert generator.texts(requests) == expected
+    assert failed[0] > 3
+
+
+def test_adapters_that_have_written_texts_are_freed_when_they_leave():
+    bank, adapters = tiny_bank()
+    generator = BankedGenerator(bank, byte_tokenizer(), DECODING)
+    prompts = [one.prompt for one in random_examples(2, seed=3, vocabulary=250)]
+    generator.texts([Asked(one, prompts) for one in adapters])
+    left = weakref.ref(adapters[1])
+    bank.detach(adapters.pop(1))
+    gc.collect()
+    assert left() is None
 
 
 def test_texts_end_at_the_tokens_that_end_answers_of_their_prompt():

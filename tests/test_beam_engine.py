@@ -122,7 +122,7 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(monkeypatch):
 
     monkeypatch.setattr(searcher, "_step", step)
     found = dict(searcher.search(prompts(9)))
-    assert searcher.max_slots == 2
+    assert searcher.room.max_slots == 2
     assert [found[i] for i in range(9)] == searched(model_that_ends("llama"), prompts(9), decoding)
 
 

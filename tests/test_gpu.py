@@ -279,6 +279,7 @@ def test_texts_between_recorded_passes_are_those_of_plain_peft(tmp_path):
     for number, (run, other) in enumerate(zip(runs, undisturbed, strict=True)):
         assert torch.equal(run.adapter.weights, other.adapter.weights)
         run.bank.save(run.adapter, tmp_path / str(number))
+    assert [len(of_folder) for of_folder in texts] == [3, 5, 5]
     for folder, of_folder in zip((None, "0", "1"), texts, strict=True):
         plain = tiny_model("llama")
         if folder is not None:

@@ -153,6 +153,14 @@ def test_a_node_that_lacks_what_a_function_imports_is_unfit(nodes, tiny_base):
         ray.get(ask_all_devices(hosts, shares, "zero_shot")[0])
 
 
+def test_a_node_that_cannot_read_its_question_is_unfit(nodes, tiny_base):
+    """As one that joins without this project's code."""
+    hosts, shares = start_hosts(), {"CPU": 1.0, "GPU": 0.0}
+    begin_hosts(hosts, sweep_data(tiny_base), NeedsAModule())
+    with pytest.raises(UnfitNodeError, match="No module named 'no_such_module'; give it this"):
+        ray.get(ask_all_devices(hosts, shares, "zero_shot")[0])
+
+
 def test_work_whose_node_or_process_goes_away_is_done_elsewhere(cluster, nodes, tmp_path):
     """As the proof of a sweep's best adapter, when the node that it runs on is lost."""
 

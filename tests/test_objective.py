@@ -25,6 +25,7 @@ from qlora.config import InputError
 from qlora.data.row_shapes import Example, instruction_example
 from reporting.verdicts import Measure, TrialReport, outlook, ranked, verdict
 from tracking.champion import judge
+from tuning import host as host_module
 from tuning.checkpoints import Storage
 from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import Host, SweepData
@@ -204,6 +205,26 @@ def test_a_host_judges_the_texts_of_its_trials(data, tiny_base, tmp_path):
     assert host.seconds()["writing texts"] > 0
 
 
+def test_of_trials_that_are_judged_together_one_may_fail(data, tmp_path):
+    """The others' values stand, and nothing is written again."""
+
+    def picky(examples, outputs):
+        if calls.append(outputs) or len(calls) == 2:
+            raise ZeroDivisionError("in people's own function")
+        return float(len(calls))
+
+    calls = []
+    judged = make_judge(Objective(name="chrf", max_new_tokens=12), "", EXAMPLES, "public")
+    judged.base, judged.function = data.judge.base, picky
+    threads = torch.get_num_threads()
+    work = Host(SweepData(data.space, data.examples, 10_000, judge=judged), 1)._work
+    torch.set_num_threads(threads)
+    first, second, third = work.judge(judged, [(None, data.examples.of({}))] * 3, lambda: False)
+    assert (first, third, len(calls)) == (1.0, 3.0, 3)
+    assert isinstance(second, UnjudgedError)
+    assert work.notes == []
+
+
 def test_a_function_that_fails_on_a_trials_texts_ends_that_trial_alone(data, tmp_path):
     def picky(examples, outputs):
         if calls.append(outputs) or len(calls) == 2:
@@ -225,7 +246,7 @@ def test_a_function_that_fails_on_a_trials_texts_ends_that_trial_alone(data, tmp
     assert host.advance("other", 1, str(tmp_path / "other"))["objective"] == 1.0
 
 
-def test_trials_that_are_due_wait_for_others_that_are_nearly_so(data, tmp_path):
+def test_trials_that_are_due_wait_for_others_that_are_nearly_so(data, tmp_path, monkeypatch):
     """Their texts are written together; one that is far from its report keeps nobody waiting."""
 
     class Counting:
@@ -235,24 +256,25 @@ def test_trials_that_are_due_wait_for_others_that_are_nearly_so(data, tmp_path):
             assert may_go_on.wait(60)
             return [1.0] * len(requests)
 
+    monkeypatch.setitem(host_module._MOST_STEPS_TO_WAIT, "cpu", 24)  # as on a GPU
     began, may_go_on, asked = threading.Event(), threading.Event(), list[int]()
     threads = torch.get_num_threads()
     space = data.space.model_copy(update={"trial": {**data.space.trial, "epochs": 20}})
     host = Host(SweepData(space, data.examples, 10_000, judge=Counting()), 1)
     torch.set_num_threads(threads)
-    goals = {"first": 1, "near": 3, "nearer": 2, "far": 60}
+    goals = {"first": 1, "near": 14, "nearer": 2, "later": 30, "far": 58}
     for name in goals:
         (tmp_path / name).mkdir()
         host.attach(name, name, {"seed": 1})
     with ThreadPoolExecutor() as pool:
         answers = {"first": pool.submit(host.advance, "first", 1, str(tmp_path / "first"))}
         assert began.wait(60)
-        for name in ("near", "nearer", "far"):
+        for name in list(goals)[1:]:
             answers[name] = pool.submit(host.advance, name, goals[name], str(tmp_path / name))
         time.sleep(1)  # until all have asked, while texts are written
         may_go_on.set()
         assert {name: answer.result()["step"] for name, answer in answers.items()} == goals
-    assert asked == [1, 2, 1]
+    assert asked == [1, 2, 1, 1], "the first of those that wait does so for 24 steps at most"
 
 
 def test_a_host_that_is_to_stop_writes_no_text_to_its_end(data, tmp_path):

@@ -40,7 +40,7 @@ from tuning.soup import Finalist, Soup, find_soup
 from tuning.sweep_data import SweepData
 
 _Answer = TypeVar("_Answer")
-_NEAR_STEPS = 24  # that trials wait for others, to have their texts written together
+_MOST_STEPS_TO_WAIT = {"cpu": 0, "cuda": 24}  # for others, to have texts written together
 _WRITERS = 4  # of checkpoints at once: trials of one length end together
 
 
@@ -55,6 +55,7 @@ class Host:
         self._data = data
         self._seats: dict[str, Seat] = {}
         self._stopped, self._ended_by_hand = False, set[str]()
+        self._steps_waited, self._most_steps_to_wait = 0, _MOST_STEPS_TO_WAIT[default_device().type]
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed, self._is_over = threading.Condition(), threading.Event()
         budget = data.budgets.get(hardware(default_device().type), data.budget_tokens)
@@ -67,6 +68,10 @@ class Host:
         prompts = self._data.examples.by_prompt
         measured = self._ask(lambda: self._work.evaluate([(None, one.public) for one in prompts.values()]))
         return dict(zip(prompts, map(_good, measured), strict=True))
+
+    def evaluation_seconds(self, examples: Sequence[EncodedExample]) -> float:
+        """Measure how long it takes to measure examples; on a GPU something like it has to come before."""
+        return self._ask(lambda: self._work.evaluation_seconds(examples))
 
     def zero_shot_values(self) -> dict[str, float]:
         """Measure the objective of texts under the base alone, by prompt."""
@@ -187,9 +192,7 @@ class Host:
         while True:
             try:
                 self._turn()
-            except (
-                Exception
-            ) as error:  # this thread outlives anything: without it every later call would hang
+            except Exception as error:  # this thread outlives anything, or every later call would hang
                 for seat in self._seats.values():
                     seat.fail(error.with_traceback(None))
 
@@ -198,25 +201,22 @@ class Host:
 
         A method of its own: what it holds of trials goes when it ends.
         """
-        waiting = "waiting" if self._seats else None
-        with self._changed, self._work.counted(waiting):
+        with self._changed, self._work.counted("waiting" if self._seats else None):
             self._changed.wait_for(lambda: self._calls or (not self._stopped and self._asked()))
             calls, self._calls = self._calls, deque()
         with self._work.counted("waiting" if self._seats else None):
             for call, reply in calls:
                 _settle(reply, call)
         asked = [] if self._stopped else self._asked()
-        there = [seat for seat in asked if seat.at_goal]
-        if there and not self._others_are_near(asked):
-            self._evaluate(there)
+        if there := [seat for seat in asked if seat.at_goal]:
+            left = self._most_steps_to_wait - self._steps_waited
+            waits = self._data.judge is not None and any(0 < seat.steps_to_go <= left for seat in asked)
+            self._steps_waited = self._steps_waited + 1 if waits else 0
+            if not waits:
+                self._evaluate(there)
         if on_the_way := [seat for seat in asked if not seat.at_goal and seat.goal is not None]:
             with self._work.counted("training"):
                 self._train(on_the_way)
-
-    def _others_are_near(self, asked: Sequence[Seat]) -> bool:
-        """Tell whether trials that are due wait: texts of many are written nearly as fast as of one."""
-        is_judged = self._data.judge is not None
-        return is_judged and any(0 < seat.steps_to_go <= _NEAR_STEPS for seat in asked)
 
     def _asked(self) -> list[Seat]:
         return [seat for seat in self._seats.values() if seat.goal is not None]
@@ -246,8 +246,9 @@ class Host:
     def _report(self, seat: Seat, found: list[float], value: float | Exception) -> None:
         """Answer whoever asked for an evaluation, once a checkpoint is written."""
         try:
+            value = _good(value)
             content = CheckpointContent.of(seat.work.training)
-            metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, _good(value))
+            metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, value)
             metrics |= {"perplexities": found, "host_notes": self.notes()}
             written = partial(_written, content, Path(seat.folder), metrics)
             self._writers.submit(_settle, seat.reply, written)

@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     from qlora.lora.peft_folder import AdapterFiles
     from tuning.host import Host
     from tuning.soup import Finalist
-    from tuning.sweep_data import SweepData
+
+
+_OF_A_FUNCTION = "install there what the objective's function needs"
 
 
 class UnfitNodeError(RuntimeError):
     """A node that can't do its part, whichever trial comes."""
 
 
-def _received(data: Any) -> "SweepData":
-    """Return what trials work on. Raises UnfitNodeError if a module that it needs is missing here."""
+def _received(reference: Any, mend: str) -> Any:
+    """Return what the driver sent. Raises UnfitNodeError, with a mend, if a module is missing here."""
     try:
-        return ray.get(data)  # type: ignore[no-any-return]
+        return ray.get(reference)
     except ray.exceptions.RaySystemError as error:  # what Ray makes of an error while it unpickles
         raise UnfitNodeError(
-            f"a node can't read what the sweep works on: {first_line(error)}; install there what the "
-            "objective's function needs"
+            f"a node can't read what the sweep works on: {first_line(error)}; {mend}"
         ) from error
 
 
@@ -69,11 +70,11 @@ class HostActor:
         """
         try:
             unfit, data = orders
-            if problem := ray.get(unfit)():
+            if problem := _received(unfit, "give it this project's code and its packages")():
                 raise UnfitNodeError(": ".join(problem))
             from tuning.host import Host
 
-            self._host = Host(_received(data), self._num_threads)
+            self._host = Host(_received(data, _OF_A_FUNCTION), self._num_threads)
         # raised to whoever calls: an actor that fails to start would only say that it died
         except Exception as error:
             self._error = error
@@ -100,6 +101,10 @@ class HostActor:
     def zero_shot_values(self) -> dict[str, float]:
         """See Host."""
         return self._found().zero_shot_values()
+
+    def evaluation_seconds(self, examples: Sequence["EncodedExample"]) -> float:
+        """See Host."""
+        return self._found().evaluation_seconds(examples)
 
     def attach(
         self, trial_id: str, holder: str, config: dict[str, Any], checkpoint: str | None, notes: list[str]

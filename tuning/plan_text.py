@@ -68,6 +68,15 @@ def describe_range(
     return "\n".join(lines)
 
 
+def time_line(plan: SweepPlan, num_there: int | None = None, source: str = "") -> str:
+    """Write how long a sweep is expected to take; `source`: by what, if not by the devices' speeds."""
+    devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
+    if num_there is not None and num_there < plan.num_devices:
+        devices += f" ({num_there} there, the others may come)"
+    likely, unstopped = _minutes(plan.seconds), _minutes(plan.seconds_without_stopping)
+    return f"time        about {likely} on {devices}{source}, {unstopped} if nothing is stopped"
+
+
 def compare_with_run(plan: SweepPlan, peak_gib: float, seconds: float) -> str:
     """Set the plan's peak memory (of a GPU) and time beside those measured."""
     memory = f"peak memory {gib(plan.peak_bytes)} planned, {peak_gib:.1f} GiB measured; " if peak_gib else ""
@@ -122,17 +131,13 @@ def _cut(examples: Sequence[EncodedExample]) -> str:
 
 
 def _plan_lines(plan: SweepPlan, num_there: int | None) -> list[str]:
-    devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
-    if num_there is not None and num_there < plan.num_devices:
-        devices += f" ({num_there} there, the others may come)"
-    unstopped = _minutes(plan.seconds_without_stopping)
     kinds = [
         line for name, kind in plan.kinds.items() for line in _kind_lines(kind, name, len(plan.kinds) > 1)
     ]
     return [
         *kinds,
         f"disk        up to {gib(plan.disk_bytes)} of checkpoints, two a trial",
-        f"time        about {_minutes(plan.seconds)} on {devices}, {unstopped} if nothing is stopped",
+        time_line(plan, num_there),
     ]
 
 

@@ -21,6 +21,7 @@ _MOVED_NUMBERS = 16  # by a training pass, for each number that a linear layer t
 _STEP_SECONDS, _TRIAL_SECONDS = 0.015, 0.0025  # of the host: a step, and each trial in it
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
 _EVALUATION_TOKENS = 32768  # of an evaluation's pass
+_OF_EVALUATION = {"cpu": 2.6, "cuda": 2.0}  # a training pass's time, in evaluations of its tokens
 
 
 def expected_seconds(
@@ -42,10 +43,8 @@ def expected_seconds(
     epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in space.values("epochs")]
     mean_epochs = sum(epochs) / len(epochs)
     steps_per_epoch = make_timetable(len(train), space.trial_settings({})).steps_per_epoch
-    token = _token_seconds(size, device, answer_share(train))
-    step = token * step_tokens
-    evaluation_tokens = sum(group.num_tokens for group in split_by_budget(public, _EVALUATION_TOKENS))
-    evaluation = token / 2 * evaluation_tokens
+    step = _token_seconds(size, device, answer_share(train)) * step_tokens
+    evaluation = evaluation_seconds(train, public, size, device)
     start = float(START_SECONDS)
     if device.kind == "cuda":
         step += _STEP_SECONDS / side_by_side + _TRIAL_SECONDS
@@ -68,6 +67,14 @@ def expected_seconds(
     elif isinstance(space.scheduler, Rounds):
         survivors[1:] = [float(space.scheduler.survivors(space.num_trials)) for _ in survivors[1:]]
     return seconds(survivors), seconds(everyone)
+
+
+def evaluation_seconds(
+    train: Sequence[EncodedExample], public: Sequence[EncodedExample], size: ModelSize, device: Device
+) -> float:
+    """Return the seconds that measuring the public examples is expected to take."""
+    tokens = sum(group.num_tokens for group in split_by_budget(public, _EVALUATION_TOKENS))
+    return _token_seconds(size, device, answer_share(train)) / _OF_EVALUATION[device.kind] * tokens
 
 
 def answer_share(train: Sequence[EncodedExample]) -> float:

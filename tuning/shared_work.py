@@ -77,6 +77,12 @@ class SharedWork:
         errors = self._together(measure, range(len(requests)), shrinks_itself=True)
         return [values[place] if error is None else error for place, error in enumerate(errors)]
 
+    def evaluation_seconds(self, examples: Sequence[EncodedExample]) -> float:
+        """Measure how long it takes to measure examples under the bare base."""
+        started = time.monotonic()
+        self.evaluate([(None, examples)])
+        return time.monotonic() - started
+
     def judge(
         self,
         judge: Judge,

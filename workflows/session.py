@@ -148,9 +148,9 @@ def go_on() -> None:
 
 def _end_without_servers() -> None:
     """End this process some seconds after a server of its Ray, if it hangs in a question to that server."""
-    while not _dead_servers():
+    while not (dead := _dead_servers()):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    words = f"stopped: {_dead_servers()[0]} of the local Ray has ended; {_resuming[0]}"
+    words = f"stopped: {dead[0]} of the local Ray has ended; {_resuming[0]}"
     time.sleep(_SECONDS_TO_END_BY_ITSELF)
     _end_ray()
     print(words, file=sys.stderr, flush=True)

@@ -44,6 +44,17 @@ def default_token_budget() -> int:
     return _GPU_PASS_TOKENS if default_device().type == "cuda" else CPU_PASS_TOKENS
 
 
+def unreserved_bytes(device: torch.device) -> int:
+    """Return the memory in bytes that no work of this process has reserved on a device.
+
+    On a GPU, recorded passes have memory that is theirs alone, though it is not allocated between them.
+    """
+    if device.type != "cuda":
+        return free_bytes(device)
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the memory in bytes that this process may still take on a device.
 

@@ -32,17 +32,18 @@ from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord
 from tuning.orders import Orders
 from tuning.placement import this_node
-from tuning.plan_text import compare_with_run, describe_plan, describe_range
+from tuning.plan_text import compare_with_run, describe_plan, describe_range, time_line
 from tuning.progress import clock, ranking, spending, where_time_went
 from tuning.spending import spent_so_far
 from tuning.sweep import KnownBase, ShortOfMemoryError, all_ended, run_sweep
-from tuning.sweep_plan import SweepPlan, make_sweep_plan
+from tuning.sweep_plan import SweepPlan
 from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
 from workflows.session import StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.best import averages_are_due, find_best
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import holdout_is_due, measure_holdout
+from workflows.sweep.planning import as_measured, plan_on
 from workflows.sweep.prepared import PreparedSweep, SweepInputs, prepare
 from workflows.sweep.registration import Found, describe, publish, register_best, summarise, track
 from workflows.sweep.start import StartedHosts
@@ -56,7 +57,7 @@ _SECONDS_TO_KEEP, _SECONDS_TO_TELL, _SECONDS_TO_CATCH_UP = 6.0, 2.0, 60.0
 def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) -> None:
     """Print the plan of a sweep on one such device, and start nothing. Raises InputError if no trial fits."""
     prepared = prepare(sweep, inputs)
-    plan = _make_plan(prepared, [device], 1) if device else None
+    plan = plan_on(prepared, [device], 1) if device else None
     print(describe_plan(prepared.space, *_longest(prepared), inputs.sets.words, plan))
 
 
@@ -69,7 +70,7 @@ def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: flo
     if not sweep.space.wants_gpu:
         raise InputError("--on", "trials of this space ask for no GPU; add --set trials_per_gpu=auto")
     prepared = prepare(sweep, inputs, needs_weights=False)
-    quick_plan, slow_plan = (_make_plan(prepared, [device], count) for device in (quick, slow))
+    quick_plan, slow_plan = (plan_on(prepared, [device], count) for device in (quick, slow))
     space, words = prepared.space, inputs.sets.words
     print(describe_range(space, *_longest(prepared), words, quick_plan, slow_plan, price))
 
@@ -82,7 +83,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     hosts, prepared = started.hosts, prepare(sweep, inputs)
     sweep = replace(sweep, space=prepared.space)
     devices = _found_devices(sweep, inputs, started)
-    plan = _make_plan(prepared, devices, started.num_devices())
+    plan = plan_on(prepared, devices, started.num_devices())
     needs = _needs(sweep, inputs, plan)
     asked = check_nodes(started.shares, needs)
     check_room(sweep.storage, int(plan.mean_disk_bytes * _share_to_come(sweep)))
@@ -107,6 +108,9 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             zero_shot = zero_shot_of(sweep, measured)
             print(f"\nzero-shot   {zero_shot.words}", flush=True)
             metrics["zero_shot_public_perplexity"] = min(zero_shot.perplexities.values())
+            if measured:
+                plan = as_measured(plan, prepared, devices, hosts, started.began)
+                print(time_line(plan, len(devices), ", by what the base alone took"), flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not _is_run(sweep, records):
@@ -222,11 +226,6 @@ def _is_run(sweep: SweepFolder, records: list[TrialRecord]) -> bool:
     """Tell whether all trials have ended, those that were asked for by hand among them."""
     num_trials = sweep.space.num_trials + Orders(sweep.place).added
     return all_ended(num_trials, records, spent_so_far(sweep.folder).is_over)
-
-
-def _make_plan(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
-    size = prepared.base.size
-    return make_sweep_plan(prepared.space, *prepared.planned(), size, devices, num_devices)
 
 
 def _found_devices(sweep: SweepFolder, inputs: SweepInputs, started: StartedHosts) -> list[Device]:

@@ -1,0 +1,85 @@
+"""Owns how much a search does at once: what limits allow, and what memory has room for.
+
+Refuses to know what is searched.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from inference.beam_search import SearchRules
+from inference.kv_cache import CacheShape
+from qlora.base.device import free_bytes, unreserved_bytes
+
+# Rows, slots times beams, of which a GPU's step takes as long as one of fewer.
+FEWEST_ROWS = {"cpu": 1, "cuda": 64}
+_LIVE_WIDTHS = 8  # what a pass holds of a token at once, in hidden states; beside it an MLP's halves
+_PREFILL_SHARE, _FEWEST_PREFILL_TOKENS = 0.1, 1024  # of free memory
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is done at once.
+
+    max_slots: prompts that are searched together, at most. shrink_at: share of free slots at which the batch
+    is made smaller; a GPU then has to record its step again. prefill_tokens: of a pass. is_lent: whether the
+    process goes on with other work, whose memory is not to be had.
+    """
+
+    max_slots: int
+    shrink_at: float
+    prefill_tokens: int
+    is_lent: bool = False
+
+
+LIMITS = {"cpu": Limits(32, 0.25, 1024), "cuda": Limits(128, 0.5, 16384)}
+# Of texts that are written in between and at once, by a base that has room to train.
+LENT_LIMITS = {"cpu": LIMITS["cpu"], "cuda": Limits(2048, 0.75, 32768, is_lent=True)}
+
+
+class Room:
+    """The slots and tokens that there is room for: fewer, once memory was short."""
+
+    def __init__(self, model: Any, rules: SearchRules, shape: CacheShape, limits: Limits):
+        self._model, self._rules, self._shape, self.limits = model, rules, shape, limits
+        self.max_slots = self._asked = limits.max_slots
+
+    def num_slots(self, num_examples: int, max_own: int, kept_bytes: int = 0) -> int:
+        """Return how many slots there are: as many as memory holds and examples need, at most `max_slots`.
+
+        They are so many that the last wave of examples fills them as the first does. `max_own`: tokens of a
+        prompt that a slot has room for. `kept_bytes`: of a cache that the new one takes the place of.
+        """
+        vocabulary = self._model.config.get_text_config().vocab_size
+        cached_tokens = max_own + self._rules.max_new_tokens * self._rules.num_beams
+        cache_bytes = self._shape.bytes_per_token * cached_tokens
+        # 16 bytes for each logit: the model's, in float32, without early EOS, and room to work.
+        logits_bytes = 16 * vocabulary * self._rules.num_beams
+        usable_bytes = int(0.8 * (self._free_bytes() + kept_bytes))
+        fitting = max(1, usable_bytes // (cache_bytes + logits_bytes))
+        most = min(self.max_slots, fitting, num_examples)
+        waves = -(-num_examples // most)
+        self._asked = -(-num_examples // waves)
+        return self._asked
+
+    def halve(self) -> bool:
+        """Have half of the slots that were last asked for, from here on; says no if that was one."""
+        if self._asked == 1:
+            return False
+        self.max_slots = -(-self._asked // 2)
+        return True
+
+    def restore(self) -> None:
+        """Have as many slots again as limits allow."""
+        self.max_slots = self.limits.max_slots
+
+    def prefill_tokens(self) -> int:
+        """Return the tokens of a prefill: what memory has room for beside the slots, at most the limit."""
+        config = self._model.config.get_text_config()
+        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        token_bytes = (_LIVE_WIDTHS * config.hidden_size + 3 * width) * self._shape.dtype.itemsize
+        room = int(_PREFILL_SHARE * self._free_bytes() / token_bytes)
+        return max(_FEWEST_PREFILL_TOKENS, min(self.limits.prefill_tokens, room))
+
+    def _free_bytes(self) -> int:
+        device = self._model.device
+        return unreserved_bytes(device) if self.limits.is_lent else free_bytes(device)

@@ -1,0 +1,45 @@
+"""Owns a sweep's plan: by its devices' speeds before it starts, by what hosts measure once they work."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import ray
+
+from tuning.device import Device
+from tuning.host_directory import Hosts
+from tuning.plan_time import START_SECONDS, evaluation_seconds
+from tuning.sweep_plan import SweepPlan, make_sweep_plan
+from workflows.sweep.best import answer_of
+from workflows.sweep.prepared import PreparedSweep
+
+_FEW = 4  # public examples that a CPU is timed with: all of them would take seconds
+
+
+def plan_on(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
+    """Plan a sweep on devices. Raises InputError as `make_sweep_plan` does."""
+    size = prepared.base.size
+    return make_sweep_plan(prepared.space, *prepared.planned(), size, devices, num_devices)
+
+
+def as_measured(
+    plan: SweepPlan, prepared: PreparedSweep, devices: Sequence[Device], hosts: Hosts, began: float
+) -> SweepPlan:
+    """Return a plan with its time by what evaluating the base takes, and by what starting since `began` took.
+
+    A device's speeds were measured while other processes loaded; the base itself says more. If no host can
+    tell, the plan stays as it is.
+    """
+    train, public = prepared.planned()
+    some = public if devices[0].kind == "cuda" else public[:_FEW]
+    try:
+        seconds = answer_of(hosts, "evaluation_seconds", some)
+    except ray.exceptions.RayError:
+        return plan
+    slower = seconds / evaluation_seconds(train, some, prepared.base.size, devices[0])
+    as_fast = [replace(one, speed=one.speed / slower, bandwidth=one.bandwidth / slower) for one in devices]
+    found = plan_on(prepared, as_fast, plan.num_devices)
+    later = time.monotonic() - began - START_SECONDS
+    return replace(
+        plan, seconds=found.seconds + later, seconds_without_stopping=found.seconds_without_stopping + later
+    )
