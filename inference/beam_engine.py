@@ -35,6 +35,8 @@ from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
 
+_Found = Iterator[tuple[int, list[int]]]  # of prompts, as they are done: index, new tokens
+
 
 @dataclass
 class BeamSearcher:
@@ -72,12 +74,12 @@ class BeamSearcher:
         """Yield (index, new tokens with the ending EOS) of each prompt, as they are done.
 
         Every prompt needs a token. Several parts are searched together where that takes fewer waves of
-        prompts than one part after another. What is kept for the next call is of a call without ways. Out of
-        memory halves the slots and goes on with the prompts that are not done. Raises
-        torch.cuda.OutOfMemoryError if there is no room for one slot.
+        prompts than one part after another. Only a call without ways keeps what the next may use. Out of
+        memory halves the slots, and the other prompts go on. Raises OutOfMemoryError without room for one.
         """
         use_cached_attention(self.model)  # another engine may have worked with the model meanwhile
         self._ways = ways or Ways.one(len(prompts))
+        self.room.look()
         try:
             for group in self._groups(prompts):
                 yield from self._search_group(prompts, group)
@@ -108,9 +110,7 @@ class BeamSearcher:
         one_by_one = sum(map(waves, groups, shared))
         return [together] if waves(together, 0) < one_by_one else groups
 
-    def _search_group(
-        self, prompts: Sequence[Sequence[int]], group: Sequence[int]
-    ) -> Iterator[tuple[int, list[int]]]:
+    def _search_group(self, prompts: Sequence[Sequence[int]], group: list[int]) -> _Found:
         """Search for some of the prompts, with fewer slots each time that memory runs out."""
         left = set(group)
         while left:
@@ -120,12 +120,12 @@ class BeamSearcher:
                     left.discard(index)
                     yield index, tokens
             except torch.cuda.OutOfMemoryError:
-                if not self.room.halve():
-                    raise
                 self._kept = None
                 torch.cuda.empty_cache()
+                if not self.room.halve():
+                    raise
 
-    def _search(self, prompts: list[Sequence[int]], names: list[int]) -> Iterator[tuple[int, list[int]]]:
+    def _search(self, prompts: list[Sequence[int]], names: list[int]) -> _Found:
         """Search for prompts, longest first; yield name and new tokens of each, as they are done.
 
         Slots belong to parts, so that where there are fewer slots than parts, the last ones are left out.
@@ -273,8 +273,7 @@ class BeamSearcher:
     def _prefix_of(self, prompts: list[tuple[int, ...]], part: int) -> Tensor:
         """Return keys and values of the prefix that a part's prompts begin with, [2, layers, J, P, D].
 
-        It is kept for the next call. A kept one is used again if prompts begin with it and it is not much
-        shorter than what they share.
+        It is kept for the next call, and used again if prompts begin with it and share little more.
         """
         common = prompts[0][: shared_prefix_length(prompts)]
         kept, prefix = self._prefixes.get(part, ((), None))

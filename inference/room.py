@@ -37,11 +37,20 @@ LENT_LIMITS = {"cpu": LIMITS["cpu"], "cuda": Limits(2048, 0.75, 32768, is_lent=T
 
 
 class Room:
-    """The slots and tokens that there is room for: fewer, once memory was short."""
+    """The slots and tokens that there is room for, by the memory that was free at the last look.
+
+    They are fewer once memory was short.
+    """
 
     def __init__(self, model: Any, rules: SearchRules, shape: CacheShape, limits: Limits):
         self._model, self._rules, self._shape, self.limits = model, rules, shape, limits
         self.max_slots = self._asked = limits.max_slots
+        self.look()
+
+    def look(self) -> None:
+        """See how much memory is free."""
+        device = self._model.device
+        self._free_bytes = unreserved_bytes(device) if self.limits.is_lent else free_bytes(device)
 
     def num_slots(self, num_examples: int, max_own: int, kept_bytes: int = 0) -> int:
         """Return how many slots there are: as many as memory holds and examples need, at most `max_slots`.
@@ -54,7 +63,7 @@ class Room:
         cache_bytes = self._shape.bytes_per_token * cached_tokens
         # 16 bytes for each logit: the model's, in float32, without early EOS, and room to work.
         logits_bytes = 16 * vocabulary * self._rules.num_beams
-        usable_bytes = int(0.8 * (self._free_bytes() + kept_bytes))
+        usable_bytes = int(0.8 * (self._free_bytes + kept_bytes))
         fitting = max(1, usable_bytes // (cache_bytes + logits_bytes))
         most = min(self.max_slots, fitting, num_examples)
         waves = -(-num_examples // most)
@@ -63,6 +72,7 @@ class Room:
 
     def halve(self) -> bool:
         """Have half of the slots that were last asked for, from here on; says no if that was one."""
+        self.look()
         if self._asked == 1:
             return False
         self.max_slots = -(-self._asked // 2)
@@ -77,9 +87,5 @@ class Room:
         config = self._model.config.get_text_config()
         width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         token_bytes = (_LIVE_WIDTHS * config.hidden_size + 3 * width) * self._shape.dtype.itemsize
-        room = int(_PREFILL_SHARE * self._free_bytes() / token_bytes)
+        room = int(_PREFILL_SHARE * self._free_bytes / token_bytes)
         return max(_FEWEST_PREFILL_TOKENS, min(self.limits.prefill_tokens, room))
-
-    def _free_bytes(self) -> int:
-        device = self._model.device
-        return unreserved_bytes(device) if self.limits.is_lent else free_bytes(device)
