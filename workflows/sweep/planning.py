@@ -28,8 +28,10 @@ def as_measured(
     """Return a plan with its time by what evaluating the base takes, and by what starting since `began` took.
 
     A device's speeds were measured while other processes loaded; the base itself says more. If no host can
-    tell, the plan stays as it is.
+    tell, or devices are of several kinds, the plan stays as it is.
     """
+    if len(plan.kinds) > 1:
+        return plan
     train, public = prepared.planned()
     some = public if devices[0].kind == "cuda" else public[:_FEW]
     try:

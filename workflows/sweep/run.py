@@ -108,8 +108,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             zero_shot = zero_shot_of(sweep, measured)
             print(f"\nzero-shot   {zero_shot.words}", flush=True)
             metrics["zero_shot_public_perplexity"] = min(zero_shot.perplexities.values())
-            if measured:
-                plan = as_measured(plan, prepared, devices, hosts, started.began)
+            if measured and (timed := as_measured(plan, prepared, devices, hosts, started.began)) != plan:
+                plan = timed
                 print(time_line(plan, len(devices), ", by what the base alone took"), flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
