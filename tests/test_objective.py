@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sqlite3
 import threading
 import time
@@ -405,6 +406,7 @@ def test_a_sweep_goes_by_its_objective(project, sweep):
     assert best["objective"] == max(reached.values())
     assert reached[best["trial_id"]] == best["objective"]
     assert "; chrf " in out
+    assert re.search(r"\ntime        about .* on one device, by what the base alone took, .* if nothing", out)
     assert f"chrf {best['objective']:.4g}, zero-shot {best['zero_shot_objective']:.4g}" in out
     finished(
         command(

@@ -5,7 +5,6 @@ use.
 import html
 import json
 import os
-import re
 import signal
 import sqlite3
 import subprocess
@@ -80,7 +79,6 @@ def test_the_summary_keeps_its_contract(project, sweep):
     assert summary["best"]["public_perplexity"] == lowest < summary["zero_shot"]
     assert any(trial["status"] == "stopped" for trial in summary["trials"])
     assert "saved" in out
-    assert re.search(r"time        about .* on one device, by what the base alone took, .*\n", out)
     seconds = summary["host_seconds"]
     assert f"hosts       training {seconds['training'] / sum(seconds.values()):.0%}" in out
     assert (project / summary["best"]["checkpoint"] / "adapter_config.json").exists()
