@@ -8,7 +8,7 @@ when its trials have spent its GPU-seconds. The unseen examples are its holdout.
 sweeps run one after another or, with --overlap, each begins its budget's and so many more seconds after the
 one before began, so that one starts and another registers while a third one's trials have the GPU. What has
 finished is not run again, and one that was stopped goes on, so the work can be done in parts. The first way
-is what the others are compared with, and has the highest of the budgets.
+is what the others are compared with, and has the highest of the budgets. --picture FILE draws what was found.
 benchmarks/arithmetic.py writes a task to run it on.
 """
 
@@ -24,10 +24,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,6 +46,7 @@ WAYS = {  # what each changes of wide.yaml
         "search.seed={randint: [0, 1000000]}",
     ],
 }
+_COLOURS = ("#7f8c8d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Sweep:
     @property
     def name(self) -> str:
         """Return what it is called."""
-        fitting = f"-{self.budget.trials}x{self.budget.epochs}" if self.way == "stages" else ""
+        epochs = self.budget.epochs.replace("+", "-")  # names have no other marks
+        fitting = f"-{self.budget.trials}-of-{epochs}" if self.way == "stages" else ""
         return f"{self.way}-{self.seed}-{self.budget.gpu_seconds:g}s{fitting}"
 
     @property
@@ -199,6 +204,8 @@ def _compare(sweeps: Sequence[Sweep], arguments: argparse.Namespace) -> None:
             spread = f"{statistics.mean(values):.4f} +- {statistics.pstdev(values):.4f}"
             median = f"median {statistics.median(values):.4f}"
             print(f"{name:<15} {key:<7} {median}, mean {spread}, {len(values)} sweeps")
+    if arguments.picture:
+        draw(found, arguments.picture)
     most = max(budget.gpu_seconds for budget in arguments.budgets)
     first, last = (medians.get((most, way, "public")) for way in (arguments.ways[0], arguments.ways[-1]))
     if len(arguments.ways) > 1 and first is not None and last is not None:
@@ -210,6 +217,27 @@ def _compare(sweeps: Sequence[Sweep], arguments: argparse.Namespace) -> None:
             {**{key: str(value) for key, value in vars(arguments).items()}, "figures": found},
             higher_is_better=False,
         )
+
+
+def draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw each sweep's public and unseen perplexity over the GPU-seconds that its trials had, and medians.
+
+    `found` holds the figures of sweeps by what they are called in the legend.
+    """
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
+        for axes, key in zip(figure.subplots(1, 2, sharey=True), ("public", "unseen"), strict=True):
+            for (name, there), colour in zip(found.items(), _COLOURS, strict=False):
+                if not there:
+                    continue
+                seconds, values = [one["gpu_seconds"] for one in there], [one[key] for one in there]
+                middle = statistics.median(values)
+                axes.scatter(seconds, values, color=colour, s=28, label=f"{name}: median {middle:.3f}")
+                axes.hlines(middle, min(seconds) - 3, max(seconds) + 3, color=colour, linewidth=1.5)
+            axes.set(xlabel="GPU-seconds of trials", title=f"{key} examples", xlim=(0, None))
+            axes.legend(frameon=False, fontsize=8)
+        figure.axes[0].set_ylabel("perplexity of the sweep's best")
+        figure.savefig(path)
 
 
 def _arguments() -> argparse.Namespace:
@@ -230,6 +258,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--gpus", type=int, default=1, help="lanes, one a GPU")
     parser.add_argument("--overlap", type=float, help="seconds behind a budget after which the next begins")
+    parser.add_argument("--picture", type=Path, help="file for a plot of what was found")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no sweep later than that")
     return parser.parse_args()
 

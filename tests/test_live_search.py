@@ -5,6 +5,7 @@ import json
 from benchmarks.arithmetic import make_rows, write_task
 from benchmarks.live_search import WAYS, Budget, Sweep, figures
 from qlora.data.examples import load_examples
+from ray_jobs.cli import folder_name
 from tuning.space import load_space
 
 
@@ -34,6 +35,13 @@ def test_every_way_is_a_sound_space(tmp_path):
     assert {space.budget.gpu_seconds for space in spaces.values()} == {52.5}
     assert spaces["stages"].values("epochs") == ["1+1"]
     assert spaces["wide"].searcher.type == "random"
+
+
+def test_a_sweep_has_a_name_that_commands_take_and_that_tells_stages_apart(tmp_path):
+    words = ["105:6:1+1+1", "105:6:3", "105:7:1+1+1", "52.5:6:1+1"]
+    names = [Sweep("stages", 1, Budget.of(budget), tmp_path).name for budget in words]
+    assert [folder_name(name) for name in names] == names
+    assert len(set(names)) == len(names)
 
 
 def test_figures_are_those_of_the_summary(tmp_path):
