@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from inference.predictions import Journal, beside, work_folder, write_prediction
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
+from qlora.cost import Cost, Costs
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.sources import Places
 from qlora.failpoints import durable
@@ -38,7 +39,7 @@ class JobResult:
     """The result of a job.
 
     num_generated: rows that this run generated, which a resumed job has fewer of. scores: chrF, BLEU and
-    exact matches, if the input has outputs to compare with.
+    exact matches, if the input has outputs to compare with. costs: of this run, if it had GPUs.
     """
 
     num_rows: int
@@ -47,6 +48,7 @@ class JobResult:
     seconds: float
     engine: str | None
     scores: dict[str, float] | None
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,27 @@ class Progress:
     """The progress of a job's present run.
 
     num_done, num_tokens: rows and tokens that this run generated so far. num_rows: rows that it has to
-    generate. seconds: time since an engine was ready.
+    generate. seconds: time since an engine was ready. expected: what its GPUs will have cost, if it has any.
     """
 
     num_done: int
     num_tokens: int
     num_rows: int
     seconds: float
+    expected: Cost | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the seconds that the other rows take, if they go on like those that are done."""
+        return self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done)
 
     def __str__(self) -> str:
         rows_per_second = self.num_done / self.seconds
         tokens_per_second = self.num_tokens / self.seconds
-        seconds_left = self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done)
+        cost = f", {self.expected.words} in all" if self.expected is not None else ""
         return (
             f"{self.num_done}/{self.num_rows} rows, {rows_per_second:.2f} rows/s, "
-            f"{tokens_per_second:.0f} tokens/s, {seconds_left:.0f} s left"
+            f"{tokens_per_second:.0f} tokens/s, {self.seconds_left:.0f} s left{cost}"
         )
 
 
@@ -158,12 +166,14 @@ def run_job(
     progress: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = print,
     record: Callable[[str, JobResult], None] = lambda job_id, result: None,
+    price_per_gpu_hour: float | None = None,
 ) -> JobResult:
     """Generate what is missing and write the output, PATH.meta.json and, if rows failed, PATH.errors.json.
 
     `facts` identify the model, for PATH.meta.json and for `resume`. `plan` connects Ray, and is called only
     if there is work. `progress` is called after each batch, `note` with a line for people. `record` is called
     with the job's id and result when all files are written; what it raises leaves the job to be resumed.
+    `price_per_gpu_hour`: see qlora.cost.
 
     Raises InputError if rows that are to be resumed belong to a job with other facts, prompt, settings or
     input, or to one that can't be told, and if the model can't be loaded; EnginesDiedError if processes die
@@ -185,13 +195,15 @@ def run_job(
     spent = _Spent(time.monotonic())
     if missing:
         pool = plan()
-        spent.workers = pool.num_workers
+        spent.hold(pool)
         for report in generate_rows(work, rows, missing, pool):
             journal.append(report.results, report.engine)
             spent.add(report.seconds, report.num_tokens)
             num_done = journal.num_done - len(rows) + len(missing)
-            progress(Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating)))
+            reached = Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating))
+            progress(replace(reached, expected=spent.expect(reached.seconds_left, price_per_gpu_hour)))
     seconds, generating = time.monotonic() - spent.began, spent.generating
+    costs = spent.costs(price_per_gpu_hour)
     engine = "; ".join(sorted(journal.engines)) or None
     scores = Scores()
 
@@ -219,12 +231,13 @@ def run_job(
         "seconds_generating": round(generating, 3),
         "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
         "seconds_to_first_row": spent.first_row_seconds,
+        "cost": {**costs.figures, "price_per_gpu_hour": price_per_gpu_hour} if costs else None,
         "scores": summary,
         "versions": package_versions(),
     }
     write_json(beside(output, "meta"), meta, "batch meta")
     journal.close()
-    result = JobResult(len(rows), len(missing), len(errors), seconds, engine, summary)
+    result = JobResult(len(rows), len(missing), len(errors), seconds, engine, summary, costs)
     record(job_id, result)
     _remove(folder, output)
     return result
@@ -235,7 +248,8 @@ class _Spent:
     """What a run spends on the rows that it generates.
 
     began, ready: when it did, and when its first engine began to generate (time.monotonic).
-    first_row_seconds: from the one to its first rows. workers: engines.
+    first_row_seconds: from the one to its first rows. workers: engines. gpus: that they hold, since `held`.
+    planned: the GPU-seconds that were expected when the first rows were done.
     """
 
     began: float
@@ -243,6 +257,30 @@ class _Spent:
     first_row_seconds: float | None = None
     num_tokens: int = 0
     workers: int = 0
+    gpus: int = 0
+    held: float = 0.0
+    planned: float | None = None
+
+    def hold(self, pool: Pool) -> None:
+        """Note that engines start, and with them the time that their GPUs are held."""
+        self.workers, self.gpus = pool.num_workers, pool.num_workers * pool.on_gpu
+        self.held = time.monotonic()
+
+    def expect(self, seconds_left: float, price_per_gpu_hour: float | None) -> Cost | None:
+        """Return what the GPUs will have cost when so many seconds have passed; None if there are none."""
+        if not self.gpus:
+            return None
+        gpu_seconds = self.gpus * (time.monotonic() - self.held + seconds_left)
+        if self.planned is None:
+            self.planned = gpu_seconds
+        return Cost(gpu_seconds, price_per_gpu_hour)
+
+    def costs(self, price_per_gpu_hour: float | None) -> Costs | None:
+        """Return what the GPUs have cost so far, and what was expected; None if there are none."""
+        measured = self.expect(0.0, price_per_gpu_hour)
+        if measured is None or self.planned is None:
+            return None
+        return Costs(measured, Cost(self.planned, price_per_gpu_hour))
 
     def add(self, seconds: float, num_tokens: int) -> None:
         """Count rows that are done: `seconds` since their engine began to generate, new tokens."""

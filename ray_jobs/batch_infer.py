@@ -25,6 +25,7 @@ from ray_jobs.cli import (
     decoding_settings,
     model_options,
     positive_int,
+    positive_number,
     row_shape,
     show_line,
 )
@@ -110,6 +111,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
                 resume=arguments.resume,
                 progress=show,
                 record=record,
+                price_per_gpu_hour=arguments.price_per_gpu_hour,
             )
         except EnginesDiedError as error:
             raise StoppedError(str(error)) from error
@@ -155,6 +157,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), help="what engines run on (default: GPUs if the cluster has any)"
+    )
+    parser.add_argument(
+        "--price-per-gpu-hour",
+        type=positive_number,
+        metavar="P",
+        help="what a GPU costs an hour, in any currency, to be told what the job costs",
     )
     parser.add_argument(
         "--start-timeout",

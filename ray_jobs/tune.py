@@ -129,7 +129,7 @@ def _arguments() -> argparse.Namespace:
         "--price",
         type=positive_number,
         metavar="P",
-        help="with --on: what a card costs an hour, in any currency",
+        help="with --on: what a card costs an hour, in any currency (default: the space's own price)",
     )
     arguments = parser.parse_args()
     if arguments.on and not arguments.dry_run:

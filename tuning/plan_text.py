@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from qlora.cost import Cost, in_money
 from qlora.data.prompts import EncodedExample, cut_in_words
 from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
@@ -29,8 +30,10 @@ def describe_plan(
     `words`: what the rows of train and public hold. Without a plan, what needs none. `num_there`: devices
     that are there already (default: all).
     """
-    lines = [*_work_lines(space, train, public, words), *(_plan_lines(plan, num_there) if plan else [])]
-    if plan is None:
+    lines = [*_work_lines(space, train, public, words)]
+    if plan is not None:
+        lines += [*_plan_lines(plan), *time_lines(space, plan, num_there)]
+    else:
         lines.append("device      no GPU here to plan for")
     return "\n".join(lines)
 
@@ -58,6 +61,9 @@ def describe_range(
         f"disk        up to {gib(quick.disk_bytes)} of checkpoints, two a trial",
         f"time        {least} to {likely} on {quick.num_devices} x {name}, going by its data sheet; "
         f"up to {most} if nothing is stopped",
+        "cost        {:.0f} to {:.0f} GPU-seconds; up to {:.0f} if nothing is stopped".format(
+            *(quick.num_devices * one for one in seconds)
+        ),
     ]
     if price is not None:
         of_a_second = quick.num_devices * price / 3600
@@ -68,13 +74,25 @@ def describe_range(
     return "\n".join(lines)
 
 
-def time_line(plan: SweepPlan, num_there: int | None = None, source: str = "") -> str:
-    """Write how long a sweep is expected to take; `source`: by what, if not by the devices' speeds."""
+def time_lines(space: Space, plan: SweepPlan, num_there: int | None = None, source: str = "") -> list[str]:
+    """Write how long a sweep is expected to take, and what its GPUs cost if it asks for any.
+
+    `source`: by what, if not by the devices' speeds.
+    """
     devices = "one device" if plan.num_devices == 1 else f"{plan.num_devices} devices"
     if num_there is not None and num_there < plan.num_devices:
         devices += f" ({num_there} there, the others may come)"
     likely, unstopped = _minutes(plan.seconds), _minutes(plan.seconds_without_stopping)
-    return f"time        about {likely} on {devices}{source}, {unstopped} if nothing is stopped"
+    lines = [f"time        about {likely} on {devices}{source}, {unstopped} if nothing is stopped"]
+    if not space.wants_gpu:
+        return lines
+    seconds, price = (plan.gpu_seconds, plan.gpu_seconds_without_stopping), space.price_per_gpu_hour
+    lines.append("cost        about {:.0f} GPU-seconds, {:.0f} if nothing is stopped".format(*seconds))
+    if price is not None:
+        likely, unstopped = (in_money(Cost(one, price).money or 0) for one in seconds)
+        money = f"money       about {likely} at {price:g} a card and hour"
+        lines.append(f"{money}, {unstopped} if nothing is stopped")
+    return lines
 
 
 def compare_with_run(plan: SweepPlan, peak_gib: float, seconds: float) -> str:
@@ -130,15 +148,11 @@ def _cut(examples: Sequence[EncodedExample]) -> str:
     return words and f", {words}"
 
 
-def _plan_lines(plan: SweepPlan, num_there: int | None) -> list[str]:
+def _plan_lines(plan: SweepPlan) -> list[str]:
     kinds = [
         line for name, kind in plan.kinds.items() for line in _kind_lines(kind, name, len(plan.kinds) > 1)
     ]
-    return [
-        *kinds,
-        f"disk        up to {gib(plan.disk_bytes)} of checkpoints, two a trial",
-        time_line(plan, num_there),
-    ]
+    return [*kinds, f"disk        up to {gib(plan.disk_bytes)} of checkpoints, two a trial"]
 
 
 def _kind_lines(plan: Plan, name: str, is_one_of_several: bool) -> list[str]:

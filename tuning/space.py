@@ -117,9 +117,9 @@ class Space(Settings):
     room for; it takes the place of resources_per_trial.gpu. accelerator_type: the kind of GPU that trials
     run on, as Ray calls it. start_timeout: seconds that a cluster has to bring the first device. prompt: by
     default, what fits the data. soup: whether averages of the best adapters are tried when trials have ended
-    (tuning.soup). objective: what trials are compared by; a name stands for its settings. loss, thinking: of
-    a chat prompt, see ChatSettings. max_length: tokens of an example, prompt and answer, behind which it is
-    cut.
+    (tuning.soup). objective: what trials are compared by; a name stands for its settings. price_per_gpu_hour:
+    in any currency; only told of (qlora.cost). loss, thinking: of a chat prompt, see ChatSettings.
+    max_length: tokens of an example, prompt and answer, behind which it is cut.
     """
 
     base_model: BaseModelSettings = BaseModelSettings()
@@ -144,6 +144,7 @@ class Space(Settings):
     registered_model: str | None = None
     storage: str | None = None
     budget: Budget | None = None
+    price_per_gpu_hour: Number | None = Field(None, gt=0)
     soup: bool = True
     seed: int = Field(42, ge=0, le=MAX_SEED)
 

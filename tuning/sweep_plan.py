@@ -39,6 +39,16 @@ class SweepPlan:
         return sum(plan.num_devices for plan in self.kinds.values())
 
     @property
+    def gpu_seconds(self) -> float:
+        """Return the seconds of all devices, each counted as a whole."""
+        return self.num_devices * self.seconds
+
+    @property
+    def gpu_seconds_without_stopping(self) -> float:
+        """Return the seconds of all devices if no trial is stopped."""
+        return self.num_devices * self.seconds_without_stopping
+
+    @property
     def peak_bytes(self) -> int:
         """Return the memory to be expected on the fullest device."""
         return max(plan.peak_bytes for plan in self.kinds.values())

@@ -12,6 +12,8 @@ def closing_words(result: JobResult, output: str) -> str:
     lines = [f"engine: {result.engine}"] if result.engine else []
     if result.scores:
         lines.append(", ".join(f"{name} {value}" for name, value in result.scores.items()))
+    if result.costs is not None:
+        lines.append("; ".join(f"{name}: {line}" for name, line in result.costs.lines.items()))
     failed = f", {result.num_failed} FAILED (see {output}.errors.json)" if result.num_failed else ""
     rate = result.num_generated / max(result.seconds, 1e-9)
     rows = f"{result.num_rows} rows ({result.num_generated} generated now, {rate:.2f} rows/s)"
@@ -35,11 +37,12 @@ def note_prediction(
         "rows_scored": scores.pop("count", 0),
     }
     settings = decoding.model_dump(exclude_none=True)
+    costs = result.costs.metrics if result.costs is not None else {}
     note_use(
         model,
         "prediction",
         {"input": source, "output": output.place, "prompt": prompt, **settings},
-        {**scores, **{f"system/{name}": count for name, count in counts.items()}},
+        {**scores, **{f"system/{name}": count for name, count in counts.items()}, **costs},
         [beside(output.path, "meta")],
         job_id,
     )

@@ -6,9 +6,12 @@ Loads nothing heavy, so that a finished sweep answers at once.
 from collections.abc import Mapping
 from typing import Any
 
+from qlora.cost import Cost, Costs
 from qlora.home import RESULTS, in_results
 from tracking.links import comparison_link, pages_root, run_link, trials_link, version_link
 from workflows.sweep.folder import SweepFolder
+
+PRICE = "price_per_gpu_hour"
 
 
 def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
@@ -20,6 +23,7 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
         f"best        {_named(best)}: {_judged(summary)}public perplexity {best['public_perplexity']:.4f}, "
         f"zero-shot {summary['zero_shot']:.4f}",
         f"registered  {best['model_uri']}, {verdict}: {champion['reason']}",
+        *(f"{name:<11} {line}" for name, line in cost_lines(summary).items()),
         f"adapter     {_shown(best['checkpoint'])} (a PEFT folder)",
         f"report      {in_results(sweep.name, 'report.html')}, summary.json beside it",
         *(f"{name:<11} {link}" for name, link in summary_links(summary, pages_root()).items()),
@@ -28,6 +32,15 @@ def closing_words(sweep: SweepFolder, summary: Mapping[str, Any]) -> str:
     if pages_root().startswith("http://127.0.0.1:5000"):
         lines.insert(-1, "            (make ui serves these pages)")
     return "\n".join(lines)
+
+
+def cost_lines(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Write what GPUs cost, by what lines begin with; nothing for a sweep on CPUs, or from before."""
+    found = summary.get("cost")
+    if not found:
+        return {}
+    price = found[PRICE]
+    return Costs(Cost(found["gpu_seconds"], price), Cost(found["planned_gpu_seconds"], price)).lines
 
 
 def _judged(summary: Mapping[str, Any]) -> str:

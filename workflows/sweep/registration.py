@@ -25,7 +25,7 @@ from tuning.ledger import TrialRecord, share_of_epochs_saved
 from tuning.objective import VALUE
 from tuning.space import REPORTED
 from workflows.session import FailedError
-from workflows.sweep.closing import summary_links
+from workflows.sweep.closing import cost_lines, summary_links
 from workflows.sweep.facts import model_card, provenance, sweep_report
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import Holdout
@@ -217,7 +217,7 @@ def publish(
 ) -> None:
     """Write report.html, and bring it and the summary to the tracking server."""
     facts = provenance(sweep.space, hardware, prepared.inputs.digests)
-    facts |= {"what hosts noted": "; ".join(summary["host_notes"]) or None}
+    facts |= {"what hosts noted": "; ".join(summary["host_notes"]) or None, **cost_lines(summary)}
     uri, best = summary["best"]["model_uri"], found.best
     registration = f"{uri}: {summary['champion']['reason']}."
     report = sweep.folder / "report.html"

@@ -32,7 +32,7 @@ from tuning.known_devices import known_device
 from tuning.ledger import Ledger, TrialRecord
 from tuning.orders import Orders
 from tuning.placement import this_node
-from tuning.plan_text import compare_with_run, describe_plan, describe_range, time_line
+from tuning.plan_text import compare_with_run, describe_plan, describe_range, time_lines
 from tuning.progress import clock, ranking, spending, where_time_went
 from tuning.spending import spent_so_far
 from tuning.sweep import KnownBase, ShortOfMemoryError, all_ended, run_sweep
@@ -41,6 +41,7 @@ from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
 from workflows.session import StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.best import averages_are_due, find_best
+from workflows.sweep.cost import HeldDevices, cost_summary, costs_of
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import holdout_is_due, measure_holdout
 from workflows.sweep.planning import as_measured, plan_on
@@ -64,7 +65,8 @@ def show_plan(sweep: SweepFolder, inputs: SweepInputs, device: Device | None) ->
 def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: float | None) -> None:
     """Print the plan of a sweep on cards such as `H100:2`, as ranges, and start nothing.
 
-    `price`: of a card and hour. Raises InputError for a card that is not known, and if no trial fits.
+    `price`: of a card and hour, in place of the space's. Raises InputError for a card that is not known, and
+    if no trial fits.
     """
     slow, quick, count = known_device(cards)
     if not sweep.space.wants_gpu:
@@ -72,6 +74,7 @@ def show_plan_on(sweep: SweepFolder, inputs: SweepInputs, cards: str, price: flo
     prepared = prepare(sweep, inputs, needs_weights=False)
     quick_plan, slow_plan = (plan_on(prepared, [device], count) for device in (quick, slow))
     space, words = prepared.space, inputs.sets.words
+    price = price or space.price_per_gpu_hour
     print(describe_range(space, *_longest(prepared), words, quick_plan, slow_plan, price))
 
 
@@ -80,7 +83,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
 
     Raises StoppedError if it was interrupted and can go on.
     """
-    hosts, prepared = started.hosts, prepare(sweep, inputs)
+    hosts, prepared, held = started.hosts, prepare(sweep, inputs), HeldDevices(sweep.folder, started.began)
     sweep = replace(sweep, space=prepared.space)
     devices = _found_devices(sweep, inputs, started)
     plan = plan_on(prepared, devices, started.num_devices())
@@ -110,11 +113,14 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             metrics["zero_shot_public_perplexity"] = min(zero_shot.perplexities.values())
             if measured and (timed := as_measured(plan, prepared, devices, hosts, started.began)) != plan:
                 plan = timed
-                print(time_line(plan, len(devices), ", by what the base alone took"), flush=True)
+                lines = time_lines(sweep.space, plan, len(devices), ", by what the base alone took")
+                print(*lines, sep="\n", flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
+            held.count(len(devices))
             records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
+            held.begin()
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
             holdout = measure_holdout(sweep, prepared, hosts, best)
@@ -122,11 +128,15 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             seconds = time.monotonic() - started.began
             work = _tell_how_it_went(sweep, hosts, plan, found, averages, seconds)
             stop_hosts(hosts)
+            held.count(len(devices))
             metrics |= found.metrics() | {"system/gpu_seconds": work["spent"]["gpu_seconds"]}
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
                 proof = partial(_proof, worker, prepared, best)
                 registered = register_best(sweep, prepared, found, tracker, ray.get(digest), proof)
+                costs = costs_of(sweep.space, held.count(1), plan.gpu_seconds)
+                metrics |= costs.metrics if costs else {}
+                work["cost"] = cost_summary(costs)
                 summary = {**summarise(sweep, found, tracker, registered), **work}
                 publish(sweep, prepared, summary, found, seconds, devices[0].name, tracker)
                 metrics["system/seconds"] = time.monotonic() - started.began
