@@ -177,6 +177,21 @@ def test_a_driver_of_sweeps_starts_without_peft():
     assert "peft" not in loaded_by("import tuning.sweep, workflows.sweep.run")
 
 
+def test_a_base_in_nf4_loads_without_torchs_compiler(tiny_base):
+    """No file of it: on a fresh machine they are read from a cold disk. Who wants it later has it."""
+    code = f"""
+import os, sys, torch
+from qlora.base.model import load_base
+from qlora.config import BaseModelSettings
+model = load_base(BaseModelSettings(name={str(tiny_base)!r}))
+print([name for name in sys.modules if name.startswith("torch._inductor.compile_fx")])
+twice = torch.compile(lambda x: 2 * x, backend="eager")
+print(twice(torch.ones(2)).tolist(), "TORCHDYNAMO_DISABLE" in os.environ)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-2:] == ["[]", "[2.0, 2.0] False"]
+
+
 @pytest.mark.ray
 def test_what_trials_are_handed_loads_nothing_heavy():
     """Else each of their processes would load what hosts need, all at once, while devices wait for them."""

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from qlora.base.device import compute_dtype, default_device, free_bytes
-from qlora.base.loading import from_pretrained, no_progress_bar
+from qlora.base.loading import from_pretrained, load_bitsandbytes, no_progress_bar
 from qlora.base.reference import BaseReference, check_has_weights, resolve_base, split_revision
 from qlora.base.rotary import fix_frequencies, positions_of_one_set
 from qlora.base.weights import LOADING_INFO, are_here, check_finite, check_loading, check_quantised
@@ -183,6 +183,7 @@ def load_base(settings: BaseModelSettings, device: torch.device | None = None) -
 
     Raises InputError if it can't, and for weights that are missing, left over or no finite numbers.
     """
+    load_bitsandbytes()
     reference = resolve_base(settings.name)
     config = load_config(settings.name)
     check_weights(settings, config)
