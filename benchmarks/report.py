@@ -12,22 +12,27 @@ from qlora.provenance import hardware, package_versions
 def print_report(
     benchmark: str,
     ours: float,
-    baseline: float,
+    baseline: float | None,
     unit: str,
     settings: dict[str, Any],
     *,
     higher_is_better: bool,
 ) -> None:
-    """Print the line. `ratio` says how many times faster ours is than the baseline."""
-    ratio = ours / baseline if higher_is_better else baseline / ours
+    """Print the line. `ratio` says how many times faster ours is than the baseline; both may be null.
+
+    `baseline`: None if it can't do the work.
+    """
+    ratio = None
+    if baseline is not None:
+        ratio = round(ours / baseline if higher_is_better else baseline / ours, 2)
     print(
         json.dumps(
             {
                 "benchmark": benchmark,
                 "ours": _rounded(ours),
-                "baseline": _rounded(baseline),
+                "baseline": None if baseline is None else _rounded(baseline),
                 "unit": unit,
-                "ratio": round(ratio, 2),
+                "ratio": ratio,
                 "settings": settings,
                 "versions": package_versions(),
                 "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),

@@ -168,6 +168,10 @@ def test_a_card_that_one_does_not_have_is_planned_for_as_a_range():
     money = re.search(r"money       ([\d.]+) to ([\d.]+) at 3.6 a card and hour; up to ([\d.]+) if", words)
     assert money and float(money[1]) == pytest.approx(plans[0].seconds * 2 * 3.6 / 3600, abs=0.005)
     assert float(money[1]) < float(money[2]) <= float(money[3])
+    unmeasured = "card        no A100-80G was measured; what follows holds if it is like H100 and H200"
+    assert unmeasured in words
+    measured = make_sweep_plan(chosen, TRAIN, PUBLIC, size, [known_device("H100")[0]], 1)
+    assert "measured" not in describe_range(chosen, TRAIN, PUBLIC, SHAPES, measured, measured)
     for unknown in ("GTX1080", "H100:0", "H100:", "H100:x", ":2"):
         with pytest.raises(InputError, match="is no known card; give one of H200, H100"):
             known_device(unknown)

@@ -6,6 +6,7 @@ from qlora.cost import Cost, in_money
 from qlora.data.prompts import EncodedExample, cut_in_words
 from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
+from tuning.known_devices import MEASURED
 from tuning.plan import Plan, gib
 from tuning.progress import clock
 from tuning.space import Space
@@ -59,6 +60,7 @@ def describe_range(
         *_work_lines(space, train, public, words),
         *_kind_lines(kind, name, False),
         f"disk        up to {gib(quick.disk_bytes)} of checkpoints, two a trial",
+        *_unmeasured(name),
         f"time        {least} to {likely} on {quick.num_devices} x {name}, going by its data sheet; "
         f"up to {most} if nothing is stopped",
         "cost        {:.0f} to {:.0f} GPU-seconds; up to {:.0f} if nothing is stopped".format(
@@ -72,6 +74,12 @@ def describe_range(
             f"money       {low} to {high} at {price:g} a card and hour; up to {highest} if nothing is stopped"
         )
     return "\n".join(lines)
+
+
+def _unmeasured(name: str) -> list[str]:
+    if name in MEASURED:
+        return []
+    return [f"card        no {name} was measured; what follows holds if it is like {' and '.join(MEASURED)}"]
 
 
 def time_lines(space: Space, plan: SweepPlan, num_there: int | None = None, source: str = "") -> list[str]:
