@@ -137,7 +137,7 @@ def measure_peft(
         [p for p in adapted.parameters() if p.requires_grad], lr=settings.learning_rate
     )
     batches = [examples[start : start + 16] for start in range(0, len(examples) - 15, 16)]
-    found = dict[int, dict[str, float]]()
+    found, last = dict[int, dict[str, float]](), 0.0
     for rows in _PEFT_ROWS:
         try:
             calls = [
@@ -145,13 +145,14 @@ def measure_peft(
             ]
             found[rows] = _measured(calls, _PEFT_WARM_UP, steps)
         except torch.cuda.OutOfMemoryError:
-            if rows == 1:
+            if rows == 1 and not found:
                 raise
             optimizer.zero_grad()
             torch.cuda.empty_cache()
             continue
-        if len(found) > 1 and found[rows]["tokens_per_second"] < found[2 * rows]["tokens_per_second"]:
+        if found[rows]["tokens_per_second"] < last:
             break  # fewer rows bring no more
+        last = found[rows]["tokens_per_second"]
     best = max(found, key=lambda rows: found[rows]["tokens_per_second"])
     rates = {rows: one["tokens_per_second"] for rows, one in found.items()}
     return {**found[best], "rows_a_pass": best, "tokens_per_second_by_rows": rates}

@@ -227,9 +227,8 @@ def draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
         for axes, key in zip(figure.subplots(1, 2, sharey=True), ("public", "unseen"), strict=True):
-            for (name, there), colour in zip(found.items(), _COLOURS, strict=False):
-                if not there:
-                    continue
+            groups = {name: there for name, there in found.items() if there}
+            for (name, there), colour in zip(groups.items(), itertools.cycle(_COLOURS), strict=False):
                 seconds, values = [one["gpu_seconds"] for one in there], [one[key] for one in there]
                 middle = statistics.median(values)
                 axes.scatter(seconds, values, color=colour, s=28, label=f"{name}: median {middle:.3f}")

@@ -18,9 +18,9 @@ def print_report(
     *,
     higher_is_better: bool,
 ) -> None:
-    """Print the line. `ratio` says how many times faster ours is than the baseline; both may be null.
+    """Print the line. `ratio` says how many times faster ours is than the baseline.
 
-    `baseline`: None if it can't do the work.
+    `baseline`: None if it can't do the work or was not asked to; then the ratio is null, too.
     """
     ratio = None
     if baseline is not None:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inference.pipeline import Pool, Work, generate_rows
+from inference.pipeline import Pool, Work, generate_rows, gpus_there
 from inference.predictions import Journal, beside, work_folder, write_predictions
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
-from qlora.cost import Cost, Costs
+from qlora.cost import Cost, Costs, HeldGpus
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.sources import Places
 from qlora.failpoints import durable
@@ -33,13 +33,15 @@ from qlora.files import remove_unfinished, write_json, write_text
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.provenance import package_versions
 
+_HELD = "held.json"  # what a job's GPUs have cost, over all of its runs
+
 
 @dataclass(frozen=True)
 class JobResult:
     """The result of a job.
 
     num_generated: rows that this run generated, which a resumed job has fewer of. scores: chrF, BLEU and
-    exact matches, if the input has outputs to compare with. costs: of this run, if it had GPUs.
+    exact matches, if the input has outputs to compare with. costs: of all runs, if they had GPUs.
     """
 
     num_rows: int
@@ -188,6 +190,8 @@ def run_job(
     }
     folder = work_folder(output)
     job_id = _job_id(folder, resume)
+    if not resume:
+        (folder / _HELD).unlink(missing_ok=True)
     journal = Journal(folder, settings, len(rows), resume=resume)
     if journal.damage:
         note(journal.damage)
@@ -195,15 +199,17 @@ def run_job(
     spent = _Spent(time.monotonic())
     if missing:
         pool = plan()
-        spent.hold(pool)
+        spent.workers = pool.num_workers
+        held = HeldGpus(folder / _HELD, time.monotonic(), gpus_there(pool))
         for report in generate_rows(work, rows, missing, pool):
             journal.append(report.results, report.engine)
             spent.add(report.seconds, report.num_tokens)
             num_done = journal.num_done - len(rows) + len(missing)
             reached = Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating))
-            progress(replace(reached, expected=spent.expect(reached.seconds_left, price_per_gpu_hour)))
+            progress(replace(reached, expected=_expect(held, gpus_there(pool), reached, price_per_gpu_hour)))
+        held.keep()
     seconds, generating = time.monotonic() - spent.began, spent.generating
-    costs = spent.costs(price_per_gpu_hour)
+    costs = HeldGpus(folder / _HELD, time.monotonic(), 0).costs(price_per_gpu_hour)
     engine = "; ".join(sorted(journal.engines)) or None
     scores = Scores()
 
@@ -248,8 +254,7 @@ class _Spent:
     """What a run spends on the rows that it generates.
 
     began, ready: when it did, and when its first engine began to generate (time.monotonic).
-    first_row_seconds: from the one to its first rows. workers: engines. gpus: that they hold, since `held`.
-    planned: the GPU-seconds that were expected when the first rows were done.
+    first_row_seconds: from the one to its first rows. workers: engines.
     """
 
     began: float
@@ -257,30 +262,6 @@ class _Spent:
     first_row_seconds: float | None = None
     num_tokens: int = 0
     workers: int = 0
-    gpus: int = 0
-    held: float = 0.0
-    planned: float | None = None
-
-    def hold(self, pool: Pool) -> None:
-        """Note that engines start, and with them the time that their GPUs are held."""
-        self.workers, self.gpus = pool.num_workers, pool.num_workers * pool.on_gpu
-        self.held = time.monotonic()
-
-    def expect(self, seconds_left: float, price_per_gpu_hour: float | None) -> Cost | None:
-        """Return what the GPUs will have cost when so many seconds have passed; None if there are none."""
-        if not self.gpus:
-            return None
-        gpu_seconds = self.gpus * (time.monotonic() - self.held + seconds_left)
-        if self.planned is None:
-            self.planned = gpu_seconds
-        return Cost(gpu_seconds, price_per_gpu_hour)
-
-    def costs(self, price_per_gpu_hour: float | None) -> Costs | None:
-        """Return what the GPUs have cost so far, and what was expected; None if there are none."""
-        measured = self.expect(0.0, price_per_gpu_hour)
-        if measured is None or self.planned is None:
-            return None
-        return Costs(measured, Cost(self.planned, price_per_gpu_hour))
 
     def add(self, seconds: float, num_tokens: int) -> None:
         """Count rows that are done: `seconds` since their engine began to generate, new tokens."""
@@ -293,6 +274,16 @@ class _Spent:
     def generating(self) -> float:
         """Return the seconds since the first engine began to generate; 0 if none did."""
         return max(0.0, time.monotonic() - self.ready)
+
+
+def _expect(held: HeldGpus, num_gpus: int, reached: Progress, price: float | None) -> Cost | None:
+    """Count the time that GPUs are held; returns what they will have cost in all, None if there are none."""
+    if not num_gpus:
+        return None
+    held.count(num_gpus)
+    gpu_seconds = held.gpu_seconds + num_gpus * reached.seconds_left
+    held.plan(gpu_seconds)
+    return Cost(gpu_seconds, price)
 
 
 def _job_id(folder: Path, resume: bool) -> str:

@@ -215,6 +215,11 @@ class Pool:
     on_gpu: bool
 
 
+def gpus_there(pool: Pool) -> int:
+    """Count the GPUs that engines of a pool hold on the nodes that there are now."""
+    return min(pool.num_workers, int(ray.cluster_resources().get("GPU", 0))) if pool.on_gpu else 0
+
+
 def _cpus_of_nodes() -> dict[str, int]:
     """Return the whole CPUs of each node that has any, by the node's id."""
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}

@@ -1,8 +1,18 @@
 """Owns what GPUs cost: GPU-seconds and, at a price of a GPU and hour, money in whatever currency that is."""
 
-from dataclasses import dataclass
+import math
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from qlora.config import InputError
+from qlora.files import read_json, write_json
 
 _SECONDS_OF_AN_HOUR = 3600
+_SECONDS_BETWEEN_WRITES = 5.0
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,9 @@ class Cost:
     @property
     def words(self) -> str:
         """Write GPU-seconds and, with a price, money."""
-        money = "" if self.money is None else f" ({in_money(self.money)})"
-        return f"{self.gpu_seconds:.0f} GPU-seconds{money}"
+        money, price = self.money, self.price_per_gpu_hour
+        priced = "" if money is None else f" ({in_money(money)} at {price:g} a card and hour)"
+        return f"{self.gpu_seconds:.0f} GPU-seconds{priced}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,59 @@ class Costs:
         return lines
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Holds what HeldGpus knows, as its file has it."""
+
+    gpu_seconds: float = 0.0
+    planned: float | None = None
+
+
+_KEPT = TypeAdapter(_Kept)
+
+
+class HeldGpus:
+    """Counts the time that work holds GPUs, each as a whole, in a file: all of its sittings add up.
+
+    planned: the GPU-seconds that were expected first; None until they are. Time counts from `since`
+    (time.monotonic), for `num_gpus` until that is told anew.
+    """
+
+    def __init__(self, path: Path, since: float, num_gpus: int):
+        self._path, self._since, self._num_gpus, self._written_at = path, since, num_gpus, -math.inf
+        kept = _Kept()
+        with suppress(FileNotFoundError, InputError, ValidationError):  # none yet, or damaged
+            kept = _KEPT.validate_python(read_json(path, ""))
+        self.gpu_seconds, self.planned = kept.gpu_seconds, kept.planned
+
+    def plan(self, gpu_seconds: float) -> None:
+        """Take what is expected of all sittings together, unless that is known from before."""
+        if self.planned is None:
+            self.planned = gpu_seconds
+
+    def count(self, num_gpus: int | None = None) -> None:
+        """Count the time since the last call, for so many GPUs, by default as many as then."""
+        self._num_gpus = self._num_gpus if num_gpus is None else num_gpus
+        now = time.monotonic()
+        self.gpu_seconds += self._num_gpus * (now - self._since)
+        self._since = now
+        if now - self._written_at > _SECONDS_BETWEEN_WRITES:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write what was counted."""
+        self._written_at = time.monotonic()
+        write_json(self._path, asdict(_Kept(self.gpu_seconds, self.planned)), "held GPUs")
+
+    def costs(self, price_per_gpu_hour: float | None) -> Costs | None:
+        """Return what was counted beside what was expected; None if no GPU was held, or nothing expected."""
+        if not self.gpu_seconds or self.planned is None:
+            return None
+        return Costs(Cost(self.gpu_seconds, price_per_gpu_hour), Cost(self.planned, price_per_gpu_hour))
+
+
 def in_money(amount: float) -> str:
     """Write an amount with two digits behind the point, or with two that count if it is small."""
-    return f"{amount:.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
+    if amount >= 0.1 or amount < 1e-6:
+        return f"{amount:.2f}"
+    return f"{amount:.{1 - math.floor(math.log10(amount))}f}"

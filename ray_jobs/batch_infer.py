@@ -99,15 +99,19 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
         facts = model_facts(work, uri, base_revision(model.base.name))
         if seen := trained_on_in_words(model, rows.all(), len(rows)):
             print(seen)
-        if not arguments.quiet:
-            show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
+
+        def start() -> "Pool":
+            if not arguments.quiet:
+                show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
+            return _pool(arguments, served.base.name)
+
         try:
             result = run_job(
                 work,
                 rows,
                 output.path,
                 facts,
-                lambda: _pool(arguments, served.base.name),
+                start,
                 resume=arguments.resume,
                 progress=show,
                 record=record,

@@ -185,11 +185,12 @@ from qlora.base.model import load_base
 from qlora.config import BaseModelSettings
 model = load_base(BaseModelSettings(name={str(tiny_base)!r}))
 print([name for name in sys.modules if name.startswith("torch._inductor.compile_fx")])
-twice = torch.compile(lambda x: 2 * x, backend="eager")
-print(twice(torch.ones(2)).tolist(), "TORCHDYNAMO_DISABLE" in os.environ)
+compiled = []
+twice = torch.compile(lambda x: 2 * x, backend=lambda graph, inputs: compiled.append(1) or graph)
+print(twice(torch.ones(2)).tolist(), len(compiled), "TORCHDYNAMO_DISABLE" in os.environ)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-2:] == ["[]", "[2.0, 2.0] False"]
+    assert run.stdout.splitlines()[-2:] == ["[]", "[2.0, 2.0] 1 False"]
 
 
 @pytest.mark.ray

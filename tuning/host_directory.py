@@ -85,6 +85,10 @@ class HostDirectory:
         """Count the devices that these trials are on, as far as they have come to one."""
         return len({self._places[trial_id] for trial_id in trial_ids if trial_id in self._places})
 
+    def num_hosts(self) -> int:
+        """Count the hosts, each of which has a device."""
+        return len(self._hosts)
+
     def begin(self, orders: list[Any]) -> None:
         """Have all hosts begin, those that are there and those to come. `orders`: see `Hosts`."""
         self._orders = orders
@@ -287,6 +291,13 @@ def why_no_node_is_fit(hosts: Hosts, shares: Mapping[str, float]) -> str:
     with suppress(ray.exceptions.RayError):
         return str(ray.get(hosts.directory.why_none_is_fit.remote(shares), timeout=_SECONDS_TO_TELL))
     return ""
+
+
+def num_hosts(hosts: Hosts) -> int | None:
+    """Count the hosts of a sweep, each of which has a device; None if it can't be told."""
+    with suppress(ray.exceptions.RayError):
+        return int(ray.get(hosts.directory.num_hosts.remote(), timeout=_SECONDS_TO_TELL))
+    return None
 
 
 def _is_dead(host: Any) -> bool:

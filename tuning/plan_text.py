@@ -69,7 +69,7 @@ def describe_range(
     ]
     if price is not None:
         of_a_second = quick.num_devices * price / 3600
-        low, high, highest = (f"{one * of_a_second:.2f}" for one in seconds)
+        low, high, highest = (in_money(one * of_a_second) for one in seconds)
         lines.append(
             f"money       {low} to {high} at {price:g} a card and hour; up to {highest} if nothing is stopped"
         )

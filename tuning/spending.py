@@ -23,21 +23,11 @@ _LONGEST_TURN = 60.0  # a machine that slept or stood still was not at work
 
 @dataclass(frozen=True)
 class Spent:
-    """Tells what trials of a sweep have spent so far. is_over: whether that was the budget.
-
-    other_device_seconds: that devices were held for it while no trial ran: at the start, and at the end. They
-    are no part of a budget.
-    """
+    """Tells what trials of a sweep have spent so far. is_over: whether that was the budget."""
 
     seconds: float = 0.0
     device_seconds: float = 0.0
     is_over: bool = False
-    other_device_seconds: float = 0.0
-
-    @property
-    def in_all(self) -> float:
-        """Return the seconds that devices were held, each counted as a whole."""
-        return self.device_seconds + self.other_device_seconds
 
 
 _SPENT = TypeAdapter(Spent)
@@ -49,14 +39,6 @@ def spent_so_far(folder: Path) -> Spent:
         return _SPENT.validate_python(read_json(folder / _FILE, ""))
     except (FileNotFoundError, InputError, ValidationError):
         return Spent()
-
-
-def spend_besides(folder: Path, device_seconds: float) -> Spent:
-    """Add seconds of devices that were held while no trial ran, and return what was spent so far."""
-    spent = spent_so_far(folder)
-    spent = replace(spent, other_device_seconds=spent.other_device_seconds + device_seconds)
-    write_json(folder / _FILE, asdict(spent))
-    return spent
 
 
 class SpendingClock(Stopper):

@@ -5,6 +5,7 @@ tuning.round_scheduler).
 """
 
 import itertools
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -116,3 +117,8 @@ class Budget(Settings):
         parts = [f"{self.minutes:g} minutes"] if self.minutes is not None else []
         parts += [f"{self.gpu_seconds:g} GPU-seconds"] if self.gpu_seconds is not None else []
         return " or ".join(parts)
+
+    def seconds(self, num_devices: int) -> float:
+        """Return the seconds until it is spent, on so many devices."""
+        of_minutes = math.inf if self.minutes is None else 60 * self.minutes
+        return min(of_minutes, math.inf if self.gpu_seconds is None else self.gpu_seconds / num_devices)

@@ -4,6 +4,7 @@ All trials ask Ray for the same share of a GPU, the one that the smallest kind h
 large as each kind allows.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,14 +105,16 @@ def make_sweep_plan(
                 raise InputError(error.where, f"on {name}: {error.problem}{mend}") from None
         return found
 
+    trials_seconds = math.inf if space.budget is None else space.budget.seconds(counts.total())
+    most = START_SECONDS + trials_seconds
     kinds = plan_kinds(space)
     if space.wants_gpu and len(kinds) > 1:
         trials = min(plan.trials for plan in kinds.values())
         kinds = plan_kinds(space.model_copy(update={"trials_per_gpu": trials}))
     return SweepPlan(
         kinds,
-        _together([plan.seconds for plan in kinds.values()]),
-        _together([plan.seconds_without_stopping for plan in kinds.values()]),
+        min(most, _together([plan.seconds for plan in kinds.values()])),
+        min(most, _together([plan.seconds_without_stopping for plan in kinds.values()])),
     )
 
 

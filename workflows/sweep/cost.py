@@ -1,39 +1,49 @@
-"""Owns what a sweep's GPUs cost from its start to its end: planned, and measured over all sittings."""
+"""Owns what a sweep's GPUs cost: planned, and measured over all of its sittings."""
 
+import os
 import time
-from pathlib import Path
 
-from qlora.cost import Cost, Costs
-from tuning.space import Space
-from tuning.spending import Spent, spend_besides
+from qlora.cost import Costs, HeldGpus
+from tuning.host_directory import Hosts, num_hosts
 from workflows.sweep.closing import PRICE
+from workflows.sweep.folder import SweepFolder
+
+_FILE = "held.json"
 
 
-class HeldDevices:
-    """Counts the time that a sweep holds devices while none of its trials runs, in its folder.
+class SweepCost:
+    """Counts the time that a sweep's hosts hold GPUs; nothing for a sweep on CPUs.
 
-    since: when that began (time.monotonic).
+    A GPU is held from the start of a Ray of one's own, or from when a cluster's first host has it, to the end
+    of the proof. Which hosts there are is asked whenever time is counted: `num_devices` to begin with.
     """
 
-    def __init__(self, folder: Path, since: float):
-        self._folder, self._since = folder, since
+    def __init__(self, sweep: SweepFolder, hosts: Hosts, began: float, num_devices: int):
+        since = time.monotonic() if os.environ.get("RAY_ADDRESS") else began
+        self._space, self._hosts = sweep.space, hosts
+        self._held = HeldGpus(sweep.folder / _FILE, since, num_devices)
 
-    def begin(self) -> None:
-        """Begin to count anew: trials ran until now, whose time counts by itself."""
-        self._since = time.monotonic()
+    def expect(self, gpu_seconds: float) -> None:
+        """Take what the whole sweep is expected to take, if it is not known from an earlier sitting."""
+        self._held.plan(gpu_seconds)
 
-    def count(self, num_devices: int) -> Spent:
-        """Count the time since the last call, for so many devices; returns all that was spent so far."""
-        since, self._since = self._since, time.monotonic()
-        return spend_besides(self._folder, (self._since - since) * num_devices)
+    def look(self) -> None:
+        """Count the time since the last look, for the hosts that there are."""
+        self._count(num_hosts(self._hosts))
 
+    def end(self, num_gpus: int | None = None) -> None:
+        """Count the time since the last look, by default for as many GPUs as then, and keep it."""
+        self._count(num_gpus)
+        if self._space.wants_gpu:
+            self._held.keep()
 
-def costs_of(space: Space, spent: Spent, planned_gpu_seconds: float) -> Costs | None:
-    """Return what a sweep has cost and was expected to; None if its trials ask for no GPU."""
-    if not space.wants_gpu:
-        return None
-    price = space.price_per_gpu_hour
-    return Costs(Cost(spent.in_all, price), Cost(planned_gpu_seconds, price))
+    def costs(self) -> Costs | None:
+        """Return what the sweep has cost; None on CPUs."""
+        return self._held.costs(self._space.price_per_gpu_hour)
+
+    def _count(self, num_gpus: int | None) -> None:
+        if self._space.wants_gpu:
+            self._held.count(num_gpus)
 
 
 def cost_summary(costs: Costs | None) -> dict[str, float | None] | None:

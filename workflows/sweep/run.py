@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
 from workflows.session import StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.best import averages_are_due, find_best
-from workflows.sweep.cost import HeldDevices, cost_summary, costs_of
+from workflows.sweep.cost import SweepCost, cost_summary
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import holdout_is_due, measure_holdout
 from workflows.sweep.planning import as_measured, plan_on
@@ -83,9 +83,10 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
 
     Raises StoppedError if it was interrupted and can go on.
     """
-    hosts, prepared, held = started.hosts, prepare(sweep, inputs), HeldDevices(sweep.folder, started.began)
+    hosts, prepared = started.hosts, prepare(sweep, inputs)
     sweep = replace(sweep, space=prepared.space)
     devices = _found_devices(sweep, inputs, started)
+    cost = SweepCost(sweep, hosts, started.began, len(devices))
     plan = plan_on(prepared, devices, started.num_devices())
     needs = _needs(sweep, inputs, plan)
     asked = check_nodes(started.shares, needs)
@@ -116,26 +117,25 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                 lines = time_lines(sweep.space, plan, len(devices), ", by what the base alone took")
                 print(*lines, sep="\n", flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
-            held.count(len(devices))
-            records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker)
+            cost.expect(plan.gpu_seconds)
+            records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker, cost)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
-            held.begin()
             worker = Worker(shares)  # which loads its libraries meanwhile
             best, averages = find_best(sweep, prepared, hosts, records)
             holdout = measure_holdout(sweep, prepared, hosts, best)
             found = Found(records, best, holdout, zero_shot, prepared.examples.prompt_of(best.record.config))
             seconds = time.monotonic() - started.began
             work = _tell_how_it_went(sweep, hosts, plan, found, averages, seconds)
+            cost.look()
             stop_hosts(hosts)
-            held.count(len(devices))
             metrics |= found.metrics() | {"system/gpu_seconds": work["spent"]["gpu_seconds"]}
             with _record_needed(sweep):
                 tracker.catch_up(_SECONDS_TO_CATCH_UP)
                 proof = partial(_proof, worker, prepared, best)
                 registered = register_best(sweep, prepared, found, tracker, ray.get(digest), proof)
-                costs = costs_of(sweep.space, held.count(1), plan.gpu_seconds)
-                metrics |= costs.metrics if costs else {}
+                cost.end(1)  # the proof's
+                metrics |= costs.metrics if (costs := cost.costs()) else {}
                 work["cost"] = cost_summary(costs)
                 summary = {**summarise(sweep, found, tracker, registered), **work}
                 publish(sweep, prepared, summary, found, seconds, devices[0].name, tracker)
@@ -152,6 +152,9 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             tracker.end(status, metrics, timeout_seconds=_SECONDS_TO_TELL)
         if kept is not None:
             wait_until_kept(kept, _SECONDS_TO_KEEP)
+        if status != "FINISHED":
+            with suppress(OSError):  # of a full disk
+                cost.end()
     sweep.finish(summary)
 
 
@@ -175,9 +178,10 @@ def _run_trials(
     known: KnownBase,
     num_devices: int,
     tracker: SweepTracker,
+    cost: SweepCost,
 ) -> list[TrialRecord]:
     try:
-        watch = _watch(sweep, hosts, shares)
+        watch = _watch(sweep, hosts, shares, cost)
         return run_sweep(
             sweep.space,
             hosts,
@@ -194,7 +198,7 @@ def _run_trials(
         raise StoppedError(f"{error}; with more of it, or fewer trials, {sweep.how_to_go_on}") from error
 
 
-def _watch(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -> Callable[[], None]:
+def _watch(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float], cost: SweepCost) -> Callable[[], None]:
     """Return a `go_on` that raises StoppedError, too, once only unfit nodes are left for a while."""
     looked = fit = time.monotonic()
 
@@ -205,6 +209,7 @@ def _watch(sweep: SweepFolder, hosts: Hosts, shares: dict[str, float]) -> Callab
         if now - looked < _SECONDS_BETWEEN_LOOKS:
             return
         looked = now
+        cost.look()
         if not (why := why_no_node_is_fit(hosts, shares)):
             fit = now
         elif now - fit > _SECONDS_WITHOUT_A_NODE:
