@@ -201,13 +201,17 @@ def run_job(
         pool = plan()
         spent.workers = pool.num_workers
         held = HeldGpus(folder / _HELD, time.monotonic(), gpus_there(pool))
-        for report in generate_rows(work, rows, missing, pool):
-            journal.append(report.results, report.engine)
-            spent.add(report.seconds, report.num_tokens)
-            num_done = journal.num_done - len(rows) + len(missing)
-            reached = Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating))
-            progress(replace(reached, expected=_expect(held, gpus_there(pool), reached, price_per_gpu_hour)))
-        held.keep()
+        try:
+            for report in generate_rows(work, rows, missing, pool):
+                journal.append(report.results, report.engine)
+                spent.add(report.seconds, report.num_tokens)
+                num_done = journal.num_done - len(rows) + len(missing)
+                reached = Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating))
+                cost = _expect(held, gpus_there(pool), reached, price_per_gpu_hour)
+                progress(replace(reached, expected=cost))
+        finally:
+            held.count()
+            held.keep()
     seconds, generating = time.monotonic() - spent.began, spent.generating
     costs = HeldGpus(folder / _HELD, time.monotonic(), 0).costs(price_per_gpu_hour)
     engine = "; ".join(sorted(journal.engines)) or None
