@@ -1,7 +1,7 @@
 """Best public and unseen perplexity of whole sweeps: ways to search beside that of wide.yaml, seed by seed.
 
     python benchmarks/live_search.py --out FOLDER --train FILE --public FILE --unseen FILE \\
-        [--ways wide stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1 52.5:4:1+1] [--gpus 2]
+        [--ways wide stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1 52.5:4:1+1+1,1+1+3] [--gpus 2]
 
 Each sweep is ray_jobs/tune.py, run whole in a process of its own with a home below --out, and stops by itself
 when its trials have spent its GPU-seconds. The unseen examples are its holdout. There is a lane a GPU. Its
@@ -51,17 +51,17 @@ _COLOURS = ("#7f8c8d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 
 @dataclass(frozen=True)
 class Budget:
-    """GPU-seconds that a sweep may spend, and the trials of `stages` and their epochs that fit into them."""
+    """GPU-seconds that a sweep may spend; trials of `stages` that fit into them, and choices of epochs."""
 
     gpu_seconds: float
     trials: int
-    epochs: str
+    epochs: tuple[str, ...]
 
     @classmethod
     def of(cls, words: str) -> "Budget":
-        """Read SECONDS:TRIALS:EPOCHS. Raises ValueError."""
+        """Read SECONDS:TRIALS:EPOCHS[,EPOCHS]. Raises ValueError."""
         seconds, trials, epochs = words.split(":")
-        return cls(float(seconds), int(trials), epochs)
+        return cls(float(seconds), int(trials), tuple(epochs.split(",")))
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,16 @@ class Sweep:
     out: Path
 
     @property
+    def label(self) -> str:
+        """Return what it is called beside those of other ways and budgets, whatever their seeds."""
+        epochs = " and ".join(self.budget.epochs)
+        fitting = f"{self.budget.trials} x {epochs}, " if self.way == "stages" else ""
+        return f"{self.way}, {fitting}{self.budget.gpu_seconds:g} s"
+
+    @property
     def name(self) -> str:
-        """Return what it is called."""
-        epochs = self.budget.epochs.replace("+", "-")  # names have no other marks
+        """Return what its folders are called."""
+        epochs = "_".join(self.budget.epochs).replace("+", "-")  # names have few other marks
         fitting = f"-{self.budget.trials}-of-{epochs}" if self.way == "stages" else ""
         return f"{self.way}-{self.seed}-{self.budget.gpu_seconds:g}s{fitting}"
 
@@ -88,7 +95,7 @@ class Sweep:
     @property
     def changes(self) -> list[str]:
         """Return what it changes of wide.yaml by its way and its budget."""
-        trials, epochs = self.budget.trials, f'search.epochs={{choice: ["{self.budget.epochs}"]}}'
+        trials, epochs = self.budget.trials, f"search.epochs={{choice: {list(self.budget.epochs)}}}"
         fitting = [f"num_samples={trials}", epochs] if self.way == "stages" else []
         return [*WAYS[self.way], *fitting, f"budget={{gpu_seconds: {self.budget.gpu_seconds}}}"]
 
@@ -190,23 +197,22 @@ def _run(sweep: Sweep, gpu: int, arguments: argparse.Namespace) -> int:
 
 def _compare(sweeps: Sequence[Sweep], arguments: argparse.Namespace) -> None:
     """Print median, mean and spread of each way and budget, and the line that benchmarks end with."""
-    medians = dict[tuple[float, str, str], float]()
+    medians = dict[tuple[Budget, str, str], float]()
     found = dict[str, list[dict[str, Any]]]()
     for budget, way in itertools.product(arguments.budgets, arguments.ways):
-        name = f"{way}, {budget.gpu_seconds:g} s"
-        there = [
-            one for one in map(figures, (s for s in sweeps if (s.way, s.budget) == (way, budget))) if one
-        ]
-        found[name] = there
-        for key in ("public", "unseen") if there else ():
+        those = [sweep for sweep in sweeps if (sweep.way, sweep.budget) == (way, budget)]
+        if not (there := [one for one in map(figures, those) if one]):
+            continue
+        found[name := those[0].label] = there
+        for key in ("public", "unseen"):
             values = [one[key] for one in there]
-            medians[budget.gpu_seconds, way, key] = statistics.median(values)
+            medians[budget, way, key] = statistics.median(values)
             spread = f"{statistics.mean(values):.4f} +- {statistics.pstdev(values):.4f}"
             median = f"median {statistics.median(values):.4f}"
-            print(f"{name:<15} {key:<7} {median}, mean {spread}, {len(values)} sweeps")
+            print(f"{name:<30} {key:<7} {median}, mean {spread}, {len(values)} sweeps")
     if arguments.picture:
         draw(found, arguments.picture)
-    most = max(budget.gpu_seconds for budget in arguments.budgets)
+    most = max(arguments.budgets, key=lambda budget: budget.gpu_seconds)
     first, last = (medians.get((most, way, "public")) for way in (arguments.ways[0], arguments.ways[-1]))
     if len(arguments.ways) > 1 and first is not None and last is not None:
         print_report(
@@ -225,16 +231,17 @@ def draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     `found` holds the figures of sweeps by what they are called in the legend.
     """
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
+        longest = max((one["gpu_seconds"] for there in found.values() for one in there), default=1)
+        figure = Figure(figsize=(8, 3.6 + 0.2 * len(found)), dpi=150, layout="constrained")
         for axes, key in zip(figure.subplots(1, 2, sharey=True), ("public", "unseen"), strict=True):
-            groups = {name: there for name, there in found.items() if there}
-            for (name, there), colour in zip(groups.items(), itertools.cycle(_COLOURS), strict=False):
+            for (name, there), colour in zip(found.items(), itertools.cycle(_COLOURS), strict=False):
                 seconds, values = [one["gpu_seconds"] for one in there], [one[key] for one in there]
                 middle = statistics.median(values)
-                axes.scatter(seconds, values, color=colour, s=28, label=f"{name}: median {middle:.3f}")
+                axes.scatter(seconds, values, color=colour, s=28, label=name)
                 axes.hlines(middle, min(seconds) - 3, max(seconds) + 3, color=colour, linewidth=1.5)
-            axes.set(xlabel="GPU-seconds of trials", title=f"{key} examples", xlim=(0, None))
-            axes.legend(frameon=False, fontsize=8)
+                axes.text(max(seconds) + 4, middle, f"{middle:.3f}", color=colour, va="center", fontsize=8)
+            axes.set(xlabel="GPU-seconds of trials", title=f"{key} examples", xlim=(0, longest * 1.15))
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
         figure.axes[0].set_ylabel("perplexity of the sweep's best")
         figure.savefig(path)
 
@@ -250,10 +257,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train-examples", type=int, help="only the first so many")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["wide", "stages"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    both = [Budget(105, 6, "1+1+1"), Budget(52.5, 4, "1+1")]
+    both = [Budget.of("105:6:1+1+1"), Budget.of("52.5:4:1+1")]
     budgets = "GPU-seconds of a sweep; trials of `stages` that they are enough for, and their epochs"
     parser.add_argument(
-        "--budgets", nargs="+", type=Budget.of, default=both, metavar="SECONDS:TRIALS:EPOCHS", help=budgets
+        "--budgets",
+        nargs="+",
+        type=Budget.of,
+        default=both,
+        metavar="SECONDS:TRIALS:EPOCHS[,EPOCHS]",
+        help=budgets,
     )
     parser.add_argument("--gpus", type=int, default=1, help="lanes, one a GPU")
     parser.add_argument("--overlap", type=float, help="seconds behind a budget after which the next begins")

@@ -81,8 +81,7 @@ class PassSize:
         num_tokens = layout.num_tokens
         num_prefix_tokens = int(prefixes.sum())
         prefix_tokens = _up_to(num_prefix_tokens, 64)
-        grain = max(128, 2 ** (num_tokens.bit_length() - 5))
-        tokens = _up_to(num_tokens + prefix_tokens - num_prefix_tokens, grain)
+        tokens, answers = rounded_up(num_tokens, len(layout.targets_A), prefix_tokens - num_prefix_tokens)
         tail = tokens - num_tokens
         # Lengths of stretches are limits of a kernel's grid, where what is empty costs nearly nothing.
         longest_row = _power_of_2(max(int(rows.max()), tail, 1024))
@@ -90,7 +89,7 @@ class PassSize:
         has_window = getattr(bank.model.config.get_text_config(), "sliding_window", None) is not None
         return cls(
             tokens=tokens,
-            answers=_up_to(len(layout.targets_A), tokens // 4),
+            answers=answers,
             rows=_up_to(len(rows) + 1, 32),
             parts=_power_of_2(len(in_parts)),
             prefix_tokens=prefix_tokens,
@@ -121,6 +120,16 @@ class PassSize:
             # What is left of the prefixes' places are the tail's, which has one prefix.
             and self.prefix_tokens - int(prefixes.sum()) <= min(tail, self.longest_prefix)
         )
+
+
+def rounded_up(num_tokens: int, num_answers: int, num_padding: int = 0) -> tuple[int, int]:
+    """Round the tokens and scored positions of a pass up to those that a recording has room for.
+
+    `num_padding`: tokens that are needed besides, whatever the rounding.
+    """
+    grain = max(128, 2 ** (num_tokens.bit_length() - 5))
+    tokens = _up_to(num_tokens + num_padding, grain)
+    return tokens, _up_to(num_answers, tokens // 4)
 
 
 def buffer_fields(size: PassSize) -> dict[str, tuple[Any, int, int]]:

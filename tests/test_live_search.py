@@ -28,24 +28,26 @@ def test_rows_are_drawn_by_their_seed():
 
 def test_every_way_is_a_sound_space(tmp_path):
     spaces = {
-        way: load_space("search_spaces/wide.yaml", Sweep(way, 1, Budget.of("52.5:3:1+1"), tmp_path).changes)
+        way: load_space(
+            "search_spaces/wide.yaml", Sweep(way, 1, Budget.of("52.5:3:1+1,1+1+3"), tmp_path).changes
+        )
         for way in WAYS
     }
     assert {way: space.num_trials for way, space in spaces.items()} == {"wide": 16, "prior": 16, "stages": 3}
     assert {space.budget.gpu_seconds for space in spaces.values()} == {52.5}
-    assert spaces["stages"].values("epochs") == ["1+1"]
+    assert spaces["stages"].values("epochs") == ["1+1", "1+1+3"]
     assert spaces["wide"].searcher.type == "random"
 
 
 def test_a_sweep_has_a_name_that_commands_take_and_that_tells_stages_apart(tmp_path):
-    words = ["105:6:1+1+1", "105:6:3", "105:7:1+1+1", "52.5:6:1+1"]
+    words = ["105:6:1+1+1", "105:6:1+1+1,3", "105:6:3", "105:7:1+1+1", "52.5:6:1+1"]
     names = [Sweep("stages", 1, Budget.of(budget), tmp_path).name for budget in words]
     assert [folder_name(name) for name in names] == names
     assert len(set(names)) == len(names)
 
 
 def test_figures_are_those_of_the_summary(tmp_path):
-    sweep = Sweep("stages", 2, Budget(105, 7, "1+1+1"), tmp_path)
+    sweep = Sweep("stages", 2, Budget(105, 7, ("1+1+1",)), tmp_path)
     assert (sweep.summary(), figures(sweep)) == (None, {})
     sweep.results.mkdir(parents=True)
     content = {

@@ -7,12 +7,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CONFIGS, command, finished, random_examples, tiny_model
 from ray.tune.schedulers import TrialScheduler
 from test_training import tiny_bank
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.config import InputError, TrialSettings
+from qlora.lora.bank import AdapterBank
+from qlora.packed.attention import use_packed_attention
+from qlora.training import Training
 from tuning.device import Device, this_device
 from tuning.known_devices import KNOWN, known_device
 from tuning.model_size import model_size
@@ -50,6 +54,46 @@ def test_a_models_parameters_are_counted(family):
     assert size.adapter_parameters(targets) == sum(
         m.numel() for m in tiny_bank(family).attach(targets).matrices().values()
     )
+
+
+def test_what_a_pass_keeps_is_counted():
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    bank = AdapterBank(LlamaForCausalLM(config).requires_grad_(False).eval(), "tiny")
+    use_packed_attention(bank.model)
+    one = random_examples(1, shared=20)[0]
+    examples = [replace(one, id=str(number)) for number in range(16)]
+    training = Training(bank, examples, TrialSettings(lora_r=16, batch_size=16, epochs=1))
+    own = {tensor.untyped_storage().data_ptr() for tensor in bank.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        training.advance(10_000)
+    planned = make_plan(
+        space(search={"lora_r": {"choice": [16]}}, trial={"batch_size": 16}, num_samples=1),
+        examples, PUBLIC, model_size(config), Device("cpu", 8 << 30, 1e11),
+    ).activation_bytes  # fmt: skip
+    beside = planned / (config.num_hidden_layers + 1)  # one layer's gradients, which nobody keeps
+    assert 0.9 < sum(kept.values()) / (planned - beside) < 1.1
+
+
+def test_recordings_of_rounded_sizes_are_counted_and_so_is_what_liger_saves():
+    size, card = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14, has_bfloat16=True)
+    launched = replace(size, linear=size.linear * 2 * 10**6)
+    fused = replace(card, fuses_mlp=True)
+    needed = [
+        make_plan(space(), TRAIN, PUBLIC, size_, device).activation_bytes
+        for size_, device in ((size, card), (launched, card), (launched, fused))
+    ]
+    assert needed[0] > needed[1] > needed[2]
 
 
 def test_more_memory_means_more_trials_up_to_a_limit():

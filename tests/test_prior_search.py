@@ -34,6 +34,17 @@ def test_draws_are_around_the_expected_size_and_favour_long_schedules():
     assert sum(epochs) / 200 > 3  # 2.6 in the space
 
 
+def test_where_none_is_stopped_epochs_take_turns():
+    space = load_space(
+        "search_spaces/wide.yaml",
+        ["searcher={type: prior}", "scheduler={type: fifo}", 'search.epochs={choice: [2, "1+1+1", "1+1+3"]}'],
+    )
+    for num_trials in (3, 8):
+        epochs = [config["epochs"] for config in drawn(PriorSearcher(space, base_width=576), num_trials)]
+        counts = [epochs.count(choice) for choice in space.values("epochs")]
+        assert sum(counts) == num_trials and max(counts) - min(counts) <= 1
+
+
 def test_a_wider_base_gets_lower_rates():
     medians = []
     for width in (576, 4096):

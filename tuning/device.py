@@ -21,6 +21,7 @@ class Device:
 
     free_bytes: memory that is free there. speed: operations a second in products of matrices, in bfloat16 if
     it has that. bandwidth: bytes a second that are read and written. num_cpus: that Ray gives trials there.
+    fuses_mlp: Liger's kernels are there, which keep less of a gated MLP.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Device:
     name: str = ""
     bandwidth: float = math.inf
     num_cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
+    fuses_mlp: bool = False
 
 
 def this_device(kind: str | None = None) -> Device:
@@ -40,6 +42,7 @@ def this_device(kind: str | None = None) -> Device:
     import torch
 
     from qlora.base.device import compute_dtype, default_device, free_bytes
+    from qlora.base.fused import has_liger
 
     device = torch.device(kind) if kind else default_device()
     dtype = compute_dtype(BaseModelSettings(), device)
@@ -54,6 +57,7 @@ def this_device(kind: str | None = None) -> Device:
         dtype == torch.bfloat16,
         hardware(device.type),
         2 * a.nbytes / copy,
+        fuses_mlp=device.type == "cuda" and has_liger(),
     )
 
 

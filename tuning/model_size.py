@@ -14,7 +14,8 @@ class ModelSize:
     """A base in numbers.
 
     linear: parameters of its linear layers, without the head; other: of the rest. layers: (inputs, outputs)
-    of each linear layer. kept_numbers: what a token leaves behind in a training pass, for the backward.
+    of each linear layer. norm_width, attention_width, mlp_width: numbers of a token, over all layers, that
+    norms take, that attention takes and gives, and that are inside the MLPs.
     """
 
     linear: int
@@ -23,7 +24,9 @@ class ModelSize:
     vocabulary: int
     hidden: int
     num_layers: int
-    kept_numbers: int
+    norm_width: int
+    attention_width: int
+    mlp_width: int
 
     def adapter_parameters(self, settings: TrialSettings) -> int:
         """Count the parameters of a trial's adapter."""
@@ -33,6 +36,10 @@ class ModelSize:
             if is_targeted(name, settings.target_modules)
         )
         return settings.lora_r * widths
+
+    def adapted_layers(self, settings: TrialSettings) -> int:
+        """Count the linear layers that a trial adapts."""
+        return sum(is_targeted(name, settings.target_modules) for name in self.layers)
 
     @property
     def layer_widths(self) -> int:
@@ -52,17 +59,7 @@ def model_size(config: Any) -> ModelSize:
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
         num_layers=shape.num_layers,
-        kept_numbers=shape.num_layers
-        * _kept_of_a_layer(text, shape.num_heads, shape.num_kv_heads, shape.head_dim),
+        norm_width=shape.num_layers * 2 * text.hidden_size,
+        attention_width=shape.num_layers * 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim,
+        mlp_width=shape.num_layers * getattr(text, "intermediate_size", 4 * text.hidden_size),
     )
-
-
-def _kept_of_a_layer(text: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Count the numbers that a layer keeps of a token for its backward.
-
-    Both norms' inputs and outputs, queries, keys, values, attention's output, and gate, up and their product.
-    """
-    norms = 4 * text.hidden_size
-    attention = 2 * (num_heads + num_kv_heads) * head_dim
-    mlp = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size)
-    return norms + attention + mlp

@@ -1,13 +1,15 @@
 """Owns the plan: what a sweep is about to need, in numbers, before anything starts.
 
-Memory is counted, not guessed: base, adapters with gradients and Adam's two moments, and what a layer keeps
-of a token for its backward. Time is estimated by tuning.plan_time.
+Memory is counted, not guessed: base, adapters with gradients and Adam's two moments, what layers keep of a
+token for their backward, and logits. Passes that are recorded have rounded sizes (qlora.pass_buffers).
+Time is estimated by tuning.plan_time.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qlora.base.device import CPU_PASS_TOKENS
@@ -15,17 +17,21 @@ from qlora.config import InputError, TrialSettings
 from qlora.data.prompts import EncodedExample
 from qlora.lora.bank import unknown_targets
 from qlora.lora.products import MAX_GPU_RANK
+from qlora.lora.tables import padded_rank
 from qlora.packed.packing import whole_group
+from qlora.pass_buffers import rounded_up
+from qlora.recorded_passes import launch_bound_tokens
 from tuning.device import Device
 from tuning.model_size import ModelSize
-from tuning.plan_time import answer_share, expected_seconds
+from tuning.plan_time import expected_seconds
 from tuning.space import Space
 
 _ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
 _CHECKPOINT_BYTES = 12  # a parameter: weight and two moments
 _CHECKPOINTS = 2  # of a trial on disk
 _NF4_BYTES = 0.516  # a parameter: half a byte, and doubly quantised scales for blocks of 64
-_SLACK = 1.15  # of activations: what kernels need while they work, and what an allocator can't use
+_LOGIT_BYTES = 12  # float32, in a backward: their log-softmax, its gradient and their own
+_SLACK = 1.1  # of activations, where room is looked for: what an allocator can't use
 _USABLE = 0.9  # of free memory
 _GPU_PASS_TOKENS = 24576  # more of them make no kernel faster
 _MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
@@ -85,11 +91,9 @@ def make_plan(
     middling = of_parameter * statistics.fmean(
         map(size.adapter_parameters, _settings_by_rank(space, statistics.fmean))
     )
-    # Of scored tokens, logits in the model's dtype and their gradient, and float32 logits and theirs.
-    logits = answer_share(train) * size.vocabulary * (2 * width + 8)
-    token = _SLACK * (size.kept_numbers * width + logits)
     step, longest = step_tokens(space, train), max(example.num_tokens for example in train)
-    least = base + adapter + int(min(step, longest) * token)
+    activations = partial(_activation_bytes, space, train, size, device, width)
+    least = base + adapter + int(activations(min(step, longest)))
     if least > free:
         raise InputError(
             "base_model",
@@ -102,7 +106,9 @@ def make_plan(
             _MOST_TRIALS, -(-space.num_trials // (num_devices + num_others))
         )  # no device idles while another is crowded
         trials = _fitting(
-            most, lambda count: base + count * adapter + min(count, 2) * step * token, _USABLE * free
+            most,
+            lambda count: base + count * adapter + _SLACK * activations(min(count, 2) * step),
+            _USABLE * free,
         )
     elif (needed := least + (trials - 1) * adapter) > free:
         raise InputError(
@@ -110,10 +116,11 @@ def make_plan(
             f"{trials} trials need {gib(needed)} on a device, but {gib(free)} are free; lower it, "
             "or set it to auto",
         )
-    room = int((_USABLE * free - base - trials * adapter) / token)
     largest = _largest_pass(space, train, trials)
-    most_tokens = _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS
-    budget = space.budget_tokens or max(min(room, largest, most_tokens), longest)
+    most_tokens = min(largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS)
+    token = _SLACK * activations(most_tokens) / most_tokens
+    room = int((_USABLE * free - base - trials * adapter) / token)
+    budget = space.budget_tokens or max(min(room, most_tokens), longest)
     seconds, unstopped = expected_seconds(
         space, train, public, size, device, step_tokens=step, side_by_side=trials, num_devices=num_devices
     )
@@ -121,7 +128,7 @@ def make_plan(
         base_bytes=base,
         adapter_bytes=adapter,
         mean_adapter_bytes=int(middling),
-        activation_bytes=int(min(budget, largest) * token),
+        activation_bytes=int(activations(min(budget, largest))),
         budget_tokens=budget,
         trials=trials,
         disk_bytes=_CHECKPOINTS * space.num_trials * adapter * _CHECKPOINT_BYTES // _ADAPTER_BYTES,
@@ -195,6 +202,39 @@ def _largest_pass(space: Space, train: Sequence[EncodedExample], trials: int) ->
     return math.ceil(
         trials * step_tokens(space, train) + 3 * deviation * math.sqrt(trials * _batch_size(space))
     )
+
+
+def _activation_bytes(
+    space: Space, train: Sequence[EncodedExample], size: ModelSize, device: Device, width: int, tokens: int
+) -> float:
+    """Count the memory of a training pass of so many stream tokens, beside base and adapters.
+
+    Layers keep what their backward reads: the inputs and outputs of norms; queries, keys, values and
+    attention's output, on a CPU with every head's keys and values besides; gate, up and their product, and
+    the activated gate unless that is fused; of adapters, what A gives. Beside it stand one layer's gradients.
+    """
+    is_on_gpu = device.kind == "cuda"
+    settings = _settings_by_rank(space, max)
+    low_width = max(padded_rank(one.lora_r) * size.adapted_layers(one) for one in settings)
+    kept = (
+        2 * size.norm_width
+        + (1 if is_on_gpu else 3) * size.attention_width
+        + (3 if device.fuses_mlp else 4) * size.mlp_width
+        + low_width
+    )
+    answers = _scored(space, train, tokens)
+    if is_on_gpu and tokens <= launch_bound_tokens(size.linear / len(size.layers)):
+        tokens, answers = rounded_up(tokens, answers)
+    logits = answers * size.vocabulary * _LOGIT_BYTES
+    return tokens * kept * width * (1 + 1 / size.num_layers) + logits
+
+
+def _scored(space: Space, train: Sequence[EncodedExample], tokens: int) -> int:
+    """Estimate the answers' tokens in so many stream tokens, in a thousand passes' fullest."""
+    counts = [example.num_scored for example in train]
+    examples = tokens / step_tokens(space, train) * min(_batch_size(space), len(train))
+    fullest = examples * statistics.fmean(counts) + 3 * math.sqrt(examples) * statistics.pstdev(counts)
+    return min(math.ceil(fullest), tokens)
 
 
 def _settings_by_rank(space: Space, of_ranks: Callable[[list[Any]], float]) -> list[TrialSettings]:

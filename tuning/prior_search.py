@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 
 from tuning.objective import METRIC
 from tuning.space import Space, tune_space
+from tuning.strategy import NoEarlyStopping
 
 _BEST_SIZE = 16.0  # expected of learning rate x alpha^(2/3), times the base's width
 _ALPHA_POWER = 2 / 3
@@ -31,6 +32,7 @@ class PriorSearcher(Searcher):
 
     A draw is one of several plain ones, chosen with weights that are normal in the logarithm of the update's
     size. Their centre moves from the expected size to that of the best trial so far, rungs counted like ends.
+    Where no trial is stopped early, a choice of epochs is taken in turn, so that each has its trials.
     `base_width`: hidden size of the base. Draws depend on the seed, their number and the results before them.
     """
 
@@ -38,6 +40,7 @@ class PriorSearcher(Searcher):
         super().__init__(METRIC, "min")
         self._space, self._domains = space, tune_space(space)
         self._expected = math.log(_BEST_SIZE / base_width)
+        self._turns = _choices_in_turn(space, "epochs")
         self._drawn = dict[str, Mapping[str, Any]]()
         self._lowest = dict[str, float]()  # perplexity of each trial
         self._whole = set[str]()  # trials that did their whole schedule
@@ -52,9 +55,10 @@ class PriorSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Draw the next configuration."""
         random = np.random.default_rng((self._space.seed, self._count))
+        turn = {key: choices[self._count % len(choices)] for key, choices in self._turns.items()}
         self._count += 1
         candidates = [
-            {key: domain.sample(random_state=random) for key, domain in self._domains.items()}
+            {key: domain.sample(random_state=random) for key, domain in self._domains.items()} | turn
             for _ in range(_CANDIDATES)
         ]
         place = 0
@@ -98,3 +102,9 @@ class PriorSearcher(Searcher):
     def _log_size(self, config: Mapping[str, Any]) -> float:
         settings = self._space.trial_settings(dict(config))
         return math.log(settings.learning_rate) + _ALPHA_POWER * math.log(settings.lora_alpha)
+
+
+def _choices_in_turn(space: Space, key: str) -> dict[str, list[Any]]:
+    """Return the choices of a setting by its key; empty where it has none, or weak trials are stopped."""
+    choices = space.search.get(key, {}).get("choice")
+    return {key: choices} if choices and isinstance(space.scheduler, NoEarlyStopping) else {}

@@ -48,7 +48,7 @@ def fuse_for_training(model: Any) -> None:
     this process get it.
     """
     fuse_norms(model)
-    if importlib.util.find_spec("liger_kernel") is None:
+    if not has_liger():
         _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -63,6 +63,11 @@ def fuse_for_training(model: Any) -> None:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+
+
+def has_liger() -> bool:
+    """Tell whether Liger's kernels are installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def _turns_whole_heads(config: Any) -> bool:
