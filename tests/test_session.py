@@ -162,6 +162,25 @@ session.run(main)
     assert {address for _, address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
+@pytest.mark.ray
+def test_a_local_ray_starts_no_worker_before_one_is_asked_for():
+    """Ray would start one a core, and none of them could do any work here: see workflows.session."""
+    script = """
+import time
+import psutil
+from workflows import session
+session._prepare_environment()
+session.connect_ray()
+time.sleep(3)
+workers = [one for one in psutil.Process().children(recursive=True) if one.name() in ("ray::IDLE", "python")]
+print(sum("default_worker.py" in " ".join(one.cmdline()) or one.name() == "ray::IDLE" for one in workers))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
 def test_the_process_keeps_its_random_state(tiny_base, tmp_path, tokenizer):
     """Training, serving, searching, sampling, measuring: none of it moves what callers draw from."""
     with torch.random.fork_rng([]):

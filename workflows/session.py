@@ -188,6 +188,8 @@ def connect_ray() -> dict[str, float]:
                 address="local",
                 include_dashboard=False,
                 runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+                # Those have no such environment, so none of them is ever used; it would be one a core.
+                _system_config={"prestart_worker_first_driver": False},
                 **quiet,
             )
             node: Any = ray._private.worker._global_node
