@@ -174,6 +174,38 @@ def test_a_pass_is_replayed_in_a_larger_recording_until_its_size_is_common(monke
     assert found == pytest.approx([*launched, *(3 * launched[:54])], rel=0.03)
 
 
+def test_the_memory_of_training_is_what_the_plan_counts():
+    from qlora.lora.bank import load_bank
+    from tuning.device import this_device
+    from tuning.model_size import model_size
+    from tuning.plan import make_plan
+    from tuning.space import load_space
+
+    changes = [
+        "trials_per_gpu=4",
+        "num_samples=4",
+        "search.lora_r={choice: [32]}",
+        "search.epochs={choice: [9]}",
+    ]
+    space = load_space("search_spaces/wide.yaml", changes)
+    before = torch.cuda.memory_allocated()
+    bank = load_bank(space.base_model)
+    one = random_examples(1, shared=100, vocabulary=40_000)[0]
+    train = [replace(one, id=str(number), answer=one.answer * 6) for number in range(64)]
+    plan = make_plan(space, train, train[:4], model_size(bank.model.config), this_device("cuda"))
+    trials = [
+        Training(
+            bank, train, space.trial_settings({"lora_r": 32, "lora_dropout": 0.1, "epochs": 9, "seed": seed})
+        )
+        for seed in range(4)
+    ]
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2 * trials[0].timetable.steps_per_epoch):
+        advance_together(trials, plan.budget_tokens)
+    measured = torch.cuda.max_memory_allocated() - before
+    assert measured == pytest.approx(plan.peak_bytes, rel=0.1)
+
+
 def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch):
     """A step's small remainder is not recorded beside its large passes; a trial that stays behind is recorded
     again.

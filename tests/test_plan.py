@@ -1,15 +1,12 @@
 """The plan counts what is there, finds room for trials, and refuses what can't fit before anything starts."""
 
-import random
 import re
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CONFIGS, command, finished, random_examples, tiny_model
-from ray.tune.schedulers import TrialScheduler
 from test_training import tiny_bank
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +19,6 @@ from tuning.known_devices import KNOWN, known_device
 from tuning.model_size import model_size
 from tuning.plan import make_plan
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
-from tuning.plan_time import let_through
 from tuning.space import Space
 from tuning.sweep_plan import make_sweep_plan
 
@@ -184,20 +180,6 @@ def test_this_device_is_looked_at():
     assert device.kind == "cpu"
     assert device.free_bytes > 1 << 20
     assert 1e8 < device.speed < 1e15
-
-
-def test_survivors_of_a_rung_are_those_of_asha():
-    """Trials in random order, told one after another as Ray Tune tells its ASHA, a thousand times."""
-    from ray.tune.schedulers.async_hyperband import _Bracket
-
-    generator, passed = random.Random(0), 0
-    for _ in range(1000):
-        bracket = _Bracket(1, 100, 4, 0, stop_last_trials=True)
-        passed += sum(
-            bracket.on_result(SimpleNamespace(trial_id=str(n)), 1, generator.random()) != TrialScheduler.STOP
-            for n in range(16)
-        )
-    assert let_through(16, 4) == pytest.approx(passed / 1000, rel=0.05)
 
 
 def test_a_card_that_one_does_not_have_is_planned_for_as_a_range():

@@ -16,12 +16,11 @@ from ray.tune.search import Searcher
 
 from tuning.objective import METRIC
 from tuning.space import Space, tune_space
-from tuning.strategy import NoEarlyStopping
+from tuning.strategy import EPOCHS_POWER, NoEarlyStopping
 
 _BEST_SIZE = 16.0  # expected of learning rate x alpha^(2/3), times the base's width
 _ALPHA_POWER = 2 / 3
 _SPREAD = 0.5  # standard deviation of the size's logarithm
-_EPOCHS_POWER = 1.5  # longer schedules are drawn more often; trials that are stopped early pay for no length
 _PLAIN_DRAWS = 0.1  # share of draws that follow the space's samplers alone
 _CANDIDATES = 32  # draws of the space among which one is chosen
 _PATIENCE = 2  # trials that are whole after which the best weighs as much as the expectation
@@ -89,7 +88,7 @@ class PriorSearcher(Searcher):
     def _log_weight(self, config: Mapping[str, Any]) -> float:
         epochs = sum(self._space.trial_settings(dict(config)).stages)
         off = (self._log_size(config) - self._centre()) / _SPREAD
-        return _EPOCHS_POWER * math.log(epochs) - off**2 / 2
+        return EPOCHS_POWER * math.log(epochs) - off**2 / 2
 
     def _centre(self) -> float:
         """Return around which logarithm of a size to draw."""

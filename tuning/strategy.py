@@ -25,6 +25,9 @@ class OptunaSearch(Settings):
     type: Literal["optuna"]
 
 
+EPOCHS_POWER = 1.5  # longer schedules are drawn more often; trials that are stopped early pay for no length
+
+
 class PriorSearch(Settings):
     """Draws around the settings that are expected to be good, then around the best so far.
 

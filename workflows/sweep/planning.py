@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import ray
@@ -13,7 +14,7 @@ from tuning.sweep_plan import SweepPlan, make_sweep_plan
 from workflows.sweep.best import answer_of
 from workflows.sweep.prepared import PreparedSweep
 
-_FEW = 4  # public examples that a CPU is timed with: all of them would take seconds
+_FEW = 4  # public examples that a CPU is timed with: all of them would take long
 
 
 def plan_on(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
@@ -27,20 +28,19 @@ def as_measured(
 ) -> SweepPlan:
     """Return a plan with its time by what evaluating the base takes, and by what starting since `began` took.
 
-    A device's speeds were measured while other processes loaded; the base itself says more. If no host can
-    tell, or devices are of several kinds, the plan stays as it is.
+    A CPU's speeds were measured while other processes loaded; the base itself says more. A GPU's are its own,
+    and one evaluation there is mostly its host's work. If no host can tell, or devices are of several kinds,
+    the plan keeps its speeds.
     """
-    if len(plan.kinds) > 1:
-        return plan
-    train, public = prepared.planned()
-    some = public if devices[0].kind == "cuda" else public[:_FEW]
-    try:
-        seconds = answer_of(hosts, "evaluation_seconds", some)
-    except ray.exceptions.RayError:
-        return plan
-    slower = seconds / evaluation_seconds(train, some, prepared.base.size, devices[0])
-    as_fast = [replace(one, speed=one.speed / slower, bandwidth=one.bandwidth / slower) for one in devices]
-    found = plan_on(prepared, as_fast, plan.num_devices)
+    found = plan
+    if devices[0].kind == "cpu" and len(plan.kinds) == 1:
+        train, public = prepared.planned()
+        some = public[:_FEW]
+        with suppress(ray.exceptions.RayError):
+            seconds = answer_of(hosts, "evaluation_seconds", some)
+            slower = seconds / evaluation_seconds(train, some, prepared.base.size, devices[0])
+            as_fast = [replace(one, speed=one.speed / slower) for one in devices]
+            found = plan_on(prepared, as_fast, plan.num_devices)
     later = time.monotonic() - began - START_SECONDS
     return replace(
         plan, seconds=found.seconds + later, seconds_without_stopping=found.seconds_without_stopping + later

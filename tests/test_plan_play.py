@@ -1,0 +1,82 @@
+"""Sweeps that are played: trials in company, who is stopped, and what a schedule alone takes."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers.async_hyperband import _Bracket
+
+from tuning.plan_play import Pace, Rung, played_seconds
+from tuning.space import Space
+
+PACE = Pace(step_seconds=1.0, trial_seconds=0.5, evaluation_seconds=0.0, seats=4)
+
+
+def space(epochs: list, num_trials: int = 8, **changes) -> Space:
+    return Space.model_validate(
+        {
+            "data": {"train": "t", "public": "p"},
+            "search": {"epochs": {"choice": epochs}},
+            "num_samples": num_trials,
+            "scheduler": {"type": "fifo"},
+            **changes,
+        }
+    )
+
+
+def test_rungs_let_through_whom_ray_tunes_asha_lets_through():
+    generator, rung = random.Random(0), Rung(4)
+    bracket = _Bracket(1, 100, 4, 0, stop_last_trials=True)
+    for number in range(200):
+        value = generator.random()
+        decision = bracket.on_result(SimpleNamespace(trial_id=str(number)), 1, -value)
+        assert rung.lets_through(value) == (decision != TrialScheduler.STOP)
+
+
+@pytest.mark.parametrize(("num_trials", "seconds"), [(4, 10 * 3), (8, 20 * 3), (5, 10 * 3 + 10 * 1.5)])
+def test_trials_in_company_share_steps(num_trials, seconds):
+    assert played_seconds(space([1], num_trials), 10, PACE, 1) == pytest.approx(seconds)
+
+
+def test_devices_share_the_trials():
+    assert played_seconds(space([1]), 10, PACE, 2) == pytest.approx(10 * 3)
+    assert played_seconds(space([1], 2), 10, PACE, 4) == pytest.approx(10 * 1.5)  # none has less than one
+
+
+def test_each_epoch_and_each_comparison_is_measured():
+    slow = Pace(0.0, 0.0, 2.0, seats=1)
+    assert played_seconds(space(["1+2"], 3), 10, slow, 1) == pytest.approx(3 * 3 * 2)
+    rounds = {"type": "rounds", "trials": 2, "kept": 1, "steps": 4}
+    assert played_seconds(space([1], 4, scheduler=rounds), 10, slow, 1) == pytest.approx((4 + 2) * 2)
+
+
+def test_of_a_round_the_best_go_on():
+    rounds = {"type": "rounds", "trials": 4, "kept": 1, "steps": 4}
+    alone = Pace(0.0, 1.0, 0.0, seats=1)
+    assert played_seconds(space([1], 8, scheduler=rounds), 10, alone, 1) == pytest.approx(8 * 4 + 2 * 6)
+    assert played_seconds(space([1], 8, scheduler=rounds), 10, alone, 1, stops=False) == pytest.approx(80)
+    short = space([1], 6, scheduler={**rounds, "steps": 40})  # longer than any schedule
+    assert played_seconds(short, 10, alone, 1) == pytest.approx(60)
+
+
+def test_asha_saves_work_but_a_long_schedule_still_takes_its_time():
+    asha = {"type": "asha", "grace_period": 10, "reduction_factor": 4}
+    without = played_seconds(space([1, 8], 16), 10, PACE, 1)
+    found = played_seconds(space([1, 8], 16, scheduler=asha), 10, PACE, 1)
+    work = found / (1.0 / PACE.seats + 0.5)  # were all steps made in full company
+    assert 80 * 1.5 < found < 0.6 * without
+    assert work > 80  # steps: more than those of one long trial
+    by_step = {**asha, "time_attr": "step", "max_t": 40, "grace_period": 5}
+    assert played_seconds(space([8], 1, scheduler=by_step), 10, PACE, 1) == pytest.approx(40 * 1.5)
+
+
+def test_plays_are_the_same_every_time():
+    one = space([1, "1+1", 8], 16, scheduler={"type": "asha", "reduction_factor": 3})
+    assert played_seconds(one, 10, PACE, 1) == played_seconds(one, 10, PACE, 1)
+
+
+def test_epochs_that_take_turns_are_played_in_turn():
+    turns = space([1, 3], 8, searcher={"type": "prior"})
+    alone = Pace(0.0, 1.0, 0.0, seats=1)
+    assert played_seconds(turns, 10, alone, 1) == pytest.approx(4 * 10 + 4 * 30)
