@@ -4,6 +4,7 @@ Trials take seats, train in company and are measured; chance says how good they 
 What makes sweeps long, schedules that are left to train alone, is in no sum of their work.
 """
 
+import bisect
 import math
 import random
 from collections import deque
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from tuning.space import Space
 from tuning.strategy import EPOCHS_POWER, Asha, NoEarlyStopping, Rounds
 
-_PLAYS, _MANY_TRIALS = 24, 200  # of more trials, luck evens out in fewer plays
+_PLAYS, _MANY_TRIALS = 24, 200  # of more trials, luck evens out in one play
 _NEARLY = 1e-6  # of a step
 _OF_STEPS = 0.25  # of all differences in quality: what twice the steps bring, at one share of schedules
 
@@ -50,18 +51,18 @@ class Rung:
     """A point of ASHA's, and the trials that came there; less is better."""
 
     def __init__(self, reduction_factor: float):
-        self._share, self._values = 1 / reduction_factor, list[float]()
+        self._share, self._values = 1 / reduction_factor, list[float]()  # ascending
 
     def lets_through(self, value: float) -> bool:
         """Tell whether a trial goes on: the first does, and who is no worse than so many of those before."""
-        before = sorted(self._values)
-        self._values.append(value)
+        before, place = self._values, self._share * (len(self._values) - 1)
         if not before:
-            return True
-        place = self._share * (len(before) - 1)
-        low = before[int(place)]
-        high = before[min(int(place) + 1, len(before) - 1)]
-        return value <= low + (high - low) * (place - int(place))
+            is_good = True
+        else:
+            low, high = before[int(place)], before[min(int(place) + 1, len(before) - 1)]
+            is_good = value <= low + (high - low) * (place - int(place))
+        bisect.insort(before, value)
+        return is_good
 
 
 def played_seconds(
@@ -72,7 +73,7 @@ def played_seconds(
     `stops`: weak trials are stopped, as the space's scheduler does it, and not only compared.
     """
     generator = random.Random(0)
-    count = _PLAYS if space.num_trials <= _MANY_TRIALS else 2
+    count = _PLAYS if space.num_trials <= _MANY_TRIALS else 1
     plays = (_play(space, steps_per_epoch, pace, num_devices, stops, generator) for _ in range(count))
     return sum(plays) / count
 
