@@ -120,7 +120,8 @@ def main() -> None:
         for seed in arguments.seeds
         for way in (arguments.ways if budget is most else arguments.ways[1:])
     ]
-    waiting, lock = deque(sweep for sweep in sweeps if sweep.summary() is None), threading.Lock()
+    missing = {sweep.name: sweep for sweep in sweeps if sweep.summary() is None}  # some are of two budgets
+    waiting, lock = deque(missing.values()), threading.Lock()
     until = time.monotonic() + arguments.minutes * 60
 
     def run(sweep: Sweep, gpu: int) -> None:

@@ -13,19 +13,19 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference.books import Books, Progress
 from inference.pipeline import Pool, Work, generate_rows, gpus_there
 from inference.predictions import Journal, beside, work_folder, write_predictions
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
-from qlora.cost import Cost, Costs, HeldGpus
+from qlora.cost import Costs
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.sources import Places
 from qlora.failpoints import durable
@@ -51,35 +51,6 @@ class JobResult:
     engine: str | None
     scores: dict[str, float] | None
     costs: Costs | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The progress of a job's present run.
-
-    num_done, num_tokens: rows and tokens that this run generated so far. num_rows: rows that it has to
-    generate. seconds: time since an engine was ready. expected: what its GPUs will have cost, if it has any.
-    """
-
-    num_done: int
-    num_tokens: int
-    num_rows: int
-    seconds: float
-    expected: Cost | None = None
-
-    @property
-    def seconds_left(self) -> float:
-        """Return the seconds that the other rows take, if they go on like those that are done."""
-        return self.seconds / max(self.num_done, 1) * (self.num_rows - self.num_done)
-
-    def __str__(self) -> str:
-        rows_per_second = self.num_done / self.seconds
-        tokens_per_second = self.num_tokens / self.seconds
-        cost = f", {self.expected.words} in all" if self.expected is not None else ""
-        return (
-            f"{self.num_done}/{self.num_rows} rows, {rows_per_second:.2f} rows/s, "
-            f"{tokens_per_second:.0f} tokens/s, {self.seconds_left:.0f} s left{cost}"
-        )
 
 
 @contextmanager
@@ -190,30 +161,19 @@ def run_job(
     }
     folder = work_folder(output)
     job_id = _job_id(folder, resume)
-    if not resume:
-        (folder / _HELD).unlink(missing_ok=True)
     journal = Journal(folder, settings, len(rows), resume=resume)
     if journal.damage:
         note(journal.damage)
     missing = journal.missing()
-    spent = _Spent(time.monotonic())
+    books = Books(folder / _HELD, len(missing), price_per_gpu_hour, resume=resume)
     if missing:
         pool = plan()
-        spent.workers = pool.num_workers
-        held = HeldGpus(folder / _HELD, time.monotonic(), gpus_there(pool))
-        try:
+        with books.engines_held(pool.num_workers, lambda: gpus_there(pool)):
             for report in generate_rows(work, rows, missing, pool):
                 journal.append(report.results, report.engine)
-                spent.add(report.seconds, report.num_tokens)
                 num_done = journal.num_done - len(rows) + len(missing)
-                reached = Progress(num_done, spent.num_tokens, len(missing), max(1e-9, spent.generating))
-                cost = _expect(held, gpus_there(pool), reached, price_per_gpu_hour)
-                progress(replace(reached, expected=cost))
-        finally:
-            held.count()
-            held.keep()
-    seconds, generating = time.monotonic() - spent.began, spent.generating
-    costs = HeldGpus(folder / _HELD, time.monotonic(), 0).costs(price_per_gpu_hour)
+                progress(books.add(num_done, report.num_tokens, report.seconds))
+    account = books.close()
     engine = "; ".join(sorted(journal.engines)) or None
     scores = Scores()
 
@@ -231,63 +191,18 @@ def run_job(
         "generation": work.decoding.model_dump(mode="json"),
         "input_digest": rows.digest,
         "rows": len(rows),
-        "rows_generated": len(missing),
         "rows_failed": len(errors),
-        "workers": spent.workers,
         "engine": engine,
-        "seconds": round(seconds, 3),
-        "rows_per_second": round(len(missing) / max(seconds, 1e-9), 3),
-        "tokens": spent.num_tokens,
-        "seconds_generating": round(generating, 3),
-        "rows_per_second_generating": round(len(missing) / max(generating, 1e-9), 3),
-        "seconds_to_first_row": spent.first_row_seconds,
-        "cost": {**costs.figures, "price_per_gpu_hour": price_per_gpu_hour} if costs else None,
+        **account.figures,
         "scores": summary,
         "versions": package_versions(),
     }
     write_json(beside(output, "meta"), meta, "batch meta")
     journal.close()
-    result = JobResult(len(rows), len(missing), len(errors), seconds, engine, summary, costs)
+    result = JobResult(len(rows), len(missing), len(errors), account.seconds, engine, summary, account.costs)
     record(job_id, result)
     _remove(folder, output)
     return result
-
-
-@dataclass
-class _Spent:
-    """What a run spends on the rows that it generates.
-
-    began, ready: when it did, and when its first engine began to generate (time.monotonic).
-    first_row_seconds: from the one to its first rows. workers: engines.
-    """
-
-    began: float
-    ready: float = float("inf")
-    first_row_seconds: float | None = None
-    num_tokens: int = 0
-    workers: int = 0
-
-    def add(self, seconds: float, num_tokens: int) -> None:
-        """Count rows that are done: `seconds` since their engine began to generate, new tokens."""
-        if self.first_row_seconds is None:
-            self.first_row_seconds = round(time.monotonic() - self.began, 3)
-        self.ready = min(self.ready, time.monotonic() - seconds)
-        self.num_tokens += num_tokens
-
-    @property
-    def generating(self) -> float:
-        """Return the seconds since the first engine began to generate; 0 if none did."""
-        return max(0.0, time.monotonic() - self.ready)
-
-
-def _expect(held: HeldGpus, num_gpus: int, reached: Progress, price: float | None) -> Cost | None:
-    """Count the time that GPUs are held; returns what they will have cost in all, None if there are none."""
-    if not num_gpus:
-        return None
-    held.count(num_gpus)
-    gpu_seconds = held.gpu_seconds + num_gpus * reached.seconds_left
-    held.plan(gpu_seconds)
-    return Cost(gpu_seconds, price)
 
 
 def _job_id(folder: Path, resume: bool) -> str:

@@ -71,8 +71,9 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
             print(line)
 
     from inference.attempts import EnginesDiedError
+    from inference.books import Progress
     from inference.engine import ServedModel
-    from inference.job import JobResult, Progress, model_facts, open_job, run_job
+    from inference.job import JobResult, model_facts, open_job, run_job
     from inference.pipeline import Work
     from qlora.data.sources import joined
     from workflows.batch_summary import closing_words, note_prediction

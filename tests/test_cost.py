@@ -12,8 +12,9 @@ from conftest import CONFIGS, command, finished, random_examples, write_course
 from test_budget import SPACE
 
 import qlora.cost
+from inference.books import Progress
 from inference.engine import ServedModel
-from inference.job import JobResult, Progress, open_job, run_job
+from inference.job import JobResult, open_job, run_job
 from inference.pipeline import Pool, Work
 from qlora.config import BaseModelSettings, DecodingSettings
 from qlora.cost import Cost, Costs, HeldGpus, in_money

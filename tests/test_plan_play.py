@@ -17,6 +17,7 @@ def space(epochs: list, num_trials: int = 8, **changes) -> Space:
     return Space.model_validate(
         {
             "data": {"train": "t", "public": "p"},
+            "trial": {"batch_size": 1},
             "search": {"epochs": {"choice": epochs}},
             "num_samples": num_trials,
             "scheduler": {"type": "fifo"},
@@ -44,20 +45,43 @@ def test_devices_share_the_trials():
     assert played_seconds(space([1], 2), 10, PACE, 4) == pytest.approx(10 * 1.5)  # none has less than one
 
 
-def test_each_epoch_and_each_comparison_is_measured():
+@pytest.mark.parametrize(
+    ("changes", "count"), [({}, 3), ({"trial": {"batch_size": 1, "evaluations_per_epoch": 2}}, 6)]
+)
+def test_each_evaluation_takes_its_time(changes, count):
     slow = Pace(0.0, 0.0, 2.0, seats=1)
-    assert played_seconds(space(["1+2"], 3), 10, slow, 1) == pytest.approx(3 * 3 * 2)
-    rounds = {"type": "rounds", "trials": 2, "kept": 1, "steps": 4}
-    assert played_seconds(space([1], 4, scheduler=rounds), 10, slow, 1) == pytest.approx((4 + 2) * 2)
+    assert played_seconds(space(["1+2"], 4, **changes), 10, slow, 1) == pytest.approx(4 * count * 2)
+    assert played_seconds(space(["1+2"], 4, **changes), 10, slow, 2) == pytest.approx(2 * count * 2)
 
 
-def test_of_a_round_the_best_go_on():
-    rounds = {"type": "rounds", "trials": 4, "kept": 1, "steps": 4}
+def test_rungs_that_are_one_step_are_measured_once():
+    slow, asha = Pace(0.0, 0.0, 2.0, seats=1), {"type": "asha", "grace_period": 6.25, "reduction_factor": 4}
+    few = space([1], 3, scheduler=asha)  # of four steps: rungs at a quarter of one, and at one
+    assert played_seconds(few, 4, slow, 1, stops=False) == pytest.approx(3 * 2 * 2)
+
+
+ROUNDS = {"type": "rounds", "trials": 4, "kept": 1, "steps": 4}
+
+
+def test_of_a_round_the_best_go_on_and_the_next_begins_behind_them():
+    alone, together = Pace(0.0, 1.0, 0.0, seats=1), Pace(1.0, 0.0, 0.0, seats=8)
+    rounds = space([1], 8, scheduler=ROUNDS)
+    assert played_seconds(rounds, 10, alone, 1) == pytest.approx(8 * 4 + 2 * 6)
+    assert played_seconds(rounds, 10, together, 1) == pytest.approx(2 * (4 + 6))
+    assert played_seconds(rounds, 10, alone, 1, stops=False) == pytest.approx(80)
+    assert played_seconds(rounds, 10, alone, 2) == pytest.approx(4 * 4 + 6)
+    assert played_seconds(space([1], 4, scheduler=ROUNDS), 10, alone, 2) == pytest.approx(2 * 4 + 6)
+    measured = Pace(0.0, 0.0, 2.0, seats=1)
+    assert played_seconds(rounds, 10, measured, 1) == pytest.approx((8 + 2) * 2)
+
+
+def test_trials_that_are_whole_before_their_round_is_compared_take_part_in_it():
     alone = Pace(0.0, 1.0, 0.0, seats=1)
-    assert played_seconds(space([1], 8, scheduler=rounds), 10, alone, 1) == pytest.approx(8 * 4 + 2 * 6)
-    assert played_seconds(space([1], 8, scheduler=rounds), 10, alone, 1, stops=False) == pytest.approx(80)
-    short = space([1], 6, scheduler={**rounds, "steps": 40})  # longer than any schedule
-    assert played_seconds(short, 10, alone, 1) == pytest.approx(60)
+    long = space([1], 6, scheduler={**ROUNDS, "steps": 40})
+    assert played_seconds(long, 10, alone, 1) == pytest.approx(60)
+    mixed = space(["1", "8"], 400, scheduler={**ROUNDS, "trials": 2, "steps": 20})
+    whole_first = played_seconds(mixed, 10, alone, 1)
+    assert 200 * (10 + 20) < whole_first < 200 * (10 + 80)
 
 
 def test_asha_saves_work_but_a_long_schedule_still_takes_its_time():
@@ -80,3 +104,13 @@ def test_epochs_that_take_turns_are_played_in_turn():
     turns = space([1, 3], 8, searcher={"type": "prior"})
     alone = Pace(0.0, 1.0, 0.0, seats=1)
     assert played_seconds(turns, 10, alone, 1) == pytest.approx(4 * 10 + 4 * 30)
+
+
+def test_a_range_of_epochs_is_played_as_it_is_drawn():
+    alone = Pace(0.0, 1.0, 0.0, seats=1)
+    plain = space([1], 200).model_dump(mode="json")
+    ranged = {**plain, "search": {"epochs": {"lograndint": [1, 33]}}}
+    found = played_seconds(Space.model_validate(ranged), 10, alone, 1) / 200
+    assert 7 * 10 < found < 11 * 10  # the mean is 9; of 1 and 32 it is 16
+    grid = {**plain, "search": {"epochs": {"grid_search": [1, 8]}}, "num_samples": 1}
+    assert played_seconds(Space.model_validate(grid), 10, alone, 1) == pytest.approx(90)

@@ -57,8 +57,6 @@ def known_device(text: str) -> tuple[Device, Device, int]:
     name = names.get(found[1].lower()) if found else None
     if found is None or name is None:
         raise InputError("--on", f"{text} is no known card; give one of {', '.join(KNOWN)}, as in H100:2")
-    from qlora.base.fused import has_liger  # which loads torch
-
     card = _CARDS[name]
     slow, quick = (
         Device(
@@ -68,7 +66,7 @@ def known_device(text: str) -> tuple[Device, Device, int]:
             has_bfloat16=True,
             name=name,
             bandwidth=bandwidth * card.bandwidth * 1e12,
-            fuses_mlp=has_liger(),
+            fuses_mlp=True,  # nodes are set up with Liger
         )
         for speed, bandwidth in zip(_SPEEDS, _BANDWIDTHS, strict=True)
     )

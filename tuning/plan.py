@@ -210,8 +210,9 @@ def _activation_bytes(
     """Count the memory of a training pass of so many stream tokens, beside base and adapters.
 
     Layers keep what their backward reads: the inputs and outputs of norms; queries, keys, values and
-    attention's output, on a CPU with every head's keys and values besides; gate, up and their product, and
-    the activated gate unless that is fused; of adapters, what A gives. Beside it stand one layer's gradients.
+    attention's output, on a CPU with every head's keys and values besides, for prefixes of about a row's
+    length; gate, up and their product, and the activated gate unless that is fused; of adapters, what A
+    gives. Beside it stand one layer's gradients.
     """
     is_on_gpu = device.kind == "cuda"
     settings = _settings_by_rank(space, max)

@@ -1,22 +1,30 @@
 """Owns the playing of a sweep: how long its trials take together, before any of them is there.
 
 Trials take seats, train in company and are measured; chance says how good they are, and so who is stopped.
-What makes sweeps long, schedules that are left to train alone, is in no sum of their work.
+What makes sweeps long, schedules that are left to train alone, is in no sum of their work. One device is
+played, with its part of the trials.
 """
 
 import bisect
 import math
 import random
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
-from tuning.space import Space
+import numpy as np
+
+from qlora.config import TrialSettings
+from qlora.training import make_timetable
+from tuning.evaluation_steps import evaluation_steps
+from tuning.space import Space, tune_space
 from tuning.strategy import EPOCHS_POWER, Asha, NoEarlyStopping, Rounds
 
 _PLAYS, _MANY_TRIALS = 24, 200  # of more trials, luck evens out in one play
-_NEARLY = 1e-6  # of a step
-_OF_STEPS = 0.25  # of all differences in quality: what twice the steps bring, at one share of schedules
+_DRAWS = 256  # of a space's epochs, which tell how often each is drawn
+_OF_STEPS = 0.3  # of all differences in quality: what twice the steps bring, at one share of schedules
 
 
 @dataclass(frozen=True)
@@ -32,19 +40,26 @@ class Pace:
     seats: int
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """The steps at which a trial is measured, ascending, the last its end; those of ASHA's rungs."""
+
+    points: tuple[int, ...]
+    rungs: tuple[int, ...]
+
+
 @dataclass
 class _Trial:
     """A trial that is played.
 
     quality: less is better, at any time. points: steps at which it is yet to be measured, the last its end.
-    rungs: those of them at which it is compared. may_pause: it is yet to wait for its round.
+    rungs: those of them at which it is compared.
     """
 
     quality: float
-    points: deque[float]
-    rungs: dict[float, "Rung"]
-    may_pause: bool
-    done: float = 0.0
+    points: deque[int]
+    rungs: Mapping[int, "Rung"]
+    done: int = 0
 
 
 class Rung:
@@ -66,86 +81,119 @@ class Rung:
 
 
 def played_seconds(
-    space: Space, steps_per_epoch: int, pace: Pace, num_devices: int, *, stops: bool = True
+    space: Space, num_examples: int, pace: Pace, num_devices: int = 1, *, stops: bool = True
 ) -> float:
     """Return the mean seconds of some plays of a sweep's trials, the same in every call.
 
-    `stops`: weak trials are stopped, as the space's scheduler does it, and not only compared.
+    `num_examples`: for training. `stops`: weak trials are stopped, as the space's scheduler does it, and not
+    only compared.
     """
-    generator = random.Random(0)
-    count = _PLAYS if space.num_trials <= _MANY_TRIALS else 1
-    plays = (_play(space, steps_per_epoch, pace, num_devices, stops, generator) for _ in range(count))
-    return sum(plays) / count
-
-
-def _play(
-    space: Space, steps_per_epoch: int, pace: Pace, num_devices: int, stops: bool, generator: random.Random
-) -> float:
-    later = deque(_trials(space, steps_per_epoch, stops, generator))
+    generator, num_trials = random.Random(0), math.ceil(space.num_trials / num_devices)
+    values, weights = _possible_epochs(space)
+    schedules = {value: _schedule(space, value, num_examples) for value in values}
+    plays = _PLAYS if num_trials <= _MANY_TRIALS else 1
     rounds = space.scheduler if isinstance(space.scheduler, Rounds) and stops else None
-    group = rounds.trials * num_devices if rounds else len(later)
-    seconds, due = (
-        0.0,
-        0,
-    )  # trials of the present round that are yet to come to its comparison or to their ends
-    waiting, running, paused = deque[_Trial](), list[_Trial](), list[_Trial]()
-    while later or waiting or running or paused:
-        if due == 0:
-            kept = sorted(paused, key=lambda trial: trial.quality)[
-                : rounds.kept * num_devices if rounds else 0
-            ]
+    seconds = 0.0
+    for _ in range(plays):
+        drawn = [schedules[value] for value in _drawn(values, weights, num_trials, generator)]
+        trials = _trials(space, drawn, stops, generator)
+        if rounds is None:
+            seconds += _play(trials, pace)
+        else:
+            size = min(rounds.trials, num_trials)  # on this device, as all of its rounds but the last
+            kept = math.ceil(rounds.survivors(min(rounds.trials, space.num_trials)) * size / rounds.trials)
+            groups = (trials[start : start + size] for start in range(0, num_trials, size))
+            seconds += sum(_play(group, pace, rounds.steps, kept) for group in groups)
+    return seconds / plays
+
+
+def _play(trials: Sequence[_Trial], pace: Pace, pause_at: int = 0, num_kept: int = 0) -> float:
+    """Return the seconds of trials; with `pause_at`, all wait there for each other, and some are kept."""
+    seconds, waiting, running = 0.0, deque(trials), list[_Trial]()
+    paused = list[_Trial]()
+    while waiting or running or paused:
+        if not waiting and not running:
+            best = sorted(trials, key=lambda trial: trial.quality)[:num_kept]
+            waiting.extend(trial for trial in best if trial.points)
             paused.clear()
-            waiting.extendleft(reversed(kept))
-            due = min(group, len(later))
-            waiting.extend(later.popleft() for _ in range(due))
-        while waiting and len(running) < pace.seats * num_devices:
+        while waiting and len(running) < pace.seats:
             running.append(waiting.popleft())
         if not running:
-            continue
+            break
         hop = min(trial.points[0] - trial.done for trial in running)
-        in_company = max(1.0, len(running) / num_devices)
-        seconds += hop * (pace.step_seconds + pace.trial_seconds * in_company)
+        seconds += hop * (pace.step_seconds + pace.trial_seconds * len(running))
         for trial in list(running):
             trial.done += hop
-            if trial.points[0] - trial.done > _NEARLY:
+            if trial.done < trial.points[0]:
                 continue
-            point = trial.points.popleft()
-            seconds += pace.evaluation_seconds / num_devices
-            rung = trial.rungs.get(point)
-            value = trial.quality - _OF_STEPS * math.log2(point)
-            has_ended = not trial.points or (rung is not None and not rung.lets_through(value))
-            pauses = trial.may_pause and not has_ended and rounds is not None and point == rounds.steps
-            if has_ended or pauses:
+            trial.points.popleft()
+            seconds += pace.evaluation_seconds
+            rung = trial.rungs.get(trial.done)
+            value = trial.quality - _OF_STEPS * math.log2(trial.done)
+            if rung is not None and not rung.lets_through(value):
+                trial.points.clear()
+            if not trial.points:
                 running.remove(trial)
-                due -= trial.may_pause
-                trial.may_pause = False
-            if pauses:
+            elif trial.done == pause_at:
+                running.remove(trial)
                 paused.append(trial)
     return seconds
 
 
-def _trials(space: Space, steps_per_epoch: int, stops: bool, generator: random.Random) -> Iterator[_Trial]:
-    """Draw the trials of a play."""
-    scheduler = space.scheduler
-    asha = scheduler if isinstance(scheduler, Asha) else None
+def _trials(
+    space: Space, schedules: Sequence[_Schedule], stops: bool, generator: random.Random
+) -> list[_Trial]:
+    asha = space.scheduler if isinstance(space.scheduler, Asha) and stops else None
     shared = [Rung(asha.reduction_factor) for _ in asha.rungs] if asha else []
-    for epochs in _drawn_epochs(space, generator):
-        total = float(steps_per_epoch * epochs)
-        unit = total / 100 if asha and asha.time_attr == "schedule_percent" else 1.0
-        end = min(total, unit * asha.max_t) if asha else total
-        rungs = dict(zip((unit * rung for rung in asha.rungs), shared, strict=True)) if asha else {}
-        compared = [float(scheduler.steps)] if isinstance(scheduler, Rounds) else [*rungs]
-        measured = {*(float(steps_per_epoch * epoch) for epoch in range(1, epochs + 1)), *compared, end}
-        points = deque(sorted(point for point in measured if point <= end))
-        yield _Trial(generator.random(), points, rungs if stops else {}, may_pause=True)
+    return [
+        _Trial(
+            generator.random(),
+            deque(schedule.points),
+            dict(zip(schedule.rungs, shared, strict=True)) if asha else {},
+        )
+        for schedule in schedules
+    ]
 
 
-def _drawn_epochs(space: Space, generator: random.Random) -> Iterator[int]:
-    """Draw the epochs of each trial, as the space's searcher does before it has learned anything."""
-    epochs = [sum(space.trial_settings({"epochs": value}).stages) for value in space.values("epochs")]
-    is_prior = space.searcher.type == "prior"
-    if is_prior and isinstance(space.scheduler, NoEarlyStopping):
-        yield from (epochs[number % len(epochs)] for number in range(space.num_trials))
-    else:
-        weights = [count**EPOCHS_POWER if is_prior else 1.0 for count in epochs]
-        yield from generator.choices(epochs, weights, k=space.num_trials)
+def _schedule(space: Space, epochs: Any, num_examples: int) -> _Schedule:
+    """Return when a trial of so many epochs is measured and compared."""
+    settings = _settings(space, epochs)
+    timetable, scheduler = make_timetable(num_examples, settings), space.scheduler
+    measured = evaluation_steps(timetable, scheduler, settings.evaluations_per_epoch) | {
+        timetable.total_steps
+    }
+    if not isinstance(scheduler, Asha):
+        return _Schedule(tuple(sorted(measured)), ())
+    is_share = scheduler.time_attr == "schedule_percent"
+    unit = Fraction(timetable.total_steps, 100) if is_share else Fraction(1)
+    end = math.ceil(Fraction(scheduler.max_t) * unit)
+    points = tuple(point for point in sorted(measured) if point <= end)
+    return _Schedule(points, tuple(math.ceil(Fraction(rung) * unit) for rung in scheduler.rungs))
+
+
+def _settings(space: Space, epochs: Any) -> TrialSettings:
+    """Return a trial's settings with the largest batch that is searched, if one is."""
+    batch = {"batch_size": int(max(space.values("batch_size")))} if "batch_size" in space.search else {}
+    return space.trial_settings({"epochs": epochs, **batch})
+
+
+def _possible_epochs(space: Space) -> tuple[list[Any], list[float] | None]:
+    """Return values of epochs, and how often each is drawn; None if they take turns."""
+    sampler, is_prior = space.search.get("epochs", {}), space.searcher.type == "prior"
+    takes_turns = is_prior and isinstance(space.scheduler, NoEarlyStopping)  # see tuning.prior_search
+    if not sampler or "grid_search" in sampler or (takes_turns and "choice" in sampler):
+        return list(space.values("epochs")), None
+    domain, random_state = tune_space(space)["epochs"], np.random.default_rng(0)
+    counts = Counter(domain.sample(random_state=random_state) for _ in range(_DRAWS))
+    power = EPOCHS_POWER if is_prior and not takes_turns else 0.0
+    lengths = {value: sum(_settings(space, value).stages) for value in counts}
+    return list(counts), [count * lengths[value] ** power for value, count in counts.items()]
+
+
+def _drawn(
+    values: Sequence[Any], weights: Sequence[float] | None, num_trials: int, generator: random.Random
+) -> list[Any]:
+    """Draw the epochs of trials, as a searcher does before it has learned anything."""
+    if weights is None:
+        return [values[number % len(values)] for number in range(num_trials)]
+    return generator.choices(values, weights, k=num_trials)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from qlora.data.prompts import EncodedExample
 from qlora.packed.packing import split_by_budget
-from qlora.training import make_timetable
 from tuning.device import Device
 from tuning.model_size import ModelSize
 from tuning.plan_play import Pace, played_seconds
@@ -50,10 +49,8 @@ def expected_seconds(
     if device.kind == "cuda":
         start += _RECORDINGS * _RECORDING_SECONDS * size.num_layers
         pace = Pace(_STEP_SECONDS, step + _TRIAL_SECONDS, evaluation + _EVALUATION_SECONDS, side_by_side)
-    steps_per_epoch = make_timetable(len(train), space.trial_settings({})).steps_per_epoch
-    count = min(num_devices, space.num_trials)
     stopped, whole = (
-        played_seconds(space, steps_per_epoch, pace, count, stops=stops) for stops in (True, False)
+        played_seconds(space, len(train), pace, num_devices, stops=stops) for stops in (True, False)
     )
     return start + stopped, start + whole
 

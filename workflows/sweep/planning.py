@@ -25,14 +25,14 @@ def plan_on(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int
 
 def as_measured(
     plan: SweepPlan, prepared: PreparedSweep, devices: Sequence[Device], hosts: Hosts, began: float
-) -> SweepPlan:
+) -> tuple[SweepPlan, str]:
     """Return a plan with its time by what evaluating the base takes, and by what starting since `began` took.
 
     A CPU's speeds were measured while other processes loaded; the base itself says more. A GPU's are its own,
     and one evaluation there is mostly its host's work. If no host can tell, or devices are of several kinds,
-    the plan keeps its speeds.
+    the plan keeps its speeds. The words say which it is.
     """
-    found = plan
+    found, words = plan, "now that the base is there"
     if devices[0].kind == "cpu" and len(plan.kinds) == 1:
         train, public = prepared.planned()
         some = public[:_FEW]
@@ -40,8 +40,7 @@ def as_measured(
             seconds = answer_of(hosts, "evaluation_seconds", some)
             slower = seconds / evaluation_seconds(train, some, prepared.base.size, devices[0])
             as_fast = [replace(one, speed=one.speed / slower) for one in devices]
-            found = plan_on(prepared, as_fast, plan.num_devices)
+            found, words = plan_on(prepared, as_fast, plan.num_devices), "by what the base alone took"
     later = time.monotonic() - began - START_SECONDS
-    return replace(
-        plan, seconds=found.seconds + later, seconds_without_stopping=found.seconds_without_stopping + later
-    )
+    seconds, unstopped = found.seconds + later, found.seconds_without_stopping + later
+    return replace(plan, seconds=seconds, seconds_without_stopping=unstopped), words

@@ -112,9 +112,9 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             zero_shot = zero_shot_of(sweep, measured)
             print(f"\nzero-shot   {zero_shot.words}", flush=True)
             metrics["zero_shot_public_perplexity"] = min(zero_shot.perplexities.values())
-            if measured and (timed := as_measured(plan, prepared, devices, hosts, started.began)) != plan:
-                plan = timed
-                lines = time_lines(sweep.space, plan, len(devices), ", by what the base alone took")
+            if measured:
+                plan, how = as_measured(plan, prepared, devices, hosts, started.began)
+                lines = time_lines(sweep.space, plan, len(devices), f", {how}")
                 print(*lines, sep="\n", flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             cost.expect(plan.gpu_seconds)
