@@ -35,7 +35,8 @@ from workflows.results import Output, open_output
 from workflows.session import EXIT_ROWS_FAILED, StoppedError, connect_ray, go_on, resume_with, run
 
 if TYPE_CHECKING:
-    from inference.pipeline import Pool
+    from inference.pipeline import Pool, Work
+    from workflows.model_choice import ModelChoice
 
 
 def main() -> None:
@@ -48,14 +49,14 @@ def main() -> None:
         sys.exit(EXIT_ROWS_FAILED)
 
 
-def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
-    """Generate for the rows of the input; returns how many failed, and what to tell people."""
+def _chosen(arguments: argparse.Namespace) -> tuple["ModelChoice", "Work"]:
+    """Choose the model and the work on every row, and tell people what options change of a version's own."""
     decoding, shape = decoding_settings(arguments), row_shape(arguments)
-    from qlora.base.model import base_revision, context_tokens, pinned
+    from qlora.base.model import context_tokens, pinned
     from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat
     from workflows.checked_base import load_facts
-    from workflows.model_choice import choose_model, reading_in_words, trained_on_in_words
+    from workflows.model_choice import choose_model, reading_in_words
 
     is_chat = found_shape(arguments.input, shape).holds_conversations
     model = choose_model(model_options(arguments, arguments.model or arguments.adapter, is_chat))
@@ -69,17 +70,24 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
     for line in (*model.overridden, reading_in_words(model, tokenizer)):
         if line:
             print(line)
-
-    from inference.attempts import EnginesDiedError
-    from inference.books import Progress
     from inference.engine import ServedModel
-    from inference.job import JobResult, model_facts, open_job, run_job
     from inference.pipeline import Work
-    from qlora.data.sources import joined
-    from workflows.batch_summary import closing_words, note_prediction
 
     served = ServedModel(pinned(model.base), model.adapter_folder)
-    work = Work(served, model.prompt, decoding, room, model.prompt.end_ids(tokenizer))
+    return model, Work(served, model.prompt, decoding, room, model.prompt.end_ids(tokenizer))
+
+
+def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
+    """Generate for the rows of the input; returns how many failed, and what to tell people."""
+    model, work = _chosen(arguments)
+    from inference.attempts import EnginesDiedError
+    from inference.books import Progress
+    from inference.job import JobResult, model_facts, open_job, run_job
+    from qlora.base.model import base_revision
+    from qlora.data.sources import joined
+    from workflows.batch_summary import closing_words, note_prediction
+    from workflows.model_choice import trained_on_in_words
+
     check_output(output.path, arguments.input)
     check_temporary_folder()
 
@@ -92,9 +100,9 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
         if model.registered:
             output.settle()
             prompt, source = model.prompt.name, joined(arguments.input)
-            note_prediction(model.registered, job_id, result, decoding, source, output, prompt)
+            note_prediction(model.registered, job_id, result, work.decoding, source, output, prompt)
 
-    with open_job(arguments.input, output.path, shape) as rows:
+    with open_job(arguments.input, output.path, row_shape(arguments)) as rows:
         resume_with("the job can go on: run the same command again, with --resume")
         uri = model.registered.model_uri if model.registered else None
         facts = model_facts(work, uri, base_revision(model.base.name))
@@ -104,7 +112,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
         def start() -> "Pool":
             if not arguments.quiet:
                 show_line(f"{len(rows)} rows; starting Ray and loading engines", False)
-            return _pool(arguments, served.base.name)
+            return _pool(arguments, work.served.base.name)
 
         try:
             result = run_job(

@@ -12,6 +12,7 @@ from qlora.packed.packing import split_by_budget
 from tuning.device import Device
 from tuning.model_size import ModelSize
 from tuning.plan_play import Pace, played_seconds
+from tuning.soup import AVERAGES_SHARE
 from tuning.space import Space
 
 START_SECONDS = 30  # Ray, the first host, its base
@@ -52,7 +53,8 @@ def expected_seconds(
     stopped, whole = (
         played_seconds(space, len(train), pace, num_devices, stops=stops) for stops in (True, False)
     )
-    return start + stopped, start + whole
+    averages = 1 + AVERAGES_SHARE if space.soup else 1.0
+    return start + averages * stopped, start + averages * whole
 
 
 def evaluation_seconds(

@@ -36,7 +36,7 @@ from tuning.shared_work import SharedWork
 
 _FINALISTS = 12
 _FARTHEST = 1.15  # from the best perplexity: what is farther off was never seen to help
-_SHARE = 0.04  # of a sweep's work that averages may cost; reading and averaging adapters comes to it
+AVERAGES_SHARE = 0.04  # of a sweep's work that averages may cost; reading and averaging adapters comes to it
 _BACKWARD = 2  # a training pass is a forward, as an evaluation is, and a backward of twice that
 _MOST_LOST = 0.002  # of perplexity, by bringing an average to a lower rank
 _FOLDER, _FACTS = "soup", "soup.json"
@@ -145,7 +145,7 @@ def affordable_averages(records: Sequence[TrialRecord], examples: SweepExamples)
             work += (1 + _BACKWARD) * record.curve[-1]["epoch"] * found.train_tokens
             work += len(record.curve) * found.public_tokens
             dearest = max(dearest, found.public_tokens)
-    return int(_SHARE * work / dearest)
+    return int(AVERAGES_SHARE * work / dearest)
 
 
 def find_soup(
