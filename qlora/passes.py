@@ -56,7 +56,7 @@ def run_pass(
     largest pass of the step that this one belongs to, if there are others.
     """
     work = Pass(layout=lay_out(groups, bank.device), adapters=adapters, dropouts=dropouts, weights=weights)
-    if bank.in_kernels(adapters):
+    if bank.in_kernels(adapters) and not bank.recomputes:  # which was never recorded
         if bank.recorder is None:
             from qlora.recorded_passes import Recorder  # not above, since that module imports this one
 

@@ -12,7 +12,7 @@ from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank, linear_layers
 from qlora.packed.agreement import pack_attention
 from qlora.perplexity import adapter_perplexities, example_perplexities
-from qlora.training import Training
+from qlora.training import Training, advance_together
 
 SAMPLE = ("llama-llama3", "qwen3-moe-mixed", "gemma3", "phi3-longrope", "diffllama")  # the others are slow
 EVERY = [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in FAMILIES]
@@ -47,6 +47,23 @@ def test_an_adapter_trains_as_in_peft_and_is_loaded_back_by_it(name, tmp_path):
     loaded = PeftModel.from_pretrained(family_model(name), tmp_path).eval()
     found = adapter_perplexities(run.bank, [(run.adapter, run.examples)], 10_000)[0]
     assert found == pytest.approx(loop_perplexities(loaded, run.examples), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_layers_that_are_computed_again_change_nothing(name):
+    found = []
+    for recomputes in (False, True):
+        base = family_model(name).requires_grad_(False)
+        pack_attention(base, name)
+        bank = AdapterBank(base, name)
+        assert not recomputes or bank.recompute()
+        settings = SETTINGS.model_copy(update={"lora_dropout": 0.1})
+        trials = [
+            Training(bank, random_examples(8), settings.model_copy(update={"seed": seed})) for seed in (1, 2)
+        ]
+        losses = [one.loss for _ in range(2) for one in advance_together(trials, 10_000)]
+        found.append([*losses, *(trial.adapter.weights.tolist() for trial in trials)])
+    assert found[0] == found[1]
 
 
 def adapter_on_plain_layers(name: str, settings: TrialSettings) -> PeftModel:

@@ -19,6 +19,7 @@ from qlora.config import BaseModelSettings
 from qlora.lora.bank import load_bank
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import adapter_perplexities, mean_perplexity
+from qlora.provenance import hardware
 from qlora.training import Training
 from tuning.checkpoints import Storage
 from tuning.examples import PromptedExamples, SweepExamples
@@ -134,6 +135,32 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(data, tmp_path, mon
     points = run(Host(data, 1), "t", CONFIGS[0], tmp_path)
     assert tried[:6] == [10_000, 5000, 2500, 1250, 625, 312]
     assert points[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[0])[1], rel=1e-4)
+
+
+def test_out_of_memory_in_the_smallest_passes_has_layers_computed_again(data, tmp_path, monkeypatch):
+    whole_step, tried = tuning.shared_work.advance_together, []
+
+    def short_of_memory(trainings, budget_tokens):
+        tried.append(budget_tokens)
+        if not trainings[0].bank.recomputes or budget_tokens > 5000:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return whole_step(trainings, budget_tokens)
+
+    monkeypatch.setattr(tuning.shared_work, "advance_together", short_of_memory)
+    host = Host(data, 1)
+    points = run(host, "t", CONFIGS[0], tmp_path)
+    smallest = tried.index(min(tried))
+    assert tried[smallest + 1 : smallest + 3] == [10_000, 5000]
+    assert points[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[0])[1], rel=1e-4)
+    assert sum("layers are computed again" in note for note in host.notes()) == 1
+
+
+def test_a_plan_may_have_layers_computed_again_from_the_start(data, tmp_path):
+    again = replace(data, recomputing=frozenset([hardware("cpu")]))
+    host = Host(again, 1)
+    points = run(host, "t", CONFIGS[0], tmp_path)
+    assert points[-1]["public_perplexity"] == pytest.approx(alone(data, CONFIGS[0])[1], rel=1e-4)
+    assert host.notes() == []
 
 
 def test_a_trial_that_fits_nowhere_ends_alone(data, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from tuning.model_size import model_size
 from tuning.plan import make_plan
 from tuning.plan_text import compare_with_run, describe_plan, describe_range
 from tuning.space import Space
-from tuning.sweep_plan import make_sweep_plan
+from tuning.sweep_plan import SweepPlan, make_sweep_plan
 
 TRAIN, PUBLIC = random_examples(12), random_examples(5, seed=3)
 SHAPES = {"train": "instruction + output + input", "public": "instruction + output, not used: source"}
@@ -102,6 +102,23 @@ def test_more_memory_means_more_trials_up_to_a_limit():
     assert 1 <= plan.trials < 8
     assert plan.peak_bytes < plan.most_bytes <= tight
     assert make_plan(space(trials_per_gpu=3), TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14)).trials == 3
+
+
+def test_where_memory_is_too_short_layers_are_computed_again_and_only_there():
+    size, chosen = model_size(LlamaConfig()), space(search={"lora_r": {"choice": [16]}}, num_samples=2)
+    long = [replace(one, answer=one.answer * 150) for one in random_examples(8, seed=2)]
+
+    def planned(gib: float) -> SweepPlan:
+        card = Device("cuda", int(gib * 2**30), 1e14, has_bfloat16=True, bandwidth=1e12)
+        return make_sweep_plan(chosen, long, PUBLIC, size, [card], 1)
+
+    plenty, short = planned(70), planned(16)
+    assert not plenty.recomputing and short.recomputing == {""}
+    assert short.peak_bytes < 14 * 2**30 and short.seconds > plenty.seconds
+    words = [describe_plan(chosen, long, PUBLIC, SHAPES, plan) for plan in (plenty, short)]
+    assert ["computed again" in one for one in words] == [False, True]
+    with pytest.raises(InputError, match="choose a smaller base or lora_r"):
+        planned(8)
 
 
 def test_what_cannot_fit_is_one_clear_line():

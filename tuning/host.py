@@ -58,8 +58,8 @@ class Host:
         self._steps_waited, self._most_steps_to_wait = 0, _MOST_STEPS_TO_WAIT[default_device().type]
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed, self._is_over = threading.Condition(), threading.Event()
-        budget = data.budgets.get(hardware(default_device().type), data.budget_tokens)
-        self._work = SharedWork(data.space.base_model, budget)
+        budget, recomputes = data.for_device(hardware(default_device().type))
+        self._work = SharedWork(data.space.base_model, budget, recomputes=recomputes)
         self._writers = ThreadPoolExecutor(_WRITERS)
         threading.Thread(target=self._take_turns, daemon=True).start()
 

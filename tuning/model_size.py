@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.base.model import attention_shape, linear_layers, skeleton
+from qlora.base.recomputed import can_recompute
 from qlora.config import TrialSettings
 from qlora.lora.bank import is_targeted
 
@@ -15,7 +16,8 @@ class ModelSize:
 
     linear: parameters of its linear layers, without the head; other: of the rest. layers: (inputs, outputs)
     of each linear layer. norm_width, attention_width, mlp_width: numbers of a token, over all layers, that
-    norms take, that attention takes and gives, and that are inside the MLPs.
+    norms take, that attention takes and gives, and that are inside the MLPs. can_recompute: see
+    qlora.base.recomputed.
     """
 
     linear: int
@@ -27,6 +29,7 @@ class ModelSize:
     norm_width: int
     attention_width: int
     mlp_width: int
+    can_recompute: bool
 
     def adapter_parameters(self, settings: TrialSettings) -> int:
         """Count the parameters of a trial's adapter."""
@@ -62,4 +65,5 @@ def model_size(config: Any) -> ModelSize:
         norm_width=shape.num_layers * 2 * text.hidden_size,
         attention_width=shape.num_layers * 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim,
         mlp_width=shape.num_layers * getattr(text, "intermediate_size", 4 * text.hidden_size),
+        can_recompute=can_recompute(model),
     )

@@ -43,7 +43,8 @@ class Plan:
     """The needs of a sweep on each of its devices, in bytes and seconds.
 
     trials: side by side on a device. adapter_bytes: of a trial with what training needs beside its adapter,
-    at most; mean_adapter_bytes: of one with middling settings.
+    at most; mean_adapter_bytes: of one with middling settings. recomputes: layers are computed again in the
+    backward, since memory is too short for what they would keep (qlora.base.recomputed).
     """
 
     base_bytes: int
@@ -56,6 +57,7 @@ class Plan:
     num_devices: int
     seconds: float
     seconds_without_stopping: float
+    recomputes: bool = False
 
     @property
     def most_bytes(self) -> int:
@@ -92,15 +94,18 @@ def make_plan(
         map(size.adapter_parameters, _settings_by_rank(space, statistics.fmean))
     )
     step, longest = step_tokens(space, train), max(example.num_tokens for example in train)
-    activations = partial(_activation_bytes, space, train, size, device, width)
-    least = base + adapter + int(activations(min(step, longest)))
+    trials = _asked_side_by_side(space, device)
+    for recomputes in (False, True) if size.can_recompute else (False,):
+        activations = partial(_activation_bytes, space, train, size, device, width, recomputes)
+        least = base + adapter + int(activations(min(step, longest)))
+        if least + ((trials or 1) - 1) * adapter <= free:
+            break
     if least > free:
         raise InputError(
             "base_model",
             f"a trial needs {gib(least)} on a device (base {gib(base)}, adapter and optimizer "
             f"{gib(adapter)}), but {gib(free)} are free; choose a smaller base or lora_r, or a larger device",
         )
-    trials = _asked_side_by_side(space, device)
     if trials is None:
         most = min(
             _MOST_TRIALS, -(-space.num_trials // (num_devices + num_others))
@@ -122,7 +127,15 @@ def make_plan(
     room = int((_USABLE * free - base - trials * adapter) / token)
     budget = space.budget_tokens or max(min(room, most_tokens), longest)
     seconds, unstopped = expected_seconds(
-        space, train, public, size, device, step_tokens=step, side_by_side=trials, num_devices=num_devices
+        space,
+        train,
+        public,
+        size,
+        device,
+        step_tokens=step,
+        side_by_side=trials,
+        num_devices=num_devices,
+        recomputes=recomputes,
     )
     return Plan(
         base_bytes=base,
@@ -135,6 +148,7 @@ def make_plan(
         num_devices=num_devices,
         seconds=seconds,
         seconds_without_stopping=unstopped,
+        recomputes=recomputes,
     )
 
 
@@ -205,7 +219,13 @@ def _largest_pass(space: Space, train: Sequence[EncodedExample], trials: int) ->
 
 
 def _activation_bytes(
-    space: Space, train: Sequence[EncodedExample], size: ModelSize, device: Device, width: int, tokens: int
+    space: Space,
+    train: Sequence[EncodedExample],
+    size: ModelSize,
+    device: Device,
+    width: int,
+    recomputes: bool,
+    tokens: int,
 ) -> float:
     """Count the memory of a training pass of so many stream tokens, beside base and adapters.
 
@@ -217,17 +237,20 @@ def _activation_bytes(
     is_on_gpu = device.kind == "cuda"
     settings = _settings_by_rank(space, max)
     low_width = max(padded_rank(one.lora_r) * size.adapted_layers(one) for one in settings)
-    kept = (
+    kept: float = (
         2 * size.norm_width
         + (1 if is_on_gpu else 3) * size.attention_width
         + (3 if device.fuses_mlp else 4) * size.mlp_width
         + low_width
     )
     answers = _scored(space, train, tokens)
-    if is_on_gpu and tokens <= launch_bound_tokens(size.linear / len(size.layers)):
+    beside = kept / size.num_layers
+    if recomputes:  # layers keep their inputs, and one of them what all would keep
+        kept = size.norm_width / 2 + beside
+    elif is_on_gpu and tokens <= launch_bound_tokens(size.linear / len(size.layers)):
         tokens, answers = rounded_up(tokens, answers)
     logits = answers * size.vocabulary * _LOGIT_BYTES
-    return tokens * kept * width * (1 + 1 / size.num_layers) + logits
+    return tokens * (kept + beside) * width + logits
 
 
 def _scored(space: Space, train: Sequence[EncodedExample], tokens: int) -> int:

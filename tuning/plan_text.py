@@ -167,7 +167,8 @@ def _kind_lines(plan: Plan, name: str, is_one_of_several: bool) -> list[str]:
     of_kind = f"{plan.num_devices} x {name}: " if is_one_of_several else ""
     return [
         f"device      {of_kind}{plan.trials} trials side by side on one base, passes of up to "
-        f"{plan.budget_tokens} tokens",
+        f"{plan.budget_tokens} tokens"
+        + (", layers computed again in the backward" if plan.recomputes else ""),
         f"memory      {of_kind}{gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and "
         f"optimizers {plan.trials} x {gib(plan.mean_adapter_bytes)}, activations "
         f"{gib(plan.activation_bytes)}; at most {gib(plan.most_bytes)}",

@@ -22,6 +22,9 @@ _MOVED_NUMBERS, _MOVED_UNFUSED = 16, 29
 _STEP_SECONDS, _TRIAL_SECONDS = 0.018, 0.003  # of a GPU's host: a step, and each trial in it
 _EVALUATION_SECONDS = 0.15  # of a GPU's host: one trial
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
+_RECOMPUTED = (
+    1.5  # passes that one takes whose layers are computed again: a forward besides two such products
+)
 _EVALUATION_TOKENS = 32768  # of an evaluation's pass
 # A training pass's time, in evaluations of its tokens: two cores; an H200 with the embedded base's shape.
 _OF_EVALUATION = {"cpu": 2.6, "cuda": 3.7}
@@ -37,13 +40,15 @@ def expected_seconds(
     step_tokens: int,
     side_by_side: int,
     num_devices: int,
+    recomputes: bool = False,
 ) -> tuple[float, float]:
     """Return the seconds of a sweep with early stopping and without.
 
     There are `num_devices` devices with `side_by_side` trials on each; a step has `step_tokens` stream
-    tokens.
+    tokens. `recomputes`: layers are computed again in the backward.
     """
-    step = _token_seconds(size, device, answer_share(train)) * step_tokens
+    passes = _RECOMPUTED if recomputes else 1.0
+    step = passes * _token_seconds(size, device, answer_share(train)) * step_tokens
     evaluation = evaluation_seconds(train, public, size, device)
     start = float(START_SECONDS)
     pace = Pace(0.0, step, evaluation, side_by_side)

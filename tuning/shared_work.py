@@ -1,8 +1,8 @@
 """Owns the work of a host on its device: training and evaluating its trials together.
 
-Out of memory first gives recorded passes back, then halves the tokens of a pass. Whatever else fails in
-company is tried again trial by trial, so that only the trial whose work fails is failed. Refuses to know who
-asks, and when.
+Out of memory first gives recorded passes back, then halves the tokens of a pass, and at the fewest has layers
+computed again in the backward. Whatever else fails in company is tried again trial by trial, so that only the
+trial whose work fails is failed. Refuses to know who asks, and when.
 """
 
 import logging
@@ -45,12 +45,17 @@ class TrialWork:
 
 
 class SharedWork:
-    """The base of a device with its adapters, the tokens that a pass may hold, and where time went."""
+    """The base of a device with its adapters, the tokens that a pass may hold, and where time went.
 
-    def __init__(self, base: BaseModelSettings, budget_tokens: int | None):
+    `recomputes`: see qlora.base.recomputed.
+    """
+
+    def __init__(self, base: BaseModelSettings, budget_tokens: int | None, *, recomputes: bool = False):
         self.bank = load_bank(base)
         self.seconds = dict.fromkeys(WORK, 0.0)
         self.notes: list[str] = []
+        if recomputes and not self.bank.recompute():
+            self.note("layers of this family can't be computed again in the backward: memory may be short")
         self._budget_tokens = self._most_tokens = budget_tokens or default_token_budget()
 
     def train(self, works: Sequence[TrialWork]) -> list[Exception | None]:
@@ -69,7 +74,7 @@ class SharedWork:
                 self.bank,
                 [requests[place] for place in places],
                 self._budget_tokens,
-                shrink=lambda tokens: self._budget_tokens if self._shrink() else None,
+                shrink=lambda tokens: self._budget_tokens if self._shrink(has_backward=False) else None,
             )
             values.update(zip(places, found, strict=True))
             return [None] * len(places)
@@ -168,10 +173,10 @@ class SharedWork:
             self.note(f"a shared pass failed and was tried trial by trial: {_first_line(failure)}")
             return [self._together(work, [member], shrinks_itself=shrinks_itself)[0] for member in members]
 
-    def _shrink(self) -> bool:
+    def _shrink(self, *, has_backward: bool = True) -> bool:
         """Give recordings back or, if there are none, halve the tokens of a pass.
 
-        At the smallest, say no, and start again with the most.
+        At the smallest, have layers computed again, and after that say no; start again with the most.
         """
         torch.cuda.empty_cache()
         if self.bank.recorder is not None and self.bank.recorder.pause():
@@ -179,7 +184,10 @@ class SharedWork:
             return True
         if self._budget_tokens < 2 * FEWEST_PASS_TOKENS:
             self._budget_tokens = self._most_tokens
-            return False
+            if not (has_backward and self.bank.recompute()):
+                return False
+            self.note("out of memory: layers are computed again in the backward from here on")
+            return True
         self._budget_tokens //= 2
         self.note(f"out of memory: passes of {self._budget_tokens} tokens from here on")
         return True

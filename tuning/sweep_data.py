@@ -15,7 +15,7 @@ class SweepData:
 
     budget_tokens: of a pass; None for the device's default. start: the adapter that every trial starts from;
     None for fresh ones. budgets: tokens of a pass on devices of a name, in place of budget_tokens. judge: of
-    texts, if the objective is of such.
+    texts, if the objective is of such. recomputing: names of devices on which layers are computed again.
     """
 
     space: Space
@@ -24,3 +24,8 @@ class SweepData:
     start: AdapterFiles | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
     judge: Judge | None = None
+    recomputing: frozenset[str] = frozenset()
+
+    def for_device(self, name: str) -> tuple[int | None, bool]:
+        """Return the tokens of a pass on devices of this name, and whether layers are computed again."""
+        return self.budgets.get(name, self.budget_tokens), name in self.recomputing

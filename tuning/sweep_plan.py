@@ -67,6 +67,11 @@ class SweepPlan:
         )
 
     @property
+    def recomputing(self) -> frozenset[str]:
+        """Return the names of the devices on which layers are computed again in the backward."""
+        return frozenset(name for name, plan in self.kinds.items() if plan.recomputes)
+
+    @property
     def budgets(self) -> dict[str, int]:
         """Return the tokens that a pass may hold on each kind of device, by its name."""
         return {name: plan.budget_tokens for name, plan in self.kinds.items()}

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from qlora.base.fused import fuse_for_training
 from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
+from qlora.base.recomputed import recompute_layers
 from qlora.base.reference import split_revision
 from qlora.config import BaseModelSettings, InputError, TrialSettings
 from qlora.data.prompts import EncodedExample
@@ -47,7 +48,7 @@ class AdapterBank:
 
     base_name: the base that saved adapters name. layers: the linear layers that any adapter targets. A
     layer's number is its place among all linear layers, whatever adapters there are: its dropout depends on
-    it.
+    it. recomputes: see qlora.base.recomputed.
     """
 
     model: PreTrainedModel
@@ -56,6 +57,7 @@ class AdapterBank:
     switch: Switch = field(default_factory=Switch)
     recorder: Any = None  # a qlora.recorded_passes.Recorder, once there is a pass to record
     mean_parameters: float = 0.0  # of a linear layer
+    recomputes: bool = False
     # The widths (in, out) of each layer that an adapter may target.
     _linear: dict[str, tuple[int, int]] = field(default_factory=dict)
     _tables: dict[tuple[int, ...], BankTables] = field(default_factory=dict)
@@ -74,6 +76,15 @@ class AdapterBank:
     def num_layers(self) -> int:
         """Count the linear layers that an adapter may target."""
         return len(self._linear)
+
+    def recompute(self) -> bool:
+        """Have layers computed again in each backward from now on; tell whether that is new, and possible."""
+        if self.recomputes or not recompute_layers(self.model):
+            return False
+        self.recomputes = True
+        if self.recorder is not None:
+            self.recorder.stop()
+        return True
 
     def in_kernels(self, adapters: Sequence[Adapter | None]) -> bool:
         """Tell whether there are adapters whose products the GPU's kernels compute: all or none of these."""

@@ -4,6 +4,8 @@ Most families hand every keyword of a call down to attention. Some hand down non
 the call lasts.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +30,21 @@ def keep_keywords(model: nn.Module) -> None:
     model.register_forward_pre_hook(keep, with_kwargs=True)
     model.register_forward_hook(forget, always_call=True)
     setattr(model, _marker, True)
+
+
+def keywords_again() -> AbstractContextManager[None]:
+    """Return what keeps, within, what is kept now: for work of a call that is done after it."""
+    named = _named.get({})
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        before = _named.set(named)
+        try:
+            yield
+        finally:
+            _named.reset(before)
+
+    return again()
 
 
 def keyword(name: str) -> Any:

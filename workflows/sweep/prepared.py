@@ -91,12 +91,17 @@ class PreparedSweep:
             counts = [int(count) for count in self.space.values("train_examples")]
         return found.train[: sum(counts) // len(counts)], found.public
 
-    def host_data(self, budgets: Mapping[str, int]) -> "SweepData":
-        """Return what hosts are given. `budgets`: tokens that a pass may hold, by the device's name."""
+    def host_data(self, budgets: Mapping[str, int], recomputing: frozenset[str]) -> "SweepData":
+        """Return what hosts are given, by devices' names.
+
+        `budgets`: tokens that a pass may hold. `recomputing`: where layers are computed again.
+        """
         from tuning.sweep_data import SweepData
 
         least = min(budgets.values())
-        return SweepData(self.space, self.examples, least, self.start, budgets, self.inputs.judge)
+        return SweepData(
+            self.space, self.examples, least, self.start, budgets, self.inputs.judge, recomputing
+        )
 
 
 def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:

@@ -99,7 +99,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
     digest_task = ray.remote(num_cpus=0)(base_digest).options(scheduling_strategy=this_node())
     digest = digest_task.remote(sweep.space.base_model.name)
     if not _is_trained(sweep) or averages_are_due(sweep, prepared) or holdout_is_due(sweep, prepared):
-        begin_hosts(hosts, prepared.host_data(plan.budgets), joining(needs, asked))
+        data = prepared.host_data(plan.budgets, plan.recomputing)
+        begin_hosts(hosts, data, joining(needs, asked))
     measured = ask_zero_shot(sweep, hosts, shares)
     with _record_needed(sweep):
         tracker = track(sweep)  # while hosts measure
