@@ -210,16 +210,19 @@ def test_layers_that_are_computed_again_take_less_memory_and_train_the_same():
     examples, found = random_examples(64, seed=5), []
     for recomputes in (False, True):
         bank = gpu_bank("llama", torch.bfloat16)
-        assert not recomputes or bank.recompute()
+        if recomputes:
+            assert bank.recompute()
+        else:  # launched as well
+            bank.recorder = recorded_passes.Recorder(bank)
+            bank.recorder.stop()
         settings = TrialSettings(learning_rate=1e-3, lora_r=16, lora_dropout=0.1, batch_size=64, epochs=3)
         training = Training(bank, examples, settings)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         losses = [training.advance(10_000).loss for _ in range(3)]
         found.append((losses, torch.cuda.max_memory_allocated() - before))
-        assert not recomputes or bank.recorder is None
-    assert found[1][0] == pytest.approx(found[0][0], rel=0.02)
-    assert found[1][1] < found[0][1]
+    assert found[1][0] == found[0][0]
+    assert found[1][1] < 0.8 * found[0][1]
 
 
 def test_large_steps_are_launched_and_leave_no_memory_to_recordings(monkeypatch):

@@ -155,6 +155,22 @@ def test_out_of_memory_in_the_smallest_passes_has_layers_computed_again(data, tm
     assert sum("layers are computed again" in note for note in host.notes()) == 1
 
 
+def test_texts_that_find_no_memory_have_no_layers_computed_again(data, monkeypatch):
+    work = tuning.shared_work.SharedWork(data.space.base_model, 1000)
+
+    class NoRoom:
+        def values(self, *arguments):
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    (found,) = work.judge(NoRoom(), [(None, data.examples.by_prompt)], lambda: False)
+    assert isinstance(found, torch.cuda.OutOfMemoryError) and not work.bank.recomputes
+
+
+def test_a_device_that_was_not_planned_for_does_as_the_smallest_that_was(data):
+    planned = replace(data, budgets={"A": 100, "B": 50}, budget_tokens=50, recomputing=frozenset("B"))
+    assert [planned.for_device(name) for name in "ABC"] == [(100, False), (50, True), (50, True)]
+
+
 def test_a_plan_may_have_layers_computed_again_from_the_start(data, tmp_path):
     again = replace(data, recomputing=frozenset([hardware("cpu")]))
     host = Host(again, 1)

@@ -114,7 +114,7 @@ def test_where_memory_is_too_short_layers_are_computed_again_and_only_there():
 
     plenty, short = planned(70), planned(16)
     assert not plenty.recomputing and short.recomputing == {""}
-    assert short.peak_bytes < 14 * 2**30 and short.seconds > plenty.seconds
+    assert short.peak_bytes < 14 * 2**30
     words = [describe_plan(chosen, long, PUBLIC, SHAPES, plan) for plan in (plenty, short)]
     assert ["computed again" in one for one in words] == [False, True]
     with pytest.raises(InputError, match="choose a smaller base or lora_r"):

@@ -71,6 +71,8 @@ def test_of_a_round_the_best_go_on_and_the_next_begins_behind_them():
     assert played_seconds(rounds, 10, alone, 1, stops=False) == pytest.approx(80)
     assert played_seconds(rounds, 10, alone, 2) == pytest.approx(4 * 4 + 6)
     assert played_seconds(space([1], 4, scheduler=ROUNDS), 10, alone, 2) == pytest.approx(2 * 4 + 6)
+    small = space([1], 2, scheduler={**ROUNDS, "kept": 2})  # than a round
+    assert played_seconds(small, 10, alone, 1) == pytest.approx(2 * 10)
     measured = Pace(0.0, 0.0, 2.0, seats=1)
     assert played_seconds(rounds, 10, measured, 1) == pytest.approx((8 + 2) * 2)
 
@@ -112,5 +114,7 @@ def test_a_range_of_epochs_is_played_as_it_is_drawn():
     ranged = {**plain, "search": {"epochs": {"lograndint": [1, 33]}}}
     found = played_seconds(Space.model_validate(ranged), 10, alone, 1) / 200
     assert 7 * 10 < found < 11 * 10  # the mean is 9; of 1 and 32 it is 16
+    prior = {**ranged, "searcher": {"type": "prior"}}  # favours long ones
+    assert played_seconds(Space.model_validate(prior), 10, alone, 1) / 200 > 1.5 * found
     grid = {**plain, "search": {"epochs": {"grid_search": [1, 8]}}, "num_samples": 1}
     assert played_seconds(Space.model_validate(grid), 10, alone, 1) == pytest.approx(90)

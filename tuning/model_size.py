@@ -40,9 +40,11 @@ class ModelSize:
         )
         return settings.lora_r * widths
 
-    def adapted_layers(self, settings: TrialSettings) -> int:
-        """Count the linear layers that a trial adapts."""
-        return sum(is_targeted(name, settings.target_modules) for name in self.layers)
+    def adapted_inputs(self, settings: TrialSettings) -> list[int]:
+        """Return the inputs of each linear layer that a trial adapts."""
+        return [
+            num_in for name, (num_in, _) in self.layers.items() if is_targeted(name, settings.target_modules)
+        ]
 
     @property
     def layer_widths(self) -> int:

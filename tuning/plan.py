@@ -97,7 +97,7 @@ def make_plan(
     trials = _asked_side_by_side(space, device)
     for recomputes in (False, True) if size.can_recompute else (False,):
         activations = partial(_activation_bytes, space, train, size, device, width, recomputes)
-        least = base + adapter + int(activations(min(step, longest)))
+        least = base + adapter + int(activations(longest))
         if least + ((trials or 1) - 1) * adapter <= free:
             break
     if least > free:
@@ -232,16 +232,19 @@ def _activation_bytes(
     Layers keep what their backward reads: the inputs and outputs of norms; queries, keys, values and
     attention's output, on a CPU with every head's keys and values besides, for prefixes of about a row's
     length; gate, up and their product, and the activated gate unless that is fused; of adapters, what A
-    gives. Beside it stand one layer's gradients.
+    gives, and on a CPU the masks of their dropout, a byte each. Beside it stand one layer's gradients.
     """
     is_on_gpu = device.kind == "cuda"
     settings = _settings_by_rank(space, max)
-    low_width = max(padded_rank(one.lora_r) * size.adapted_layers(one) for one in settings)
+    inputs = [size.adapted_inputs(one) for one in settings]
+    low_width = max(padded_rank(one.lora_r) * len(own) for one, own in zip(settings, inputs, strict=True))
+    has_masks = not is_on_gpu and max(space.values("lora_dropout")) > 0
     kept: float = (
         2 * size.norm_width
         + (1 if is_on_gpu else 3) * size.attention_width
         + (3 if device.fuses_mlp else 4) * size.mlp_width
         + low_width
+        + (max(map(sum, inputs)) / width if has_masks else 0)
     )
     answers = _scored(space, train, tokens)
     beside = kept / size.num_layers

@@ -101,7 +101,8 @@ def played_seconds(
             seconds += _play(trials, pace)
         else:
             size = min(rounds.trials, num_trials)  # on this device, as all of its rounds but the last
-            kept = math.ceil(rounds.survivors(min(rounds.trials, space.num_trials)) * size / rounds.trials)
+            of_all = min(rounds.trials, space.num_trials)
+            kept = math.ceil(rounds.survivors(of_all) * size / of_all)
             groups = (trials[start : start + size] for start in range(0, num_trials, size))
             seconds += sum(_play(group, pace, rounds.steps, kept) for group in groups)
     return seconds / plays
@@ -185,7 +186,7 @@ def _possible_epochs(space: Space) -> tuple[list[Any], list[float] | None]:
         return list(space.values("epochs")), None
     domain, random_state = tune_space(space)["epochs"], np.random.default_rng(0)
     counts = Counter(domain.sample(random_state=random_state) for _ in range(_DRAWS))
-    power = EPOCHS_POWER if is_prior and not takes_turns else 0.0
+    power = EPOCHS_POWER if is_prior else 0.0
     lengths = {value: sum(_settings(space, value).stages) for value in counts}
     return list(counts), [count * lengths[value] ** power for value, count in counts.items()]
 

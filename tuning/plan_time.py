@@ -22,9 +22,7 @@ _MOVED_NUMBERS, _MOVED_UNFUSED = 16, 29
 _STEP_SECONDS, _TRIAL_SECONDS = 0.018, 0.003  # of a GPU's host: a step, and each trial in it
 _EVALUATION_SECONDS = 0.15  # of a GPU's host: one trial
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
-_RECOMPUTED = (
-    1.5  # passes that one takes whose layers are computed again: a forward besides two such products
-)
+_RECOMPUTED = 1.5  # passes that one takes whose layers are computed again
 _EVALUATION_TOKENS = 32768  # of an evaluation's pass
 # A training pass's time, in evaluations of its tokens: two cores; an H200 with the embedded base's shape.
 _OF_EVALUATION = {"cpu": 2.6, "cuda": 3.7}
@@ -53,12 +51,12 @@ def expected_seconds(
     start = float(START_SECONDS)
     pace = Pace(0.0, step, evaluation, side_by_side)
     if device.kind == "cuda":
-        start += _RECORDINGS * _RECORDING_SECONDS * size.num_layers
+        start += 0 if recomputes else _RECORDINGS * _RECORDING_SECONDS * size.num_layers
         pace = Pace(_STEP_SECONDS, step + _TRIAL_SECONDS, evaluation + _EVALUATION_SECONDS, side_by_side)
     stopped, whole = (
         played_seconds(space, len(train), pace, num_devices, stops=stops) for stops in (True, False)
     )
-    averages = 1 + AVERAGES_SHARE if space.soup else 1.0
+    averages = 1 + AVERAGES_SHARE if space.soup and space.objective.is_perplexity else 1.0
     return start + averages * stopped, start + averages * whole
 
 

@@ -105,7 +105,7 @@ class SharedWork:
             values.update(zip(places, found, strict=True))
             return [None] * len(places)
 
-        errors = self._together(judged, range(len(requests)))
+        errors = self._together(judged, range(len(requests)), has_backward=False)
         return [values[place] if error is None else error for place, error in enumerate(errors)]
 
     def perplexities(self, update: Update, examples: Sequence[EncodedExample]) -> list[float]:
@@ -153,16 +153,19 @@ class SharedWork:
         members: Sequence[Any],
         *,
         shrinks_itself: bool = False,
+        has_backward: bool = True,
     ) -> list[Exception | None]:
         """Do work for all members at once, or for each alone if that fails; returns what each failed with.
 
-        Work that `shrinks_itself` has tried the smallest passes when it is out of memory.
+        Work that `shrinks_itself` has tried the smallest passes when it is out of memory. What has no
+        backward has none computed again.
         """
+        how = {"shrinks_itself": shrinks_itself, "has_backward": has_backward}
         while True:
             try:
                 return work(members)
             except torch.cuda.OutOfMemoryError as error:
-                if not shrinks_itself and self._shrink():
+                if not shrinks_itself and self._shrink(has_backward=has_backward):
                     continue
                 failure: Exception = error
             except Exception as error:  # whatever it is, it belongs to a member, and the others go on
@@ -171,9 +174,9 @@ class SharedWork:
             if len(members) == 1:
                 return [failure.with_traceback(None)]  # a traceback would keep activations
             self.note(f"a shared pass failed and was tried trial by trial: {_first_line(failure)}")
-            return [self._together(work, [member], shrinks_itself=shrinks_itself)[0] for member in members]
+            return [self._together(work, [member], **how)[0] for member in members]
 
-    def _shrink(self, *, has_backward: bool = True) -> bool:
+    def _shrink(self, *, has_backward: bool) -> bool:
         """Give recordings back or, if there are none, halve the tokens of a pass.
 
         At the smallest, have layers computed again, and after that say no; start again with the most.

@@ -28,4 +28,6 @@ class SweepData:
 
     def for_device(self, name: str) -> tuple[int | None, bool]:
         """Return the tokens of a pass on devices of this name, and whether layers are computed again."""
-        return self.budgets.get(name, self.budget_tokens), name in self.recomputing
+        is_planned = name in self.budgets
+        recomputes = name in self.recomputing if is_planned else bool(self.recomputing)
+        return self.budgets.get(name, self.budget_tokens), recomputes

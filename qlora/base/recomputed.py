@@ -1,7 +1,7 @@
 """Owns layers that are computed again: a decoder layer keeps its input, its backward begins with a forward.
 
 What a pass keeps of a token is then one number for each of its channels a layer, where it would be some
-dozens, and a training pass takes half as long again. Results are the same to the last bit.
+dozens. A training pass has one forward more, and is launched, not recorded; kernels get what they would get.
 
 Source: gradient checkpointing, https://arxiv.org/abs/1604.06174.
 """

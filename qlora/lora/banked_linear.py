@@ -13,6 +13,7 @@ Refuses to know adapters' settings and files.
 Shapes: T stream tokens, I (IN) and O (OUT) a layer's widths.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,17 +133,17 @@ class _Banked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.layers = layers
         ctx.route = route
-        ctx.kept = []  # what products.add_lora returned for each layer
         ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1])
         outs = []
-        lows_TR = []  # what kernels.add_lora returned for each layer
+        kept = list[Tensor | None]()  # what kernels.add_lora, or products.add_lora, returned for each layer
         for layer in layers:
             weight = layer.weight(x.dtype)
             bias = layer.base.bias
             if route.pass_tables is None:
                 y_TO = F.linear(x_TI, weight, bias)
-                ctx.kept.append(products.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index))
+                for low_and_mask in products.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index):
+                    kept += low_and_mask
             else:
                 # LoRA products come first where they can: a matrix product adds to what is there at no cost.
                 is_new = bias is None
@@ -152,20 +153,23 @@ class _Banked(torch.autograd.Function):
                     y_TO = F.linear(x_TI, weight, bias)
                 tables = route.layer_tables[layer.index]
                 low_TR = kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=is_new)
-                lows_TR.append(low_TR)
+                kept.append(low_TR)
                 if is_new:
                     y_TO.addmm_(x_TI, weight.t())
             outs.append(y_TO.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x_TI, *lows_TR)
+        ctx.save_for_backward(x_TI, *kept)  # all of it, so that what is computed again is not kept besides
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         route: Route = ctx.route
-        x_TI, *lows_TR = ctx.saved_tensors
+        x_TI, *saved = ctx.saved_tensors
+        kept = iter(saved)
         shape = next(grad.shape[:-1] for grad in grads if grad is not None)
         dx_TI = None
-        for number, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
+        for layer, grad in zip(ctx.layers, grads, strict=True):
+            parts = route.parts_at(layer.name)
+            own = list(itertools.islice(kept, 1 if route.pass_tables is not None else 2 * len(parts)))
             if grad is None:
                 continue
             dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
@@ -173,7 +177,8 @@ class _Banked(torch.autograd.Function):
             if route.pass_tables is None:
                 if weight is not None:
                     dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
-                products.lora_backward(x_TI, dy_TO, dx_TI, route.parts_at(layer.name), ctx.kept[number])
+                low_and_mask = list(zip(own[::2], own[1::2], strict=True))
+                products.lora_backward(x_TI, dy_TO, dx_TI, parts, low_and_mask)
             else:
                 is_new = weight is not None and dx_TI is None
                 if is_new:
@@ -182,7 +187,7 @@ class _Banked(torch.autograd.Function):
                     x_TI,
                     dy_TO,
                     dx_TI,
-                    lows_TR[number],
+                    own[0],
                     route.pass_tables,
                     route.layer_tables[layer.index],
                     layer.index,
