@@ -168,8 +168,8 @@ class _Banked(torch.autograd.Function):
         shape = next(grad.shape[:-1] for grad in grads if grad is not None)
         dx_TI = None
         for layer, grad in zip(ctx.layers, grads, strict=True):
-            parts = route.parts_at(layer.name)
-            own = list(itertools.islice(kept, 1 if route.pass_tables is not None else 2 * len(parts)))
+            parts = [] if route.pass_tables is not None else route.parts_at(layer.name)
+            own = list(itertools.islice(kept, 2 * len(parts) if route.pass_tables is None else 1))
             if grad is None:
                 continue
             dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
