@@ -1,7 +1,7 @@
-"""Best public and unseen perplexity of whole sweeps: ways to search beside that of wide.yaml, seed by seed.
+"""Best public and unseen perplexity of whole sweeps: wide.yaml's beside random search and ASHA, seed by seed.
 
     python benchmarks/live_search.py --out FOLDER --train FILE --public FILE --unseen FILE \\
-        [--ways wide stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1 52.5:4:1+1+1,1+1+3] [--gpus 2]
+        [--ways asha stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1,1+1+3 52.5:3:1+1+1] [--gpus 2]
 
 Each sweep is ray_jobs/tune.py, run whole in a process of its own with a home below --out, and stops by itself
 when its trials have spent its GPU-seconds. The unseen examples are its holdout. There is a lane a GPU. Its
@@ -37,15 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.commands import ROOT
 from benchmarks.report import print_report
 
+_STOPPED = [
+    "num_samples=16",
+    "scheduler={type: asha, grace_period: 6.25, reduction_factor: 4}",
+    "search.epochs={choice: [1, 2, 3, 1+1, 1+1+3]}",
+    "search.seed={choice: [0]}",
+]
 WAYS = {  # what each changes of wide.yaml
-    "wide": ["num_samples=16"],
-    "prior": ["num_samples=16", "searcher.type=prior"],
-    "stages": [  # trials and epochs by budget: none is stopped
-        "searcher.type=prior",
-        "scheduler={type: fifo}",
-        "search.seed={randint: [0, 1000000]}",
-    ],
+    "asha": ["searcher={type: random}", *_STOPPED],
+    "prior": _STOPPED,
+    "stages": [],  # trials and epochs by budget
 }
+_CALLED = {"asha": "random search and ASHA, 16 trials", "prior": "prior and ASHA, 16 trials"}
 _COLOURS = ("#7f8c8d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 
 
@@ -77,8 +80,8 @@ class Sweep:
     def label(self) -> str:
         """Return what it is called beside those of other ways and budgets, whatever their seeds."""
         epochs = " and ".join(self.budget.epochs)
-        fitting = f"{self.budget.trials} x {epochs}, " if self.way == "stages" else ""
-        return f"{self.way}, {fitting}{self.budget.gpu_seconds:g} s"
+        called = f"{self.budget.trials} trials of {epochs}" if self.way == "stages" else _CALLED[self.way]
+        return f"{called}, {self.budget.gpu_seconds:g} s"
 
     @property
     def name(self) -> str:
@@ -229,7 +232,7 @@ def _compare(sweeps: Sequence[Sweep], arguments: argparse.Namespace) -> None:
 def draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draw each sweep's public and unseen perplexity over the GPU-seconds that its trials had, and medians.
 
-    `found` holds the figures of sweeps by what they are called in the legend.
+    `found` holds the figures of sweeps by what they are called in the legend, which tells the medians, too.
     """
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         longest = max((one["gpu_seconds"] for there in found.values() for one in there), default=1)
@@ -238,13 +241,17 @@ def draw(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
             for (name, there), colour in zip(found.items(), itertools.cycle(_COLOURS), strict=False):
                 seconds, values = [one["gpu_seconds"] for one in there], [one[key] for one in there]
                 middle = statistics.median(values)
-                axes.scatter(seconds, values, color=colour, s=28, label=name)
+                axes.scatter(seconds, values, color=colour, s=28, label=_named(name, there))
                 axes.hlines(middle, min(seconds) - 3, max(seconds) + 3, color=colour, linewidth=1.5)
-                axes.text(max(seconds) + 4, middle, f"{middle:.3f}", color=colour, va="center", fontsize=8)
             axes.set(xlabel="GPU-seconds of trials", title=f"{key} examples", xlim=(0, longest * 1.15))
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
         figure.axes[0].set_ylabel("perplexity of the sweep's best")
         figure.savefig(path)
+
+
+def _named(name: str, there: Sequence[Mapping[str, Any]]) -> str:
+    public, unseen = (statistics.median(one[key] for one in there) for key in ("public", "unseen"))
+    return f"{name}: median {public:.3f}, unseen {unseen:.3f}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -256,9 +263,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--public", type=Path, required=True)
     parser.add_argument("--unseen", type=Path, required=True, help="examples that nothing is chosen on")
     parser.add_argument("--train-examples", type=int, help="only the first so many")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["wide", "stages"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["asha", "stages"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    both = [Budget.of("105:6:1+1+1"), Budget.of("52.5:4:1+1")]
+    both = [Budget.of("105:6:1+1+1,1+1+3"), Budget.of("52.5:3:1+1+1,1+1+3")]
     budgets = "GPU-seconds of a sweep; trials of `stages` that they are enough for, and their epochs"
     parser.add_argument(
         "--budgets",

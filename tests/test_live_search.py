@@ -33,10 +33,11 @@ def test_every_way_is_a_sound_space(tmp_path):
         )
         for way in WAYS
     }
-    assert {way: space.num_trials for way, space in spaces.items()} == {"wide": 16, "prior": 16, "stages": 3}
+    assert {way: space.num_trials for way, space in spaces.items()} == {"asha": 16, "prior": 16, "stages": 3}
     assert {space.budget.gpu_seconds for space in spaces.values()} == {52.5}
     assert spaces["stages"].values("epochs") == ["1+1", "1+1+3"]
-    assert spaces["wide"].searcher.type == "random"
+    kinds = {way: (space.searcher.type, space.scheduler.type) for way, space in spaces.items()}
+    assert kinds == {"asha": ("random", "asha"), "prior": ("prior", "asha"), "stages": ("prior", "fifo")}
 
 
 def test_a_sweep_has_a_name_that_commands_take_and_that_tells_stages_apart(tmp_path):

@@ -13,7 +13,8 @@ from tuning.objective import METRIC
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space, load_space, tune_space
 
-WIDE = load_space("search_spaces/wide.yaml", ["searcher={type: prior}", "num_samples=24"])
+STOPPED = ["scheduler={type: asha}", 'search.epochs={choice: [1, 2, 3, "1+1", "1+1+3"]}']
+WIDE = load_space("search_spaces/wide.yaml", ["num_samples=24", *STOPPED])
 EXPECTED = math.log(16 / 576)
 
 
@@ -35,10 +36,7 @@ def test_draws_are_around_the_expected_size_and_favour_long_schedules():
 
 
 def test_where_none_is_stopped_epochs_take_turns():
-    space = load_space(
-        "search_spaces/wide.yaml",
-        ["searcher={type: prior}", "scheduler={type: fifo}", 'search.epochs={choice: [2, "1+1+1", "1+1+3"]}'],
-    )
+    space = load_space("search_spaces/wide.yaml", ['search.epochs={choice: [2, "1+1+1", "1+1+3"]}'])
     for num_trials in (3, 8):
         epochs = [config["epochs"] for config in drawn(PriorSearcher(space, base_width=576), num_trials)]
         counts = [epochs.count(choice) for choice in space.values("epochs")]
@@ -58,7 +56,7 @@ def test_a_wider_base_gets_lower_rates():
 def test_every_draw_is_one_of_the_space():
     space = load_space(
         "search_spaces/wide.yaml",
-        ["search.learning_rate={loguniform: [1.0e-6, 2.0e-6]}", "search.lora_alpha={choice: [8]}"],
+        ["search.learning_rate={loguniform: [1.0e-6, 2.0e-6]}", "search.lora_alpha={choice: [8]}", *STOPPED],
     )
     for config in drawn(PriorSearcher(space, base_width=576), 50):
         assert 1e-6 <= config["learning_rate"] <= 2e-6 and config["lora_alpha"] == 8
