@@ -71,6 +71,17 @@ def test_a_plan_says_what_its_gpus_will_cost(price):
     )
 
 
+def test_a_sweep_that_stops_nothing_says_nothing_of_stopping():
+    devices = [Device("cuda", 80 << 30, 1e14, name="A")]
+    for kind, clauses in (("asha", 3), ("fifo", 0)):
+        changes = {"trials_per_gpu": 1, "price_per_gpu_hour": 2.5, "scheduler": {"type": kind}}
+        space = Space.model_validate({**SPACE, **changes})
+        plan = make_sweep_plan(space, TRAIN, PUBLIC, model_size(CONFIGS["llama"]), devices, 1)
+        of_a_range = describe_range(space, TRAIN, PUBLIC, WORDS, plan, plan, 2.5)
+        for words in (describe_plan(space, TRAIN, PUBLIC, WORDS, plan), of_a_range):
+            assert words.count("if nothing is stopped") == clauses
+
+
 def test_a_sweep_on_cpus_costs_no_gpu():
     space = Space.model_validate({**SPACE, "price_per_gpu_hour": 2.5})
     plan = make_sweep_plan(

@@ -61,19 +61,22 @@ def describe_range(
         *_kind_lines(kind, name, False),
         f"disk        up to {gib(quick.disk_bytes)} of checkpoints, two a trial",
         *_unmeasured(name),
-        f"time        {least} to {likely} on {quick.num_devices} x {name}, going by its data sheet; "
-        f"up to {most} if nothing is stopped",
-        "cost        {:.0f} to {:.0f} GPU-seconds; up to {:.0f} if nothing is stopped".format(
-            *(quick.num_devices * one for one in seconds)
-        ),
+        f"time        {least} to {likely} on {quick.num_devices} x {name}, going by its data sheet"
+        + _unstopped(space, f"; up to {most}"),
     ]
+    low, high, highest = (f"{quick.num_devices * one:.0f}" for one in seconds)
+    lines.append(f"cost        {low} to {high} GPU-seconds" + _unstopped(space, f"; up to {highest}"))
     if price is not None:
         of_a_second = quick.num_devices * price / 3600
         low, high, highest = (in_money(one * of_a_second) for one in seconds)
-        lines.append(
-            f"money       {low} to {high} at {price:g} a card and hour; up to {highest} if nothing is stopped"
-        )
+        money = f"money       {low} to {high} at {price:g} a card and hour"
+        lines.append(money + _unstopped(space, f"; up to {highest}"))
     return "\n".join(lines)
+
+
+def _unstopped(space: Space, most: str) -> str:
+    """Say what it is if nothing is stopped, where something may be."""
+    return "" if space.scheduler.type == "fifo" else f"{most} if nothing is stopped"
 
 
 def _unmeasured(name: str) -> list[str]:
@@ -91,15 +94,17 @@ def time_lines(space: Space, plan: SweepPlan, num_there: int | None = None, sour
     if num_there is not None and num_there < plan.num_devices:
         devices += f" ({num_there} there, the others may come)"
     likely, unstopped = _minutes(plan.seconds), _minutes(plan.seconds_without_stopping)
-    lines = [f"time        about {likely} on {devices}{source}, {unstopped} if nothing is stopped"]
+    lines = [f"time        about {likely} on {devices}{source}" + _unstopped(space, f", {unstopped}")]
     if not space.wants_gpu:
         return lines
     seconds, price = (plan.gpu_seconds, plan.gpu_seconds_without_stopping), space.price_per_gpu_hour
-    lines.append("cost        about {:.0f} GPU-seconds, {:.0f} if nothing is stopped".format(*seconds))
+    likely, unstopped = (f"{one:.0f}" for one in seconds)
+    lines.append(f"cost        about {likely} GPU-seconds" + _unstopped(space, f", {unstopped}"))
     if price is not None:
         likely, unstopped = (in_money(Cost(one, price).money or 0) for one in seconds)
-        money = f"money       about {likely} at {price:g} a card and hour"
-        lines.append(f"{money}, {unstopped} if nothing is stopped")
+        lines.append(
+            f"money       about {likely} at {price:g} a card and hour" + _unstopped(space, f", {unstopped}")
+        )
     return lines
 
 
