@@ -6,13 +6,15 @@ that it was chosen on. Refuses to know where values come from.
 Shapes: T trials, N examples, D draws.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 _DRAWS = 10_000
 _PIECE = 2_000_000  # numbers at once
+_MOST_KEPT = 4_000_000  # numbers, from one interval to the next
 _NEGLIGIBLE = 1e-9
 
 
@@ -84,11 +86,20 @@ def _standard_error(mean: np.ndarray, mean_square: np.ndarray, size: int) -> np.
     return np.sqrt(np.maximum(mean_square - np.square(mean), 0) / max(1, size - 1))
 
 
-def _shares(size: int, draws: int) -> Iterator[np.ndarray]:
-    """Yield the share of each example in so many draws of as many examples: [D, N] in pieces.
+def _shares(size: int, draws: int) -> Iterable[np.ndarray]:
+    """Return the share of each example in so many draws of as many examples: [D, N] in pieces.
 
-    They depend on the number of examples alone.
+    They depend on the number of examples alone, so that a page of many intervals draws once.
     """
+    return _kept_shares(size, draws) if size * draws <= _MOST_KEPT else _drawn_shares(size, draws)
+
+
+@lru_cache(maxsize=1)
+def _kept_shares(size: int, draws: int) -> tuple[np.ndarray, ...]:
+    return tuple(_drawn_shares(size, draws))
+
+
+def _drawn_shares(size: int, draws: int) -> Iterator[np.ndarray]:
     generator, piece = np.random.default_rng(0), max(1, _PIECE // max(1, size))
     even = np.full(size, 1 / size)
     for done in range(0, draws, piece):
