@@ -64,6 +64,22 @@ class Batch:
         """Return some of the slots by their parts."""
         return [(part, list(alike)) for part, alike in groupby(slots, lambda slot: self.parts[slot])]
 
+    def take_done(self) -> list[tuple[int, list[int]]]:
+        """Return (index, new tokens) of the prompts whose search has ended, and free their slots.
+
+        However many there are, they are fetched from the device at once.
+        """
+        state = self.state
+        ended = [slot for slot, is_done in enumerate(state.done_E.tolist()) if is_done]
+        whose = {slot: example for slot in ended if (example := self.examples[slot]) is not None}
+        if not whose:
+            return []
+        chosen = torch.tensor(list(whose), device=state.done_E.device)
+        lengths, tokens = state.best_lengths_EK[chosen, 0].tolist(), state.best_tokens_EKT[chosen, 0].tolist()
+        for slot in whose:
+            self.examples[slot] = None
+        return [(example, own[:n]) for example, own, n in zip(whose.values(), tokens, lengths, strict=True)]
+
     def keep(self, slots: list[int]) -> "Batch":
         """Return a batch of some of the slots, in that order."""
         chosen = torch.tensor(slots, device=self.state.done_E.device)
@@ -85,6 +101,17 @@ def pieces_of(parts: Sequence[int], lengths: Sequence[int]) -> list[Piece]:
         pieces.append((part, start, end))
         start = end
     return pieces
+
+
+def in_passes(lengths: Sequence[int], most: int) -> list[range]:
+    """Return which rows go through a pass together: neighbours of at most so many tokens, or one row."""
+    runs, start, total = list[range](), 0, 0
+    for place, length in enumerate(lengths):
+        if place > start and total + length > most:
+            runs.append(range(start, place))
+            start, total = place, 0
+        total += length
+    return [*runs, range(start, len(lengths))] if lengths else []
 
 
 def share_slots(num_slots: int, counts: Mapping[int, int]) -> list[int]:

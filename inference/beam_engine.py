@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.batch import Batch, Ways, pieces_of, share_slots
+from inference.batch import Batch, Ways, in_passes, pieces_of, share_slots
 from inference.beam_search import SearchRules, SearchState, advance
 from inference.cached_attention import (
     DecodePass,
     PrefillPass,
+    Stretch,
     store_prefix,
     store_prompts,
     use_cached_attention,
 )
 from inference.kv_cache import CacheShape, KVCache
+from inference.prefixes import Prefixes
 from inference.room import FEWEST_ROWS, LIMITS, Limits, Room
 from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
@@ -54,14 +56,14 @@ class BeamSearcher:
     limits: Limits | None = None
     room: Room = field(init=False)
     _kept: Batch | None = None
-    # Tokens of the prefix of each part, and their keys and values.
-    _prefixes: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    _prefixes: Prefixes = field(init=False)
     _ways: Ways = field(default_factory=lambda: Ways.one(0))
     _shape: CacheShape = field(init=False)
 
     def __post_init__(self) -> None:
         use_cached_attention(self.model)
         self._shape = CacheShape.of(self.model)
+        self._prefixes = Prefixes(self._shape, self.model.device)
         limits = self.limits or LIMITS[self.model.device.type]
         if self.max_slots is not None:
             limits = replace(limits, max_slots=self.max_slots)
@@ -89,7 +91,8 @@ class BeamSearcher:
 
     def release(self) -> None:
         """Give back what is kept from one call to the next."""
-        self._kept, self._prefixes, self._ways = None, {}, Ways.one(0)
+        self._kept, self._ways = None, Ways.one(0)
+        self._prefixes = Prefixes(self._shape, self.model.device)
         self.room.restore()  # there may be more memory next time
 
     def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -136,9 +139,9 @@ class BeamSearcher:
             part: [tuple(one) for one, own in zip(prompts, parts, strict=True) if own == part]
             for part in counts
         }
-        prefixes = {part: self._prefix_of(owns, part) for part, owns in of_part.items()}
+        prefixes = self._prefixes.of(of_part, self.room.prefill_tokens(), self._fill)
         # One part's prefix is there once for all slots; of several, each slot has a copy of its part's.
-        of_all = prefixes[parts[0]] if len(counts) == 1 else self._compute_prefix((), parts[0])
+        of_all = prefixes[parts[0]] if len(counts) == 1 else self._prefixes.blank()
         # A prompt's own tokens are those between that and its last token, which the first step feeds.
         own_lengths = [len(prompt) - of_all.shape[3] - 1 for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (-own_lengths[i], i))
@@ -155,12 +158,8 @@ class BeamSearcher:
             elif not any(waiting.values()) and self._shrinks(batch, len(free)):
                 batch = batch.keep([slot for slot in range(len(batch.examples)) if slot not in free])
             self._step(batch)
-            for slot, is_done in enumerate(batch.state.done_E.tolist()):
-                example = batch.examples[slot]
-                if is_done and example is not None:
-                    length = int(batch.state.best_lengths_EK[slot, 0])
-                    batch.examples[slot] = None
-                    yield names[example], batch.state.best_tokens_EKT[slot, 0, :length].tolist()
+            for example, tokens in batch.take_done():
+                yield names[example], tokens
 
     def _shrinks(self, batch: Batch, num_free: int) -> bool:
         """Tell whether to make the batch smaller: enough slots are free, and there is room for a copy."""
@@ -177,10 +176,6 @@ class BeamSearcher:
 
         On a GPU the step is recorded once for each batch, and then replayed.
         """
-        taken = [
-            steps for steps, example in zip(batch.steps, batch.examples, strict=True) if example is not None
-        ]
-        num_steps = 1 + max(taken)
         if batch.way is None:
             fed = [batch.state.next_EK.shape[1]] * len(batch.parts)
             batch.way = self._ways.way_of(pieces_of(batch.parts, fed))
@@ -190,8 +185,13 @@ class BeamSearcher:
                     batch.graph = self._record(batch)
             batch.graph.replay()
         else:
+            taken = [
+                steps
+                for steps, example in zip(batch.steps, batch.examples, strict=True)
+                if example is not None
+            ]
             with batch.way():
-                self._feed(batch, num_steps)
+                self._feed(batch, 1 + max(taken))
         batch.steps = [steps + 1 for steps in batch.steps]
 
     def _feed(self, batch: Batch, num_steps: int) -> None:
@@ -230,19 +230,14 @@ class BeamSearcher:
         batch.cache.own_E.index_copy_(0, places, own_lengths)
         last_tokens = torch.tensor([prompts[i][-1] for i in joining], device=device)
         batch.state.start(places, last_tokens, self.rules)
-        budget = self.room.prefill_tokens()
-        for part, rows in groupby(range(len(slots)), lambda row: batch.parts[slots[row]]):
-            prefix, of_part = prefixes[part], list(rows)
-            if p == 0:  # else all slots have it already
-                store_prefix(batch.cache, places[of_part], prefix)
-            owns = {row: prompts[joining[row]][prefix.shape[3] : -1] for row in of_part}
-            filled = [row for row in of_part if owns[row]]
-            while filled:
-                count = 1
-                while count < len(filled) and sum(len(owns[row]) for row in filled[: count + 1]) <= budget:
-                    count += 1
-                now, filled = filled[:count], filled[count:]
-                self._prefill(batch, part, places[now], [owns[row] for row in now], prefix)
+        if p == 0:  # else all slots have it already
+            for part, own_slots in batch.by_part(slots):
+                store_prefix(batch.cache, torch.tensor(own_slots, device=device), prefixes[part])
+        lengths = [prefixes[batch.parts[slot]].shape[3] for slot in slots]
+        behind = [prompts[i][length:-1] for i, length in zip(joining, lengths, strict=True)]
+        filled = [(slot, own) for slot, own in zip(slots, behind, strict=True) if own]
+        for run in in_passes([len(own) for _, own in filled], self.room.prefill_tokens()):
+            self._prefill(batch, filled[run.start : run.stop], prefixes)
         for slot, i in zip(slots, joining, strict=True):
             batch.examples[slot] = i
             batch.steps[slot] = 0
@@ -251,58 +246,37 @@ class BeamSearcher:
                 batch.generators[slot].manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
 
     def _prefill(
-        self, batch: Batch, part: int, places: Tensor, owns: list[Sequence[int]], prefix: Tensor
+        self, batch: Batch, filled: Sequence[tuple[int, Sequence[int]]], prefixes: Mapping[int, Tensor]
     ) -> None:
-        """Compute keys and values of a part's prompts behind their prefix in a packed pass, and keep them."""
-        device, p = places.device, prefix.shape[3]
-        rows = Rows(tuple(len(own) for own in owns), p, device)
-        tokens: list[int] = []
-        positions: list[int] = []
-        for own in owns:
-            tokens += own
-            positions += range(p, p + len(own))
-        first = p - batch.cache.prefix.shape[3]
-        with self._ways.way_of([(part, 0, len(tokens))])():
+        """Compute keys and values of prompts behind their parts' prefixes in a packed pass, and keep them.
+
+        `filled`: slots, by part, and the tokens that each one's prompt has behind the prefix.
+        """
+        device, stretches, positions = self.model.device, list[tuple[int, Stretch]](), list[int]()
+        for part, alike in groupby(filled, lambda one: batch.parts[one[0]]):
+            slots, owns = zip(*alike, strict=True)
+            prefix = prefixes[part]
+            p = prefix.shape[3]
+            rows = Rows(tuple(map(len, owns)), p, device)
+            places = torch.tensor(slots, device=device)
+            store = store_prompts(batch.cache, places, rows, p - batch.cache.prefix.shape[3])
+            stretches.append((part, Stretch(prefix, rows, store)))
+            positions += [p + place for length in rows.lengths for place in range(length)]
+        self._fill(stretches, [token for _, own in filled for token in own], positions)
+
+    def _fill(
+        self, stretches: Sequence[tuple[int, Stretch]], tokens: list[int], positions: list[int]
+    ) -> None:
+        """Run a pass without logits, through each part's adapter."""
+        device = self.model.device
+        lengths = [one.rows.num_tokens for _, one in stretches]
+        with self._ways.way_of(pieces_of([part for part, _ in stretches], lengths))():
             self._forward(
                 torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
-                PrefillPass(prefix, rows, store_prompts(batch.cache, places, rows, first)),
+                PrefillPass([one for _, one in stretches]),
                 logits=False,
             )
-
-    def _prefix_of(self, prompts: list[tuple[int, ...]], part: int) -> Tensor:
-        """Return keys and values of the prefix that a part's prompts begin with, [2, layers, J, P, D].
-
-        It is kept for the next call, and used again if prompts begin with it and share little more.
-        """
-        common = prompts[0][: shared_prefix_length(prompts)]
-        kept, prefix = self._prefixes.get(part, ((), None))
-        if prefix is None or common[: len(kept)] != kept or 4 * len(kept) < 3 * len(common):
-            prefix = self._compute_prefix(common, part)
-            self._prefixes[part] = common, prefix
-        return prefix
-
-    def _compute_prefix(self, tokens: tuple[int, ...], part: int) -> Tensor:
-        """Compute the keys and values of tokens at the beginning of a part's prompt, [2, layers, J, P, D]."""
-        device = self.model.device
-        shape = self._shape
-        empty = torch.zeros(
-            2, shape.num_layers, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=device
-        )
-        prefix = empty.new_zeros(2, shape.num_layers, shape.num_kv_heads, len(tokens), shape.head_dim)
-
-        def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
-            prefix[:, layer] = torch.stack([k_TJD, v_TJD]).transpose(1, 2)
-
-        if tokens:
-            with self._ways.way_of([(part, 0, len(tokens))])():
-                self._forward(
-                    torch.tensor(tokens, device=device),
-                    torch.arange(len(tokens), device=device),
-                    PrefillPass(empty, Rows((len(tokens),), 0, device), store),
-                    logits=False,
-                )
-        return prefix
 
     def _make_batch(self, prefix: Tensor, counts: Mapping[int, int], max_own: int) -> Batch:
         """Return a batch of free slots with room for `max_own` prompt tokens; use the kept one if it fits.

@@ -18,7 +18,7 @@ all columns, Q = K * G query rows of a key-value head, X = E * Q.
 Source: https://huggingface.co/docs/transformers/attention_interface
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,9 +53,9 @@ class CachedPass(Protocol):
         """Attend from a layer's queries: [T, H, D]. Keys and values of the pass's tokens may be kept."""
 
 
-@dataclass
-class PrefillPass:
-    """A prefill of packed prompts, each row behind the prefix [2, layers, J, P, D].
+@dataclass(frozen=True)
+class Stretch:
+    """Rows of a pass that stand behind one prefix [2, layers, J, P, D].
 
     store: called with (layer, k_TJD, v_TJD) to keep what was computed.
     """
@@ -63,6 +63,13 @@ class PrefillPass:
     prefix: Tensor
     rows: Rows
     store: Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class PrefillPass:
+    """A prefill of packed prompts, in one stretch for each prefix."""
+
+    stretches: Sequence[Stretch]
 
     def attend(
         self,
@@ -74,10 +81,14 @@ class PrefillPass:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attend as CachedPass says; each token sees the prefix and its own row up to itself."""
-        self.store(layer, k_TJD, v_TJD)
-        k_PJD, v_PJD = self.prefix[:, layer].transpose(1, 2)
-        return attend_rows(q_THD, k_TJD, v_TJD, k_PJD, v_PJD, self.rows, scale, sliding_window, softcap)
+        """Attend as CachedPass says; each token sees its prefix and its own row up to itself."""
+        found, lengths = [], [one.rows.num_tokens for one in self.stretches]
+        parts = zip(self.stretches, *(tensor.split(lengths) for tensor in (q_THD, k_TJD, v_TJD)), strict=True)
+        for one, q, k, v in parts:
+            one.store(layer, k, v)
+            k_PJD, v_PJD = one.prefix[:, layer].transpose(1, 2)
+            found.append(attend_rows(q, k, v, k_PJD, v_PJD, one.rows, scale, sliding_window, softcap))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def store_prefix(cache: KVCache, slots: Tensor, prefix: Tensor) -> None:

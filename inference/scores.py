@@ -9,14 +9,17 @@ Refuses to know where texts come from.
 Source: https://github.com/mjpost/sacrebleu
 """
 
+from collections.abc import Collection
+
 from sacrebleu.metrics import BLEU, CHRF
 
 
 class Scores:
-    """Sums of the statistics of sentences."""
+    """Sums of the statistics of sentences, for some of the scores or for all."""
 
-    def __init__(self) -> None:
-        self._metrics = {"chrf": CHRF(), "bleu": BLEU(tokenize="zh")}
+    def __init__(self, names: Collection[str] = ("chrf", "bleu")) -> None:
+        metrics = {"chrf": CHRF(), "bleu": BLEU(tokenize="zh")}
+        self._metrics = {name: metric for name, metric in metrics.items() if name in names}
         self._sums: dict[str, list[int]] = {}
         self.count = 0
         self._num_exact = 0
@@ -31,7 +34,7 @@ class Scores:
             self._sums[name] = [total + one for total, one in zip(sums, statistics, strict=True)]
 
     def summary(self) -> dict[str, float]:
-        """Return corpus chrF and BLEU (0 to 100), the share of exact matches and the count.
+        """Return corpus chrF and BLEU (0 to 100) if asked for, the share of exact matches and the count.
 
         Needs at least one output.
         """

@@ -11,13 +11,14 @@ from peft import PeftModel
 from test_training import weights
 
 from inference.banked import Asked, BankedGenerator, TextsStoppedError
-from inference.batch import share_slots
+from inference.batch import in_passes, share_slots
 from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine
 from inference.room import LENT_LIMITS
 from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
+from qlora.packed.packing import shared_prefix_length
 from qlora.perplexity import adapter_perplexities
 from qlora.training import Training
 
@@ -116,6 +117,37 @@ def test_many_adapters_share_few_slots_and_each_goes_through_its_own(monkeypatch
     together = BankedGenerator(bank, byte_tokenizer(), DECODING).texts(requests)
     assert together == [writes([one])[0] for one in requests]
     assert 2 * len("".join(together[0])) < len("".join(together[-1])), "or nothing is shown"
+
+
+def test_adapters_share_the_passes_of_prompts_as_those_of_steps(monkeypatch):
+    """Two passes fill the slots, of what prompts share and of the rest, however many adapters there are."""
+    bank, adapters = tiny_bank()
+    prompts = [one.prompt for one in random_examples(4, seed=3, vocabulary=250)]
+    without_logits: list[int] = []
+    forward = bank.model.forward
+
+    def counted(*arguments, **named):
+        if named["logits_to_keep"] == 1:
+            without_logits.append(named["input_ids"].shape[1])
+        return forward(*arguments, **named)
+
+    generator = BankedGenerator(bank, byte_tokenizer(), DECODING)
+    generator.texts([Asked(None, prompts)])  # which tries the model first
+    monkeypatch.setattr(bank.model, "forward", counted)
+    shared = shared_prefix_length(prompts)
+    rest = sum(len(prompt) - shared - 1 for prompt in prompts)
+    for count in (1, 2, 3):
+        without_logits.clear()
+        generator.texts([Asked(adapter, prompts) for adapter in adapters[:count]])
+        assert without_logits == [count * shared, count * rest]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "found"),
+    [([], 5, []), ([3, 2, 1, 9, 5], 5, [(0, 2), (2, 3), (3, 4), (4, 5)]), ([2, 2], 9, [(0, 2)])],
+)
+def test_neighbours_go_through_a_pass_together_as_far_as_it_has_room(lengths, most, found):
+    assert [(run.start, run.stop) for run in in_passes(lengths, most)] == found
 
 
 def test_slots_are_shared_by_prompts_and_none_is_left_out_or_over():

@@ -82,7 +82,7 @@ class TextJudge:
             return self._own_value(self.function, texts)
         from inference.scores import Scores
 
-        scores = Scores()
+        scores = Scores([self.objective.name])
         for text, reference in zip(texts, self.references, strict=True):
             scores.add(text, reference)
         return float(scores.summary()[self.objective.name])
