@@ -206,7 +206,22 @@ def test_the_memory_of_training_is_what_the_plan_counts():
     assert measured == pytest.approx(plan.peak_bytes, rel=0.1)
 
 
-def test_layers_that_are_computed_again_take_half_the_memory_and_train_the_same():
+def test_layers_that_are_computed_again_train_the_same():
+    examples, found = random_examples(64, seed=5), []
+    for recomputes in (False, True):
+        bank = gpu_bank("llama", torch.bfloat16)
+        if recomputes:
+            assert bank.recompute()
+        else:  # launched as well
+            bank.recorder = recorded_passes.Recorder(bank)
+            bank.recorder.stop()
+        settings = TrialSettings(learning_rate=1e-3, lora_r=16, lora_dropout=0.1, batch_size=64, epochs=3)
+        training = Training(bank, examples, settings)
+        found.append([training.advance(10_000).loss for _ in range(3)])
+    assert found[1] == found[0]
+
+
+def test_layers_that_are_computed_again_take_half_the_memory():
     from qlora.lora.bank import load_bank
 
     short = random_examples(32, shared=2, vocabulary=40_000)
@@ -225,7 +240,7 @@ def test_layers_that_are_computed_again_take_half_the_memory_and_train_the_same(
         before = torch.cuda.memory_allocated()
         losses = [training.advance(10_000).loss for _ in range(3)]
         found.append((losses, torch.cuda.max_memory_allocated() - before))
-    assert found[1][0] == found[0][0]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)  # attention's sums have no order
     assert found[1][1] < 0.5 * found[0][1]
 
 

@@ -83,10 +83,10 @@ def test_draws_move_to_the_best_trial_once_some_are_whole():
     assert abs(middle - log_size(first[far])) < abs(middle - EXPECTED)
 
 
-def opened(folder, records: list[TrialRecord]) -> LedgerSearch:
-    search = LedgerSearch(WIDE, records, Storage.at(str(folder)), base_width=576)
-    search.set_search_properties(METRIC, "min", tune_space(WIDE))
-    settings = {"config": tune_space(WIDE), "num_samples": 24, "storage_path": str(folder)}
+def opened(folder, records: list[TrialRecord], space: Space = WIDE) -> LedgerSearch:
+    search = LedgerSearch(space, records, Storage.at(str(folder)), base_width=576)
+    search.set_search_properties(METRIC, "min", tune_space(space))
+    settings = {"config": tune_space(space), "num_samples": 24, "storage_path": str(folder)}
     search.add_configurations(Experiment("ray", lambda config: None, **settings))
     return search
 
@@ -107,9 +107,11 @@ def run_on(search: LedgerSearch) -> dict[str, dict]:
     return found
 
 
+@pytest.mark.parametrize("stopped", [True, False])
 @pytest.mark.parametrize("done", [1, 9, 23])
-def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(done, tmp_path):
-    undisturbed = run_on(opened(tmp_path, []))
+def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(done, stopped, tmp_path):
+    space = WIDE if stopped else load_space("search_spaces/wide.yaml", ["num_samples=24"])
+    undisturbed = run_on(opened(tmp_path, [], space))
     assert len(undisturbed) == 24
     records = []
     for trial_id, config in list(undisturbed.items())[:done]:
@@ -117,9 +119,9 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(done, tmp_path):
             {"step": step, "schedule_percent": 50.0 * step, METRIC: share * perplexity(config)}
             for step, share in ((1, 1.5), (2, 1.0))
         )
-        settings = WIDE.trial_settings(config).model_dump(mode="json")
+        settings = space.trial_settings(config).model_dump(mode="json")
         records.append(TrialRecord(trial_id, settings, "finished", curve))
-    assert run_on(opened(tmp_path, records)) == dict(list(undisturbed.items())[done:])
+    assert run_on(opened(tmp_path, records, space)) == dict(list(undisturbed.items())[done:])
 
 
 def test_what_a_trial_had_in_another_process_is_what_is_learned_from(tmp_path):
