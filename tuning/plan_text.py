@@ -7,7 +7,8 @@ from qlora.data.prompts import EncodedExample, cut_in_words
 from qlora.packed.packing import whole_group
 from qlora.training import make_timetable
 from tuning.known_devices import MEASURED
-from tuning.plan import Plan, gib
+from tuning.plan import Plan
+from tuning.plan_memory import gib
 from tuning.progress import clock
 from tuning.space import Space
 from tuning.strategy import Asha, Rounds

@@ -37,7 +37,7 @@ from qlora.config import DEFAULT_BASE, InputError, first_line
 from qlora.home import PROJECT_ROOT
 from tuning.checkpoints import Storage
 from tuning.placement import nodes_for, on_node
-from tuning.plan import gib
+from tuning.plan_memory import gib
 
 _NAME = ".reach"  # of files that tell whether nodes see the same place; they are no results
 _PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow", "sacrebleu")
