@@ -1,7 +1,7 @@
 """Best public and unseen perplexity of whole sweeps: wide.yaml's beside random search and ASHA, seed by seed.
 
     python benchmarks/live_search.py --out FOLDER --train FILE --public FILE --unseen FILE \\
-        [--ways asha stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1,1+1+3 52.5:3:1+1+1] [--gpus 2]
+        [--ways asha stages] [--seeds 1 2 3 4 5] [--budgets 105:6:1+1+1,1+1+3 ...] [--gpus 2]
 
 Each sweep is ray_jobs/tune.py, run whole in a process of its own with a home below --out, and stops by itself
 when its trials have spent its GPU-seconds. The unseen examples are its holdout. There is a lane a GPU. Its

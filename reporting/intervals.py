@@ -14,7 +14,7 @@ import numpy as np
 
 _DRAWS = 10_000
 _PIECE = 2_000_000  # numbers at once
-_MOST_KEPT = 4_000_000  # numbers, from one interval to the next
+_MOST_KEPT = 8_000_000  # numbers, from one interval to the next
 _NEGLIGIBLE = 1e-9
 
 

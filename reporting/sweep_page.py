@@ -89,13 +89,16 @@ def _page(sweep: SweepReport) -> str:
     seen = [trial for trial in order if trial.curve]
     names = _searched(seen)
     stopped = sum(trial.status == "stopped" and not trial.is_cut for trial in sweep.trials)
+    saved = (
+        f"early stopping ended {stopped} of them and saved {sweep.epochs_saved:.0%} of the full-length epochs"
+    )
     told = verdict(sweep.trials, sweep.zero_shot, sweep.average, sweep.measure)
     sections = [
         f"<h1>Sweep {text(sweep.name)}</h1>",
         f'<p class="verdict">{text(told)}</p>',
         f"<p>{text(outlook(sweep.trials, sweep.average, sweep.holdout, sweep.measure))}</p>",
-        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}; early stopping ended {stopped} of them "
-        f"and saved {sweep.epochs_saved:.0%} of the full-length epochs. {text(sweep.registration)}</p>",
+        f"<p>{len(sweep.trials)} trials in {_clock(sweep.seconds)}{f'; {saved}' if stopped else ''}. "
+        f"{text(sweep.registration)}</p>",
         _links(sweep.links),
         "<h2>Ranking</h2>",
         _table(order, names, sweep.measure),
@@ -126,7 +129,10 @@ def _curves(sweep: SweepReport, seen: Sequence[TrialReport]) -> str:
         was_stopped = trial.status == "stopped"
         curves.append(Curve(trial.name, percents, values, was_stopped, place == 0, trial.base))
     words = sweep.measure.words
-    caption = f"{words[0].upper()}{words[1:]} of each trial; a cross is where early stopping ended one."
+    cross = (
+        "; a cross is where early stopping ended one" if any(curve.was_stopped for curve in curves) else ""
+    )
+    caption = f"{words[0].upper()}{words[1:]} of each trial{cross}."
     is_perplexity = sweep.measure.is_perplexity
     picture = learning_curves(
         curves, sweep.zero_shot, sweep.starts_at_base, words, is_logarithmic=is_perplexity

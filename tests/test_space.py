@@ -14,6 +14,7 @@ from qlora.config import InputError, TrialSettings, parse_stages
 from qlora.training import Timetable
 from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import Ledger, TrialRecord, ranked, share_of_epochs_saved
+from tuning.progress import what_stopping_saved
 from tuning.restored_scheduler import RestoredScheduler
 from tuning.samplers import SAMPLERS, sampled_values
 from tuning.space import load_space, tune_space
@@ -169,6 +170,13 @@ def test_epochs_saved_count_what_stopping_spared():
         record("c", 1.0, status="failed"),
     ]
     assert share_of_epochs_saved(records) == pytest.approx(3 / 12)
+
+
+def test_what_stopping_saved_is_told_where_it_ended_a_trial():
+    whole, stopped = record("a", 1.0, 1.0, 1.0, 1.0), record("b", 1.0, status="stopped")
+    assert what_stopping_saved([whole, whole]) == "2 trials"
+    told = what_stopping_saved([whole, stopped])
+    assert told == "early stopping ended 1 of 2 trials and saved 38% of the full-length epochs"
 
 
 def test_numbers_given_as_text_are_numbers():

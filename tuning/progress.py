@@ -76,14 +76,18 @@ def headline(
 
 
 def ranking(records: Sequence[TrialRecord], zero_shot: Base, objective: Objective = _PERPLEXITY) -> str:
-    """Lay out the closing table, with what early stopping saved."""
-    saved = share_of_epochs_saved(records)
+    """Lay out the closing table, with what early stopping saved, if it ended any trial."""
+    whole, base = table(records, zero_shot, len(records), objective), _bases(zero_shot)
+    return f"{whole}\nzero-shot {objective.words} {base}; {what_stopping_saved(records)}"
+
+
+def what_stopping_saved(records: Sequence[TrialRecord]) -> str:
+    """Write how many trials there were and, if early stopping ended some, what it saved of their epochs."""
     stopped = sum(record.status == "stopped" and not record.is_cut for record in records)
-    return (
-        f"{table(records, zero_shot, len(records), objective)}\n"
-        f"zero-shot {objective.words} {_bases(zero_shot)}; early stopping ended {stopped} of {len(records)} "
-        f"trials and saved {saved:.0%} of the full-length epochs"
-    )
+    if not stopped:
+        return f"{len(records)} trials"
+    ended = f"early stopping ended {stopped} of {len(records)} trials"
+    return f"{ended} and saved {share_of_epochs_saved(records):.0%} of the full-length epochs"
 
 
 def spending(spent: Spent, budget: Budget | None, has_gpu: bool) -> str:
