@@ -58,11 +58,12 @@ class SweepReport:
 def importance(trials: Sequence[TrialReport]) -> dict[str, float]:
     """Return the share of each searched parameter in explaining the first figure of each trial.
 
-    There all trials had spent the same share of their schedules. Permutation importance in a forest of
-    regression trees; empty for too few trials. Source: Breiman 2001, https://doi.org/10.1023/A:1010933404324.
+    Under ASHA all trials had spent the same share of their schedules there. Permutation importance in a
+    forest of regression trees; empty for too few trials. Source: Breiman 2001,
+    https://doi.org/10.1023/A:1010933404324.
     """
     seen = [trial for trial in trials if trial.curve]
-    names = _searched(seen)
+    names = _chosen(_searched(seen))
     if len(seen) < _FEWEST_TRIALS or not names:
         return {}
     from sklearn.ensemble import RandomForestRegressor
@@ -105,7 +106,7 @@ def _page(sweep: SweepReport) -> str:
         "<h2>Learning curves</h2>",
         _curves(sweep, seen),
         "<h2>Settings and results</h2>",
-        _coordinates(seen, names, sweep.measure),
+        _coordinates(seen, _chosen(names), sweep.measure),
         "<h2>What mattered</h2>",
         _importance(sweep.trials, len(seen)),
         "<h2>Facts</h2>",
@@ -220,6 +221,11 @@ def _searched(trials: Sequence[TrialReport]) -> list[str]:
         for name in (trials[0].settings if trials else ())
         if len({str(trial.settings[name]) for trial in trials}) > 1
     ]
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    """Return the settings that people choose: a seed is luck, and says nothing of the next sweep."""
+    return [name for name in names if name != "seed"]
 
 
 def _places(trials: Sequence[TrialReport], name: str) -> tuple[list[float], dict[float, str]]:

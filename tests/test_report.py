@@ -88,6 +88,22 @@ def test_the_setting_that_matters_is_found():
     assert importance(trials[:4]) == {}
 
 
+def test_a_seed_is_told_and_not_said_to_matter(tmp_path):
+    generator = np.random.default_rng(0)
+    rates = 10 ** generator.uniform(-5, -2, 24)
+    trials = [
+        trial(f"t{n}", [10.0], learning_rate=rate, seed=1000 + n, first=10 + abs(np.log10(rate) + 3))
+        for n, rate in enumerate(rates)
+    ]
+    assert set(importance(trials)) == {"learning_rate"}
+    write_sweep_page(tmp_path / "page.html", sweep(trials))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(str(1000 + n) in page for n in range(24))
+    for seeds_alone in (1, 12):  # nothing that was chosen differs
+        same = [trial(f"t{n}", [10.0 + n], seed=n) for n in range(seeds_alone)]
+        write_sweep_page(tmp_path / "page.html", sweep(same))
+
+
 class Balanced(HTMLParser):
     """Every tag that opens closes, in order."""
 
