@@ -130,9 +130,8 @@ def _curves(sweep: SweepReport, seen: Sequence[TrialReport]) -> str:
         was_stopped = trial.status == "stopped"
         curves.append(Curve(trial.name, percents, values, was_stopped, place == 0, trial.base))
     words = sweep.measure.words
-    cross = (
-        "; a cross is where early stopping ended one" if any(curve.was_stopped for curve in curves) else ""
-    )
+    are_stopped = any(curve.was_stopped for curve in curves)
+    cross = "; a cross is where one was stopped before its end" if are_stopped else ""
     caption = f"{words[0].upper()}{words[1:]} of each trial{cross}."
     is_perplexity = sweep.measure.is_perplexity
     picture = learning_curves(
