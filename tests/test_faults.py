@@ -5,6 +5,7 @@ In the end the sweep is what one without a fault is.
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -422,9 +423,9 @@ def test_a_stopped_cluster_job_goes_on(grace_seconds, project, whole):
         settings = (*SWEEP, "--set", "data.train=long.json", "--set", "search.epochs={choice: [3]}")
         finished(command(project, "tune", "--space", "space.yaml", "--name", "long", *settings))
         whole = ledger(project, "long")
-    with cluster({"RAY_JOB_STOP_WAIT_TIME_S": grace_seconds} if grace_seconds else {}) as address:
+    with cluster({"RAY_JOB_STOP_WAIT_TIME_S": grace_seconds} if grace_seconds else {}) as reached:
         ray = [Path(sys.executable).with_name("ray"), "job"]
-        environment = {**os.environ, "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": ""}
+        environment = {**os.environ, **reached, "MLFLOW_TRACKING_URI": ""}
         submit = [*ray, "submit", "--no-wait", "--submission-id", "sweep", "--", sys.executable]
         arguments = ("--space", "space.yaml", "--name", name, *settings)
         script = project / "ray_jobs/tune.py"
@@ -458,20 +459,24 @@ def test_a_stopped_cluster_job_goes_on(grace_seconds, project, whole):
 
 
 @contextmanager
-def cluster(more: dict[str, str]) -> Iterator[str]:
-    """A Ray cluster of one node, with its job server, started in an environment that has more."""
+def cluster(more: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A Ray cluster of one node, with its job server, started in an environment that has more.
+
+    It asks for a token, whether the machine has one of its own or not. Given is what it is reached with.
+    """
     ray = Path(sys.executable).with_name("ray")
     options = ["--head", "--port", "6399", "--dashboard-port", "8299", "--disable-usage-stats", "--block"]
-    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **more}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**os.environ, **token, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **more}
     head = subprocess.Popen([ray, "start", *options], env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             time.sleep(1)
             asked = [ray, "job", "list", "--address", "http://127.0.0.1:8299"]
-            if subprocess.run(asked, capture_output=True, check=False).returncode == 0:
+            if subprocess.run(asked, env=environment, capture_output=True, check=False).returncode == 0:
                 break
-        yield "http://127.0.0.1:8299"
+        yield {**token, "RAY_ADDRESS": "http://127.0.0.1:8299"}
     finally:
         for process in (psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
