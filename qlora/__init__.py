@@ -53,6 +53,7 @@ Read it in this order, and learn
 
     lora/products            LoRA's forward and backward, written out
     lora/tables              how kernels find adapters by address
+    lora/programs            what a Triton kernel does with a tile of many adapters' tokens
     lora/kernels             the same products for many adapters at once, in Triton
     lora/adapter             one adapter's weights as one vector
     lora/banked_linear       a linear layer that routes tokens through adapters

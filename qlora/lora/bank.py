@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora.base.fused import fuse_for_training
+from qlora.base.fused import fuse
 from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
 from qlora.base.recomputed import recompute_layers
 from qlora.base.reference import split_revision
@@ -312,7 +312,7 @@ def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> Ad
     """
     model = dequantised_if_it_fits(load_base(base, device))
     if model.device.type == "cuda":
-        fuse_for_training(model)
+        fuse(model)
     pack_attention(model, base.name)  # last, so that what is fused is tried, too
     return AdapterBank(model, base.name)
 

@@ -14,7 +14,7 @@ Shapes: T stream tokens, I (IN) and O (OUT) a layer's widths.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +87,10 @@ class Switch:
         else:
             self._leader = (layer, x)
         together = self._siblings.setdefault(layer.name, [layer])
-        y, *others = _Banked.apply(x, self.route.anchor, tuple(together), self.route)
+        if _is_written(x, together, self.route):
+            y, *others = _write(x, together, self.route)
+        else:
+            y, *others = _Banked.apply(x, self.route.anchor, tuple(together), self.route)
         for sibling, product in zip(together[1:], others, strict=True):
             self._ready[sibling.name] = (x, product)
         return y  # type: ignore[no-any-return]
@@ -118,6 +121,26 @@ class BankedLinear(nn.Module):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.base.weight.data, state).to(dtype)  # type: ignore[no-any-return]
+
+
+def _is_written(x: Tensor, layers: Sequence[BankedLinear], route: Route) -> bool:
+    """Tell whether `_write` computes these layers: in kernels, none with a bias, and without gradients."""
+    if route.pass_tables is None or len(layers) > kernels.MOST_SIBLINGS:
+        return False
+    follow = all(one.index == layers[0].index + i and one.base.bias is None for i, one in enumerate(layers))
+    has_gradients = torch.is_grad_enabled() and (x.requires_grad or route.anchor.requires_grad)
+    return follow and not has_gradients
+
+
+def _write(x: Tensor, layers: Sequence[BankedLinear], route: Route) -> list[Tensor]:
+    """Compute what _Banked does, in fewer launches, and keep nothing."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    ys = [x_TI.new_empty(len(x_TI), layer.out_features) for layer in layers]
+    tables = [route.layer_tables[layer.index] for layer in layers]
+    kernels.write_lora(x_TI, ys, route.pass_tables, tables, layers[0].index)
+    for layer, y_TO in zip(layers, ys, strict=True):
+        y_TO.addmm_(x_TI, layer.weight(x.dtype).t())
+    return [y_TO.view(*x.shape[:-1], -1) for y_TO in ys]
 
 
 class _Banked(torch.autograd.Function):

@@ -1,28 +1,26 @@
 """Owns the LoRA products of many adapters over one stream as three Triton kernels, for GPUs.
 
-The mathematics is that of qlora.lora.products. A program works on a tile of tokens of one part, finds that
-part's weights through a table of addresses (qlora.lora.tables), and makes dropout masks itself, from a hash
-of the token's key, the layer and the column. So there is no loop over adapters and no stored mask, as in
-Punica's grouped kernels.
+The mathematics is that of qlora.lora.products; the kernels' programs are in qlora.lora.programs.
 
 Refuses to know models.
 
-Source: Punica, https://arxiv.org/abs/2310.18547
 Shapes: T stream tokens, I and O a layer's widths, K columns of a wide tensor (I or O), R the largest rank, as
 a power of two.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from qlora.lora.programs import down_kernel, grad_kernel, up_kernel
 from qlora.lora.tables import TILE_TOKENS, LayerTables, PassTables, num_splits, padded_rank
 
-# These are slices of larger tensors: how one pass's are aligned says nothing of the next one's.
-_TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]
+MOST_SIBLINGS = 3  # layers that one launch computes
+_MOST_UNSUMMED = 8  # tiles up to which each program adds up a sum's pieces: that is cheaper than two launches
 
 
 def add_lora(
@@ -37,6 +35,24 @@ def add_lora(
     low_TR = _down(x_TI, layer.a, *at, along_rows=True, dropout=tables.has_dropout)
     _up(y_TO, low_TR, layer.b, *at, along_rows=False, dropout=False, is_new=is_new)
     return low_TR
+
+
+def write_lora(
+    x_TI: Tensor, ys: Sequence[Tensor], tables: PassTables, layers: Sequence[LayerTables], salt: int
+) -> None:
+    """Write every part's LoRA products at several layers to unwritten memory, y [T, O] of each layer.
+
+    The layers, at most MOST_SIBLINGS, read the same x and follow each other in the bank; `salt` is the first
+    one's. There are two launches for all of them, and nothing is kept for a backward.
+    """
+    rank = max(layer.max_rank for layer in layers)
+    first = replace(layers[0], max_rank=rank)
+    low_NSTR = _down_pieces(
+        x_TI, first.a, tables, first, salt, along_rows=True, dropout=tables.has_dropout, num_layers=len(ys)
+    )
+    if tables.num_tiles > _MOST_UNSUMMED:
+        low_NSTR = low_NSTR.sum(1, keepdim=True).to(x_TI.dtype)
+    _up_all(ys, low_NSTR, first.b, tables, first, salt, along_rows=False, dropout=False, is_new=True)
 
 
 def lora_backward(
@@ -73,27 +89,48 @@ def _down(
     dropout: bool,
 ) -> Tensor:
     """Return scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
+    options = {"along_rows": along_rows, "dropout": dropout}
+    low_STR = _down_pieces(wide_TK, weights, tables, layer, salt, **options)[0]
+    return low_STR[0] if len(low_STR) == 1 else low_STR.sum(0).to(wide_TK.dtype)
+
+
+def _down_pieces(
+    wide_TK: Tensor,
+    weights: Tensor,
+    tables: PassTables,
+    layer: LayerTables,
+    salt: int,
+    *,
+    along_rows: bool,
+    dropout: bool,
+    num_layers: int = 1,
+) -> Tensor:
+    """Return what `_down` adds up, of a layer and those that follow it: [N layers, S pieces, T, R].
+
+    Pieces are in float32 if there are several.
+    """
     num_tokens, num_columns = wide_TK.shape
     rank = padded_rank(layer.max_rank)
-    splits = num_splits(tables.num_tiles)
+    splits = num_splits(tables.num_tiles * num_layers)
     dtype = torch.float32 if splits > 1 else wide_TK.dtype
-    low_STR = torch.empty(splits, num_tokens, rank, dtype=dtype, device=wide_TK.device)
-    _down_kernel[(tables.num_tiles, splits)](
+    low_NSTR = torch.empty(num_layers, splits, num_tokens, rank, dtype=dtype, device=wide_TK.device)
+    down_kernel[(tables.num_tiles, splits, num_layers)](
         wide_TK,
         weights,
-        low_STR,
+        low_NSTR,
         tables.tiles,
         layer.ranks,
         layer.scales,
         *_dropout_inputs(tables, salt),
         num_columns,
         num_tokens,
+        len(layer.ranks),
         **_options(wide_TK, rank, along_rows, dropout),
         BLOCK_K=64,
         SPLITS=splits,
         num_stages=4 if rank <= 64 else 3,
     )
-    return low_STR[0] if splits == 1 else low_STR.sum(0).to(wide_TK.dtype)
+    return low_NSTR
 
 
 def _up(
@@ -109,20 +146,45 @@ def _up(
     is_new: bool,
 ) -> None:
     """Add dropped(low times weights) to wide in place, or write it there if wide `is_new`."""
-    num_columns = wide_TK.shape[1]
-    rank = low_TR.shape[1]
+    options = {"along_rows": along_rows, "dropout": dropout, "is_new": is_new}
+    _up_all([wide_TK], low_TR[None, None], weights, tables, layer, salt, **options)
+
+
+def _up_all(
+    wides: Sequence[Tensor],
+    low_NSTR: Tensor,
+    weights: Tensor,
+    tables: PassTables,
+    layer: LayerTables,
+    salt: int,
+    *,
+    along_rows: bool,
+    dropout: bool,
+    is_new: bool,
+) -> None:
+    """Do what `_up` does at a layer and those that follow it; the pieces of low are added up first."""
+    widths = [wide_TK.shape[1] for wide_TK in wides]
+    num_layers, splits, num_tokens, rank = low_NSTR.shape
     block = 128 if rank <= 128 else 64
-    _up_kernel[(triton.cdiv(num_columns, block), tables.num_tiles)](
-        wide_TK,
+    # The kernel takes as many as there may be; what is beyond the layers is not read.
+    firsts = [*wides, *[wides[0]] * (MOST_SIBLINGS - num_layers)]
+    num_columns = [*widths, *[widths[0]] * (MOST_SIBLINGS - num_layers)]
+    up_kernel[(triton.cdiv(max(widths), block), tables.num_tiles, num_layers)](
+        *firsts,
         weights,
-        low_TR,
+        low_NSTR,
         tables.tiles,
         layer.ranks,
         *_dropout_inputs(tables, salt),
-        num_columns,
-        **_options(wide_TK, rank, along_rows, dropout),
+        *num_columns,
+        num_tokens,
+        len(layer.ranks),
+        **_options(wides[0], rank, along_rows, dropout),
         BLOCK_K=block,
         IS_NEW=is_new,
+        NUM_LAYERS=num_layers,
+        SPLITS=splits,
+        ALIGNED=all(width % 16 == 0 for width in widths),
     )
 
 
@@ -141,7 +203,7 @@ def _grad(
     num_columns = wide_TK.shape[1]
     rank = low_TR.shape[1]
     block = 64 if rank <= 64 and tables.num_parts > 1 else 32
-    _grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
+    grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
         wide_TK,
         low_TR,
         gradients,
@@ -170,165 +232,3 @@ def _options(wide_TK: Tensor, rank: int, along_rows: bool, dropout: bool) -> dic
         "DROPOUT": dropout,
         "num_warps": 4,
     }
-
-
-@triton.jit
-def _hash(x):  # type: ignore[no-untyped-def]
-    """Hash by MurmurHash3's finaliser (public domain): an input bit flips an output bit half of the time."""
-    x ^= x >> 16
-    x *= 0x85EBCA6B
-    x ^= x >> 13
-    x *= 0xC2B2AE35
-    x ^= x >> 16
-    return x
-
-
-@triton.jit
-def _is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
-    """Tell which elements dropout keeps: [tokens, columns] bool.
-
-    Tokens and columns are hashed by the whole finaliser, once each; their pairs by half of it, since these
-    operations are what a kernel spends its time on.
-    """
-    x = _hash(keys ^ salt.to(tl.uint32))[:, None] ^ _hash(columns.to(tl.uint32) + 0x9E3779B9)[None, :]
-    x *= 0x85EBCA6B
-    x ^= x >> 15
-    return x * 0xC2B2AE35 >= limit
-
-
-@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
-def _down_kernel(  # type: ignore[no-untyped-def]
-    wide,
-    weights,
-    low,
-    tiles,
-    ranks,
-    scales,
-    keys,
-    limits,
-    factors,
-    salt,
-    K,
-    T,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SPLITS: tl.constexpr,
-) -> None:
-    tile, split = tl.program_id(0), tl.program_id(1)
-    part = tl.load(tiles + 3 * tile)
-    t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
-    live = t < tl.load(tiles + 3 * tile + 2)
-    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
-    source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
-    factor = tl.load(scales + part)
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    if DROPOUT:
-        key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
-        factor *= tl.load(factors + part)
-    if rank > 0:
-        span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
-        for start in range(span * split, span * (split + 1), BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
-            if DROPOUT:
-                x = tl.where(_is_kept(key, salt, k, limit), x, 0.0)
-            places = n[None, :] * K + k[:, None] if ALONG_ROWS else k[:, None] * rank + n[None, :]
-            w = tl.load(source + places, mask=(k < K)[:, None] & (n < rank)[None, :], other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    tl.store(
-        low + (split * T + t)[:, None] * BLOCK_R + n[None, :],
-        (acc * factor).to(low.dtype.element_ty),
-        mask=live[:, None],
-    )
-
-
-@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
-def _up_kernel(  # type: ignore[no-untyped-def]
-    wide,
-    weights,
-    low,
-    tiles,
-    ranks,
-    keys,
-    limits,
-    factors,
-    salt,
-    K,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    IS_NEW: tl.constexpr,
-) -> None:
-    tile = tl.program_id(1)
-    part = tl.load(tiles + 3 * tile)
-    t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
-    live = t < tl.load(tiles + 3 * tile + 2)
-    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    place, inside = wide + t[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :]
-    if rank > 0:
-        source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
-        places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
-        w = tl.load(source + places, mask=(n < rank)[:, None] & (k < K)[None, :], other=0.0)
-        narrow = tl.load(low + t[:, None] * BLOCK_R + n[None, :], mask=live[:, None], other=0.0)
-        more = tl.dot(narrow, w, input_precision=PRECISION)
-        if DROPOUT:
-            key, limit = (
-                tl.load(keys + t, mask=live, other=0).to(tl.uint32),
-                tl.load(limits + part).to(tl.uint32),
-            )
-            more = tl.where(_is_kept(key, salt, k, limit), more * tl.load(factors + part), 0.0)
-        if not IS_NEW:
-            more += tl.load(place, mask=inside, other=0.0)
-        tl.store(place, more.to(wide.dtype.element_ty), mask=inside)
-    elif IS_NEW:
-        tl.store(place, tl.zeros((BLOCK_T, BLOCK_K), wide.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
-def _grad_kernel(  # type: ignore[no-untyped-def]
-    wide,
-    low,
-    gradients,
-    bounds,
-    ranks,
-    keys,
-    limits,
-    factors,
-    salt,
-    K,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-) -> None:
-    part = tl.program_id(1)
-    first, end = tl.load(bounds + 2 * part).to(tl.int32), tl.load(bounds + 2 * part + 1).to(tl.int32)
-    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if rank > 0:
-        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for start in range(first, end, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
-            live = t < end
-            narrow = tl.load(low + t[None, :] * BLOCK_R + n[:, None], mask=live[None, :], other=0.0)
-            x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
-            if DROPOUT:
-                key = tl.load(keys + t, mask=live, other=0).to(tl.uint32)
-                x = tl.where(_is_kept(key, salt, k, tl.load(limits + part).to(tl.uint32)), x, 0.0)
-            acc = tl.dot(narrow, x, acc, input_precision=PRECISION)
-        if DROPOUT:
-            acc *= tl.load(factors + part)
-        target = tl.load(gradients + part).to(tl.pointer_type(tl.float32))
-        places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
-        inside = (n < rank)[:, None] & (k < K)[None, :]
-        tl.store(target + places, tl.load(target + places, mask=inside, other=0.0) + acc, mask=inside)

@@ -51,7 +51,8 @@ class PassTables:
 class LayerTables:
     """One layer's adapters: addresses of A, B and their gradients, ranks and scales.
 
-    An adapter's rank is 0 where it leaves the layer alone.
+    An adapter's rank is 0 where it leaves the layer alone. For N adapters, the next layer's addresses lie 4 N
+    entries behind these, its ranks and scales N.
     """
 
     a: Tensor
