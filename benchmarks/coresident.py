@@ -29,7 +29,7 @@ from benchmarks.models import add_model_options, fold, load_model
 from benchmarks.packed_stream import padded_backward
 from benchmarks.report import print_report, synchronize
 from qlora.base.device import default_token_budget
-from qlora.base.fused import fuse_for_training
+from qlora.base.fused import fuse
 from qlora.base.model import dequantised_if_it_fits, load_base, load_tokenizer
 from qlora.config import BaseModelSettings, TrialSettings
 from qlora.data.examples import load_examples
@@ -77,7 +77,7 @@ def main() -> None:
     model = load_model(arguments)[0] if arguments.shape else dequantised_if_it_fits(load_nf4(arguments)[0])
     use_packed_attention(model)
     if model.device.type == "cuda":
-        fuse_for_training(model)
+        fuse(model)
     bank = AdapterBank(model, arguments.base_model)
     found = {
         str(count): measure_bank(bank, examples, settings, count, arguments) for count in arguments.trials

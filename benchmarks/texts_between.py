@@ -23,7 +23,7 @@ from benchmarks.packed_stream import timed
 from benchmarks.report import print_report
 from inference.banked import Asked, BankedGenerator
 from qlora.base.device import default_token_budget
-from qlora.base.fused import fuse_for_training
+from qlora.base.fused import fuse
 from qlora.base.model import dequantised_if_it_fits, load_base, load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
 from qlora.data.examples import load_examples
@@ -46,7 +46,7 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.base_model)
     use_packed_attention(model)
     if model.device.type == "cuda":
-        fuse_for_training(model)
+        fuse(model)
 
     def encoded(file: str) -> list[EncodedExample]:
         rows = load_examples(file, need_output=True)

@@ -8,6 +8,7 @@ This is the only package that imports ray.data. Read in this order:
     beam_search        scores and hypotheses of many searches at once
     kv_cache           keys and values of running searches, in stores that no step moves
     cached_attention   attention over these stores, in a prefill and in a decode step
+    decode_programs    what a program of a decode step's attention reads and adds up
     decode_kernel      the attention of a decode step as a Triton kernel
     beam_engine        the loop: prompts join, are searched together, and leave when they are done
     engine             from token ids to texts, by the beam engine or by transformers

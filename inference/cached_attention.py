@@ -129,6 +129,7 @@ class DecodePass:
     state: SearchState
     num_steps: int
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _seen_columns: Any = None  # the kernel's, of all layers
 
     def attend(
         self,
@@ -144,9 +145,11 @@ class DecodePass:
 
         First, the new keys and values are written to the store.
         """
-        if _kernel is not None and _kernel.supports(q_THD):
+        if _kernel is not None and _kernel.supports(q_THD, self.state.next_EK.shape[1]):
             cache = self.cache
             state = self.state
+            if self._seen_columns is None:
+                self._seen_columns = _kernel.seen_columns(state.ancestry_EKT, state.steps_E)
             return _kernel.decode_attention(
                 q_THD,
                 k_TJD,
@@ -156,7 +159,7 @@ class DecodePass:
                 cache.fed[:, layer],
                 cache.own_E,
                 state.steps_E,
-                state.ancestry_EKT,
+                self._seen_columns,
                 scale,
                 sliding_window,
                 softcap,

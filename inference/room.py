@@ -31,7 +31,7 @@ class Limits:
     is_lent: bool = False
 
 
-LIMITS = {"cpu": Limits(32, 0.25, 1024), "cuda": Limits(128, 0.5, 16384)}
+LIMITS = {"cpu": Limits(32, 0.25, 1024), "cuda": Limits(256, 0.5, 16384)}
 # Of texts that are written in between and at once, by a base that has room to train.
 LENT_LIMITS = {"cpu": LIMITS["cpu"], "cuda": Limits(2048, 0.75, 32768, is_lent=True)}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.base.fused import fuse_norms
+from qlora.base.fused import fuse
 from qlora.base.model import dequantised_if_it_fits, is_nf4, load_base
 from qlora.config import BaseModelSettings
 from qlora.lora.peft_folder import load_adapter
@@ -52,12 +52,12 @@ def describe_weights(model: nn.Module) -> str:
 
 
 def quicken(model: nn.Module) -> None:
-    """Replace modules by faster ones with the same results: norms on a GPU, linear layers on a CPU.
+    """Replace modules by faster ones with the same results: `fuse` on a GPU, linear layers on a CPU.
 
     This is for inference only: the linear layers have no backward.
     """
     if next(model.parameters()).is_cuda:
-        fuse_norms(model)
+        fuse(model)
     elif torch.backends.mkldnn.is_available():
         names = [
             name

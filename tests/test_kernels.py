@@ -109,6 +109,34 @@ def test_products_and_gradients_equal_the_formula(dtype, dropouts):
     assert torch.equal(new_y, y) and torch.equal(new_dx, dx)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("most_unsummed", [0, 8], ids=["summed before", "summed within"])
+def test_layers_that_read_the_same_input_are_written_together(num_layers, most_unsummed, monkeypatch):
+    """Layers of other widths and ranks, one without some adapters: as one layer after another."""
+    monkeypatch.setattr(lora_kernels, "_MOST_UNSUMMED", most_unsummed)
+    x = randn(NUM_TOKENS, WIDTH_IN, dtype=torch.float32, seed=1)
+    tables = make_pass_tables(DEVICE, BOUNDS, DROPOUTS)
+    widths, layers = (WIDTH_OUT, 200, 16), []
+    for place, (width, ranks) in enumerate(zip(widths, (RANKS, (70, 3, 8, 0), (1, 0, 0, 2)), strict=True)):
+        parts = []
+        for number, (rank, bound) in enumerate(zip(ranks, BOUNDS, strict=True)):
+            a, b = (
+                randn(*shape, dtype=torch.float32, seed=50 + 10 * place + 2 * number + i)
+                for i, shape in enumerate(((rank, WIDTH_IN), (width, rank)))
+            )
+            none = torch.zeros(0, device=DEVICE)
+            parts.append(LayerPart(*bound, a, b, none, none, 0.5 + rank / 50, None) if rank else None)
+        layers.append(parts)
+    bank = make_bank_tables(layers, DEVICE).layers
+    expected = [torch.zeros(NUM_TOKENS, width, device=DEVICE) for width in widths]
+    for place, y in enumerate(expected):
+        lora_kernels.add_lora(x, y, tables, bank[place], LAYER + place)
+    found = [torch.full_like(y, torch.nan) for y in expected[:num_layers]]
+    lora_kernels.write_lora(x, found, tables, bank[:num_layers], LAYER)
+    for y, of_one in zip(found, expected, strict=False):
+        assert y.isfinite().all() and (y - of_one).norm() <= 1e-5 * of_one.norm()
+
+
 def test_dropout_drops_its_share():
     mask = dropped_inputs(DROPOUTS, torch.ones(NUM_TOKENS, WIDTH_IN))
     assert (mask[150:] == 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
@@ -118,15 +146,34 @@ def test_dropout_drops_its_share():
 
 @pytest.mark.parametrize(("sliding_window", "softcap"), [(None, None), (9, None), (None, 5.0)])
 @pytest.mark.parametrize("prefix_length", [0, 7])
-def test_the_decode_kernel_equals_plain_attention(sliding_window, softcap, prefix_length):
-    """Template, prompts of unequal length, histories of beams that have crossed, to float32's rounding."""
-    slots, beams, steps, kv_heads, heads, width, longest = 3, 2, 6, 2, 4, 16, 5
+@pytest.mark.parametrize(("beams", "heads"), [(2, 4), (1, 4), (2, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.bfloat16,
+            marks=pytest.mark.skipif(
+                DEVICE.type == "cpu", reason="the interpreter reads bfloat16 as integers"
+            ),
+        ),
+    ],
+)
+def test_the_decode_kernel_equals_plain_attention(
+    sliding_window, softcap, prefix_length, beams, heads, dtype
+):
+    """Template, prompts of unequal length, histories of beams that have crossed, to the dtype's rounding.
+
+    Several rows share what is read, or one row, of one beam and one head, is alone.
+    """
+    slots, steps, kv_heads, width, longest = 3, 6, 2, 16, 5
     state = SearchState.empty(slots, SearchRules(beams, steps), DEVICE)
     state.done_E.zero_()
     state.steps_E.copy_(torch.tensor([0, 3, 5], device=DEVICE))
-    state.ancestry_EKT.copy_(
-        torch.tensor([[0, 0, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]], device=DEVICE).expand(slots, -1, -1)
-    )
+    if beams == 2:
+        state.ancestry_EKT.copy_(
+            torch.tensor([[0, 0, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]], device=DEVICE).expand(slots, -1, -1)
+        )
     for slot, step in enumerate((0, 3, 5)):
         state.ancestry_EKT[slot, :, step] = torch.arange(beams, device=DEVICE)
     shapes = {
@@ -134,10 +181,10 @@ def test_the_decode_kernel_equals_plain_attention(sliding_window, softcap, prefi
         "prompts": (2, 1, slots, kv_heads, longest, width),
         "fed": (2, 1, slots, kv_heads, steps, beams, width),
     }
-    stores = {name: randn(*shape, dtype=torch.float32, seed=7) for name, shape in shapes.items()}
+    stores = {name: randn(*shape, dtype=dtype, seed=7) for name, shape in shapes.items()}
     cache = KVCache(**stores, own_E=torch.tensor([5, 0, 3], device=DEVICE))
-    query = randn(slots * beams, heads, width, dtype=torch.float32, seed=8)
-    key, value = (randn(slots * beams, kv_heads, width, dtype=torch.float32, seed=seed) for seed in (9, 10))
+    query = randn(slots * beams, heads, width, dtype=dtype, seed=8)
+    key, value = (randn(slots * beams, kv_heads, width, dtype=dtype, seed=seed) for seed in (9, 10))
     found = decode_kernel.decode_attention(
         query,
         key,
@@ -147,16 +194,18 @@ def test_the_decode_kernel_equals_plain_attention(sliding_window, softcap, prefi
         cache.fed[:, 0],
         cache.own_E,
         state.steps_E,
-        state.ancestry_EKT,
+        decode_kernel.seen_columns(state.ancestry_EKT, state.steps_E),
         0.25,
         sliding_window,
         softcap,
     )
     plain = DecodePass(
-        KVCache(**{name: one.cpu() for name, one in stores.items()}, own_E=cache.own_E.cpu()),
+        KVCache(**{name: one.cpu().float() for name, one in stores.items()}, own_E=cache.own_E.cpu()),
         state.keep(torch.arange(slots, device=DEVICE)),
         steps,
     )
     plain.state = SearchState(**{name: one.cpu() for name, one in vars(plain.state).items()})
-    expected = plain.attend(0, query.cpu(), key.cpu(), value.cpu(), 0.25, sliding_window, softcap)
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+    fed = (one.cpu().float() for one in (query, key, value))
+    expected = plain.attend(0, *fed, 0.25, sliding_window, softcap)
+    rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found.cpu().float(), expected, **rounding)

@@ -3,8 +3,8 @@
 A small kernel spends more time on moving its operands to and from memory than on arithmetic; fusing a chain
 of them moves the operands once. RMSNorm modules are replaced by one that calls torch's own kernel, in the way
 PEFT and bitsandbytes replace linear layers, and only if the replacement computes the same on a random input:
-a family whose norm differs (Gemma scales by 1 + weight) keeps its own. For training, the rotary embedding and
-the gated MLP are Liger's, where that package is installed.
+a family whose norm differs (Gemma scales by 1 + weight) keeps its own. The rotary embedding and the gated MLP
+are Liger's, where that package is installed.
 
 Refuses to know adapters.
 
@@ -13,6 +13,8 @@ Source: Liger Kernel, https://github.com/linkedin/Liger-Kernel
 
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,13 +41,15 @@ class FusedRMSNorm(nn.Module):
 
 
 _log = logging.getLogger(__name__)
+_ROTARY = "apply_rotary_pos_emb"
+_own_rotary: dict[str, Callable[..., Any] | None] = {}  # of families, by transformers' modules
 
 
-def fuse_for_training(model: Any) -> None:
+def fuse(model: Any) -> None:
     """Replace norms, and the rotary embedding and gated MLP of the families that Liger knows.
 
-    Liger puts its rotary embedding into the family's module in transformers, so all models of the family in
-    this process get it.
+    The model may have adapters of PEFT's. Liger puts its rotary embedding into the family's module in
+    transformers, so all models of the family in this process get it; those on a CPU keep their own.
     """
     fuse_norms(model)
     if not has_liger():
@@ -53,8 +57,12 @@ def fuse_for_training(model: Any) -> None:
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    module: Any = sys.modules[type(plain).__module__]
+    before = getattr(module, _ROTARY, None)
+    own = _own_rotary.setdefault(module.__name__, before)
     _apply_liger_kernel_to_instance(
-        model,
+        plain,
         rope=_turns_whole_heads(model.config),
         swiglu=True,
         geglu=True,
@@ -63,6 +71,17 @@ def fuse_for_training(model: Any) -> None:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+    if own is not None and getattr(module, _ROTARY) is not before:
+        setattr(module, _ROTARY, _on_gpus(getattr(module, _ROTARY), own))
+
+
+def _on_gpus(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a rotary embedding that is the fused one for queries on a GPU, else the family's own."""
+
+    def turn(q: Tensor, *others: Any, **options: Any) -> Any:
+        return (fused if q.is_cuda else own)(q, *others, **options)
+
+    return turn
 
 
 def has_liger() -> bool:

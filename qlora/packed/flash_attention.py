@@ -73,6 +73,16 @@ def flash_attend(
     return out
 
 
+@torch.no_grad()
+def attend_prefix(q_SHD: Tensor, k_KPD: Tensor, v_KPD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend from all rows to one prefix: output [S, H, D], contiguous, and log-sum-exp [H, S] in float32."""
+    k, v = k_KPD.transpose(0, 1)[None], v_KPD.transpose(0, 1)[None]
+    out, lse_1HS, *_ = torch.ops.aten._flash_attention_forward(
+        q_SHD[None], k, v, None, None, len(q_SHD), k.shape[1], 0.0, False, False, scale=scale
+    )
+    return out[0].contiguous(), lse_1HS[0]
+
+
 def flash_attend_stream(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, stretches: Stretches, scale: float
 ) -> Tensor:
