@@ -20,12 +20,14 @@ from tuning.examples import PromptedExamples, SweepExamples
 from tuning.host import SweepData
 from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import ask_all_devices, begin_hosts, host_of_my_device, start_hosts
-from tuning.placement import on_node
+from tuning.ledger import TrialRecord
+from tuning.placement import Seat, on_node
 from tuning.space import Space
 from workflows.cluster.capacity import Capacity
 from workflows.session import StoppedError
+from workflows.sweep.end import SweepEnd
 from workflows.sweep.start import StartedHosts
-from workflows.worker import Worker
+from workflows.worker import Spare, Worker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -159,6 +161,60 @@ def test_a_node_that_cannot_read_its_question_is_unfit(nodes, tiny_base):
     begin_hosts(hosts, sweep_data(tiny_base), NeedsAModule())
     with pytest.raises(UnfitNodeError, match="No module named 'no_such_module'; give it this"):
         ray.get(ask_all_devices(hosts, shares, "zero_shot")[0])
+
+
+ONE_CPU = {"CPU": 1.0, "GPU": 0.0}
+
+
+def held(node: str) -> ray.ObjectRef:
+    """Hold a node's one CPU."""
+    seat = ray.remote(Seat).options(num_cpus=1, scheduling_strategy=on_node(node)).remote()
+    ray.get(seat.device.remote())
+    return seat
+
+
+def test_a_spare_does_the_work_of_a_worker_on_its_device(cluster, nodes):
+    """And when the spare is gone, the worker does it with the shares that it holds."""
+    spare = Spare(ONE_CPU)
+    node, device = spare.place
+    assert node in nodes and device == "cpu"
+    other = held(*(set(nodes) - {node}))
+    worker = Worker(ONE_CPU, spare)
+    process = ray.get(spare.actor.do.remote(os.getpid))
+    assert worker.do(os.getpid) == process
+    ray.kill(spare.actor)
+    assert worker.do(os.getpid) != process
+    del other
+
+
+def test_a_worker_that_is_placed_elsewhere_leaves_the_spare_alone(cluster, nodes):
+    spare = Spare(ONE_CPU)
+    seat = held(spare.place[0])
+    place = Worker(ONE_CPU, spare).do(lambda: ray.get_runtime_context().get_node_id())
+    assert {place, spare.place[0]} == set(nodes)
+    del seat
+
+
+def test_the_process_of_a_sweeps_end_starts_once_all_trials_have_begun(cluster, nodes):
+    told = []
+
+    class Observer:
+        def trial_changed(self, record: TrialRecord) -> None:
+            told.append(record)
+
+    end = SweepEnd(Observer(), ONE_CPU, lambda: 2)
+    records = [
+        TrialRecord(name, {}, status)
+        for name, status in (("0", "running"), ("1", "pending"), ("0", "finished"), ("1", "running"))
+    ]
+    for record in records:
+        assert end.spare is None
+        end.trial_changed(record)
+    assert told == records
+    process = ray.get(end.spare.actor.do.remote(os.getpid))
+    blocked = held(*(set(nodes) - {end.spare.place[0]}))
+    assert end.worker().do(os.getpid) == process
+    del blocked
 
 
 def test_work_whose_node_or_process_goes_away_is_done_elsewhere(cluster, nodes, tmp_path):

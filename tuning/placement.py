@@ -36,6 +36,14 @@ def this_node() -> NodeAffinitySchedulingStrategy:
     return on_node(ray.get_runtime_context().get_node_id())
 
 
+class Seat:
+    """An actor that does nothing but hold a share of a device, for a process that holds none."""
+
+    def device(self) -> tuple[str, str, int]:
+        """See `my_device`."""
+        return my_device()
+
+
 def my_device() -> tuple[str, str, int]:
     """Return (node, device, threads that work on it) of the device that this task or actor holds a share of.
 

@@ -6,9 +6,11 @@ Training a stage, perplexity, texts, and the proof of a registered adapter.
 import gc
 import importlib
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,27 @@ from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from tracking.registry import fetch_adapter
-from tuning.placement import my_device, options
+from tuning.placement import Seat, my_device, nodes_for, on_node, options
 from workflows.session import FailedError
 
+_SECONDS_OF_NO_CHANGE, _SECONDS_TO_END = 0.5, 3.0  # of memory that is free, and of hosts that hold much of it
 _MOST_RESTARTS = 2  # work that kills its process again and again is to be told
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype
+
+
+class Spare:
+    """A process that loads libraries while others work, and has no share of a device until a Worker lends it.
+
+    It is on a node that could hold such shares: this one, if it could. It ends with its last reference.
+    """
+
+    def __init__(self, shares: dict[str, float]):
+        here = ray.get_runtime_context().get_node_id()
+        node = min((node["NodeID"] for node in nodes_for(shares)), key=lambda node: node != here)
+        # A device has to be shown or hidden before libraries are loaded; most nodes have one.
+        self.place = node, "0" if shares["GPU"] else "cpu"
+        actor = ray.remote(_WorkerProcess).options(num_cpus=0, scheduling_strategy=on_node(node))
+        self.actor: Any = actor.remote(self.place[1])
 
 
 class Worker:
@@ -31,28 +49,42 @@ class Worker:
 
     What it imported stays, what it loaded goes. It starts at once and ends with its last reference. If its
     process or node goes away, another takes its place and does the work from its beginning, but not for ever.
+    spare: does the work, if the shares that the worker is given are of the spare's device.
     """
 
-    def __init__(self, shares: dict[str, float]):
-        again = {"max_restarts": _MOST_RESTARTS, "max_task_retries": _MOST_RESTARTS}
-        actor = ray.remote(**(options(shares) | again))(_WorkerProcess)
-        self._actor: Any = actor.remote()
+    def __init__(self, shares: dict[str, float], spare: Spare | None = None):
+        self._shares, self._spare = shares, spare
+        self._actor: Any = self._start() if spare is None else None
+        self._seat: Any = None if spare is None else ray.remote(Seat).options(**options(shares)).remote()
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Carry out `work` there and return its result."""
+        if self._spare is not None:
+            with suppress(ray.exceptions.RayActorError):  # the seat's node has gone, or the spare
+                *place, num_threads = ray.get(self._seat.device.remote())
+                if tuple(place) == self._spare.place:
+                    return ray.get(self._spare.actor.do.remote(work, *arguments, num_threads=num_threads))
+            self._seat, self._spare = None, None
+            self._actor = self._start()
         return ray.get(self._actor.do.remote(work, *arguments))
+
+    def _start(self) -> Any:
+        again = {"max_restarts": _MOST_RESTARTS, "max_task_retries": _MOST_RESTARTS}
+        return ray.remote(**(options(self._shares) | again))(_WorkerProcess).remote()
 
 
 class _WorkerProcess:
-    def __init__(self) -> None:
-        import torch
+    """The process of a worker or of a spare. device: a GPU's number or "cpu", for one that holds no share."""
 
-        torch.set_num_threads(my_device()[2])  # Ray has set those of its share
+    def __init__(self, device: str | None = None) -> None:
+        if device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device  # Ray's books give it none
         importlib.import_module("qlora.served")  # most of what any work needs, before there is some
 
-    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def do(self, work: Callable[..., Any], *arguments: Any, num_threads: int | None = None) -> Any:
         import torch
 
+        torch.set_num_threads(num_threads or my_device()[2])  # Ray has set those of its share
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -175,7 +207,11 @@ def _wait_for_memory() -> None:
     """Wait until a sweep's hosts, which have just ended, have given all of the GPU's memory back."""
     import torch
 
-    free = -1
-    while torch.cuda.is_available() and (now := torch.cuda.mem_get_info()[0]) > free:
-        free = now
-        time.sleep(1)
+    before, since = -1, time.monotonic()
+    while torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        if free > before:
+            before, since = free, time.monotonic()
+        elif time.monotonic() - since > (_SECONDS_OF_NO_CHANGE if 2 * free > total else _SECONDS_TO_END):
+            return
+        time.sleep(0.1)

@@ -3,11 +3,10 @@
 import getpass
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora.base.reference import split_revision
 from qlora.provenance import git_commit, package_versions
-from reporting.sweep_page import SweepReport
 from reporting.verdicts import AverageReport, HoldoutReport, Measure, TrialReport
 from tuning.best_adapter import BestAdapter
 from tuning.ledger import TrialRecord, share_of_epochs_saved
@@ -15,6 +14,9 @@ from tuning.soup import Soup
 from tuning.space import REPORTED, Space
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.zero_shot import ZeroShot
+
+if TYPE_CHECKING:
+    from reporting.sweep_page import SweepReport
 
 
 def provenance(space: Space, hardware: str, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -94,11 +96,13 @@ def sweep_report(
     registration: str,
     facts: Mapping[str, Any],
     links: Mapping[str, str],
-) -> SweepReport:
+) -> "SweepReport":
     """Gather what the page is made of. `soup`: if an average is best. `facts`: see `provenance`.
 
     `prompt`: the name of the best adapter's.
     """
+    from reporting.sweep_page import SweepReport  # with matplotlib
+
     space, data = sweep.space, sweep.space.data
     objective = space.objective
     measure = Measure()

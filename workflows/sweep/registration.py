@@ -12,7 +12,6 @@ from qlora.data.prompts import prompt_text
 from qlora.data.split import write_keys
 from qlora.files import write_json, write_text
 from qlora.home import PROJECT_ROOT
-from reporting.sweep_page import write_sweep_page
 from reporting.verdicts import outlook, verdict
 from tracking.links import pages_root
 from tracking.logged_model import ModelFiles, log_model, withdraw_model
@@ -222,6 +221,8 @@ def publish(
     registration = f"{uri}: {summary['champion']['reason']}."
     report = sweep.folder / "report.html"
     links = summary_links(summary, pages_root())
+    from reporting.sweep_page import write_sweep_page  # with matplotlib
+
     words = prepared.inputs.sets.words
     measured = found.holdout.report(words["holdout"]) if found.holdout is not None else None
     content = sweep_report(

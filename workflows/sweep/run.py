@@ -14,7 +14,6 @@ from qlora.config import InputError
 from qlora.data.prompts import EncodedExample
 from qlora.files import below, disk_without_space
 from tracking.errors import TrackingAwayError
-from tracking.sweep_tracker import SweepTracker
 from tuning.best_adapter import BestAdapter
 from tuning.checkpoints import RAY
 from tuning.device import Device
@@ -36,12 +35,14 @@ from tuning.plan_text import compare_with_run, describe_plan, describe_range, ti
 from tuning.progress import clock, ranking, spending, where_time_went
 from tuning.spending import spent_so_far
 from tuning.sweep import KnownBase, ShortOfMemoryError, all_ended, run_sweep
+from tuning.sweep_callback import SweepObserver
 from tuning.sweep_plan import SweepPlan
 from workflows.cluster.nodes import Needs, check_nodes, joining
 from workflows.preflight import check_room
 from workflows.session import StoppedError, can_go_on, go_on, resume_with
 from workflows.sweep.best import averages_are_due, find_best
 from workflows.sweep.cost import SweepCost, cost_summary
+from workflows.sweep.end import SweepEnd
 from workflows.sweep.folder import SweepFolder
 from workflows.sweep.holdout import holdout_is_due, measure_holdout
 from workflows.sweep.planning import as_measured, plan_on
@@ -119,10 +120,11 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                 print(*lines, sep="\n", flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             cost.expect(plan.gpu_seconds)
-            records = _run_trials(sweep, hosts, shares, known, started.num_devices(), tracker, cost)
+            end = SweepEnd(tracker, shares, lambda: sweep.space.num_trials + Orders(sweep.place).added)
+            records = _run_trials(sweep, hosts, shares, known, started.num_devices(), end, cost)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
-            worker = Worker(shares)  # which loads its libraries meanwhile
+            worker = end.worker()
             best, averages = find_best(sweep, prepared, hosts, records)
             holdout = measure_holdout(sweep, prepared, hosts, best)
             found = Found(records, best, holdout, zero_shot, prepared.examples.prompt_of(best.record.config))
@@ -178,7 +180,7 @@ def _run_trials(
     shares: dict[str, float],
     known: KnownBase,
     num_devices: int,
-    tracker: SweepTracker,
+    observer: SweepObserver,
     cost: SweepCost,
 ) -> list[TrialRecord]:
     try:
@@ -192,7 +194,7 @@ def _run_trials(
             Orders(sweep.place),
             known,
             num_devices,
-            tracker,
+            observer,
             watch,
         )
     except ShortOfMemoryError as error:
