@@ -107,9 +107,11 @@ def _attend_alone(  # type: ignore[no-untyped-def]
     CAPPED: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Do what `_attend` does for one row, q [D] in float32, which would leave most of a tensor core idle.
+    """Do what `_attend` does for one row, q [1, 1, D] in float32, without tensor cores, which take sixteen.
 
-    Every C-th column goes to a softmax of its own: most and total [C], acc [C, D].
+    Every C-th column goes to a softmax of its own: most and total [1, C], acc [1, C, D]. The first axis has
+    the compiler bring columns into another layout, for which it waits for all of them at once; without it,
+    loads move down to where they are used, and each is waited for.
     """
     channel = tl.arange(0, D)
     for start in range(0, num_columns, C):
@@ -118,18 +120,18 @@ def _attend_alone(  # type: ignore[no-untyped-def]
         at = column[:, None] * D + channel[None, :]
         keys = tl.load(keys_ptr + at, mask=live[:, None], other=0.0)
         values = tl.load(values_ptr + at, mask=live[:, None], other=0.0)
-        scores = tl.sum(q[None, :] * keys.to(tl.float32), 1) * scale
+        scores = tl.sum(q * keys[None, :, :].to(tl.float32), 2) * scale
         if CAPPED:
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
         if WINDOW > 0:
             live = live & ((query_place - (place + column)) < WINDOW)
-        scores = tl.where(live, scores, float("-inf"))
+        scores = tl.where(live[None, :], scores, float("-inf"))
         higher = tl.maximum(most, scores)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp(scores - safe)
         shrink = tl.exp(most - safe)
         total = total * shrink + weights
-        acc = acc * shrink[:, None] + weights[:, None] * values.to(tl.float32)
+        acc = acc * shrink[:, :, None] + weights[:, :, None] * values[None, :, :].to(tl.float32)
         most = higher
     return most, total, acc
 
@@ -197,16 +199,16 @@ def decode(  # type: ignore[no-untyped-def]
     prefix_base = head * num_prefix * D
     prompt_base = (example * J + head) * max_own * D
     if K * G == 1:
-        out_at = (example * J + head) * D + channel
-        q = tl.load(q_ptr + out_at).to(tl.float32)
-        most = tl.full((C,), float("-inf"), tl.float32)
-        total = tl.zeros((C,), tl.float32)
-        acc = tl.zeros((C, D), tl.float32)
+        out_at = (example * J + head) * D + channel[None, :]
+        q = tl.load(q_ptr + out_at).to(tl.float32)[:, None, :]
+        most = tl.full((1, C), float("-inf"), tl.float32)
+        total = tl.zeros((1, C), tl.float32)
+        acc = tl.zeros((1, C, D), tl.float32)
         if STARTED:  # out holds what the prefix gives, whose weights' sum is exp(lse)
-            first = tl.arange(0, C) == 0
+            first = tl.arange(0, C)[None, :] == 0
             most = tl.where(first, tl.load(lse_ptr + head * tl.num_programs(0) + example), most)
             total = tl.where(first, 1.0, total)
-            acc = tl.where(first[:, None], tl.load(out_ptr + out_at).to(tl.float32)[None, :], acc)
+            acc = tl.where(first[:, :, None], tl.load(out_ptr + out_at).to(tl.float32)[:, None, :], acc)
         for stretch in tl.static_range(3):
             if stretch == 0:
                 base, between, count, place = prefix_ptr + prefix_base, prefix_kv, num_prefix, 0
@@ -232,8 +234,8 @@ def decode(  # type: ignore[no-untyped-def]
                     CAPPED,
                     C,
                 )
-        share = tl.exp(most - tl.max(most, 0))
-        sums = tl.sum(acc * share[:, None], 0) / tl.maximum(tl.sum(total * share, 0), 1e-38)
+        share = tl.exp(most - tl.max(most, 1)[:, None])
+        sums = tl.sum(acc * share[:, :, None], 1) / tl.maximum(tl.sum(total * share, 1), 1e-38)[:, None]
         tl.store(out_ptr + out_at, sums.to(q_ptr.dtype.element_ty))
     else:
         row = tl.arange(0, M)

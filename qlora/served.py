@@ -9,15 +9,25 @@ Refuses to know generation.
 Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
 """
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora.base.fused import fuse
+from qlora.base.fused import fuse, has_liger
+from qlora.base.loading import load_bitsandbytes
 from qlora.base.model import dequantised_if_it_fits, is_nf4, load_base
 from qlora.config import BaseModelSettings
 from qlora.lora.peft_folder import load_adapter
+
+
+def load_libraries() -> None:
+    """Import what `load_served` would import on first use."""
+    load_bitsandbytes()
+    importlib.import_module("peft")
+    if torch.cuda.is_available() and has_liger():
+        importlib.import_module("liger_kernel.transformers")
 
 
 def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:

@@ -12,6 +12,7 @@ from oracles import padded_loss
 from peft import PeftModel
 from test_beam_engine import generated, model_that_ends, prompts, searched
 from test_packing import gradients, with_lora
+from transformers.models.llama import modeling_llama
 
 from inference.banked import Asked, BankedGenerator
 from qlora import recorded_passes
@@ -29,6 +30,12 @@ lora_kernels = pytest.importorskip("qlora.lora.kernels", reason="Triton comes wi
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def own_rotary_embedding(monkeypatch):
+    """Liger replaces a family's: no test is to see what another one replaced."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
 
 
 def plain_attention(q_SHD, k_SKD, v_SKD, k_PKD, v_PKD, rows, scale):

@@ -79,7 +79,8 @@ class _WorkerProcess:
     def __init__(self, device: str | None = None) -> None:
         if device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device  # Ray's books give it none
-        importlib.import_module("qlora.served")  # most of what any work needs, before there is some
+        served = importlib.import_module("qlora.served")  # most of what any work needs, before there is some
+        served.load_libraries()
 
     def do(self, work: Callable[..., Any], *arguments: Any, num_threads: int | None = None) -> Any:
         import torch

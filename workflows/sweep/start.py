@@ -1,11 +1,8 @@
 """Owns the start of a sweep on Ray: hosts load what they need while the driver does the same.
 
-Loads nothing heavy itself.
+Loads nothing heavy.
 """
 
-import importlib
-import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +19,6 @@ from workflows.cluster.capacity import Capacity, look_at_capacity
 from workflows.cluster.waiting import check_place, wait_for_first
 from workflows.session import StoppedError, connect_ray
 
-_LIBRARIES = "transformers.modeling_utils"  # most of what the driver needs, with torch
-_FEW_CORES = 4
 _SECONDS_FOR_THE_OTHERS = 30.0
 _AGAIN = "run the same command again"
 
@@ -91,13 +86,11 @@ def good_answers(ended: Sequence[Any]) -> tuple[list[Any], ray.exceptions.RayErr
 
 
 def start(space: Space) -> StartedHosts:
-    """Connect Ray and start hosts on all devices of a space, while this process loads libraries itself.
+    """Connect Ray and start hosts on all devices of a space.
 
     Raises InputError if Ray could never place a trial.
     """
     began, shares = time.monotonic(), space.trial_shares()
-    if (os.cpu_count() or 1) > _FEW_CORES:  # else Ray's servers, which hosts wait for, need them
-        threading.Thread(target=importlib.import_module, args=(_LIBRARIES,), daemon=True).start()
     capacity = look_at_capacity(connect_ray())
     check_place(capacity, shares)
     hosts, asked = start_hosts(), {node["NodeID"] for node in nodes_for(shares)}
