@@ -33,8 +33,8 @@ from qlora.data.prompts import load_prompt
 from qlora.served import quicken
 
 _FAMILIES = {
-    "decode attention": ("_decode",),
-    "prefill attention": ("fmha", "flash", "attention"),
+    "decode attention, without the template's": ("decode", "list_seen"),
+    "prefill attention, and the template's": ("fmha", "flash", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass"),
     "top-k": ("TopK", "topk", "ort", "radix"),
 }

@@ -1,6 +1,6 @@
 """Owns the GPU kernel of a decode step's attention, in Triton.
 
-One program for each example and key-value head reads every cached key once, for all beams. The sums are those
+One program for each example and key-value head reads the cached keys once for all beams. The sums are those
 that `inference.cached_attention.DecodePass` computes in plain torch, without its masked columns: each example
 reads what it has. Which of the fed columns any beam sees is listed once for all layers. The prefix is read by
 FlashAttention's own kernel where that can: once for all rows.
@@ -20,6 +20,7 @@ from inference.decode_programs import decode, list_seen
 from qlora.packed import flash_attention
 
 _MOST_BEAMS = 31  # bits of a sign-free int32
+_LISTED = 256  # columns at once
 # Columns read at once, warps and stages: of rows on tensor cores, and of one row alone.
 _TOGETHER, _ALONE = (32, 4, 3), (8, 1, 3)
 
@@ -55,7 +56,7 @@ def seen_columns(ancestry_EKT: Tensor, steps_E: Tensor) -> SeenColumns:
             seen.counts_E,
             t,
             K=k,
-            W=triton.next_power_of_2(t * k),
+            W=_LISTED,
         )
     return seen
 
@@ -83,7 +84,8 @@ def decode_attention(
     j = k_TJD.shape[1]
     h, d = q_THD.shape[1:]
     q, k_new, v_new = q_THD.contiguous(), k_TJD.contiguous(), v_TJD.contiguous()
-    is_started = prefix.shape[2] > 0 and flash_attention.supports(q, 0, sliding_window, softcap)
+    longest = prefix.shape[2] + prompts.shape[3] + max_steps
+    is_started = prefix.shape[2] > 0 and flash_attention.supports(q, longest, sliding_window, softcap)
     out, lse_HT = (
         flash_attention.attend_prefix(q, prefix[0], prefix[1], scale)
         if is_started

@@ -5,7 +5,7 @@ the columns that any of them sees. They are joined by the online softmax of Flas
 
 Refuses to know how programs are launched (inference.decode_kernel).
 
-Shapes: as in inference.cached_attention; W fed columns, rounded up to a power of two; M = K * G query rows,
+Shapes: as in inference.cached_attention; M = K * G query rows,
 rounded up to a power of two, at least 16; C columns that are read at once.
 Source: FlashAttention, https://arxiv.org/abs/2205.14135
 """
@@ -18,21 +18,24 @@ import triton.language as tl
 def list_seen(  # type: ignore[no-untyped-def]
     ancestry_ptr, steps_ptr, columns_ptr, beams_ptr, counts_ptr, max_steps, K: tl.constexpr, W: tl.constexpr
 ):
-    """List an example's fed columns that any beam sees, with the beams that do as bits."""
+    """List an example's fed columns that any beam sees, with the beams that do as bits; W columns at once."""
     example = tl.program_id(0)
     last = tl.minimum(tl.load(steps_ptr + example).to(tl.int32), max_steps - 1)
-    column = tl.arange(0, W)
-    step, row = column // K, column % K
-    beams = tl.zeros((W,), tl.int32)
-    for beam in tl.static_range(K):
-        ancestry = ancestry_ptr + (example * K + beam) * max_steps
-        owner = tl.load(ancestry + step, mask=step <= last, other=-1).to(tl.int32)
-        beams |= (owner == row).to(tl.int32) << beam
-    is_seen = beams != 0
-    place = example * max_steps * K + tl.cumsum(is_seen.to(tl.int32), 0) - 1
-    tl.store(columns_ptr + place, column, mask=is_seen)
-    tl.store(beams_ptr + place, beams, mask=is_seen)
-    tl.store(counts_ptr + example, tl.sum(is_seen.to(tl.int32), 0))
+    count = 0
+    for start in range(0, (last + 1) * K, W):
+        column = start + tl.arange(0, W)
+        step, row = column // K, column % K
+        beams = tl.zeros((W,), tl.int32)
+        for beam in tl.static_range(K):
+            ancestry = ancestry_ptr + (example * K + beam) * max_steps
+            owner = tl.load(ancestry + step, mask=step <= last, other=-1).to(tl.int32)
+            beams |= (owner == row).to(tl.int32) << beam
+        is_seen = beams != 0
+        place = example * max_steps * K + count + tl.cumsum(is_seen.to(tl.int32), 0) - 1
+        tl.store(columns_ptr + place, column, mask=is_seen)
+        tl.store(beams_ptr + place, beams, mask=is_seen)
+        count += tl.sum(is_seen.to(tl.int32), 0)
+    tl.store(counts_ptr + example, count)
 
 
 @triton.jit

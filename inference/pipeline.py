@@ -38,7 +38,7 @@ from qlora.lora.peft_folder import AdapterFiles
 _WINDOW_ROWS = 4096
 _FEWEST_ROWS = {"cpu": 8, "gpu": 256}  # of a batch
 _MOST_ROWS = {"cpu": 64, "gpu": 512}  # of a batch
-_BATCHES = 4  # of a worker, so that a small job too shows its progress and can go on from there
+_BATCHES = 4  # of a worker, so that a job shows its progress and can go on from there
 _TOKENIZER, _ENGINE = "tokenizer", "engine"  # pools, as error lines name them
 Result = tuple[int, str | None, str | None]  # row number, text, error
 

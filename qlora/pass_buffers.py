@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qlora.lora.bank import AdapterBank
-from qlora.lora.tables import TILE_TOKENS, num_splits, padded_rank, pass_arrays
+from qlora.lora.tables import TILE_TOKENS, adds_pieces_later, num_splits, padded_rank, pass_arrays
 from qlora.packed.stream import bounds_of, prefix_places, stretch_lengths
 from qlora.passes import Pass
 
@@ -64,9 +64,9 @@ class PassSize:
     @property
     def kernels(self) -> tuple[int, ...]:
         """Return what kernels are compiled for: sizes with equal values share compiled kernels."""
-        splits = num_splits(self.num_tiles)
+        pieces = num_splits(self.num_tiles), adds_pieces_later(self.num_tiles)
         one_or_more_parts = min(self.parts, 2)
-        return (self.rank, self.has_dropout, self.is_training, splits, one_or_more_parts, self.num_layers)
+        return (self.rank, self.has_dropout, self.is_training, *pieces, one_or_more_parts, self.num_layers)
 
     @property
     def num_tiles(self) -> int:

@@ -3,6 +3,7 @@
 `pytest -m gpu` on such a machine.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -228,6 +229,15 @@ def test_layers_that_are_computed_again_train_the_same():
     assert found[1] == found[0]
 
 
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_layers_that_are_computed_again_take_half_the_memory():
     from qlora.lora.bank import load_bank
 
@@ -245,9 +255,8 @@ def test_layers_that_are_computed_again_take_half_the_memory():
         training = Training(bank, examples, settings)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.use_deterministic_algorithms(True, warn_only=True)  # else attention's sums have no order
-        losses = [training.advance(10_000).loss for _ in range(3)]
-        torch.use_deterministic_algorithms(False)
+        with deterministic():  # else attention's sums have no order
+            losses = [training.advance(10_000).loss for _ in range(3)]
         found.append((losses, torch.cuda.max_memory_allocated() - before))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
     assert found[1][1] < 0.5 * found[0][1]

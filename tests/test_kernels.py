@@ -1,5 +1,7 @@
 """The Triton kernels compute what the plain ways do: on a GPU as they are, else in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import HAS_KERNELS
@@ -9,6 +11,7 @@ from inference.cached_attention import DecodePass
 from inference.kv_cache import KVCache
 from qlora.lora.products import Dropout, LayerPart
 from qlora.lora.tables import make_bank_tables, make_pass_tables
+from qlora.pass_buffers import PassSize
 
 if not HAS_KERNELS:
     pytest.skip("pip install 'triton>=3.9'", allow_module_level=True)
@@ -110,10 +113,10 @@ def test_products_and_gradients_equal_the_formula(dtype, dropouts):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("most_unsummed", [0, 8], ids=["summed before", "summed within"])
-def test_layers_that_read_the_same_input_are_written_together(num_layers, most_unsummed, monkeypatch):
+@pytest.mark.parametrize("within", [False, True], ids=["summed before", "summed within"])
+def test_layers_that_read_the_same_input_are_written_together(num_layers, within, monkeypatch):
     """Layers of other widths and ranks, one without some adapters: as one layer after another."""
-    monkeypatch.setattr(lora_kernels, "_MOST_UNSUMMED", most_unsummed)
+    monkeypatch.setattr(lora_kernels, "adds_pieces_later", lambda num_tiles: within)
     x = randn(NUM_TOKENS, WIDTH_IN, dtype=torch.float32, seed=1)
     tables = make_pass_tables(DEVICE, BOUNDS, DROPOUTS)
     widths, layers = (WIDTH_OUT, 200, 16), []
@@ -137,6 +140,35 @@ def test_layers_that_read_the_same_input_are_written_together(num_layers, most_u
         assert y.isfinite().all() and (y - of_one).norm() <= 1e-5 * of_one.norm()
 
 
+class Launched:
+    """Keeps what a kernel would be compiled with, and launches nothing."""
+
+    def __init__(self, found: set[tuple[object, ...]]):
+        self._found = found
+
+    def __getitem__(self, grid):
+        return lambda *_, **options: self._found.add(tuple(sorted(options.items())))
+
+
+def test_passes_of_sizes_with_equal_kernels_are_compiled_once(monkeypatch):
+    """A recording can't compile, so that a size must not need what another one of its kind did not."""
+    known: dict[tuple[int, ...], set[tuple[object, ...]]] = {}
+    room = {"answers": 64, "rows": 32, "parts": 2, "prefix_tokens": 0, "longest_row": 1024, "longest": 64}
+    room |= {"longest_part": 1024, "longest_prefix": 64, "rank": 16, "num_layers": 3}
+    (layer,) = make_bank_tables([parts_of(torch.float32)], DEVICE).layers
+    for tokens in range(64, 20_000, 64):
+        size = PassSize(tokens=tokens, has_dropout=False, is_training=False, **room)
+        tables = replace(make_pass_tables(DEVICE, BOUNDS, [None] * 4), num_tiles=size.num_tiles)
+        x, found = torch.zeros(8, WIDTH_IN, device=DEVICE), set[tuple[object, ...]]()
+        for name in ("down_kernel", "up_kernel"):
+            monkeypatch.setattr(lora_kernels, name, Launched(found))
+        for count in (1, 2, 3):
+            ys = [torch.zeros(8, WIDTH_OUT, device=DEVICE) for _ in range(count)]
+            lora_kernels.write_lora(x, ys, tables, [layer] * count, LAYER)
+        assert known.setdefault(size.kernels, found) == found
+    assert len(known) >= 3
+
+
 def test_dropout_drops_its_share():
     mask = dropped_inputs(DROPOUTS, torch.ones(NUM_TOKENS, WIDTH_IN))
     assert (mask[150:] == 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
@@ -144,7 +176,38 @@ def test_dropout_drops_its_share():
     assert (mask[50:150] == 1).all()
 
 
-@pytest.mark.parametrize(("sliding_window", "softcap"), [(None, None), (9, None), (None, 5.0)])
+def test_the_columns_that_beams_see_are_listed_with_their_beams():
+    """Of several blocks of columns; an example at its first step sees its beams' own rows alone."""
+    slots, beams, steps = 3, 3, 200
+    generator = torch.Generator().manual_seed(0)
+    ancestry = torch.randint(0, beams, (slots, beams, steps), generator=generator)
+    ancestry[0] = ancestry[0, :1]  # all beams have one history
+    taken = [150, steps + 7, 0]  # the second has ended, and its slot goes on for a while
+    for slot, step in enumerate(taken):
+        ancestry[slot, :, min(step, steps - 1)] = torch.arange(beams)
+    seen = decode_kernel.seen_columns(ancestry.to(DEVICE), torch.tensor(taken, device=DEVICE))
+    for slot, step in enumerate(taken):
+        expected = dict[int, int]()
+        for place in range(min(step + 1, steps)):
+            for beam in range(beams):
+                column = place * beams + int(ancestry[slot, beam, place])
+                expected[column] = expected.get(column, 0) | 1 << beam
+        count = int(seen.counts_E[slot])
+        columns = seen.columns_EW[slot, :count].tolist()
+        assert columns == sorted(expected)
+        assert seen.beams_EW[slot, :count].tolist() == [expected[column] for column in columns]
+
+
+def plain_start(q_SHD, k_KPD, v_KPD, scale):
+    """What FlashAttention gives of a prefix, in plain PyTorch: output and log-sum-exp."""
+    keys, values = (one.repeat_interleave(q_SHD.shape[1] // len(one), 0) for one in (k_KPD, v_KPD))
+    scores_HSP = torch.einsum("shd,hpd->hsp", q_SHD, keys) * scale
+    out_SHD = torch.einsum("hsp,hpd->shd", scores_HSP.softmax(-1), values)
+    return out_SHD.contiguous(), scores_HSP.logsumexp(-1)
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["alone", "behind the prefix"])
+@pytest.mark.parametrize(("sliding_window", "softcap"), [(None, None), (9, None), (50, None), (None, 5.0)])
 @pytest.mark.parametrize("prefix_length", [0, 7])
 @pytest.mark.parametrize(("beams", "heads"), [(2, 4), (1, 4), (2, 2), (1, 2)])
 @pytest.mark.parametrize(
@@ -160,12 +223,20 @@ def test_dropout_drops_its_share():
     ],
 )
 def test_the_decode_kernel_equals_plain_attention(
-    sliding_window, softcap, prefix_length, beams, heads, dtype
+    is_started, sliding_window, softcap, prefix_length, beams, heads, dtype, monkeypatch
 ):
     """Template, prompts of unequal length, histories of beams that have crossed, to the dtype's rounding.
 
-    Several rows share what is read, or one row, of one beam and one head, is alone.
+    Several rows share what is read, or one row, of one beam and one head, is alone. Where 16-bit numbers on
+    a GPU start from what FlashAttention gives of the prefix, float32 does from the same in plain PyTorch.
     """
+    if is_started and dtype == torch.float32:
+
+        def supports(q, longest, window, cap):
+            return cap is None and (window is None or window >= longest)
+
+        monkeypatch.setattr(decode_kernel.flash_attention, "supports", supports)
+        monkeypatch.setattr(decode_kernel.flash_attention, "attend_prefix", plain_start)
     slots, steps, kv_heads, width, longest = 3, 6, 2, 16, 5
     state = SearchState.empty(slots, SearchRules(beams, steps), DEVICE)
     state.done_E.zero_()

@@ -3,6 +3,7 @@
 Refuses to load models, and to know versions and aliases.
 """
 
+import importlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class FetchedModel:
     prompt: Path | None
     trained_on: Path | None
     settings: Mapping[str, str]
+
+
+def load_libraries() -> None:
+    """Import what `log_model` would import on first use."""
+    for name in ("mlflow.pyfunc", "mlflow.models"):
+        importlib.import_module(name)
 
 
 @asking()

@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from tracking.registry import fetch_adapter
-from tuning.placement import Seat, my_device, nodes_for, on_node, options
+from tuning.placement import Seat, my_device, on_node, options
 from workflows.session import FailedError
 
 _SECONDS_OF_NO_CHANGE, _SECONDS_TO_END = 0.5, 3.0  # of memory that is free, and of hosts that hold much of it
@@ -32,12 +31,10 @@ _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded 
 class Spare:
     """A process that loads libraries while others work, and has no share of a device until a Worker lends it.
 
-    It is on a node that could hold such shares: this one, if it could. It ends with its last reference.
+    It is on a node that could hold such shares. It ends with its last reference.
     """
 
-    def __init__(self, shares: dict[str, float]):
-        here = ray.get_runtime_context().get_node_id()
-        node = min((node["NodeID"] for node in nodes_for(shares)), key=lambda node: node != here)
+    def __init__(self, shares: dict[str, float], node: str):
         # A device has to be shown or hidden before libraries are loaded; most nodes have one.
         self.place = node, "0" if shares["GPU"] else "cpu"
         actor = ray.remote(_WorkerProcess).options(num_cpus=0, scheduling_strategy=on_node(node))
@@ -60,10 +57,14 @@ class Worker:
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Carry out `work` there and return its result."""
         if self._spare is not None:
-            with suppress(ray.exceptions.RayActorError):  # the seat's node has gone, or the spare
+            try:
                 *place, num_threads = ray.get(self._seat.device.remote())
                 if tuple(place) == self._spare.place:
                     return ray.get(self._spare.actor.do.remote(work, *arguments, num_threads=num_threads))
+            except ray.exceptions.RayTaskError:
+                raise  # the work itself
+            except ray.exceptions.RayError:  # the seat's node has gone, or the spare
+                pass
             self._seat, self._spare = None, None
             self._actor = self._start()
         return ray.get(self._actor.do.remote(work, *arguments))

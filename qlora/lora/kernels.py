@@ -17,10 +17,9 @@ import triton
 from torch import Tensor
 
 from qlora.lora.programs import down_kernel, grad_kernel, up_kernel
-from qlora.lora.tables import TILE_TOKENS, LayerTables, PassTables, num_splits, padded_rank
+from qlora.lora.tables import TILE_TOKENS, LayerTables, PassTables, adds_pieces_later, num_splits, padded_rank
 
 MOST_SIBLINGS = 3  # layers that one launch computes
-_MOST_UNSUMMED = 8  # tiles up to which each program adds up a sum's pieces: that is cheaper than two launches
 
 
 def add_lora(
@@ -43,14 +42,14 @@ def write_lora(
     """Write every part's LoRA products at several layers to unwritten memory, y [T, O] of each layer.
 
     The layers, at most MOST_SIBLINGS, read the same x and follow each other in the bank; `salt` is the first
-    one's. There are two launches for all of them, and nothing is kept for a backward.
+    one's. They share their launches, and nothing is kept for a backward.
     """
     rank = max(layer.max_rank for layer in layers)
     first = replace(layers[0], max_rank=rank)
     low_NSTR = _down_pieces(
         x_TI, first.a, tables, first, salt, along_rows=True, dropout=tables.has_dropout, num_layers=len(ys)
     )
-    if tables.num_tiles > _MOST_UNSUMMED:
+    if low_NSTR.shape[1] > 1 and not adds_pieces_later(tables.num_tiles):
         low_NSTR = low_NSTR.sum(1, keepdim=True).to(x_TI.dtype)
     _up_all(ys, low_NSTR, first.b, tables, first, salt, along_rows=False, dropout=False, is_new=True)
 
@@ -111,7 +110,7 @@ def _down_pieces(
     """
     num_tokens, num_columns = wide_TK.shape
     rank = padded_rank(layer.max_rank)
-    splits = num_splits(tables.num_tiles * num_layers)
+    splits = num_splits(tables.num_tiles)
     dtype = torch.float32 if splits > 1 else wide_TK.dtype
     low_NSTR = torch.empty(num_layers, splits, num_tokens, rank, dtype=dtype, device=wide_TK.device)
     down_kernel[(tables.num_tiles, splits, num_layers)](

@@ -25,6 +25,7 @@ TILE_TOKENS = 64
 _MATRICES = ("a", "b", "a_grad", "b_grad")
 _LEAST_RANK = 16  # what a matrix product on tensor cores takes
 _PROGRAMS = 1056  # eight for each of an H100's processors
+_FEW_TILES = 8
 _MOST_SPLITS = 4  # pieces that a sum over columns is cut into
 
 
@@ -176,6 +177,11 @@ def make_bank_tables(
 def num_splits(num_tiles: int) -> int:
     """Return the number of pieces that a sum over columns is cut into, so that all processors have work."""
     return min(_MOST_SPLITS, max(1, _PROGRAMS // num_tiles))
+
+
+def adds_pieces_later(num_tiles: int) -> bool:
+    """Tell whether who reads a sum adds up its pieces: for few tiles, that is cheaper than two launches."""
+    return num_tiles <= _FEW_TILES
 
 
 def padded_rank(rank: int) -> int:

@@ -6,14 +6,16 @@ Refuses to know what the end does.
 import importlib
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+import ray
+
+from tracking.logged_model import load_libraries
 from tuning.ledger import TrialRecord
+from tuning.placement import nodes_for
 from tuning.sweep_callback import SweepObserver
 from workflows.worker import Spare, Worker
-
-# What a page and a registration load, all of it on first use.
-_LIBRARIES = ("mlflow.pyfunc", "mlflow.models", "reporting.sweep_page", "matplotlib.backends.backend_svg")
 
 
 @dataclass
@@ -39,13 +41,17 @@ class SweepEnd:
         if record.status != "pending":
             self._begun.add(record.trial_id)
         if self.spare is None and len(self._begun) >= self.num_trials():
-            self.spare = Spare(self.shares)
+            here = ray.get_runtime_context().get_node_id()
+            nodes = sorted((node["NodeID"] for node in nodes_for(self.shares)), key=lambda node: node != here)
+            self.spare = Spare(self.shares, nodes[0]) if nodes else None
 
     def worker(self) -> Worker:
-        """Return the worker for the end, once there is a place for it."""
-        return Worker(self.shares, self.spare)
+        """Return the worker for the end, which the spare is handed over to."""
+        spare, self.spare = self.spare, None
+        return Worker(self.shares, spare)
 
 
 def _load() -> None:
-    for name in _LIBRARIES:
-        importlib.import_module(name)
+    with suppress(ImportError):  # whoever needs it is told
+        importlib.import_module("reporting.sweep_page")
+        load_libraries()

@@ -120,8 +120,9 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
                 print(*lines, sep="\n", flush=True)
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             cost.expect(plan.gpu_seconds)
-            end = SweepEnd(tracker, shares, lambda: sweep.space.num_trials + Orders(sweep.place).added)
-            records = _run_trials(sweep, hosts, shares, known, started.num_devices(), end, cost)
+            orders = Orders(sweep.place)
+            end = SweepEnd(tracker, shares, lambda: sweep.space.num_trials + orders.added)
+            records = _run_trials(sweep, hosts, shares, orders, known, started.num_devices(), end, cost)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
             worker = end.worker()
@@ -178,6 +179,7 @@ def _run_trials(
     sweep: SweepFolder,
     hosts: Hosts,
     shares: dict[str, float],
+    orders: Orders,
     known: KnownBase,
     num_devices: int,
     observer: SweepObserver,
@@ -191,7 +193,7 @@ def _run_trials(
             shares,
             sweep.folder,
             sweep.storage,
-            Orders(sweep.place),
+            orders,
             known,
             num_devices,
             observer,
