@@ -19,6 +19,13 @@ from inference import decode_kernel
 from qlora.lora import kernels as lora_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter reads bfloat16 as integers"),
+    ),
+]
 
 
 BOUNDS = ((0, 50), (50, 51), (51, 150), (150, 300))
@@ -65,18 +72,7 @@ def dropped_inputs(dropouts, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dropouts", [[None] * 4, DROPOUTS], ids=["plain", "dropout"])
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        pytest.param(
-            torch.bfloat16,
-            marks=pytest.mark.skipif(
-                DEVICE.type == "cpu", reason="the interpreter reads bfloat16 as integers"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_products_and_gradients_equal_the_formula(dtype, dropouts):
     """Against float64, to the dtype's rounding; what is put into new memory is what is added to zeros."""
     parts = parts_of(dtype)
@@ -210,18 +206,7 @@ def plain_start(q_SHD, k_KPD, v_KPD, scale):
 @pytest.mark.parametrize(("sliding_window", "softcap"), [(None, None), (9, None), (50, None), (None, 5.0)])
 @pytest.mark.parametrize("prefix_length", [0, 7])
 @pytest.mark.parametrize(("beams", "heads"), [(2, 4), (1, 4), (2, 2), (1, 2)])
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        pytest.param(
-            torch.bfloat16,
-            marks=pytest.mark.skipif(
-                DEVICE.type == "cpu", reason="the interpreter reads bfloat16 as integers"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_decode_kernel_equals_plain_attention(
     is_started, sliding_window, softcap, prefix_length, beams, heads, dtype, monkeypatch
 ):
