@@ -14,7 +14,7 @@ Source: Liger Kernel, https://github.com/linkedin/Liger-Kernel
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,20 +49,40 @@ def fuse(model: Any) -> None:
     """Replace norms, and the rotary embedding and gated MLP of the families that Liger knows.
 
     The model may have adapters of PEFT's. Liger puts its rotary embedding into the family's module in
-    transformers, so all models of the family in this process get it; those on a CPU keep their own.
+    transformers, so all models of the family in this process get it; those on a CPU keep their own. What
+    fails or computes something else on a random input is left as it was.
     """
     fuse_norms(model)
     if not has_liger():
         _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
         return
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     module: Any = sys.modules[type(plain).__module__]
-    before = getattr(module, _ROTARY, None)
-    own = _own_rotary.setdefault(module.__name__, before)
+    rotary = getattr(module, _ROTARY, None)
+    own = _own_rotary.setdefault(module.__name__, rotary)
+    mlps = [one for one in plain.modules() if type(one).__name__.endswith("MLP")]
+    try:
+        expected = _sample(plain, own, mlps)
+        _apply_liger(plain)
+        put = getattr(module, _ROTARY, None)
+        fused = own if put is rotary else put
+        if not _is_near(_sample(plain, fused, mlps), expected):
+            raise ValueError("it computes something else")
+        if own is not None and fused is not None and fused is not own:
+            setattr(module, _ROTARY, _on_gpus(fused, own))
+    except Exception as error:  # whatever a version of Liger makes of a family that it does not fit
+        _log.warning("liger-kernel is left out: %s", error)
+        if rotary is not None:
+            setattr(module, _ROTARY, rotary)
+        for mlp in mlps:
+            mlp.__dict__.pop("forward", None)
+
+
+def _apply_liger(model: Any) -> None:
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
     _apply_liger_kernel_to_instance(
-        plain,
+        model,
         rope=_turns_whole_heads(model.config),
         swiglu=True,
         geglu=True,
@@ -71,8 +91,29 @@ def fuse(model: Any) -> None:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
-    if own is not None and getattr(module, _ROTARY) is not before:
-        setattr(module, _ROTARY, _on_gpus(getattr(module, _ROTARY), own))
+
+
+@torch.no_grad()
+def _sample(model: Any, rotary: Callable[..., Any] | None, mlps: Sequence[nn.Module]) -> list[Tensor]:
+    """Return what a rotary embedding and the first MLP make of random inputs."""
+    config, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(model.device, model.dtype)
+
+    found = [mlps[0](randn(1, 4, config.hidden_size))] if mlps else []
+    if rotary is not None and _turns_whole_heads(config):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        angles = randn(1, 4, width // 2).repeat(1, 1, 2)
+        found += rotary(randn(1, 4, 4, width), randn(1, 2, 4, width), angles.cos(), angles.sin())
+    return found
+
+
+def _is_near(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Tell whether tensors are equal but for rounding."""
+    share = max(1e-4, 8 * max(torch.finfo(one.dtype).eps for one in expected)) if expected else 0
+    pairs = [(one.double(), other.double()) for one, other in zip(found, expected, strict=True)]
+    return all((one - other).norm() <= share * other.norm() for one, other in pairs)
 
 
 def _on_gpus(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
