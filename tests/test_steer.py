@@ -246,6 +246,9 @@ def test_a_running_sweep_is_steered_and_one_that_goes_on_knows_it(project):
     (project / "endless.yaml").write_text(yaml.safe_dump(space))
     first = command(project, "tune", "--space", "endless.yaml", "--name", "hand", start_new_session=True)
     wait_for_a_report(first, project, "hand")
+    while len(ledger(project, "hand")) < 2:  # the second trial may begin behind the first one's report
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.2)
     one, two = sorted(ledger(project, "hand"))
     finished(command(project, "steer", "hand", "stop", one))
     deadline = time.monotonic() + 60
