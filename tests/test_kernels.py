@@ -173,7 +173,7 @@ def test_dropout_drops_its_share():
 
 
 def test_the_columns_that_beams_see_are_listed_with_their_beams():
-    """Of several blocks of columns; an example at its first step sees its beams' own rows alone."""
+    """Compares several blocks of columns; an example at its first step sees its beams' own rows alone."""
     slots, beams, steps = 3, 3, 200
     generator = torch.Generator().manual_seed(0)
     ancestry = torch.randint(0, beams, (slots, beams, steps), generator=generator)
@@ -195,7 +195,7 @@ def test_the_columns_that_beams_see_are_listed_with_their_beams():
 
 
 def plain_start(q_SHD, k_KPD, v_KPD, scale):
-    """What FlashAttention gives of a prefix, in plain PyTorch: output and log-sum-exp."""
+    """Compute what FlashAttention gives of a prefix, in plain PyTorch: output and log-sum-exp."""
     keys, values = (one.repeat_interleave(q_SHD.shape[1] // len(one), 0) for one in (k_KPD, v_KPD))
     scores_HSP = torch.einsum("shd,hpd->hsp", q_SHD, keys) * scale
     out_SHD = torch.einsum("hsp,hpd->shd", scores_HSP.softmax(-1), values)
