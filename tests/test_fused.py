@@ -53,12 +53,14 @@ def liger(monkeypatch):
     """Stands in for Liger, which needs a GPU: `liger(rotary, mlp)` says what it puts in."""
     own = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own)
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", modeling_llama.LlamaMLP)
     monkeypatch.setattr(fused, "_own_rotary", {})
 
     def put(rotary, mlp):
         def apply(model, **options):
             if rotary is not None:
                 modeling_llama.apply_rotary_pos_emb = rotary
+            modeling_llama.LlamaMLP = torch.nn.Identity  # as some versions of Liger do, for models to come
             for layer in model.model.layers:
                 layer.mlp.forward = types.MethodType(mlp, layer.mlp)
 
@@ -87,6 +89,7 @@ def test_a_familys_models_on_a_cpu_keep_their_own_rotary_embedding(liger):
     torch.testing.assert_close(model(ids).logits, expected)
     assert tried == len(called) == 2, "tried out once for each model, and used by none here"
     assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
+    torch.testing.assert_close(tiny_model("llama")(ids).logits, expected)  # one that is made later
 
 
 @pytest.mark.parametrize(
@@ -99,4 +102,5 @@ def test_what_computes_something_else_is_left_out(liger, rotary, mlp, caplog):
     fuse(model)
     torch.testing.assert_close(model(ids).logits, expected)
     assert modeling_llama.apply_rotary_pos_emb is own
+    torch.testing.assert_close(tiny_model("llama")(ids).logits, expected)
     assert "liger-kernel is left out: " in caplog.text

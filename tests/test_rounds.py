@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import command, finished
@@ -10,6 +11,7 @@ from test_faults import family
 from test_sweep import ledger, wait_for_a_report
 
 from qlora.training import Timetable
+from tuning.clone_seats import CloneSeats
 from tuning.evaluation_steps import evaluation_steps
 from tuning.ledger import TrialRecord
 from tuning.round_scheduler import RoundScheduler
@@ -178,6 +180,80 @@ def test_what_was_decided_is_decided_again_after_a_stop():
     while sweep.turn():
         pass
     assert sweep.went_on == ["7_00003", "7_00005"]
+
+
+def test_trials_that_are_added_make_rounds_of_their_own():
+    """What was decided before stands: a short last round does not wait for those that came later."""
+    values = [9, 7, 8, 6, 3, 2, 4, 5, 1]
+    draws = []
+    sweep = Played(values[:6])
+    sweep.scheduler = RoundScheduler(ROUNDS, [], 6, 1, draws)
+    assert sweep.play() == [3, 5]
+    draws += [2, 1]
+    sweep.perplexities = values
+    assert sweep.play() == [3, 5, 6, 8]
+    again = Played(values)
+    again.scheduler = RoundScheduler(ROUNDS, [], 6, 1, draws)
+    assert again.play() == [3, 5, 6, 8]
+
+
+def test_a_clone_is_in_no_round_and_leaves_those_of_the_others_as_they_were():
+    """Behind the second trial and behind the last one; a sweep that goes on knows them from their records."""
+    sweep = Played([9, 7, 8, 6])
+    clones = {"7_00002": None, "7_00005": None}
+    search = SimpleNamespace(clones=clones, next_clone=lambda: None)
+    sweep.scheduler.clones = CloneSeats(search, [], print, print)
+    sweep.perplexities = [9, 7, 1, 8, 6, 2]
+    for number in range(6):
+        if number not in (2, 5):
+            assert sweep.scheduler.may_begin(number)
+        sweep.add(RaysTrial(number))
+    assert not sweep.scheduler.may_begin(6)
+    for trial in sweep.trials:
+        decision = sweep.report(trial, 12)
+        assert decision == ("CONTINUE" if trial.trial_id in clones else "PAUSE")
+        trial.status = Trial.RUNNING if trial.trial_id in clones else Trial.PAUSED
+    assert sweep.scheduler.choose_trial_to_run(sweep).trial_id == "7_00004"
+    point = {"step": 12, "schedule_percent": 12.0, "public_perplexity": 9.0}
+    values = enumerate([9, 7, 1, 8, 6, 2])
+    records = [
+        TrialRecord(
+            f"7_{number:05d}", {}, "pending", ({**point, "public_perplexity": value},),
+            cloned_from="7_00000" if number in (2, 5) else None,
+        )
+        for number, value in values
+    ]  # fmt: skip
+    again = Played([9, 7, 8, 6], records)
+    for number in range(6):
+        again.add(RaysTrial(number))
+    waiting = [trial.status for trial in again.trials]
+    assert waiting == [Trial.PAUSED, Trial.PAUSED, Trial.PENDING, Trial.PAUSED, Trial.PAUSED, Trial.PENDING]
+    assert again.scheduler.choose_trial_to_run(again).trial_id == "7_00004"
+
+
+def test_a_trial_that_was_set_aside_for_a_clone_comes_back_to_its_round():
+    sweep = Played([9, 7, 8, 6])
+    sweep._reuse_actors = False
+    sweep.pause_trial = lambda trial, should_checkpoint: trial.set_status(Trial.PAUSED)
+    search = SimpleNamespace(clones={}, next_clone=lambda: None)
+    sweep.scheduler.clones = CloneSeats(search, [], print, print)
+    sweep.begin()
+    aside = sweep.trials[1]
+    for trial in sweep.trials:
+        trial.status = Trial.PAUSED
+        assert (
+            sweep.scheduler.on_trial_result(sweep, trial, {"public_perplexity": math.inf, "set_aside": False})
+            == "NOOP"
+            if trial is aside
+            else sweep.report(trial, 12) == "PAUSE"
+        )
+    assert sweep.scheduler.choose_trial_to_run(sweep) is aside
+    aside.status = Trial.RUNNING
+    assert sweep.scheduler.choose_trial_to_run(sweep) is None, "its round waits for it"
+    assert sweep.report(aside, 12) == "PAUSE"
+    aside.status = Trial.PAUSED
+    assert sweep.scheduler.choose_trial_to_run(sweep).trial_id == "7_00003"
+    assert aside.status == Trial.TERMINATED
 
 
 def test_trials_are_evaluated_where_they_are_compared():

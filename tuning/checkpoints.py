@@ -160,6 +160,21 @@ def restore_checkpoints(trial: Any, storage: Storage, record: TrialRecord) -> No
         manager.register_checkpoint(_TrainingResult(checkpoint=checkpoint, metrics=metrics))
 
 
+def go_on_from_stopped(trial: Any, storage: Storage) -> None:
+    """Tell Ray's books of a trial that it goes on from where it stood between two reports."""
+    from ray import tune
+    from ray.train._internal.session import _TrainingResult
+
+    path = f"{storage.path}/{storage.folder_of(trial.trial_id)}/{STOPPED}"
+    manager = trial.run_metadata.checkpoint_manager
+    known = [found for found in manager._checkpoint_results if found.checkpoint.path != path]
+    manager._checkpoint_results = known  # it has the same name each time
+    metrics = {METRIC: float("inf"), PERPLEXITY: float("inf")}
+    manager.register_checkpoint(
+        _TrainingResult(checkpoint=tune.Checkpoint(path, storage.filesystem), metrics=metrics)
+    )
+
+
 def keep_two(trial: Any) -> None:
     """Remove what a trial's newest checkpoint, which is about to be registered, makes needless.
 

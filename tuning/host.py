@@ -8,12 +8,9 @@ is done (tuning.shared_work), how hosts are found and how trials report.
 
 import json
 import math
-import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,11 +27,13 @@ from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from qlora.provenance import hardware
 from qlora.training import StepResult, Training
-from tuning.checkpoints import STOPPED, Storage
+from tuning.calls import Calls, settle
+from tuning.checkpoints import Storage
 from tuning.evaluation_steps import evaluation_steps
 from tuning.examples import PromptedExamples
 from tuning.objective import JudgingStoppedError
-from tuning.seat import Seat, ended_by_hand, point_of
+from tuning.orders import SET_ASIDE
+from tuning.seat import Seat, Standing, answered, point_of
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
 from tuning.sweep_data import SweepData
@@ -56,8 +55,7 @@ class Host:
         self._seats: dict[str, Seat] = {}
         self._stopped, self._ended_by_hand = False, set[str]()
         self._steps_waited, self._most_steps_to_wait = 0, _MOST_STEPS_TO_WAIT[default_device().type]
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._changed, self._is_over = threading.Condition(), threading.Event()
+        self._calls, self._is_over = Calls(), threading.Event()
         budget, recomputes = data.for_device(hardware(default_device().type))
         self._work = SharedWork(data.space.base_model, budget, recomputes=recomputes)
         self._writers = ThreadPoolExecutor(_WRITERS)
@@ -66,19 +64,21 @@ class Host:
     def zero_shot(self) -> dict[str, list[float]]:
         """Measure the perplexity of each public example under the base alone, by prompt."""
         prompts = self._data.examples.by_prompt
-        measured = self._ask(lambda: self._work.evaluate([(None, one.public) for one in prompts.values()]))
+        measured = self._calls.ask(
+            lambda: self._work.evaluate([(None, one.public) for one in prompts.values()])
+        )
         return dict(zip(prompts, map(_good, measured), strict=True))
 
     def evaluation_seconds(self, examples: Sequence[EncodedExample]) -> float:
         """Measure how long it takes to measure examples; on a GPU something like it has to come before."""
-        return self._ask(lambda: self._work.evaluation_seconds(examples))
+        return self._calls.ask(lambda: self._work.evaluation_seconds(examples))
 
     def zero_shot_values(self) -> dict[str, float]:
         """Measure the objective of texts under the base alone, by prompt."""
         prompts, judge = self._data.examples.by_prompt, self._data.judge
         assert judge is not None, "asked for an objective of texts only"
         requests = [(None, one) for one in prompts.values()]
-        measured = self._ask(lambda: self._work.judge(judge, requests, self._is_over.is_set))
+        measured = self._calls.ask(lambda: self._work.judge(judge, requests, self._is_over.is_set))
         return dict(zip(prompts, map(_good, measured), strict=True))
 
     def attach(
@@ -99,23 +99,28 @@ class Host:
         settings = self._data.space.trial_settings(config)
         weights = self._work.bank.fresh_weights(settings)  # here, where no other trial waits for it
         examples = self._data.examples.of(config)
-        return self._ask(lambda: self._attach(trial_id, holder, settings, examples, weights, checkpoint))
+        return self._calls.ask(
+            lambda: self._attach(trial_id, holder, settings, examples, weights, checkpoint)
+        )
 
     def advance(self, trial_id: str, step: int, folder: str) -> dict[str, Any]:
         """Train a trial up to a step, evaluate it, write a checkpoint into the folder.
 
         Returns its metrics, and as `perplexities` those of the public examples; for a trial that is to end,
-        nothing but `by_hand`. Raises DivergedError; KeyError for a trial without a seat.
+        nothing but `by_hand`, for one that is to be set aside, `set_aside`: whether that was between two
+        reports. Raises DivergedError; KeyError for a trial without a seat.
         """
 
         def start() -> "Future[dict[str, Any]]":
             seat = self._seats[trial_id]
             if trial_id in self._ended_by_hand:
-                return ended_by_hand()
+                return answered({"by_hand": True})
+            if seat.is_to_leave:
+                return answered({SET_ASIDE: False})
             seat.goal, seat.folder, seat.reply = step, folder, Future()
             return seat.reply
 
-        return self._ask(start).result()
+        return self._calls.ask(start).result()
 
     def soup(
         self, storage: Storage, found: Sequence[Finalist], most: int
@@ -127,8 +132,8 @@ class Host:
                 public = self._data.examples.by_prompt[found[0].prompt].public
                 return find_soup(self._work, public, storage, found, most)
 
-        self._ask(self._leave_all)
-        return self._ask(find)
+        self._calls.ask(self._leave_all)
+        return self._calls.ask(find)
 
     def measure(self, requests: Sequence[tuple[AdapterFiles, Sequence[EncodedExample]]]) -> list[list[float]]:
         """Measure the perplexity of examples under adapters. Raises what measuring raises."""
@@ -142,8 +147,8 @@ class Host:
                     found.append(self._work.perplexities(update, examples))
             return found
 
-        self._ask(self._leave_all)
-        return self._ask(measured)
+        self._calls.ask(self._leave_all)
+        return self._calls.ask(measured)
 
     def end(self, trial_id: str) -> None:
         """Let a trial end at its next step, here if it is here, or when it comes."""
@@ -151,9 +156,26 @@ class Host:
         def answer() -> None:
             self._ended_by_hand.add(trial_id)
             if trial_id in self._seats:
-                self._seats[trial_id].end_by_hand()
+                self._seats[trial_id].answer({"by_hand": True})
 
-        self._ask(answer)
+        self._calls.ask(answer)
+
+    def set_aside(self, trial_id: str, storage: Storage) -> None:
+        """Let a trial that has a seat leave it at its next step, to go on from there later.
+
+        Between two reports it is put into the storage as TRIAL/checkpoint_stopped.
+        """
+
+        def leave() -> None:
+            seat = self._seats.get(trial_id)
+            if seat is not None and seat.is_between_reports:
+                standing = Standing.of(seat.work)
+                self._writers.submit(settle, seat.leave(), partial(standing.set_aside, storage, trial_id))
+            elif seat is not None:
+                seat.is_to_leave = seat.goal is None  # or it is answered at once
+                seat.answer({SET_ASIDE: False})
+
+        self._calls.ask(leave)
 
     def stop(self, storage: Storage) -> int:
         """Do no more work, and keep where each trial stands that is not at a report; returns how many are.
@@ -161,7 +183,7 @@ class Host:
         They are put into the storage as TRIAL/checkpoint_stopped.
         """
         self._is_over.set()
-        return self._ask(lambda: self._stop(storage))
+        return self._calls.ask(lambda: self._stop(storage))
 
     def detach(self, trial_id: str, holder: str | None = None) -> None:
         """Take a trial's seat and memory back, if it has one; with a holder, only if that holds it still."""
@@ -171,7 +193,7 @@ class Host:
             if seat is not None and holder in (None, seat.holder):
                 self._leave(trial_id)
 
-        self._ask(leave)
+        self._calls.ask(leave)
 
     def seconds(self) -> dict[str, float]:
         """Return where time went since the first trial came, by kind of work (tuning.shared_work.WORK)."""
@@ -180,13 +202,6 @@ class Host:
     def notes(self) -> list[str]:
         """Return what people should know of how the work went."""
         return list(self._work.notes)
-
-    def _ask(self, call: Callable[[], _Answer]) -> _Answer:
-        reply: Future[_Answer] = Future()
-        with self._changed:
-            self._calls.append((call, reply))
-            self._changed.notify()
-        return reply.result()
 
     def _take_turns(self) -> None:
         while True:
@@ -201,12 +216,9 @@ class Host:
 
         A method of its own: what it holds of trials goes when it ends.
         """
-        with self._changed, self._work.counted("waiting" if self._seats else None):
-            self._changed.wait_for(lambda: self._calls or (not self._stopped and self._asked()))
-            calls, self._calls = self._calls, deque()
         with self._work.counted("waiting" if self._seats else None):
-            for call, reply in calls:
-                _settle(reply, call)
+            for call, reply in self._calls.take(lambda: not self._stopped and self._asked()):
+                settle(reply, call)
         asked = [] if self._stopped else self._asked()
         if there := [seat for seat in asked if seat.at_goal]:
             left = self._most_steps_to_wait - self._steps_waited
@@ -251,7 +263,7 @@ class Host:
             metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, value)
             metrics |= {"perplexities": found, "host_notes": self.notes()}
             written = partial(_written, content, Path(seat.folder), metrics)
-            self._writers.submit(_settle, seat.reply, written)
+            self._writers.submit(settle, seat.reply, written)
         except JudgingStoppedError:
             return  # it is kept as it stands
         except Exception as error:  # memory may be short for the copy: that is this trial's failure
@@ -270,17 +282,9 @@ class Host:
 
     def _stop(self, storage: Storage) -> int:
         self._stopped = True
-        standing = {
-            trial_id: seat.work
-            for trial_id, seat in self._seats.items()
-            if seat.goal is not None and seat.work.seen
-        }
+        standing = {name: seat.work for name, seat in self._seats.items() if seat.is_between_reports}
         for trial_id, work in standing.items():
-            since = {"seconds": work.seconds, "steps": [asdict(step) for step in work.seen]}
-            with tempfile.TemporaryDirectory() as folder:
-                content = CheckpointContent.of(work.training)
-                content.write(Path(folder), {SINCE_REPORT: json.dumps(since)})
-                storage.put(Path(folder), f"{storage.folder_of(trial_id)}/{STOPPED}")
+            Standing.of(work).put(storage, trial_id)
         return len(standing)
 
     def _attach(
@@ -336,10 +340,3 @@ def _good(found: _Answer | Exception) -> _Answer:
     if isinstance(found, Exception):
         raise found
     return found
-
-
-def _settle(reply: "Future[Any]", call: Callable[[], Any]) -> None:
-    try:
-        reply.set_result(call())
-    except Exception as error:  # belongs to the caller
-        reply.set_exception(error)

@@ -141,6 +141,13 @@ class HostActor:
         if self._has_begun():
             self._host.end(trial_id)
 
+    def set_aside(self, trial_id: str, storage_uri: str) -> None:
+        """See Host; a host that has not begun has no seats."""
+        from tuning.checkpoints import Storage
+
+        if self._has_begun():
+            self._host.set_aside(trial_id, Storage.at(storage_uri))
+
     def stop(self, storage_uri: str) -> int:
         """See Host; a host that has not begun has nothing to keep."""
         from tuning.checkpoints import Storage

@@ -100,6 +100,11 @@ class HostDirectory:
         for host in self._hosts.values():
             host.end.remote(trial_id)
 
+    def set_aside(self, trial_id: str, storage_uri: str) -> None:
+        """Have a trial leave its seat at its next step, to go on from there later."""
+        for host in self._hosts.values():
+            host.set_aside.remote(trial_id, storage_uri)
+
     def stop(self, storage_uri: str) -> int:
         """Have all living hosts keep where their trials stand; returns how many trials that were."""
         asked = [host.stop.remote(storage_uri) for host in self._hosts.values()]
@@ -219,6 +224,11 @@ class DeviceCount:
 def end_trial(hosts: Hosts, trial_id: str) -> None:
     """Have a trial end at its next step, wherever it is. Returns at once."""
     hosts.directory.end.remote(trial_id)
+
+
+def set_trial_aside(hosts: Hosts, storage_uri: str, trial_id: str) -> None:
+    """Have a trial leave its seat at its next step, to go on from there later. Returns at once."""
+    hosts.directory.set_aside.remote(trial_id, storage_uri)
 
 
 def ask_where_trials_stand(hosts: Hosts, storage_uri: str) -> Any:

@@ -18,7 +18,7 @@ from qlora.checkpoint_files import CheckpointError
 from tuning.checkpoints import STOPPED, Storage, put_start, restore_checkpoints
 from tuning.ledger import TrialRecord
 from tuning.objective import METRIC, score_of
-from tuning.orders import Order, Orders
+from tuning.orders import SET_ASIDE, Order, Orders
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space
 
@@ -31,7 +31,8 @@ class LedgerSearch(SearchAlgorithm):
 
     `records`: of the trials that began before, in the order in which they did. `base_width`: hidden size of
     the base. `may_begin`: whether a new trial may, by its number. `orders`: what people ask for,
-    if they may. clones: by trial, the name of an order and the order, of this sitting.
+    if they may. clones: by trial, the name of an order and the order, of this sitting. A clone is a trial
+    beside what the searcher draws, which goes on as if there were none.
     """
 
     def __init__(
@@ -45,14 +46,17 @@ class LedgerSearch(SearchAlgorithm):
     ):
         super().__init__()
         self._space, self._storage, self._inner = space, storage, _searcher(space, base_width)
+        self._beside = BasicVariantGenerator(random_state=space.seed)  # trials of Ray's to be clones
         self._may_begin, self._orders = may_begin, orders
         self._taken = {record.order for record in records if record.order}
         self.clones = dict[str, tuple[str, Order]]()
         self._untold = set[str]()  # trials whose results say nothing of their settings
         self._records = {record.trial_id: record for record in records}
-        self._ids = TrialIds(space.seed, list(self._records))
+        self._ids, self._to_come = TrialIds(space.seed, list(self._records)), set(self._records)
         self._inner_ids: dict[str, str] = {}
         self._kept_settings: dict[str, dict[str, Any]] = {}  # of trials that are drawn otherwise now
+        self._settings_of_clones: dict[str, dict[str, Any]] = {}
+        self._limit, self._live = space.max_concurrent_trials or math.inf, set[str]()
         self._last_results: dict[str, dict[str, Any]] = {}
         self._is_over = False
 
@@ -80,29 +84,29 @@ class LedgerSearch(SearchAlgorithm):
     def add_configurations(self, experiments: Any) -> None:
         """Take in the experiment that trials are drawn for."""
         self._inner.add_configurations(experiments)
+        self._beside.add_configurations(experiments)
 
     def next_trial(self) -> Any:
-        """Draw the next trial that has not ended; None if there is none for now."""
+        """Return the next trial that has not ended, clones first; None if there is none for now."""
+        if (clone := self.next_clone()) is not None:
+            return clone
         while self._ids.count < len(self._records) or self._may_draw():
-            if (trial := self._inner.next_trial()) is None:
+            record = self._records.get(self._ids.upcoming)
+            is_clone = record is not None and record.order is not None
+            is_full = not is_clone and len(self._live) >= self._limit
+            if is_full or (trial := (self._beside if is_clone else self._inner).next_trial()) is None:
                 return None
             drawn_as = trial.trial_id
-            trial.trial_id = trial.custom_dirname = self._ids.next()
-            self._inner_ids[trial.trial_id] = drawn_as
-            record = self._records.get(trial.trial_id)
+            self._name(trial)
             if record is None:
-                self._take_order(trial, drawn_as)
+                self._inner_ids[trial.trial_id] = drawn_as
                 return trial
             known = {key: record.config[key] for key in trial.config if key in record.config}
-            if self._is_warm(record):
-                self._untold.add(trial.trial_id)
-            if self._space.trial_config(trial.config) != self._space.trial_config(known):
-                trial.config = known
-                learner = _learner(self._inner)
-                if isinstance(learner, PriorSearcher) and trial.trial_id not in self._untold:
-                    learner.tried_instead(drawn_as, known)
-                else:
-                    self._kept_settings[trial.trial_id] = known
+            if is_clone:
+                self._take_clone(trial, known, self._is_warm(record))
+            else:
+                self._inner_ids[trial.trial_id] = drawn_as
+                self._give_settings(trial, drawn_as, known)
             last = record.curve[-1] if record.curve and record.status != "diverged" else None
             ended = None if last is None else {METRIC: score_of(last), **last}
             for number, point in enumerate(record.curve):
@@ -116,28 +120,49 @@ class LedgerSearch(SearchAlgorithm):
             return trial
         return None
 
-    def _take_order(self, trial: Any, drawn_as: str) -> None:
-        """Let a new trial be the next clone that people asked for, if there is one."""
-        clones = self._orders.clones if self._orders is not None else {}
-        waiting = ((name, order) for name, order in clones.items() if name not in self._taken)
+    def next_clone(self) -> Any:
+        """Return the next trial that people asked for with settings of their own; None if there is none."""
+        orders = self._orders.clones if self._orders is not None else {}
+        waiting = ((name, order) for name, order in orders.items() if name not in self._taken)
         name, order = next(waiting, (None, None))
-        start = f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
-        if any(one.is_warm for one in clones.values()) and self._storage.is_finished(start):
-            self._storage.remove(start)  # of a clone that never began under this id
-        if name is None or order is None:
-            return
+        if name is None or order is None or self._is_over or self._to_come:
+            return None
+        trial = self._beside.next_trial()
+        self._name(trial)
         self._taken.add(name)
         self.clones[trial.trial_id] = (name, order)
-        trial.config = dict(order.settings)
-        if isinstance(learner := _learner(self._inner), PriorSearcher) and not order.is_warm:
-            learner.tried_instead(drawn_as, trial.config)
-        else:
-            self._kept_settings[trial.trial_id] = trial.config
+        self._take_clone(trial, dict(order.settings), order.is_warm)
+        start = f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
+        if self._storage.is_finished(start):
+            self._storage.remove(start)  # of a warm clone that never began under this id
         if order.is_warm:
-            self._untold.add(trial.trial_id)
             with suppress(CheckpointError):  # that one's are damaged: this one begins afresh
                 put_start(self._storage, str(order.trial_id), trial.trial_id)
                 restore_checkpoints(trial, self._storage, TrialRecord(trial.trial_id, {}))
+        return trial
+
+    def _name(self, trial: Any) -> None:
+        trial.trial_id = trial.custom_dirname = self._ids.next()
+        self._live.add(trial.trial_id)
+        self._to_come.discard(trial.trial_id)
+
+    def _take_clone(self, trial: Any, settings: dict[str, Any], is_warm: bool) -> None:
+        """Let a trial be a clone; what it reports is learned from, unless it `is_warm`."""
+        trial.config = self._settings_of_clones[trial.trial_id] = settings
+        if is_warm:
+            self._untold.add(trial.trial_id)
+        elif isinstance(learner := _learner(self._inner), PriorSearcher):
+            learner.tried_instead(trial.trial_id, settings)
+
+    def _give_settings(self, trial: Any, drawn_as: str, known: dict[str, Any]) -> None:
+        """Let a trial that began before have the settings that it has had, whatever is drawn now."""
+        if self._space.trial_config(trial.config) == self._space.trial_config(known):
+            return
+        trial.config = known
+        if isinstance(learner := _learner(self._inner), PriorSearcher):
+            learner.tried_instead(drawn_as, known)
+        else:
+            self._kept_settings[trial.trial_id] = known
 
     def _is_warm(self, record: TrialRecord) -> bool:
         """Tell whether a trial began with another one's adapter."""
@@ -155,7 +180,11 @@ class LedgerSearch(SearchAlgorithm):
         if not math.isfinite(result.get(METRIC, math.nan)):
             return
         self._last_results[trial_id] = result
-        if trial_id not in self._kept_settings:
+        learner = _learner(self._inner)
+        if trial_id in self._settings_of_clones:
+            if isinstance(learner, PriorSearcher) and trial_id not in self._untold:
+                learner.on_trial_result(trial_id, result)
+        elif trial_id not in self._kept_settings:
             self._inner.on_trial_result(self._inner_ids[trial_id], result)
 
     def on_trial_complete(
@@ -165,17 +194,23 @@ class LedgerSearch(SearchAlgorithm):
 
         Ray tells no result of a trial that is stopped while it is paused: its last one counts.
         """
-        if result is None and not error:
+        self._live.discard(trial_id)
+        if not error and (result is None or SET_ASIDE in result):
             result = self._last_results.get(trial_id)
         if not result or not math.isfinite(result.get(METRIC, math.nan)):
             result, error = None, True
         learner = _learner(self._inner)
-        if trial_id in self._kept_settings and learner is not None:
-            if result is not None and trial_id not in self._untold:
+        settings = self._settings_of_clones.get(trial_id) or self._kept_settings.get(trial_id)
+        if settings is not None and result is not None and trial_id not in self._untold:
+            if isinstance(learner, PriorSearcher):
+                learner.on_trial_complete(trial_id, result)
+            elif learner is not None:
                 with suppress(ValueError):  # people may choose what lies outside of the space
-                    learner.add_evaluated_point(self._kept_settings[trial_id], result[METRIC])
+                    learner.add_evaluated_point(settings, result[METRIC])
+        if trial_id in self._kept_settings:
             result, error = None, True  # what was drawn for it was never tried
-        self._inner.on_trial_complete(self._inner_ids[trial_id], result=result, error=error)
+        if trial_id not in self._settings_of_clones:
+            self._inner.on_trial_complete(self._inner_ids[trial_id], result=result, error=error)
 
     def is_finished(self) -> bool:
         """Tell whether no trial is left to draw."""
@@ -213,12 +248,18 @@ class TrialIds:
             trial_id for trial_id in known if not re.fullmatch(rf"{re.escape(prefix)}_\d{{5}}", trial_id)
         ]
 
-    def next(self) -> str:
+    @property
+    def upcoming(self) -> str:
         """Return the next id."""
+        if self.count < len(self._without_order):
+            return self._without_order[self.count]
+        return f"{self._prefix}_{self.count:05d}"
+
+    def next(self) -> str:
+        """Take the next id."""
+        upcoming = self.upcoming
         self.count += 1
-        if self.count <= len(self._without_order):
-            return self._without_order[self.count - 1]
-        return f"{self._prefix}_{self.count - 1:05d}"
+        return upcoming
 
 
 def _searcher(space: Space, base_width: int) -> Any:

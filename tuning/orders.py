@@ -25,6 +25,7 @@ _FOLDER = "orders"
 _SECONDS_BETWEEN_LOOKS = 1.0
 MOST_ADDED = 1000  # trials, by hand
 BY_HAND = "stopped by hand"
+SET_ASIDE = "set_aside"  # reported by a trial that leaves its seat to a clone: was that between two reports?
 
 
 class Order(Settings):
@@ -56,8 +57,9 @@ def give_order(place: str, order: Order) -> None:
 class Orders:
     """The orders at a sweep's place, as far as they are known.
 
-    stops: ids of trials. added: how many trials there are more. clones: by the names of their orders, in the
-    order in which they were asked for.
+    stops: ids of trials. added: how many trials there are more, clones among them. draws: how many of them
+    were asked for at a time, clones left out. clones: by the names of their orders, in the order in which
+    they were asked for.
     """
 
     def __init__(self, place: str):
@@ -66,7 +68,7 @@ class Orders:
         self._known: dict[str, Order | None] = {}
         self._looked_at = float("-inf")
         self.stops = set[str]()
-        self.added = 0
+        self.added, self.draws = 0, list[int]()
         self.clones = dict[str, Order]()
         self.look()
 
@@ -80,7 +82,8 @@ class Orders:
             if info.path.endswith(".json") and info.path not in self._known:
                 order = self._known[info.path] = self._read(info.path)
                 if order is not None and order.kind == "add":
-                    self.added = min(MOST_ADDED, self.added + order.count)
+                    self.draws.append(min(MOST_ADDED - self.added, order.count))
+                    self.added += self.draws[-1]
                 elif order is not None and order.kind == "clone" and self.added < MOST_ADDED:
                     self.added += 1
                     self.clones[info.base_name] = order

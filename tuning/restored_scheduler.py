@@ -1,15 +1,15 @@
-"""Owns Ray's schedulers as a sweep needs them: told again what trials had reached, with clones first.
+"""Owns Ray's schedulers as a sweep needs them: told again what trials had reached, clones first.
 
 Source: https://arxiv.org/abs/1810.05934
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
+from tuning.clone_seats import CloneSeats
 from tuning.ledger import TrialRecord
 from tuning.objective import METRIC, score_of
 
@@ -18,15 +18,16 @@ class RestoredScheduler(TrialScheduler):
     """A scheduler of Ray's behind Ray's interface, ASHA or FIFO.
 
     `records`: of the trials that began before; their curves are told again, at the rungs that they had
-    reached. `stopped`: ids of the trials that it told to stop. `first`: of those that begin before others.
+    reached. stopped: ids of the trials that it told to stop. ended_by_hand: of those that people want
+    stopped. clones: see to their seats, if people may ask for some.
     """
 
     def __init__(self, scheduler: TrialScheduler, records: Sequence[TrialRecord]):
         super().__init__()
         self._to_replay = list(records)
         self._inner = scheduler
-        self.stopped: set[str] = set()
-        self.first: Container[str] = ()
+        self.stopped, self.ended_by_hand = set[str](), set[str]()
+        self.clones: CloneSeats | None = None
 
     @property
     def metric(self) -> str | None:
@@ -50,6 +51,8 @@ class RestoredScheduler(TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide whether a trial goes on."""
+        if self.clones is not None and self.clones.takes_seat(tune_controller, trial, result):
+            return str(TrialScheduler.NOOP)
         decision = self._inner.on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             self.stopped.add(trial.trial_id)
@@ -68,10 +71,14 @@ class RestoredScheduler(TrialScheduler):
         self._inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Choose the next trial: one that people asked for, else whichever is next."""
-        for trial in tune_controller.get_trials() if self.first else ():
-            if trial.status == Trial.PENDING and trial.trial_id in self.first:
-                return trial
+        """Choose the next trial: one that people asked for, one that made room for it, whichever is next."""
+        if self.clones is not None:
+            if (clone := self.clones.next(tune_controller)) is not None:
+                return clone
+            for trial in self.clones.paused(tune_controller):
+                if trial.trial_id not in self.ended_by_hand:
+                    return trial
+                tune_controller.stop_trial(trial)
         return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:

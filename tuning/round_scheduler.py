@@ -13,6 +13,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
+from tuning.clone_seats import CloneSeats
 from tuning.ledger import TrialRecord
 from tuning.objective import score_of
 from tuning.strategy import Rounds
@@ -22,30 +23,47 @@ class RoundScheduler(TrialScheduler):
     """Pauses each trial at the rounds' step, and lets the best of a round train on.
 
     `records`: of the trials that began before. `num_devices`: that many rounds are under way at once.
+    `draws`: how many trials were added at a time, which make rounds of their own; it may grow. Clones belong
+    to no round: they train whole.
     waiting: ids of the trials that are paused until their round is decided. ended_by_hand: of those that
-    people want stopped.
+    people want stopped. clones: see to their seats, if people may ask for some.
     """
 
-    def __init__(self, rounds: Rounds, records: Sequence[TrialRecord], num_trials: int, num_devices: int):
+    def __init__(
+        self,
+        rounds: Rounds,
+        records: Sequence[TrialRecord],
+        num_trials: int,
+        num_devices: int,
+        draws: Sequence[int] = (),
+    ):
         super().__init__()
         self._rounds, self._num_trials, self._num_devices = rounds, num_trials, num_devices
+        self._draws = draws
+        self._clones = sorted(_number(one.trial_id) for one in records if one.cloned_from is not None)
         self._trials = dict[int, Any]()
-        self._values = dict[int, float]()  # by a trial's number: its score where it is compared
+        self._values = dict[int, float]()  # by a trial's place among those in rounds: its score, compared
         self._ended = set[int]()
         self.waiting, self.ended_by_hand = set[str](), set[str]()
+        self.clones: CloneSeats | None = None
         for record in records:
-            number = _number(record.trial_id)
+            if (place := self._place(record.trial_id)) is None:
+                continue
             point = next((point for point in record.curve if self._is_compared(point)), None)
             if point is not None:
-                self._values[number] = score_of(point)
+                self._values[place] = score_of(point)
             if record.has_ended:
-                self._values.setdefault(number, math.inf)
-                self._ended.add(number)
+                self._values.setdefault(place, math.inf)
+                self._ended.add(place)
 
     def may_begin(self, number: int) -> bool:
         """Tell whether a trial may begin now: rounds are filled, and a new one needs a device without one."""
-        of_round, place = divmod(number, self._rounds.trials)
-        return place > 0 or sum(not self._is_over(one) for one in range(of_round)) < self._num_devices
+        place, rounds = number - len(self._clones), self._all_rounds()
+        of_round = next((index for index, places in enumerate(rounds) if place in places), None)
+        if of_round is None:
+            return False
+        under_way = sum(not self._is_over(places) for places in rounds[:of_round])
+        return place > rounds[of_round].start or under_way < self._num_devices
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take in a trial; one that has been compared before waits for what is decided of its round.
@@ -53,12 +71,16 @@ class RoundScheduler(TrialScheduler):
         One that failed and is tried again is added again, as pending: if it goes on, it stays that.
         """
         number = _number(trial.trial_id)
-        is_again = number in self._trials
-        self._trials[number] = trial
-        if number not in self._values:
+        if self.clones is not None and self.clones.is_clone(trial) and number not in self._clones:
+            self._clones.append(number)
+        if (place := self._place(trial.trial_id)) is None:
+            return
+        is_again = place in self._trials
+        self._trials[place] = trial
+        if place not in self._values:
             return
         if is_again:
-            if number not in (self._kept(number // self._rounds.trials) or ()):
+            if place not in (self._kept(self._round_of(place)) or ()):
                 tune_controller._set_trial_status(trial, Trial.PAUSED)
         else:
             trial.init_local_path()  # which Ray asks for even if it stops the trial before it runs here
@@ -66,12 +88,15 @@ class RoundScheduler(TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Pause a trial where it is compared."""
-        number = _number(trial.trial_id)
+        if self.clones is not None and self.clones.takes_seat(tune_controller, trial, result):
+            return str(TrialScheduler.NOOP)
         self.waiting.discard(trial.trial_id)
+        if (place := self._place(trial.trial_id)) is None:
+            return str(TrialScheduler.CONTINUE)
         if not math.isfinite(score_of(result)):
-            self._values.setdefault(number, math.inf)
-        elif number not in self._values and self._is_compared(result):
-            self._values[number] = score_of(result)
+            self._values.setdefault(place, math.inf)
+        elif place not in self._values and self._is_compared(result):
+            self._values[place] = score_of(result)
             if result["schedule_percent"] < 100:
                 self.waiting.add(trial.trial_id)
                 return str(TrialScheduler.PAUSE)
@@ -88,21 +113,24 @@ class RoundScheduler(TrialScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop the trials that their rounds leave behind, and choose one that goes on, or a new one."""
-        for number, trial in self._trials.items():
+        clones = self.clones
+        first = None if clones is None else clones.next(tune_controller)
+        for place, trial in self._trials.items():
             if trial.is_finished():
-                self._values.setdefault(number, math.inf)
+                self._values.setdefault(place, math.inf)
         going_on = []
-        for number, trial in sorted(self._trials.items()):
-            kept = self._kept(number // self._rounds.trials)
+        for place, trial in sorted(self._trials.items()):
+            kept = self._kept(self._round_of(place))
+            is_aside = clones is not None and clones.is_paused(trial)
             is_unwanted = trial.trial_id in self.ended_by_hand
-            if trial.status != Trial.PAUSED or (kept is None and not is_unwanted):
+            if trial.status != Trial.PAUSED or (kept is None and not is_aside and not is_unwanted):
                 continue
-            if kept is not None and number in kept and not is_unwanted:
+            if (is_aside or (kept is not None and place in kept)) and not is_unwanted:
                 going_on.append(trial)
             else:
                 tune_controller.stop_trial(trial)
         new = (trial for trial in tune_controller.get_trials() if trial.status == Trial.PENDING)
-        return next(iter([*going_on, *new]), None)
+        return first or next(iter([*going_on, *new]), None)
 
     def debug_string(self) -> str:
         """Describe what is compared."""
@@ -117,22 +145,35 @@ class RoundScheduler(TrialScheduler):
     def _is_compared(self, point: Any) -> bool:
         return bool(point["step"] >= self._rounds.steps or point["schedule_percent"] >= 100)
 
-    def _numbers(self, of_round: int) -> range:
-        size = self._rounds.trials
-        return range(of_round * size, min((of_round + 1) * size, self._num_trials))
+    def _place(self, trial_id: str) -> int | None:
+        """Return a trial's place among those in rounds; None for a clone."""
+        number = _number(trial_id)
+        return None if number in self._clones else number - sum(clone < number for clone in self._clones)
 
-    def _kept(self, of_round: int) -> set[int] | None:
-        """Return the numbers of the trials that go on; None while the round has trials to come."""
-        numbers = self._numbers(of_round)
-        if any(number not in self._values for number in numbers):
+    def _all_rounds(self) -> list[range]:
+        """Return the places of each round's trials."""
+        first, found = 0, list[range]()
+        for count in (self._num_trials, *self._draws):
+            end = first + count
+            begins = range(first, end, self._rounds.trials)
+            found += [range(begin, min(begin + self._rounds.trials, end)) for begin in begins]
+            first = end
+        return found
+
+    def _round_of(self, place: int) -> range:
+        return next(places for places in self._all_rounds() if place in places)
+
+    def _kept(self, places: range) -> set[int] | None:
+        """Return the places of the trials that go on; None while the round has trials to come."""
+        if any(place not in self._values for place in places):
             return None
-        good = [number for number in numbers if math.isfinite(self._values[number])]
-        return set(sorted(good, key=lambda number: self._values[number])[: self._rounds.kept])
+        good = [place for place in places if math.isfinite(self._values[place])]
+        return set(sorted(good, key=lambda place: self._values[place])[: self._rounds.kept])
 
-    def _is_over(self, of_round: int) -> bool:
+    def _is_over(self, places: range) -> bool:
         return all(
-            number in self._ended or (number in self._trials and self._trials[number].is_finished())
-            for number in self._numbers(of_round)
+            place in self._ended or (place in self._trials and self._trials[place].is_finished())
+            for place in places
         )
 
 

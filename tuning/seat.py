@@ -1,14 +1,21 @@
 """Owns a trial's seat on a host: who holds it, its work, what it was asked to reach and what it answers."""
 
+import json
+import tempfile
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
+from qlora.checkpoint import CheckpointContent
+from qlora.checkpoint_files import SINCE_REPORT
 from qlora.training import DivergedError
+from tuning.checkpoints import STOPPED, Storage
 from tuning.examples import PromptedExamples
 from tuning.objective import METRIC, VALUE, Objective
+from tuning.orders import SET_ASIDE
 from tuning.shared_work import TrialWork
 
 
@@ -16,7 +23,7 @@ from tuning.shared_work import TrialWork
 class Seat:
     """An attached trial: who holds it, its work, and the step that it was asked to reach.
 
-    examples: what it is trained and measured on.
+    examples: what it is trained and measured on. is_to_leave: whether it is to be set aside once it asks.
     """
 
     holder: str
@@ -24,12 +31,18 @@ class Seat:
     examples: PromptedExamples
     goal: int | None = None
     folder: str = ""
+    is_to_leave: bool = False
     reply: "Future[dict[str, Any]]" = field(default_factory=Future)
 
     @property
     def at_goal(self) -> bool:
         """Tell whether it has only to be evaluated."""
         return self.goal is not None and self.work.training.step >= self.goal
+
+    @property
+    def is_between_reports(self) -> bool:
+        """Tell whether it was asked to reach a step, and has trained since its last evaluation."""
+        return self.goal is not None and bool(self.work.seen)
 
     @property
     def steps_to_go(self) -> int:
@@ -49,17 +62,47 @@ class Seat:
             self.goal = None
             self.reply.set_exception(error)
 
-    def end_by_hand(self) -> None:
-        """Answer whoever asked that the trial is to end; the seat waits to be left."""
+    def answer(self, metrics: dict[str, Any]) -> None:
+        """Answer whoever asked with something else than an evaluation; the seat waits to be left."""
         if self.goal is not None:
             self.goal = None
-            self.reply.set_result({"by_hand": True})
+            self.reply.set_result(metrics)
+
+    def leave(self) -> "Future[dict[str, Any]]":
+        """Ask no more of the trial; returns the reply that whoever asked waits for."""
+        self.goal = None
+        return self.reply
 
 
-def ended_by_hand() -> "Future[dict[str, Any]]":
-    """Return what a trial that is to end is answered."""
+@dataclass(frozen=True)
+class Standing:
+    """Holds where a trial stands between two reports: what a checkpoint has, and what was seen since one."""
+
+    content: CheckpointContent
+    since: str
+
+    @classmethod
+    def of(cls, work: TrialWork) -> Self:
+        """Copy it from a trial's work."""
+        since = {"seconds": work.seconds, "steps": [asdict(step) for step in work.seen]}
+        return cls(CheckpointContent.of(work.training), json.dumps(since))
+
+    def put(self, storage: Storage, trial_id: str) -> None:
+        """Put it into the storage as TRIAL/checkpoint_stopped."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.content.write(Path(folder), {SINCE_REPORT: self.since})
+            storage.put(Path(folder), f"{storage.folder_of(trial_id)}/{STOPPED}")
+
+    def set_aside(self, storage: Storage, trial_id: str) -> dict[str, Any]:
+        """Put it there for a trial that leaves its seat; returns what the trial is answered."""
+        self.put(storage, trial_id)
+        return {SET_ASIDE: True}
+
+
+def answered(metrics: dict[str, Any]) -> "Future[dict[str, Any]]":
+    """Return the answer to a trial that is to do nothing more."""
     reply: Future[dict[str, Any]] = Future()
-    reply.set_result({"by_hand": True})
+    reply.set_result(metrics)
     return reply
 
 

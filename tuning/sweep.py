@@ -20,8 +20,9 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from qlora.files import below
-from tuning.checkpoints import RAY, Storage
-from tuning.host_directory import DeviceCount, Hosts, end_trial
+from tuning.checkpoints import RAY, Storage, go_on_from_stopped
+from tuning.clone_seats import CloneSeats
+from tuning.host_directory import DeviceCount, Hosts, end_trial, set_trial_aside
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.objective import METRIC
@@ -91,11 +92,11 @@ def run_sweep(
     try:
         while not all_ended(num_trials(), list(ledger.records.values()), clock.spent.is_over):
             begun = list(ledger.records.values())
-            scheduler = _scheduler(space, begun, num_devices)
+            scheduler = _scheduler(space, begun, num_devices, orders)
             may_begin = scheduler.may_begin if isinstance(scheduler, RoundScheduler) else lambda number: True
             search = LedgerSearch(space, begun, storage, known.width, may_begin, orders)
-            if isinstance(scheduler, RestoredScheduler):
-                scheduler.first = search.clones
+            wish = partial(set_trial_aside, hosts, below(place, RAY))
+            scheduler.clones = CloneSeats(search, begun, wish, partial(go_on_from_stopped, storage=storage))
             hand = Hand(orders, search.clones, partial(end_trial, hosts))
             callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, hand, go_on)
             _prepare_tune(search, folder)
@@ -201,10 +202,12 @@ def _most_samples(space: Space) -> int:
     return space.num_samples + -(-MOST_ADDED * space.num_samples // space.num_trials)
 
 
-def _scheduler(space: Space, begun: list[TrialRecord], num_devices: int) -> TrialScheduler:
+def _scheduler(
+    space: Space, begun: list[TrialRecord], num_devices: int, orders: Orders
+) -> RestoredScheduler | RoundScheduler:
     settings = space.scheduler
     if isinstance(settings, Rounds):
-        return RoundScheduler(settings, begun, space.num_trials, num_devices)
+        return RoundScheduler(settings, begun, space.num_trials, num_devices, orders.draws)
     if not isinstance(settings, Asha):
         return RestoredScheduler(FIFOScheduler(), [])
     options: dict[str, Any] = settings.model_dump(exclude={"type"})

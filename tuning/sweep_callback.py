@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from qlora.files import disk_without_space, is_full
 from tuning.checkpoints import keep_two
 from tuning.ledger import OF_OBJECTIVE, POINT, Ledger, Status, TrialRecord
-from tuning.orders import BY_HAND, Order, Orders
+from tuning.orders import BY_HAND, SET_ASIDE, Order, Orders
 from tuning.screen import SweepScreen
 from tuning.space import Space
 from tuning.spending import SpendingClock
@@ -99,6 +99,8 @@ class SweepCallback(tune.Callback):
             self._end(replace(record, error=result["diverged"]), "diverged")
         elif "unjudged" in result:
             self._end(replace(record, error=result["unjudged"]), "failed")
+        elif SET_ASIDE in result:
+            self._put(replace(record, status="pending"))
         elif "perplexities" in result:
             point = {key: float(result[key]) for key in (*POINT, *OF_OBJECTIVE) if key in result}
             record = record.with_point(point, result["perplexities"])

@@ -19,13 +19,14 @@ from tuning.checkpoints import STOPPED, Storage
 from tuning.host_actor import UnfitNodeError
 from tuning.host_directory import Hosts, host_of_my_device, leave_my_node_out
 from tuning.objective import METRIC
+from tuning.orders import SET_ASIDE
 
 
 def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) -> None:
     """Train one configuration from its last whole checkpoint on. `shares`: what it asked Ray for.
 
     Each evaluation is reported with a checkpoint; that it diverged, or that its texts can't be judged, is
-    reported, too, since trying again would only repeat it.
+    reported, too, since trying again would only repeat it; and that it was set aside, for Ray to pause it.
     """
     trial_id, holder = tune.get_context().get_trial_id(), ray.get_runtime_context().get_actor_id()
     host = host_of_my_device(hosts, trial_id)
@@ -41,6 +42,10 @@ def run_trial(config: dict[str, Any], hosts: Hosts, shares: dict[str, float]) ->
             with tempfile.TemporaryDirectory() as folder:
                 metrics = ray.get(host.advance.remote(trial_id, step, folder))
                 if "by_hand" in metrics:
+                    return
+                if SET_ASIDE in metrics:
+                    ray.get(host.detach.remote(trial_id, holder))
+                    tune.report({METRIC: math.inf, "public_perplexity": math.inf, **metrics})
                     return
                 if "diverged" in metrics or "unjudged" in metrics:
                     tune.report({METRIC: math.inf, "public_perplexity": math.inf, **metrics})

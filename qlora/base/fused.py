@@ -49,8 +49,9 @@ def fuse(model: Any) -> None:
     """Replace norms, and the rotary embedding and gated MLP of the families that Liger knows.
 
     The model may have adapters of PEFT's. Liger puts its rotary embedding into the family's module in
-    transformers, so all models of the family in this process get it; those on a CPU keep their own. What
-    fails or computes something else on a random input is left as it was.
+    transformers, so all models of the family in this process get it; those on a CPU keep their own. Whatever
+    else it puts there is taken out again. What fails or computes something else on a random input is left as
+    it was.
     """
     fuse_norms(model)
     if not has_liger():
@@ -58,7 +59,8 @@ def fuse(model: Any) -> None:
         return
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     module: Any = sys.modules[type(plain).__module__]
-    rotary = getattr(module, _ROTARY, None)
+    before = dict(vars(module))
+    rotary = before.get(_ROTARY)
     own = _own_rotary.setdefault(module.__name__, rotary)
     mlps = [one for one in plain.modules() if type(one).__name__.endswith("MLP")]
     try:
@@ -69,13 +71,13 @@ def fuse(model: Any) -> None:
         if not _is_near(_sample(plain, fused, mlps), expected):
             raise ValueError("it computes something else")
         if own is not None and fused is not None and fused is not own:
-            setattr(module, _ROTARY, _on_gpus(fused, own))
+            before[_ROTARY] = _on_gpus(fused, own)
     except Exception as error:  # whatever a version of Liger makes of a family that it does not fit
         _log.warning("liger-kernel is left out: %s", error)
-        if rotary is not None:
-            setattr(module, _ROTARY, rotary)
         for mlp in mlps:
             mlp.__dict__.pop("forward", None)
+    finally:
+        vars(module).update(before)
 
 
 def _apply_liger(model: Any) -> None:

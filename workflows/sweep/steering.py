@@ -16,7 +16,6 @@ from tuning.orders import MOST_ADDED, Order, Orders, give_order
 from tuning.progress import headline, spending, table
 from tuning.samplers import checked_setting
 from tuning.spending import spent_so_far
-from tuning.strategy import Rounds
 from workflows.results import open_results
 from workflows.sweep.folder import SweepFolder, reopen_sweep
 
@@ -63,10 +62,6 @@ def ask_for_more(name: str, count: int) -> str:
     """Ask for more trials. Raises InputError where that can't be."""
     with _sweep(name) as (sweep, _):
         _check_is_unfinished(sweep)
-        if isinstance(sweep.space.scheduler, Rounds):
-            raise InputError(
-                "add", "trials that are compared in rounds can't be added to; start another sweep"
-            )
         added = _added(sweep, count)
         give_order(sweep.place, Order(kind="add", count=count))
         return f"asked       {count} more, {sweep.space.num_trials + added} trials in all; {_WHEN}"
@@ -77,9 +72,6 @@ def ask_for_clone(name: str, trial_id: str, overrides: list[str], is_warm: bool)
     with _sweep(name) as (sweep, records):
         _check_is_unfinished(sweep)
         space = sweep.space
-        if isinstance(space.scheduler, Rounds) or any("grid_search" in one for one in space.search.values()):
-            problem = "trials of rounds and of a grid can't be added to; start another sweep"
-            raise InputError("clone", problem)
         source = next((record for record in records if record.trial_id == trial_id), None)
         if source is None:
             known = ", ".join(record.trial_id for record in records)
