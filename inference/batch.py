@@ -6,12 +6,14 @@ keep to it as long as a batch lasts, so that a recorded step finds each token's 
 Refuses to know how tokens are chosen and models.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from inference.beam_search import SearchState
 from inference.kv_cache import KVCache
@@ -37,6 +39,15 @@ class Ways:
         return cls([0] * num_prompts, lambda pieces: nullcontext)
 
 
+@dataclass(frozen=True)
+class _Notice:
+    """Which searches have ended when a step is over. examples: whose slots they were as it was launched."""
+
+    examples: list[int | None]
+    done_E: Tensor
+    is_there: torch.cuda.Event
+
+
 @dataclass
 class Batch:
     """The slots that are searched together.
@@ -54,6 +65,8 @@ class Batch:
     generators: list[torch.Generator]
     way: Way | None = None
     graph: torch.cuda.CUDAGraph | None = None
+    _notices: deque[_Notice] = field(default_factory=deque)
+    _beside: torch.cuda.Stream | None = None
 
     @property
     def free(self) -> list[int]:
@@ -64,14 +77,46 @@ class Batch:
         """Return some of the slots by their parts."""
         return [(part, list(alike)) for part, alike in groupby(slots, lambda slot: self.parts[slot])]
 
-    def take_done(self) -> list[tuple[int, list[int]]]:
+    def clear(self) -> None:
+        """Free all slots."""
+        self.examples = [None] * len(self.examples)
+        self._notices.clear()
+
+    def give_notice(self) -> None:
+        """Have the device tell who is done, once it has come to the end of what it was given so far."""
+        done_E = torch.empty(self.state.done_E.shape, dtype=torch.bool, pin_memory=True)
+        done_E.copy_(self.state.done_E, non_blocking=True)
+        is_there = torch.cuda.Event()
+        is_there.record()
+        self._notices.append(_Notice(list(self.examples), done_E, is_there))
+
+    def take_done(self, is_under_way: bool = False) -> list[tuple[int, list[int]]]:
         """Return (index, new tokens) of the prompts whose search has ended, and free their slots.
 
-        However many there are, they are fetched from the device at once.
+        However many there are, they are fetched from the device at once. `is_under_way`: whether the device
+        is not to be waited for, which has been given a step, with a notice; then those are returned that had
+        ended before it.
         """
+        if not is_under_way:
+            self._notices.clear()
+            return self._fetch(self.state.done_E, self.examples)
+        if len(self._notices) < 2:
+            return []
+        before = self._notices.popleft()
+        before.is_there.synchronize()
+        self._beside = self._beside or torch.cuda.Stream()
+        with torch.cuda.stream(self._beside):  # what a search that has ended has found stays as it is
+            return self._fetch(before.done_E, before.examples)
+
+    def _fetch(self, done_E: Tensor, examples: Sequence[int | None]) -> list[tuple[int, list[int]]]:
+        """Fetch what was found for those of the examples that are done, and still have their slots."""
         state = self.state
-        ended = [slot for slot, is_done in enumerate(state.done_E.tolist()) if is_done]
-        whose = {slot: example for slot in ended if (example := self.examples[slot]) is not None}
+        ended = [slot for slot, is_done in enumerate(done_E.tolist()) if is_done]
+        whose = {
+            slot: example
+            for slot in ended
+            if (example := examples[slot]) is not None and example == self.examples[slot]
+        }
         if not whose:
             return []
         chosen = torch.tensor(list(whose), device=state.done_E.device)

@@ -157,8 +157,8 @@ class BeamSearcher:
                 self._join(batch, places, joining, prompts, prefixes)
             elif not any(waiting.values()) and self._shrinks(batch, len(free)):
                 batch = batch.keep([slot for slot in range(len(batch.examples)) if slot not in free])
-            self._step(batch)
-            for example, tokens in batch.take_done():
+            is_under_way = self._goes_on(batch) and self._step(batch)
+            for example, tokens in batch.take_done(is_under_way):
                 yield names[example], tokens
 
     def _shrinks(self, batch: Batch, num_free: int) -> bool:
@@ -171,10 +171,19 @@ class BeamSearcher:
         copy_bytes = batch.cache.num_bytes * (num_slots - num_free) // num_slots
         return copy_bytes < 0.8 * free_bytes(device)
 
-    def _step(self, batch: Batch) -> None:
+    def _goes_on(self, batch: Batch) -> bool:
+        """Tell whether a search may not have ended, as far as their steps tell."""
+        return any(
+            example is not None and steps < self.rules.max_new_tokens
+            for example, steps in zip(batch.examples, batch.steps, strict=True)
+        )
+
+    def _step(self, batch: Batch) -> bool:
         """Feed every slot's next tokens and choose the tokens after them.
 
-        On a GPU the step is recorded once for each batch, and then replayed.
+        On a GPU the step is recorded once for each batch, and then replayed; it is launched while the one
+        before it runs, since a launch takes as long as the step of a small model. Returns whether it may
+        still run.
         """
         if batch.way is None:
             fed = [batch.state.next_EK.shape[1]] * len(batch.parts)
@@ -184,6 +193,7 @@ class BeamSearcher:
                 with batch.way():
                     batch.graph = self._record(batch)
             batch.graph.replay()
+            batch.give_notice()
         else:
             taken = [
                 steps
@@ -193,6 +203,7 @@ class BeamSearcher:
             with batch.way():
                 self._feed(batch, 1 + max(taken))
         batch.steps = [steps + 1 for steps in batch.steps]
+        return batch.graph is not None
 
     def _feed(self, batch: Batch, num_steps: int) -> None:
         """Run a decode step by launching each kernel. `num_steps`: see DecodePass."""
@@ -304,7 +315,7 @@ class BeamSearcher:
                 generators=[torch.Generator(device)] * num_slots,
             )
             self._kept = kept
-        kept.examples = [None] * num_slots  # a search that was broken off may have left some
+        kept.clear()  # a search that was broken off may have left some
         return kept
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, logits: bool = True) -> Tensor:

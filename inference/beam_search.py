@@ -120,13 +120,15 @@ def advance(
 ) -> None:
     """Choose the next tokens from the logits of `state.next_EK`, and bring the state up to date in place.
 
-    `generators` has one for each slot, for sampling.
+    `generators` has one for each slot, for sampling. The logits may be overwritten.
     """
-    logits_EKV = logits_EKV.float()
-    if rules.num_beams == 1:
-        _advance_single(state, _without_early_eos(logits_EKV, state, rules)[:, 0], rules, generators)
-    else:
-        _advance_beams(state, logits_EKV, rules)
+    if rules.num_beams > 1:
+        _advance_beams(state, logits_EKV.float(), rules)
+        return
+    if rules.do_sample:
+        logits_EKV = logits_EKV.float()
+    _forbid_early_eos(logits_EKV, state, rules)
+    _advance_single(state, logits_EKV[:, 0], rules, generators)
 
 
 def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -> None:
@@ -139,7 +141,8 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
 
     # The best candidates of all beams are among the best of each, so no step needs all log-probabilities.
     normalisers_EK1 = logits_EKV.logsumexp(-1, keepdim=True)
-    top_EKc, ids_EKc = _without_early_eos(logits_EKV, state, rules).topk(min(num_candidates, vocabulary))
+    _forbid_early_eos(logits_EKV, state, rules)
+    top_EKc, ids_EKc = logits_EKV.topk(min(num_candidates, vocabulary))
     log_probs_EX = (top_EKc - normalisers_EK1 + state.scores_EK[..., None]).flatten(1)
     log_probs_EC, choice_EC = log_probs_EX.topk(num_candidates)
     parents_EC = choice_EC // top_EKc.shape[-1]
@@ -224,15 +227,12 @@ def _advance_single(
     state.done_E.logical_or_(_is_eos(chosen_E, rules) | (state.steps_E >= rules.max_new_tokens))
 
 
-def _without_early_eos(logits_EKV: Tensor, state: SearchState, rules: SearchRules) -> Tensor:
-    """Make EOS impossible in searches that have fewer than the least new tokens."""
-    if not (rules.min_new_tokens and rules.eos_tokens):
-        return logits_EKV
-    early_E1 = (state.steps_E < rules.min_new_tokens)[:, None]
-    masked_EKV = logits_EKV.clone()
-    for eos in rules.eos_tokens:
-        masked_EKV[:, :, eos] = torch.where(early_E1, -torch.inf, logits_EKV[:, :, eos])
-    return masked_EKV
+def _forbid_early_eos(logits_EKV: Tensor, state: SearchState, rules: SearchRules) -> None:
+    """Make EOS impossible, in place, in searches that have fewer than the least new tokens."""
+    if rules.min_new_tokens:
+        early_E1 = (state.steps_E < rules.min_new_tokens)[:, None]
+        for eos in rules.eos_tokens:
+            logits_EKV[:, :, eos].masked_fill_(early_E1, -torch.inf)
 
 
 def _inherit(state: SearchState, parents_EK: Tensor) -> Tensor:

@@ -112,9 +112,21 @@ def store_prompts(
 
     def store(layer: int, k_TJD: Tensor, v_TJD: Tensor) -> None:
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):
-            cache.prompts[index, layer].transpose(1, 2)[slots_T, columns_T] = tensor_TJD
+            kept, new = _in_wide_elements(cache.prompts[index, layer].transpose(1, 2), tensor_TJD)
+            kept[slots_T, columns_T] = new
 
     return store
+
+
+def _in_wide_elements(*tensors: Tensor) -> Sequence[Tensor]:
+    """View tensors in the widest elements that fit all of them: what is scattered costs by the element."""
+    for dtype in (torch.complex128, torch.int64, torch.int32):
+        ratio = dtype.itemsize // tensors[0].itemsize
+        sizes = [(one.shape[-1], one.storage_offset(), *one.stride()[:-1]) for one in tensors]
+        are_whole = all(size % ratio == 0 for one in sizes for size in one) if ratio > 1 else False
+        if are_whole and all(one.stride(-1) == 1 for one in tensors):
+            return [one.view(dtype) for one in tensors]
+    return tensors
 
 
 @dataclass

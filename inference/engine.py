@@ -236,8 +236,8 @@ def _try_out(model: Any, rules: SearchRules) -> None:
 
     def keep(module: Any, given: Any, named: dict[str, Any], out: Any) -> None:
         if named["logits_to_keep"] == 0:
-            # A copy, since the search overwrites its tokens; the logits stay where a recorded step puts them.
-            fed.append((named["input_ids"][0].clone(), out.logits[0]))
+            # Copies, since the search overwrites both; a recorded step makes them anew each time.
+            fed.append((named["input_ids"][0].clone(), out.logits[0].clone()))
 
     hook = model.register_forward_hook(keep, with_kwargs=True)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qlora.base.fused import fuse, has_liger
 from qlora.base.loading import load_bitsandbytes
 from qlora.base.model import dequantised_if_it_fits, is_nf4, load_base
+from qlora.base.siblings import join_siblings
 from qlora.config import BaseModelSettings
 from qlora.lora.peft_folder import load_adapter
 
@@ -62,12 +63,13 @@ def describe_weights(model: nn.Module) -> str:
 
 
 def quicken(model: nn.Module) -> None:
-    """Replace modules by faster ones with the same results: `fuse` on a GPU, linear layers on a CPU.
+    """Replace modules by faster ones with the same results: `fuse` on a GPU, and linear layers.
 
     This is for inference only: the linear layers have no backward.
     """
     if next(model.parameters()).is_cuda:
         fuse(model)
+        join_siblings(model)
     elif torch.backends.mkldnn.is_available():
         names = [
             name

@@ -10,8 +10,9 @@ from conftest import CONFIGS, tiny_model
 from torch.nn.functional import silu
 from transformers.models.llama import modeling_llama
 
-from qlora.base import fused
+from qlora.base import fused, siblings
 from qlora.base.fused import FusedRMSNorm, fuse, fuse_norms
+from qlora.base.siblings import join_siblings
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -71,6 +72,51 @@ def liger(monkeypatch):
             monkeypatch.setitem(sys.modules, name, module)
 
     return put
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_siblings_are_multiplied_together_and_give_what_each_gives_alone(family, monkeypatch):
+    """With few rows; with more, and for whoever asks for one of them alone, each does its own product."""
+    model, ids = tiny_model(family), torch.arange(3, 40)[None]
+    expected = model(ids).logits
+    joined = join_siblings(model)
+    assert joined in (0, model.config.num_hidden_layers)
+    torch.testing.assert_close(model(ids).logits, expected)
+    torch.testing.assert_close(model(ids[:, :5]).logits, expected[:, :5])
+    monkeypatch.setattr(siblings, "_MOST_ROWS", 8)
+    torch.testing.assert_close(model(ids).logits, expected)
+    torch.testing.assert_close(model(ids[:, :8]).logits, expected[:, :8])
+    assert join_siblings(model) == 0
+
+
+@pytest.mark.parametrize("sizes", [(12, 12, 12), (12, 4, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_siblings_share_one_weight_and_mind_whose_input_it_is(sizes, bias):
+    names, linears = ("q_proj", "k_proj", "v_proj"), [torch.nn.Linear(8, size, bias) for size in sizes]
+    model = torch.nn.Module()
+    for name, linear in zip(names, linears, strict=True):
+        setattr(model, name, linear)
+    assert join_siblings(model) == 1
+    parts = [getattr(model, name) for name in names]
+    assert len({part.weight.untyped_storage().data_ptr() for part in parts}) == 1
+    x, y = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        for order in ((0, 1, 2), (2, 1, 0), (0, 0, 1), (1, 1, 2)):
+            for one in (x, y):
+                for index in order:
+                    torch.testing.assert_close(parts[index](one), linears[index](one))
+        parts[0](x)
+        torch.testing.assert_close(parts[1](y), linears[1](y))
+        torch.testing.assert_close(parts[1](x), linears[1](x))
+
+
+def test_what_is_no_plain_layer_has_no_siblings():
+    model = tiny_model("llama")
+    layer = model.model.layers[0].self_attn
+    layer.k_proj = torch.nn.Sequential(layer.k_proj)
+    layer = model.model.layers[1].self_attn
+    layer.v_proj = layer.v_proj.double()  # its product would be another one
+    assert join_siblings(model) == model.config.num_hidden_layers - 2
 
 
 def test_a_familys_models_on_a_cpu_keep_their_own_rotary_embedding(liger):
