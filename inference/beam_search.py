@@ -123,7 +123,7 @@ def advance(
     `generators` has one for each slot, for sampling. The logits may be overwritten.
     """
     if rules.num_beams > 1:
-        _advance_beams(state, logits_EKV.float(), rules)
+        _advance_beams(state, logits_EKV, rules)
         return
     if rules.do_sample:
         logits_EKV = logits_EKV.float()
@@ -140,10 +140,11 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     num_candidates = max(2, 1 + len(rules.eos_tokens)) * k
 
     # The best candidates of all beams are among the best of each, so no step needs all log-probabilities.
-    normalisers_EK1 = logits_EKV.logsumexp(-1, keepdim=True)
+    # They are found in the model's dtype, in which there is less to read.
+    normalisers_EK1 = logits_EKV.float().logsumexp(-1, keepdim=True)
     _forbid_early_eos(logits_EKV, state, rules)
     top_EKc, ids_EKc = logits_EKV.topk(min(num_candidates, vocabulary))
-    log_probs_EX = (top_EKc - normalisers_EK1 + state.scores_EK[..., None]).flatten(1)
+    log_probs_EX = (top_EKc.float() - normalisers_EK1 + state.scores_EK[..., None]).flatten(1)
     log_probs_EC, choice_EC = log_probs_EX.topk(num_candidates)
     parents_EC = choice_EC // top_EKc.shape[-1]
     chosen_EC = ids_EKc.flatten(1).gather(1, choice_EC)

@@ -22,7 +22,7 @@ from qlora.packed import flash_attention
 _MOST_BEAMS = 31  # bits of a sign-free int32
 _LISTED = 256  # columns at once
 # Columns read at once, warps and stages: of rows on tensor cores, and of one row alone.
-_TOGETHER, _ALONE = (32, 4, 3), (8, 1, 3)
+_TOGETHER, _ALONE = (64, 4, 2), (8, 1, 3)
 
 
 @dataclass(frozen=True)
