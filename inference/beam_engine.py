@@ -32,7 +32,7 @@ from inference.cached_attention import (
 )
 from inference.kv_cache import CacheShape, KVCache
 from inference.prefixes import Prefixes
-from inference.room import FEWEST_ROWS, LIMITS, Limits, Room
+from inference.room import FEWEST_ROWS, LIMITS, Limits, Room, rounded_own
 from qlora.base.device import free_bytes
 from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
@@ -296,7 +296,7 @@ class BeamSearcher:
         """
         rules = self.rules
         device = prefix.device
-        max_own = -(-max(1, max_own) // 64) * 64
+        max_own = rounded_own(max_own)
         kept_bytes = self._kept.cache.num_bytes if self._kept is not None else 0
         parts = share_slots(self.room.num_slots(sum(counts.values()), max_own, kept_bytes), counts)
         num_slots = len(parts)

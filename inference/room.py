@@ -13,6 +13,8 @@ from qlora.base.device import free_bytes, unreserved_bytes
 # Rows, slots times beams, of which a GPU's step takes as long as one of fewer.
 FEWEST_ROWS = {"cpu": 1, "cuda": 64}
 _LIVE_WIDTHS = 8  # what a pass holds of a token at once, in hidden states; beside it an MLP's halves
+_LOGIT_BYTES = 16  # the model's, in float32, and room to work
+_USABLE = 0.8  # of free memory
 _PREFILL_SHARE, _FEWEST_PREFILL_TOKENS = 0.1, 1024  # of free memory
 
 
@@ -34,6 +36,47 @@ class Limits:
 LIMITS = {"cpu": Limits(32, 0.25, 1024), "cuda": Limits(256, 0.5, 16384)}
 # Of texts that are written in between and at once, by a base that has room to train.
 LENT_LIMITS = {"cpu": LIMITS["cpu"], "cuda": Limits(2048, 0.75, 32768, is_lent=True)}
+
+
+@dataclass(frozen=True)
+class TextsMemory:
+    """Counts what texts take that are written in between by a base that trains (LENT_LIMITS).
+
+    num_texts: of an adapter. longest: tokens of the longest prompt. cache_width: numbers of a token's keys
+    and values. pass_width: numbers that a prefill holds of a token, see `pass_width`.
+    """
+
+    num_texts: int
+    longest: int
+    max_new_tokens: int
+    vocabulary: int
+    cache_width: int
+    pass_width: int
+
+    def count(self, kind: str, number_bytes: int, num_adapters: int, free: int) -> int:
+        """Return the bytes that the texts of so many adapters take at once.
+
+        `kind`: of the device, with `free` bytes left beside training. `number_bytes`: of the model's dtype.
+        """
+        limits = LENT_LIMITS[kind]
+        tokens = rounded_own(self.longest - 1) + self.max_new_tokens
+        cache = tokens * self.cache_width * number_bytes
+        logits = _LOGIT_BYTES * self.vocabulary
+        fitting = max(1, int(_USABLE * free) // (cache + logits))
+        slots = min(limits.max_slots, fitting, num_adapters * self.num_texts)
+        copy = int((1 - limits.shrink_at) * slots) * cache  # of those that are left, as the batch shrinks
+        prefill = min(limits.prefill_tokens, slots * self.longest) * self.pass_width * number_bytes
+        return slots * (cache + logits) + max(copy, prefill)
+
+
+def pass_width(hidden: int, mlp: int) -> int:
+    """Return the numbers that a pass holds of a token at once."""
+    return _LIVE_WIDTHS * hidden + 3 * mlp
+
+
+def rounded_own(num_tokens: int) -> int:
+    """Return the prompt tokens that a slot has room for, so that slots fit the next prompts, too."""
+    return -(-max(1, num_tokens) // 64) * 64
 
 
 class Room:
@@ -61,9 +104,8 @@ class Room:
         vocabulary = self._model.config.get_text_config().vocab_size
         cached_tokens = max_own + self._rules.max_new_tokens * self._rules.num_beams
         cache_bytes = self._shape.bytes_per_token * cached_tokens
-        # 16 bytes for each logit: the model's, in float32, without early EOS, and room to work.
-        logits_bytes = 16 * vocabulary * self._rules.num_beams
-        usable_bytes = int(0.8 * (self._free_bytes + kept_bytes))
+        logits_bytes = _LOGIT_BYTES * vocabulary * self._rules.num_beams
+        usable_bytes = int(_USABLE * (self._free_bytes + kept_bytes))
         fitting = max(1, usable_bytes // (cache_bytes + logits_bytes))
         most = min(self.max_slots, fitting, num_examples)
         waves = -(-num_examples // most)
@@ -86,6 +128,6 @@ class Room:
         """Return the tokens of a prefill: what memory has room for beside the slots, at most the limit."""
         config = self._model.config.get_text_config()
         width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        token_bytes = (_LIVE_WIDTHS * config.hidden_size + 3 * width) * self._shape.dtype.itemsize
+        token_bytes = pass_width(config.hidden_size, width) * self._shape.dtype.itemsize
         room = int(_PREFILL_SHARE * self._free_bytes / token_bytes)
         return max(_FEWEST_PREFILL_TOKENS, min(self.limits.prefill_tokens, room))

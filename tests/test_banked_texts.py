@@ -14,13 +14,15 @@ from inference.banked import Asked, BankedGenerator, TextsStoppedError
 from inference.batch import in_passes, share_slots
 from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine
-from inference.room import LENT_LIMITS
+from inference.kv_cache import KVCache
+from inference.room import LENT_LIMITS, TextsMemory
 from qlora.config import DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
 from qlora.packed.packing import shared_prefix_length
 from qlora.perplexity import adapter_perplexities
 from qlora.training import Training
+from tuning.model_size import model_size
 
 SETTINGS = [
     TrialSettings(
@@ -177,6 +179,36 @@ def test_memory_that_runs_out_loses_no_text(whole, monkeypatch):
     monkeypatch.setattr(BeamSearcher, "_step", step)
     assert generator.texts(requests) == expected
     assert failed[0] > 3
+
+
+def test_the_memory_of_texts_is_what_a_plan_counts(monkeypatch):
+    """Of two adapters, with a copy of the slots that are left; no more of it than there is."""
+    bank, adapters = tiny_bank()
+    prompts = [one.prompt for one in random_examples(4, seed=3, vocabulary=250)]
+    made = []
+    empty = KVCache.empty.__func__
+
+    def counted(cls, *arguments):
+        made.append(empty(cls, *arguments))
+        return made[-1]
+
+    generator = BankedGenerator(bank, byte_tokenizer(), DECODING)
+    generator.texts([Asked(None, prompts)])  # which tries the model first
+    monkeypatch.setattr(KVCache, "empty", classmethod(counted))
+    generator.texts([Asked(adapter, prompts) for adapter in adapters[:2]])
+    size, slots = model_size(bank.model.config), 2 * len(prompts)
+    texts = TextsMemory(
+        num_texts=len(prompts),
+        longest=max(map(len, prompts)),
+        max_new_tokens=DECODING.max_new_tokens,
+        vocabulary=size.vocabulary,
+        cache_width=size.cache_width,
+        pass_width=0,
+    )
+    (cache,) = (one.num_bytes for one in made)
+    logits = 16 * size.vocabulary * slots
+    assert texts.count("cpu", 4, 2, 1 << 40) == cache + cache * 6 // slots + logits
+    assert texts.count("cpu", 4, 2, cache // 2) <= cache
 
 
 def test_adapters_that_have_written_texts_are_freed_when_they_leave():

@@ -10,6 +10,7 @@ from conftest import CONFIGS, command, finished, random_examples, tiny_model
 from test_training import tiny_bank
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from inference.room import TextsMemory
 from qlora.config import InputError, TrialSettings
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
@@ -90,6 +91,21 @@ def test_recordings_of_rounded_sizes_are_counted_and_so_is_what_liger_saves():
         for size_, device in ((size, card), (launched, card), (launched, fused))
     ]
     assert needed[0] > needed[1] > needed[2]
+
+
+def test_texts_are_counted_where_they_take_more_than_training():
+    size, card = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14, has_bfloat16=True)
+    few, many = (
+        TextsMemory(count, 40, 64, size.vocabulary, size.cache_width, size.hidden) for count in (1, 100_000)
+    )
+    plain, small, large = (
+        make_sweep_plan(space(trials_per_gpu=2), TRAIN, PUBLIC, size, [card], 1, texts)
+        for texts in (None, few, many)
+    )
+    assert plain.peak_bytes == small.peak_bytes < large.peak_bytes < card.free_bytes
+    words = describe_plan(space(objective="chrf"), TRAIN, PUBLIC, SHAPES, large, 1)
+    assert re.search(r"activations \S+ GiB or, in turn with them, texts \S+ GiB; at most", words)
+    assert "texts" not in describe_plan(space(), TRAIN, PUBLIC, SHAPES, plain, 1)
 
 
 def test_more_memory_means_more_trials_up_to_a_limit():

@@ -15,9 +15,9 @@ class ModelSize:
     """A base in numbers.
 
     linear: parameters of its linear layers, without the head; other: of the rest. layers: (inputs, outputs)
-    of each linear layer. norm_width, attention_width, mlp_width: numbers of a token, over all layers, that
-    norms take, that attention takes and gives, and that are inside the MLPs. can_recompute: see
-    qlora.base.recomputed.
+    of each linear layer. norm_width, attention_width, cache_width, mlp_width: numbers of a token, over all
+    layers, that norms take, that attention takes and gives, that are keys and values, and that are inside the
+    MLPs. can_recompute: see qlora.base.recomputed.
     """
 
     linear: int
@@ -28,6 +28,7 @@ class ModelSize:
     num_layers: int
     norm_width: int
     attention_width: int
+    cache_width: int
     mlp_width: int
     can_recompute: bool
 
@@ -66,6 +67,7 @@ def model_size(config: Any) -> ModelSize:
         num_layers=shape.num_layers,
         norm_width=shape.num_layers * 2 * text.hidden_size,
         attention_width=shape.num_layers * 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim,
+        cache_width=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim,
         mlp_width=shape.num_layers * getattr(text, "intermediate_size", 4 * text.hidden_size),
         can_recompute=can_recompute(model),
     )

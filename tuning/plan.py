@@ -13,7 +13,7 @@ from qlora.lora.bank import unknown_targets
 from qlora.lora.products import MAX_GPU_RANK
 from tuning.device import Device
 from tuning.model_size import ModelSize
-from tuning.plan_memory import ADAPTER_BYTES, TrainingMemory, gib
+from tuning.plan_memory import ADAPTER_BYTES, TextsMemory, TrainingMemory, gib
 from tuning.plan_time import expected_seconds
 from tuning.space import Space
 
@@ -30,8 +30,9 @@ class Plan:
     """The needs of a sweep on each of its devices, in bytes and seconds.
 
     trials: side by side on a device. adapter_bytes: of a trial with what training needs beside its adapter,
-    at most; mean_adapter_bytes: of one with middling settings. recomputes: layers are computed again in the
-    backward, since memory is too short for what they would keep (qlora.base.recomputed).
+    at most; mean_adapter_bytes: of one with middling settings. text_bytes: of trials' texts, if the objective
+    is of such. recomputes: layers are computed again in the backward, since memory is too short for what they
+    would keep (qlora.base.recomputed).
     """
 
     base_bytes: int
@@ -45,16 +46,22 @@ class Plan:
     seconds: float
     seconds_without_stopping: float
     recomputes: bool = False
+    text_bytes: int = 0
 
     @property
     def most_bytes(self) -> int:
         """Return a device's memory with all of its trials, each the largest that the space allows."""
-        return self.base_bytes + self.trials * self.adapter_bytes + self.activation_bytes
+        return self.base_bytes + self.trials * self.adapter_bytes + self._work_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Return the memory to be expected: trials of middling settings."""
-        return self.base_bytes + self.trials * self.mean_adapter_bytes + self.activation_bytes
+        return self.base_bytes + self.trials * self.mean_adapter_bytes + self._work_bytes
+
+    @property
+    def _work_bytes(self) -> int:
+        """Return what the work takes that is under way: a pass of training, or texts."""
+        return max(self.activation_bytes, self.text_bytes)
 
 
 def make_plan(
@@ -65,8 +72,11 @@ def make_plan(
     device: Device,
     num_devices: int = 1,
     num_others: int = 0,
+    texts: TextsMemory | None = None,
 ) -> Plan:
     """Plan a sweep on one or several such devices, with `num_others` of other kinds beside them.
+
+    `texts`: counts those of trials, if they write some.
 
     Raises InputError, naming what to change, for target modules that the base lacks, and if the trials don't
     fit.
@@ -92,11 +102,12 @@ def make_plan(
         num_devices=num_devices,
         recomputes=memory.recomputes,
     )
+    activations = int(memory.of_pass(min(budget, largest)))
     return Plan(
         base_bytes=memory.base,
         adapter_bytes=memory.adapter,
         mean_adapter_bytes=int(memory.mean_adapter),
-        activation_bytes=int(memory.of_pass(min(budget, largest))),
+        activation_bytes=activations,
         budget_tokens=budget,
         trials=trials,
         disk_bytes=_CHECKPOINTS * space.num_trials * memory.adapter * _CHECKPOINT_BYTES // ADAPTER_BYTES,
@@ -104,6 +115,7 @@ def make_plan(
         seconds=seconds,
         seconds_without_stopping=unstopped,
         recomputes=memory.recomputes,
+        text_bytes=memory.of_texts(texts, trials, activations),
     )
 
 

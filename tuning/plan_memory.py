@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from qlora.config import TrialSettings
 from qlora.data.prompts import EncodedExample
@@ -25,6 +25,13 @@ ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plu
 _NF4_BYTES = 0.516  # a parameter: half a byte, and doubly quantised scales for blocks of 64
 _LOGIT_BYTES = 12  # float32, in a backward: their log-softmax, its gradient and their own
 _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
+
+
+class TextsMemory(Protocol):
+    """Counts the bytes of texts that trials write in between, if the objective is of such."""
+
+    def count(self, kind: str, number_bytes: int, num_adapters: int, free: int) -> int:
+        """Return what the texts of so many trials take at once, on a kind of device with so much left."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,11 @@ class TrainingMemory:
         elif self._is_on_gpu and tokens <= launch_bound_tokens(size.linear / len(size.layers)):
             tokens, answers = rounded_up(tokens, answers)
         return tokens * (kept + beside) * self._width + answers * size.vocabulary * _LOGIT_BYTES
+
+    def of_texts(self, texts: TextsMemory | None, trials: int, activations: int) -> int:
+        """Count the memory of trials' texts; recorded passes keep theirs meanwhile."""
+        free = self.free - self.base - trials * self.adapter - activations
+        return texts.count(self.device.kind, self._width, trials, max(0, free)) if texts else 0
 
     def _kept_numbers(self) -> float:
         """Return how many numbers all layers keep of a token."""

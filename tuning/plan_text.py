@@ -171,13 +171,14 @@ def _plan_lines(plan: SweepPlan) -> list[str]:
 
 def _kind_lines(plan: Plan, name: str, is_one_of_several: bool) -> list[str]:
     of_kind = f"{plan.num_devices} x {name}: " if is_one_of_several else ""
+    texts = f" or, in turn with them, texts {gib(plan.text_bytes)}" if plan.text_bytes else ""
     return [
         f"device      {of_kind}{plan.trials} trials side by side on one base, passes of up to "
         f"{plan.budget_tokens} tokens"
         + (", layers computed again in the backward" if plan.recomputes else ""),
         f"memory      {of_kind}{gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and "
         f"optimizers {plan.trials} x {gib(plan.mean_adapter_bytes)}, activations "
-        f"{gib(plan.activation_bytes)}; at most {gib(plan.most_bytes)}",
+        f"{gib(plan.activation_bytes)}{texts}; at most {gib(plan.most_bytes)}",
     ]
 
 

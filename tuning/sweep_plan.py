@@ -14,6 +14,7 @@ from qlora.data.prompts import EncodedExample
 from tuning.device import Device
 from tuning.model_size import ModelSize
 from tuning.plan import Plan, make_plan
+from tuning.plan_memory import TextsMemory
 from tuning.plan_time import START_SECONDS
 from tuning.space import Space
 
@@ -84,8 +85,11 @@ def make_sweep_plan(
     size: ModelSize,
     devices: Sequence[Device],
     num_devices: int,
+    texts: TextsMemory | None = None,
 ) -> SweepPlan:
     """Plan a sweep on these devices and as many more, of the commonest kind, as make `num_devices`.
+
+    `texts`: see `make_plan`.
 
     Raises InputError as `make_plan` does, naming the kind if there are several.
     """
@@ -101,7 +105,7 @@ def make_sweep_plan(
         for name, device in smallest.items():
             try:
                 found[name] = make_plan(
-                    space, train, public, size, device, counts[name], counts.total() - counts[name]
+                    space, train, public, size, device, counts[name], counts.total() - counts[name], texts
                 )
             except InputError as error:
                 if len(smallest) == 1:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import ray
 
+from inference.room import TextsMemory, pass_width
 from tuning.device import Device
 from tuning.host_directory import Hosts
 from tuning.plan_time import START_SECONDS, evaluation_seconds
@@ -19,8 +20,24 @@ _FEW = 4  # public examples that a CPU is timed with: all of them would take lon
 
 def plan_on(prepared: PreparedSweep, devices: Sequence[Device], num_devices: int) -> SweepPlan:
     """Plan a sweep on devices. Raises InputError as `make_sweep_plan` does."""
-    size = prepared.base.size
-    return make_sweep_plan(prepared.space, *prepared.planned(), size, devices, num_devices)
+    size, texts = prepared.base.size, _texts_memory(prepared)
+    return make_sweep_plan(prepared.space, *prepared.planned(), size, devices, num_devices, texts)
+
+
+def _texts_memory(prepared: PreparedSweep) -> TextsMemory | None:
+    """Return what counts the memory of trials' texts, if they write some."""
+    objective, size = prepared.space.objective, prepared.base.size
+    if objective.is_perplexity:
+        return None
+    _, public = prepared.planned()
+    return TextsMemory(
+        num_texts=len(public),
+        longest=max(len(example.prompt) for example in public),
+        max_new_tokens=objective.max_new_tokens,
+        vocabulary=size.vocabulary,
+        cache_width=size.cache_width,
+        pass_width=pass_width(size.hidden, size.mlp_width // size.num_layers),
+    )
 
 
 def as_measured(
