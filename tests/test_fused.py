@@ -3,6 +3,7 @@
 import importlib.machinery
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -108,6 +109,19 @@ def test_siblings_share_one_weight_and_mind_whose_input_it_is(sizes, bias):
         parts[0](x)
         torch.testing.assert_close(parts[1](y), linears[1](y))
         torch.testing.assert_close(parts[1](x), linears[1](x))
+
+
+def test_no_more_than_one_attentions_weights_are_there_twice(monkeypatch):
+    model, there, plain = tiny_model("llama"), [], siblings._Siblings
+    originals = [weakref.ref(layer.self_attn.q_proj) for layer in model.model.layers]
+
+    def counted(linears):
+        there.append(sum(original() is not None for original in originals))
+        return plain(linears)
+
+    monkeypatch.setattr(siblings, "_Siblings", counted)
+    join_siblings(model)
+    assert there == [2, 1]
 
 
 def test_what_is_no_plain_layer_has_no_siblings():

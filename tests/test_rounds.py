@@ -189,7 +189,7 @@ def test_trials_that_are_added_make_rounds_of_their_own():
     sweep = Played(values[:6])
     sweep.scheduler = RoundScheduler(ROUNDS, [], 6, 1, draws)
     assert sweep.play() == [3, 5]
-    draws += [2, 1]
+    draws.extend([2, 1])
     sweep.perplexities = values
     assert sweep.play() == [3, 5, 6, 8]
     again = Played(values)
@@ -201,7 +201,7 @@ def test_a_clone_is_in_no_round_and_leaves_those_of_the_others_as_they_were():
     """Behind the second trial and behind the last one; a sweep that goes on knows them from their records."""
     sweep = Played([9, 7, 8, 6])
     clones = {"7_00002": None, "7_00005": None}
-    search = SimpleNamespace(clones=clones, next_clone=lambda: None)
+    search = SimpleNamespace(sources=clones, upcoming_clone=None)
     sweep.scheduler.clones = CloneSeats(search, [], print, print)
     sweep.perplexities = [9, 7, 1, 8, 6, 2]
     for number in range(6):
@@ -235,7 +235,7 @@ def test_a_trial_that_was_set_aside_for_a_clone_comes_back_to_its_round():
     sweep = Played([9, 7, 8, 6])
     sweep._reuse_actors = False
     sweep.pause_trial = lambda trial, should_checkpoint: trial.set_status(Trial.PAUSED)
-    search = SimpleNamespace(clones={}, next_clone=lambda: None)
+    search = SimpleNamespace(sources={}, upcoming_clone=None)
     sweep.scheduler.clones = CloneSeats(search, [], print, print)
     sweep.begin()
     aside = sweep.trials[1]

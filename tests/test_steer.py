@@ -1,32 +1,27 @@
 """A hand on a running sweep: a trial stops at its next step, more are drawn, and after a kill as well."""
 
 import json
-import math
 import os
 import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import command, finished
 from ray.tune.experiment import Experiment
-from ray.tune.schedulers import FIFOScheduler
 from test_host import data, run, threads  # noqa: F401
 from test_sweep import ledger, wait_for_a_report
 
 from qlora.checkpoint_files import CheckpointError, verify_checkpoint
 from qlora.config import InputError
 from tuning.checkpoints import Storage, put_start
-from tuning.clone_seats import CloneSeats
 from tuning.host import Host
 from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.orders import Order, Orders, give_order
-from tuning.restored_scheduler import RestoredScheduler
 from tuning.space import Space, tune_space
 from workflows.sweep.steering import ask_for_clone, ask_for_more, ask_to_stop, status
 
@@ -137,177 +132,6 @@ def test_a_clone_is_the_next_trial_and_a_sweep_that_goes_on_has_it_once(searcher
     for number in range(4):  # results of clones are learned from, too, or at least do no harm
         again.on_trial_result(f"42_{number:05d}", {**point, "training_iteration": 1})
         again.on_trial_complete(f"42_{number:05d}", point)
-
-
-class Asked:
-    """Clones that people asked for, as a searcher has them: `next_clone` gives each once."""
-
-    def __init__(self, *trials):
-        self._trials, self.clones = list(trials), {}
-
-    def next_clone(self):
-        if not self._trials:
-            return None
-        trial = self._trials.pop(0)
-        self.clones[trial.trial_id] = ("name", Order(kind="clone", trial_id="source"))
-        return trial
-
-
-class RaysController:
-    """Stands in for Ray's controller, as it is asked about trials and their processes."""
-
-    def __init__(self, **statuses):
-        self.trials = [SimpleNamespace(trial_id=name, status=status) for name, status in statuses.items()]
-        self.scheduler, self._reuse_actors, self.reused, self.stopped = None, False, [], []
-        self._trial_to_actor, self._actor_manager = self, self
-
-    def get(self, trial):
-        return trial
-
-    def is_actor_started(self, trial):
-        return trial.status == "RUNNING"
-
-    def __getitem__(self, trial_id):
-        return next(trial for trial in self.trials if trial.trial_id == trial_id)
-
-    def get_trials(self):
-        return self.trials
-
-    def add_trial(self, trial):
-        self.trials.append(trial)
-        self.scheduler.on_trial_add(self, trial)
-
-    def pause_trial(self, trial, should_checkpoint):
-        assert not should_checkpoint
-        trial.status = "PAUSED"
-        self.reused.append(self._reuse_actors)
-
-    def stop_trial(self, trial):
-        trial.status = "TERMINATED"
-        self.stopped.append(trial.trial_id)
-
-
-@pytest.fixture
-def seats(monkeypatch):
-    """Provides a scheduler over a controller whose trials have all seats, and whom it asked to leave."""
-    monkeypatch.setattr("tuning.clone_seats._SECONDS_TO_FIND_A_SEAT", 0.0)
-    monkeypatch.setattr("tuning.clone_seats._SECONDS_BETWEEN_WISHES", 0.0)
-
-    def make(controller, records=(), scheduler=None):
-        asked = Asked(SimpleNamespace(trial_id="clone", status="PENDING"))
-        scheduler = controller.scheduler = scheduler or RestoredScheduler(FIFOScheduler(), [])
-        wishes, gone_on = [], []
-        scheduler.clones = CloneSeats(asked, records, wishes.append, gone_on.append)
-        return scheduler, wishes, gone_on
-
-    return make
-
-
-def scored(trial_id: str, score: float) -> TrialRecord:
-    return TrialRecord(trial_id, {}, "running", ({"public_perplexity": score},))
-
-
-def test_a_clone_begins_before_trials_that_wait(seats):
-    controller = RaysController(a="PENDING", b="PENDING", c="RUNNING")
-    scheduler, _, _ = seats(controller)
-    assert scheduler.choose_trial_to_run(controller).trial_id == "clone"
-
-
-def test_the_worst_trial_makes_room_for_a_clone_and_goes_on_before_those_that_wait(seats, monkeypatch):
-    controller = RaysController(
-        waits="PENDING", good="RUNNING", bad="RUNNING", source="RUNNING", new="RUNNING"
-    )
-    records = [scored("good", 3.0), scored("bad", 4.0), scored("source", 5.0)]
-    scheduler, wishes, gone_on = seats(controller, records)
-    for _ in range(2):
-        assert scheduler.choose_trial_to_run(controller).trial_id == "clone"
-    assert wishes == ["bad", "bad"], "it has not left yet"
-    monkeypatch.setattr("tuning.clone_seats._SECONDS_TO_FIND_A_SEAT", 60.0)
-    bad = controller["bad"]
-    result = {"score": math.inf, "public_perplexity": math.inf, "set_aside": True}
-    assert scheduler.on_trial_result(controller, bad, result) == "NOOP"
-    assert bad.status == "PAUSED" and gone_on == [bad]
-    assert controller.reused == [True] and not controller._reuse_actors, "its process goes to the clone alone"
-    assert scheduler.choose_trial_to_run(controller).trial_id == "clone"
-    controller["clone"].status = "RUNNING"
-    assert scheduler.choose_trial_to_run(controller) is bad
-    assert wishes == ["bad", "bad"]
-    scheduler.ended_by_hand.add("bad")
-    assert scheduler.choose_trial_to_run(controller).trial_id == "waits"
-    assert controller.stopped == ["bad"]
-
-
-def test_a_clone_that_has_a_seat_or_may_have_one_sets_nobody_aside(seats, monkeypatch):
-    controller = RaysController(one="RUNNING")
-    scheduler, wishes, _ = seats(controller)
-    controller.is_actor_started = lambda trial: True  # its process starts
-    for _ in range(3):
-        assert scheduler.choose_trial_to_run(controller).trial_id == "clone"
-    assert not wishes
-    monkeypatch.setattr("tuning.clone_seats._SECONDS_TO_FIND_A_SEAT", 60.0)
-    controller = RaysController(one="RUNNING")
-    scheduler, wishes, _ = seats(controller)
-    for _ in range(3):
-        assert scheduler.choose_trial_to_run(controller).trial_id == "clone"
-    assert not wishes, "it may be about to have one"
-    monkeypatch.setattr("tuning.clone_seats._SECONDS_TO_FIND_A_SEAT", 0.0)
-    controller = RaysController(one="PENDING")
-    scheduler, wishes, _ = seats(controller)
-    for _ in range(3):
-        scheduler.choose_trial_to_run(controller)
-    assert not wishes, "nobody runs"
-
-
-def test_a_trial_that_is_set_aside_goes_on_exactly_where_it_stood(data, tmp_path):  # noqa: F811
-    """Between two reports, at once after one, and before its first step."""
-    host, storage = Host(data, 1), Storage.at(str(tmp_path / "ray"))
-    config = {"learning_rate": 0.01, "epochs": 40}
-    expected = run(host, "undisturbed", config, tmp_path)
-    stopped = tmp_path / "ray/one/checkpoint_stopped"
-    steps = host.attach("one", "holder", config)
-    with ThreadPoolExecutor(1) as pool:
-        target = tmp_path / "on-the-way"
-        target.mkdir()
-        answer = pool.submit(host.advance, "one", steps[-1], str(target))
-        time.sleep(0.2)
-        host.set_aside("one", storage)
-        assert answer.result(timeout=20) == {"set_aside": True}
-    verify_checkpoint(stopped)
-    host.detach("one")
-    found = run(host, "one", config, tmp_path, str(stopped))
-    assert found[-1]["step"] == expected[-1]["step"]
-    assert found[-1]["public_perplexity"] == pytest.approx(expected[-1]["public_perplexity"], rel=1e-6)
-    host.attach("two", "holder", config)
-    host.set_aside("two", storage)
-    assert host.advance("two", 1, str(target)) == {"set_aside": False}
-    assert not (tmp_path / "ray/two").exists()
-    host.set_aside("none", storage)  # one that is elsewhere
-
-
-def test_a_grid_keeps_each_of_its_values_beside_a_clone(tmp_path):
-    space = Space.model_validate({**SPACE, "search": {"learning_rate": {"grid_search": [0.1, 0.2, 0.3]}}})
-    space = space.model_copy(update={"num_samples": 1})
-    orders = Orders(str(tmp_path))
-    search = LedgerSearch(space, [], Storage.at(f"{tmp_path}/ray"), 64, orders=orders)
-    search.add_configurations([Experiment("x", lambda config: None, config=tune_space(space), num_samples=9)])
-    first = search.next_trial()
-    ask(tmp_path, orders, kind="clone", trial_id=first.trial_id, settings={"learning_rate": 0.7})
-    rates = [search.next_trial().config["learning_rate"] for _ in range(3)]
-    assert rates == [0.7, 0.2, 0.3]
-    assert search.next_trial() is None and search.is_finished()
-
-
-def test_a_clone_counts_among_the_trials_at_once(tmp_path):
-    space = Space.model_validate({**SPACE, "max_concurrent_trials": 2})
-    orders = Orders(str(tmp_path))
-    search = LedgerSearch(space, [], Storage.at(f"{tmp_path}/ray"), 64, orders=orders)
-    search.add_configurations([Experiment("x", lambda config: None, config=tune_space(space), num_samples=9)])
-    one = search.next_trial()
-    ask(tmp_path, orders, kind="clone", trial_id=one.trial_id, settings={"learning_rate": 0.01})
-    clone = search.next_trial()
-    assert search.next_trial() is None and not search.is_finished()
-    search.on_trial_complete(clone.trial_id)
-    assert search.next_trial() is not None
 
 
 def test_a_warm_clone_begins_with_the_adapter_as_the_trial_has_it(data, tmp_path):  # noqa: F811
@@ -444,73 +268,3 @@ def test_a_running_sweep_is_steered_and_one_that_goes_on_knows_it(project):
     assert (clone["cloned_from"], clone["config"]["learning_rate"]) == (one, 1e-3)
     known = min(point["public_perplexity"] for point in records[one]["curve"])
     assert clone["curve"][0]["public_perplexity"] < 1.2 * known < 0.8 * summary["zero_shot"]
-
-
-KINDS = {
-    "a grid": {"search": {"learning_rate": {"grid_search": [1e-4, 1e-3]}}, "num_samples": 1},
-    "rounds": {"scheduler": {"type": "rounds", "trials": 2, "kept": 1, "steps": 2}},
-    "a stop in between": {},
-}
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_clone_begins_at_once_where_all_seats_are_taken(project, kind):
-    """Who made room for it goes on exactly where it stood, also if the sweep is killed meanwhile."""
-    space = yaml.safe_load((project / "space.yaml").read_text())
-    space |= {"num_samples": 2, "scheduler": {"type": "fifo"}, "registered_model": "seats"}
-    space["search"] = {"learning_rate": {"loguniform": [1e-4, 1e-3]}}
-    space |= {"resources_per_trial": {"cpu": os.cpu_count()}} | KINDS[kind]
-    space["trial"] |= {"epochs": 4000}
-    (project / "taken.yaml").write_text(yaml.safe_dump(space))
-    name = f"taken-{list(KINDS).index(kind)}"
-    process = command(project, "tune", "--space", "taken.yaml", "--name", name, start_new_session=True)
-
-    def wait_for(condition):
-        deadline = time.monotonic() + 120
-        while not condition(records := ledger(project, name)):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < deadline, records
-            time.sleep(0.1)
-        return ledger(project, name)
-
-    def running(records, clones):
-        return [
-            trial
-            for trial, record in records.items()
-            if record["status"] == "running" and (record["cloned_from"] is not None) == clones
-        ]
-
-    on_its_way = 3  # points: behind the comparison of its round, too
-    records = wait_for(lambda records: any(len(one["curve"]) >= on_its_way for one in records.values()))
-    (first,) = running(records, clones=False)
-    finished(command(project, "steer", name, "clone", first, "--set", "learning_rate=5e-4"))
-    records = wait_for(lambda records: running(records, clones=True))
-    (clone,) = running(records, clones=True)
-    assert records[first]["status"] == "pending", "there is one seat"
-    finished(command(project, "steer", name, "add", "1"))
-    if kind == "a stop in between":
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process = command(project, "tune", "--resume", name, start_new_session=True)
-    ended, points = [], len(records[first]["curve"])
-    while process.poll() is None:
-        for trial in (records := ledger(project, name)):
-            enough = points if trial == first else 0
-            is_on_its_way = records[trial]["status"] == "running" and len(records[trial]["curve"]) > enough
-            if is_on_its_way and trial not in ended:
-                finished(command(project, "steer", name, "stop", trial))
-                ended.append(trial)
-        time.sleep(0.3)
-    finished(process)
-    records = ledger(project, name)
-    assert len(records) == 4, records.keys()
-    assert (records[clone]["cloned_from"], records[clone]["config"]["learning_rate"]) == (first, 5e-4)
-    assert all(record["status"] == "stopped" for record in records.values())
-    assert len(records[first]["curve"]) > points
-    steps = [point["step"] for point in records[first]["curve"]]
-    assert steps == sorted(set(steps)), "no point came twice"
-    if kind == "a grid":
-        rates = [one["config"]["learning_rate"] for one in records.values() if one["cloned_from"] is None]
-        assert sorted(rates[:2]) == [1e-4, 1e-3]

@@ -24,6 +24,12 @@ class Calls:
             self._changed.notify()
         return reply.result()
 
+    def leave(self, call: Callable[[], Any]) -> None:
+        """Have the other thread carry out a call when it comes to it; nobody waits for that."""
+        with self._changed:
+            self._waiting.append((call, Future()))
+            self._changed.notify()
+
     def take(self, has_work: Callable[[], Any]) -> "deque[tuple[Callable[[], Any], Future[Any]]]":
         """Wait for calls, or for work of the other thread's own; returns the calls, to be settled."""
         with self._changed:

@@ -10,6 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ class Host:
         self._stopped, self._ended_by_hand = False, set[str]()
         self._steps_waited, self._most_steps_to_wait = 0, _MOST_STEPS_TO_WAIT[default_device().type]
         self._calls, self._is_over = Calls(), threading.Event()
+        self._leaving: list[Future[Any]] = []  # replies to trials whose places are being kept
         budget, recomputes = data.for_device(hardware(default_device().type))
         self._work = SharedWork(data.space.base_model, budget, recomputes=recomputes)
         self._writers = ThreadPoolExecutor(_WRITERS)
@@ -158,24 +160,22 @@ class Host:
             if trial_id in self._seats:
                 self._seats[trial_id].answer({"by_hand": True})
 
-        self._calls.ask(answer)
+        self._calls.leave(answer)
 
     def set_aside(self, trial_id: str, storage: Storage) -> None:
-        """Let a trial that has a seat leave it at its next step, to go on from there later.
-
-        Between two reports it is put into the storage as TRIAL/checkpoint_stopped.
-        """
+        """Let a trial that has a seat leave it at its next step; it goes on from TRIAL/checkpoint_stopped."""
 
         def leave() -> None:
             seat = self._seats.get(trial_id)
             if seat is not None and seat.is_between_reports:
-                standing = Standing.of(seat.work)
-                self._writers.submit(settle, seat.leave(), partial(standing.set_aside, storage, trial_id))
+                standing, reply = Standing.of(seat.work), seat.leave()
+                self._leaving = [one for one in self._leaving if not one.done()] + [reply]
+                self._writers.submit(settle, reply, partial(standing.set_aside, storage, trial_id))
             elif seat is not None:
                 seat.is_to_leave = seat.goal is None  # or it is answered at once
                 seat.answer({SET_ASIDE: False})
 
-        self._calls.ask(leave)
+        self._calls.leave(leave)
 
     def stop(self, storage: Storage) -> int:
         """Do no more work, and keep where each trial stands that is not at a report; returns how many are.
@@ -282,6 +282,7 @@ class Host:
 
     def _stop(self, storage: Storage) -> int:
         self._stopped = True
+        futures.wait(self._leaving)
         standing = {name: seat.work for name, seat in self._seats.items() if seat.is_between_reports}
         for trial_id, work in standing.items():
             Standing.of(work).put(storage, trial_id)

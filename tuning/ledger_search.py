@@ -8,6 +8,7 @@ here. The searcher behind is Ray's, random or Optuna's, or ours (tuning.prior_se
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,11 +19,12 @@ from qlora.checkpoint_files import CheckpointError
 from tuning.checkpoints import STOPPED, Storage, put_start, restore_checkpoints
 from tuning.ledger import TrialRecord
 from tuning.objective import METRIC, score_of
-from tuning.orders import SET_ASIDE, Order, Orders
+from tuning.orders import Order, Orders
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space
 
 _PENDING_AT_ONCE = 200  # random trials that Ray knows of ahead, so that a cluster grows in time
+_NO_SCORE = {"diverged", "unjudged"}  # keys of results of trials that failed
 _DRAWN_AHEAD = {"random": _PENDING_AT_ONCE, "prior": 8, "optuna": 1}  # by who learns how much from a trial
 
 
@@ -31,8 +33,10 @@ class LedgerSearch(SearchAlgorithm):
 
     `records`: of the trials that began before, in the order in which they did. `base_width`: hidden size of
     the base. `may_begin`: whether a new trial may, by its number. `orders`: what people ask for,
-    if they may. clones: by trial, the name of an order and the order, of this sitting. A clone is a trial
-    beside what the searcher draws, which goes on as if there were none.
+    if they may. `keep`: keeps the record of a clone, so that its number is its own from then on.
+    clones: by trial, the name of an order and the order, of this sitting. sources: of all clones, the trial
+    whose settings each began with. A clone is a trial beside what the searcher draws, which goes on as if
+    there were none.
     """
 
     def __init__(
@@ -43,13 +47,15 @@ class LedgerSearch(SearchAlgorithm):
         base_width: int,
         may_begin: Callable[[int], bool] = lambda number: True,
         orders: Orders | None = None,
+        keep: Callable[[TrialRecord], None] = lambda record: None,
     ):
         super().__init__()
         self._space, self._storage, self._inner = space, storage, _searcher(space, base_width)
         self._beside = BasicVariantGenerator(random_state=space.seed)  # trials of Ray's to be clones
-        self._may_begin, self._orders = may_begin, orders
+        self._may_begin, self._orders, self._keep = may_begin, orders, keep
         self._taken = {record.order for record in records if record.order}
-        self.clones = dict[str, tuple[str, Order]]()
+        self.clones, self.sources = dict[str, tuple[str, Order]](), dict[str, str | None]()
+        self._held = deque[Any]()  # trials that have not begun, behind those that have
         self._untold = set[str]()  # trials whose results say nothing of their settings
         self._records = {record.trial_id: record for record in records}
         self._ids, self._to_come = TrialIds(space.seed, list(self._records)), set(self._records)
@@ -87,7 +93,10 @@ class LedgerSearch(SearchAlgorithm):
         self._beside.add_configurations(experiments)
 
     def next_trial(self) -> Any:
-        """Return the next trial that has not ended, clones first; None if there is none for now."""
+        """Return the next trial that has not ended; None if there is none for now.
+
+        Clones come first and, when a sweep goes on, those that had begun.
+        """
         if (clone := self.next_clone()) is not None:
             return clone
         while self._ids.count < len(self._records) or self._may_draw():
@@ -95,15 +104,18 @@ class LedgerSearch(SearchAlgorithm):
             is_clone = record is not None and record.order is not None
             is_full = not is_clone and len(self._live) >= self._limit
             if is_full or (trial := (self._beside if is_clone else self._inner).next_trial()) is None:
-                return None
+                break
             drawn_as = trial.trial_id
             self._name(trial)
             if record is None:
                 self._inner_ids[trial.trial_id] = drawn_as
-                return trial
+                self._held.append(trial)
+                if self._to_come:
+                    continue
+                break
             known = {key: record.config[key] for key in trial.config if key in record.config}
             if is_clone:
-                self._take_clone(trial, known, self._is_warm(record))
+                self._take_clone(trial, known, record.cloned_from, self._is_warm(record))
             else:
                 self._inner_ids[trial.trial_id] = drawn_as
                 self._give_settings(trial, drawn_as, known)
@@ -118,20 +130,27 @@ class LedgerSearch(SearchAlgorithm):
                 continue
             restore_checkpoints(trial, self._storage, record)
             return trial
-        return None
+        return self._held.popleft() if self._held else None
+
+    @property
+    def upcoming_clone(self) -> tuple[str, Order] | None:
+        """Return the name of the next order for a clone that can be carried out, and the order."""
+        orders = self._orders.clones if self._orders is not None else {}
+        if self._is_over or self._to_come:
+            return None
+        return next(((name, order) for name, order in orders.items() if name not in self._taken), None)
 
     def next_clone(self) -> Any:
         """Return the next trial that people asked for with settings of their own; None if there is none."""
-        orders = self._orders.clones if self._orders is not None else {}
-        waiting = ((name, order) for name, order in orders.items() if name not in self._taken)
-        name, order = next(waiting, (None, None))
-        if name is None or order is None or self._is_over or self._to_come:
+        if (upcoming := self.upcoming_clone) is None:
             return None
-        trial = self._beside.next_trial()
+        (name, order), trial = upcoming, self._beside.next_trial()
         self._name(trial)
         self._taken.add(name)
         self.clones[trial.trial_id] = (name, order)
-        self._take_clone(trial, dict(order.settings), order.is_warm)
+        self._take_clone(trial, dict(order.settings), order.trial_id, order.is_warm)
+        config = self._space.trial_config(trial.config)
+        self._keep(TrialRecord(trial.trial_id, config, cloned_from=order.trial_id, order=name))
         start = f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
         if self._storage.is_finished(start):
             self._storage.remove(start)  # of a warm clone that never began under this id
@@ -146,8 +165,9 @@ class LedgerSearch(SearchAlgorithm):
         self._live.add(trial.trial_id)
         self._to_come.discard(trial.trial_id)
 
-    def _take_clone(self, trial: Any, settings: dict[str, Any], is_warm: bool) -> None:
-        """Let a trial be a clone; what it reports is learned from, unless it `is_warm`."""
+    def _take_clone(self, trial: Any, settings: dict[str, Any], source: str | None, is_warm: bool) -> None:
+        """Let a trial be a clone of another; what it reports is learned from, unless it `is_warm`."""
+        self.sources[trial.trial_id] = source
         trial.config = self._settings_of_clones[trial.trial_id] = settings
         if is_warm:
             self._untold.add(trial.trial_id)
@@ -195,9 +215,10 @@ class LedgerSearch(SearchAlgorithm):
         Ray tells no result of a trial that is stopped while it is paused: its last one counts.
         """
         self._live.discard(trial_id)
-        if not error and (result is None or SET_ASIDE in result):
-            result = self._last_results.get(trial_id)
-        if not result or not math.isfinite(result.get(METRIC, math.nan)):
+        has_failed = error or (result is not None and not _NO_SCORE.isdisjoint(result))
+        if not has_failed and not (result and math.isfinite(result.get(METRIC, math.nan))):
+            result = self._last_results.get(trial_id)  # it was paused, or had just come back from that
+        if has_failed or not result or not math.isfinite(result.get(METRIC, math.nan)):
             result, error = None, True
         learner = _learner(self._inner)
         settings = self._settings_of_clones.get(trial_id) or self._kept_settings.get(trial_id)
@@ -215,7 +236,7 @@ class LedgerSearch(SearchAlgorithm):
     def is_finished(self) -> bool:
         """Tell whether no trial is left to draw."""
         are_drawn = self._ids.count >= max(self._num_trials(), len(self._records))
-        return self._is_over or are_drawn or self._inner.is_finished()
+        return self._is_over or (not self._held and (are_drawn or self._inner.is_finished()))
 
     def set_finished(self) -> None:
         """Draw no more trials."""

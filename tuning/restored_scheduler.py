@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from tuning.clone_seats import CloneSeats
@@ -75,10 +76,15 @@ class RestoredScheduler(TrialScheduler):
         if self.clones is not None:
             if (clone := self.clones.next(tune_controller)) is not None:
                 return clone
-            for trial in self.clones.paused(tune_controller):
-                if trial.trial_id not in self.ended_by_hand:
+            trials = tune_controller.get_trials()
+            paused = self.clones.paused(trials)
+            for trial in paused:
+                if trial.trial_id in self.ended_by_hand:
+                    tune_controller.stop_trial(trial)
+                elif not self.clones.is_full(trials):
                     return trial
-                tune_controller.stop_trial(trial)
+            if paused:  # which the scheduler behind would choose
+                return next((trial for trial in trials if trial.status == Trial.PENDING), None)
         return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:

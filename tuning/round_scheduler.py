@@ -6,6 +6,7 @@ of a round depends on its trials' scores alone, so that a sweep that goes on dec
 Source: https://proceedings.mlr.press/v51/jamieson16.html
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ class RoundScheduler(TrialScheduler):
     ):
         super().__init__()
         self._rounds, self._num_trials, self._num_devices = rounds, num_trials, num_devices
-        self._draws = draws
+        self._draws, self._known_rounds = draws, list[range]()
         self._clones = sorted(_number(one.trial_id) for one in records if one.cloned_from is not None)
         self._trials = dict[int, Any]()
         self._values = dict[int, float]()  # by a trial's place among those in rounds: its score, compared
@@ -58,12 +59,12 @@ class RoundScheduler(TrialScheduler):
 
     def may_begin(self, number: int) -> bool:
         """Tell whether a trial may begin now: rounds are filled, and a new one needs a device without one."""
-        place, rounds = number - len(self._clones), self._all_rounds()
-        of_round = next((index for index, places in enumerate(rounds) if place in places), None)
-        if of_round is None:
+        place, rounds = number - bisect.bisect(self._clones, number), self._rounds_until_now()
+        if place >= rounds[-1].stop:
             return False
-        under_way = sum(not self._is_over(places) for places in rounds[:of_round])
-        return place > rounds[of_round].start or under_way < self._num_devices
+        of_round = self._round_of(place)
+        under_way = sum(not self._is_over(places) for places in rounds if places.start < of_round.start)
+        return place > of_round.start or under_way < self._num_devices
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take in a trial; one that has been compared before waits for what is decided of its round.
@@ -72,7 +73,7 @@ class RoundScheduler(TrialScheduler):
         """
         number = _number(trial.trial_id)
         if self.clones is not None and self.clones.is_clone(trial) and number not in self._clones:
-            self._clones.append(number)
+            bisect.insort(self._clones, number)
         if (place := self._place(trial.trial_id)) is None:
             return
         is_again = place in self._trials
@@ -113,7 +114,7 @@ class RoundScheduler(TrialScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop the trials that their rounds leave behind, and choose one that goes on, or a new one."""
-        clones = self.clones
+        clones, trials = self.clones, tune_controller.get_trials()
         first = None if clones is None else clones.next(tune_controller)
         for place, trial in self._trials.items():
             if trial.is_finished():
@@ -122,14 +123,15 @@ class RoundScheduler(TrialScheduler):
         for place, trial in sorted(self._trials.items()):
             kept = self._kept(self._round_of(place))
             is_aside = clones is not None and clones.is_paused(trial)
+            may_come_back = is_aside and clones is not None and not clones.is_full(trials)
             is_unwanted = trial.trial_id in self.ended_by_hand
             if trial.status != Trial.PAUSED or (kept is None and not is_aside and not is_unwanted):
                 continue
-            if (is_aside or (kept is not None and place in kept)) and not is_unwanted:
-                going_on.append(trial)
-            else:
+            if is_unwanted or (not is_aside and kept is not None and place not in kept):
                 tune_controller.stop_trial(trial)
-        new = (trial for trial in tune_controller.get_trials() if trial.status == Trial.PENDING)
+            elif may_come_back or not is_aside:
+                going_on.append(trial)
+        new = (trial for trial in trials if trial.status == Trial.PENDING)
         return first or next(iter([*going_on, *new]), None)
 
     def debug_string(self) -> str:
@@ -148,20 +150,22 @@ class RoundScheduler(TrialScheduler):
     def _place(self, trial_id: str) -> int | None:
         """Return a trial's place among those in rounds; None for a clone."""
         number = _number(trial_id)
-        return None if number in self._clones else number - sum(clone < number for clone in self._clones)
+        return None if number in self._clones else number - bisect.bisect(self._clones, number)
 
-    def _all_rounds(self) -> list[range]:
-        """Return the places of each round's trials."""
-        first, found = 0, list[range]()
+    def _rounds_until_now(self) -> list[range]:
+        """Return the places of each round's trials; what is added makes rounds behind the others."""
+        first, found = 0, self._known_rounds
         for count in (self._num_trials, *self._draws):
             end = first + count
-            begins = range(first, end, self._rounds.trials)
-            found += [range(begin, min(begin + self._rounds.trials, end)) for begin in begins]
+            if not found or first >= found[-1].stop:
+                begins = range(first, end, self._rounds.trials)
+                found += [range(begin, min(begin + self._rounds.trials, end)) for begin in begins]
             first = end
         return found
 
     def _round_of(self, place: int) -> range:
-        return next(places for places in self._all_rounds() if place in places)
+        rounds = self._rounds_until_now()
+        return rounds[bisect.bisect(rounds, place, key=lambda places: places.start) - 1]
 
     def _kept(self, places: range) -> set[int] | None:
         """Return the places of the trials that go on; None while the round has trials to come."""

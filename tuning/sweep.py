@@ -6,6 +6,7 @@ tuning.round_scheduler, tuning.checkpoints).
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -94,9 +95,10 @@ def run_sweep(
             begun = list(ledger.records.values())
             scheduler = _scheduler(space, begun, num_devices, orders)
             may_begin = scheduler.may_begin if isinstance(scheduler, RoundScheduler) else lambda number: True
-            search = LedgerSearch(space, begun, storage, known.width, may_begin, orders)
+            search = LedgerSearch(space, begun, storage, known.width, may_begin, orders, ledger.put)
             wish = partial(set_trial_aside, hosts, below(place, RAY))
-            scheduler.clones = CloneSeats(search, begun, wish, partial(go_on_from_stopped, storage=storage))
+            most, later = space.max_concurrent_trials, partial(go_on_from_stopped, storage=storage)
+            scheduler.clones = CloneSeats(search, begun, wish, later, most or math.inf)
             hand = Hand(orders, search.clones, partial(end_trial, hosts))
             callback = SweepCallback(ledger, space, screen, observer, scheduler, clock, hand, go_on)
             _prepare_tune(search, folder)

@@ -84,10 +84,9 @@ class SweepCallback(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial runs, again after a restore."""
-        record = self._ledger.records.get(trial.trial_id)
-        if record is None:
-            record = replace(self._new_record(trial), started_at=time.time())
-        self._put(replace(record, status="running", ended_at=None, error=None))
+        record = self._ledger.records.get(trial.trial_id) or self._new_record(trial)
+        began = record.started_at or time.time()
+        self._put(replace(record, status="running", started_at=began, ended_at=None, error=None))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -67,7 +67,9 @@ def _newest_whole_checkpoint() -> Iterator[tuple[str | None, list[str]]]:
         return
     (experiment, _, trial), name = str(Path(newest.path).parent).rpartition("/"), Path(newest.path).name
     storage = Storage(newest.filesystem, experiment)
-    known = [one for one in storage.checkpoints(trial) if name == STOPPED or Path(one.path).name <= name]
+    there = storage.checkpoints(trial)
+    last = next((one.step for one in there if Path(one.path).name == name), math.inf)  # unless it is damaged
+    known = [one for one in there if (one.step <= last if name == STOPPED else Path(one.path).name <= name)]
     for stored in reversed(known):  # what is newer was not reported
         with storage.here(stored.path) as folder:
             try:

@@ -21,19 +21,19 @@ def join_siblings(model: nn.Module) -> int:
 
     Projections that are not plain linear layers, as those with an adapter, stay as they are.
     """
-    count = 0
-    for module in list(model.modules()):
-        linears: list[Any] = [getattr(module, name, None) for name in _NAMES]
-        if not all(type(linear) is nn.Linear for linear in linears) or not _are_alike(linears):
-            continue
+    joined = [module for module in model.modules() if _has_siblings(module)]
+    for module in joined:  # one by one, so that no more than one's weights are in memory twice
+        linears: list[Any] = [getattr(module, name) for name in _NAMES]
         siblings = _Siblings(linears)
-        for index, (name, linear) in enumerate(zip(_NAMES, linears, strict=True)):
-            setattr(module, name, SiblingLinear(siblings, index, linear))
-        count += 1
-    return count
+        for index, name in enumerate(_NAMES):
+            setattr(module, name, SiblingLinear(siblings, index, linears[index]))
+    return len(joined)
 
 
-def _are_alike(linears: Sequence[nn.Linear]) -> bool:
+def _has_siblings(module: nn.Module) -> bool:
+    linears: list[Any] = [getattr(module, name, None) for name in _NAMES]
+    if not all(type(linear) is nn.Linear for linear in linears):
+        return False
     kinds = {(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in linears}
     return len(kinds) == 1
 
