@@ -207,6 +207,51 @@ def test_a_clone_has_its_number_from_when_it_is_made(tmp_path):
     assert again.next_clone().trial_id == "42_00004"
 
 
+def test_a_warm_clone_has_its_start_before_it_has_its_number(tmp_path, monkeypatch):
+    """Killed in between, it is made once more."""
+    search, orders = drawn({"type": "random"}, [], tmp_path)
+    kept = []
+    search._keep = kept.append
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tuning.ledger_search.put_start", killed)
+    first, settings = search.next_trial().trial_id, {"learning_rate": 0.01}
+    ask(tmp_path, orders, kind="clone", trial_id=first, settings=settings, is_warm=True)
+    with pytest.raises(KeyboardInterrupt):
+        search.next_trial()
+    assert not kept
+
+
+def test_trials_that_had_not_begun_are_drawn_one_at_a_time_when_a_sweep_goes_on(tmp_path):
+    space = Space.model_validate(SPACE)
+    config = space.trial_config({"learning_rate": 0.01})
+    search, _ = drawn({"type": "prior"}, [TrialRecord("42_00001", config, "running")], tmp_path)
+    found = [(search.next_trial().trial_id, search._ids.count) for _ in range(3)]
+    assert found == [("42_00001", 2), ("42_00000", 2), ("42_00002", 3)]
+    assert search.next_trial() is None and search.is_finished()
+
+
+def test_clones_leave_rounds_their_room_and_other_searchers_no_more_than_there_is(tmp_path):
+    asked = {"learning_rate": 0.01}
+    for scheduler, expected in (({"type": "fifo"}, 0), ({"type": "rounds", "trials": 2, "kept": 1}, 1)):
+        place = tmp_path / scheduler["type"]
+        space = Space.model_validate({**SPACE, "max_concurrent_trials": 2, "scheduler": scheduler})
+        orders = Orders(str(place))
+        search = LedgerSearch(space, [], Storage.at(f"{place}/ray"), 64, orders=orders)
+        search.add_configurations(
+            [Experiment("x", lambda config: None, config=tune_space(space), num_samples=9)]
+        )
+        one = search.next_trial()
+        ask(place, orders, kind="clone", trial_id=one.trial_id, settings=asked)
+        assert search.next_trial().config == asked
+        assert sum(search.next_trial() is not None for _ in range(1)) == expected
+        ask(place, orders, kind="clone", trial_id=one.trial_id, settings=asked)
+        assert search.next_trial() is None, "a scheduler makes room for it"
+        assert search.next_clone().config == asked
+
+
 def test_a_sweep_that_stops_keeps_who_is_being_set_aside(data, tmp_path, monkeypatch):  # noqa: F811
     host, storage = Host(data, 1), Storage.at(str(tmp_path / "ray"))
     put = Storage.put

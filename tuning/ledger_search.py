@@ -22,6 +22,7 @@ from tuning.objective import METRIC, score_of
 from tuning.orders import Order, Orders
 from tuning.prior_search import PriorSearcher
 from tuning.space import Space
+from tuning.strategy import Rounds
 
 _PENDING_AT_ONCE = 200  # random trials that Ray knows of ahead, so that a cluster grows in time
 _NO_SCORE = {"diverged", "unjudged"}  # keys of results of trials that failed
@@ -62,6 +63,7 @@ class LedgerSearch(SearchAlgorithm):
         self._inner_ids: dict[str, str] = {}
         self._kept_settings: dict[str, dict[str, Any]] = {}  # of trials that are drawn otherwise now
         self._settings_of_clones: dict[str, dict[str, Any]] = {}
+        self._has_rounds = isinstance(space.scheduler, Rounds)
         self._limit, self._live = space.max_concurrent_trials or math.inf, set[str]()
         self._last_results: dict[str, dict[str, Any]] = {}
         self._is_over = False
@@ -97,13 +99,15 @@ class LedgerSearch(SearchAlgorithm):
 
         Clones come first and, when a sweep goes on, those that had begun.
         """
-        if (clone := self.next_clone()) is not None:
-            return clone
+        if not self._is_full() and (clone := self.next_clone()) is not None:
+            return clone  # or a scheduler makes room for it (tuning.clone_seats)
+        if self._held and not self._to_come:
+            return self._held.popleft()
         while self._ids.count < len(self._records) or self._may_draw():
             record = self._records.get(self._ids.upcoming)
             is_clone = record is not None and record.order is not None
-            is_full = not is_clone and len(self._live) >= self._limit
-            if is_full or (trial := (self._beside if is_clone else self._inner).next_trial()) is None:
+            source = self._beside if is_clone else self._inner
+            if (not is_clone and self._is_full()) or (trial := source.next_trial()) is None:
                 break
             drawn_as = trial.trial_id
             self._name(trial)
@@ -149,8 +153,6 @@ class LedgerSearch(SearchAlgorithm):
         self._taken.add(name)
         self.clones[trial.trial_id] = (name, order)
         self._take_clone(trial, dict(order.settings), order.trial_id, order.is_warm)
-        config = self._space.trial_config(trial.config)
-        self._keep(TrialRecord(trial.trial_id, config, cloned_from=order.trial_id, order=name))
         start = f"{self._storage.path}/{trial.trial_id}/{STOPPED}"
         if self._storage.is_finished(start):
             self._storage.remove(start)  # of a warm clone that never began under this id
@@ -158,6 +160,8 @@ class LedgerSearch(SearchAlgorithm):
             with suppress(CheckpointError):  # that one's are damaged: this one begins afresh
                 put_start(self._storage, str(order.trial_id), trial.trial_id)
                 restore_checkpoints(trial, self._storage, TrialRecord(trial.trial_id, {}))
+        config = self._space.trial_config(trial.config)
+        self._keep(TrialRecord(trial.trial_id, config, cloned_from=order.trial_id, order=name))
         return trial
 
     def _name(self, trial: Any) -> None:
@@ -191,6 +195,11 @@ class LedgerSearch(SearchAlgorithm):
 
     def _num_trials(self) -> int:
         return self._space.num_trials + (self._orders.added if self._orders is not None else 0)
+
+    def _is_full(self) -> bool:
+        """Tell whether as many trials are under way as may be; those of rounds wait for each other."""
+        counted = self._live - self.sources.keys() if self._has_rounds else self._live
+        return len(counted) >= self._limit
 
     def _may_draw(self) -> bool:
         return self._ids.count < self._num_trials() and self._may_begin(self._ids.count)
