@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,6 +253,18 @@ def test_clones_leave_rounds_their_room_and_other_searchers_no_more_than_there_i
         assert search.next_clone().config == asked
 
 
+@contextmanager
+def on_its_way(host: Host, name: str, config: dict, folder: Path):
+    """Provide the answer that a trial between two reports waits for, and the step of its next one."""
+    steps = host.attach(name, "holder", config)
+    with ThreadPoolExecutor(1) as pool:
+        target = folder / f"{name}-on-its-way"
+        target.mkdir()
+        answer = pool.submit(host.advance, name, steps[-1], str(target))
+        time.sleep(0.3)
+        yield answer, steps[-1]
+
+
 def test_a_sweep_that_stops_keeps_who_is_being_set_aside(data, tmp_path, monkeypatch):  # noqa: F811
     host, storage = Host(data, 1), Storage.at(str(tmp_path / "ray"))
     put = Storage.put
@@ -261,12 +274,7 @@ def test_a_sweep_that_stops_keeps_who_is_being_set_aside(data, tmp_path, monkeyp
         put(self, *arguments)
 
     monkeypatch.setattr(Storage, "put", slow)
-    steps = host.attach("one", "holder", {"learning_rate": 0.01, "epochs": 500})
-    with ThreadPoolExecutor(1) as pool:
-        target = tmp_path / "on-the-way"
-        target.mkdir()
-        answer = pool.submit(host.advance, "one", steps[-1], str(target))
-        time.sleep(0.3)
+    with on_its_way(host, "one", {"learning_rate": 0.01, "epochs": 500}, tmp_path) as (answer, _):
         host.set_aside("one", storage)
         host.stop(storage)
         verify_checkpoint(tmp_path / "ray/one/checkpoint_stopped")
@@ -276,25 +284,25 @@ def test_a_sweep_that_stops_keeps_who_is_being_set_aside(data, tmp_path, monkeyp
 def test_a_trial_that_is_set_aside_goes_on_exactly_where_it_stood(data, tmp_path):  # noqa: F811
     """Between two reports, at once after one, and before its first step."""
     host, storage = Host(data, 1), Storage.at(str(tmp_path / "ray"))
-    config = {"learning_rate": 0.01, "epochs": 40}
+    config = {"learning_rate": 0.01, "epochs": 100}
     expected = run(host, "undisturbed", config, tmp_path)
     stopped = tmp_path / "ray/one/checkpoint_stopped"
-    steps = host.attach("one", "holder", config)
-    with ThreadPoolExecutor(1) as pool:
-        target = tmp_path / "on-the-way"
-        target.mkdir()
-        answer = pool.submit(host.advance, "one", steps[-1], str(target))
-        time.sleep(0.2)
+    with on_its_way(host, "one", config, tmp_path) as (answer, last):
         host.set_aside("one", storage)
         assert answer.result(timeout=20) == {"set_aside": True}
     verify_checkpoint(stopped)
+    (stored,) = storage.checkpoints("one")
+    assert 0 < stored.step < last
+    host.detach("one")
+    again = host.attach("one", "holder", config, str(stopped))
+    assert again == [point["step"] for point in expected if point["step"] >= stored.step]
     host.detach("one")
     found = run(host, "one", config, tmp_path, str(stopped))
     assert found[-1]["step"] == expected[-1]["step"]
     assert found[-1]["public_perplexity"] == pytest.approx(expected[-1]["public_perplexity"], rel=1e-6)
     host.attach("two", "holder", config)
     host.set_aside("two", storage)
-    assert host.advance("two", 1, str(target)) == {"set_aside": False}
+    assert host.advance("two", 1, str(tmp_path)) == {"set_aside": False}
     assert not (tmp_path / "ray/two").exists()
     host.set_aside("none", storage)  # one that is elsewhere
 
