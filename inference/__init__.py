@@ -10,6 +10,7 @@ This is the only package that imports ray.data. Read in this order:
     cached_attention   attention over these stores, in a prefill and in a decode step
     decode_programs    what a program of a decode step's attention reads and adds up
     decode_kernel      the attention of a decode step as a Triton kernel
+    choice_kernel      the likeliest tokens of many rows, as Triton kernels
     beam_engine        the loop: prompts join, are searched together, and leave when they are done
     engine             from token ids to texts, by the beam engine or by transformers
     attempts           rows whose process died: tried apart, and given up in the end

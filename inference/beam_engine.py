@@ -1,9 +1,9 @@
 """Owns the loop of the beam engine: prompts wait, join free slots, are searched together, leave when done.
 
 This is continuous batching, as in Orca (https://www.usenix.org/conference/osdi22/presentation/yu), for beam
-search. A decode step feeds one token of every beam of every slot. Prompts are prefilled in packed passes
-while others are in the middle of their search. The last token of a prompt is not prefilled but fed by the
-first step, so that a prefill needs no logits. There are as many slots as memory allows.
+search. Prompts are prefilled in packed passes while others are in the middle of their search, and so choose
+their first tokens; a prefill's beams are still alike. A decode step feeds one token of every beam of every
+slot. There are as many slots as memory allows.
 
 Refuses to know files, text and Ray.
 
@@ -14,7 +14,7 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -142,8 +142,7 @@ class BeamSearcher:
         prefixes = self._prefixes.of(of_part, self.room.prefill_tokens(), self._fill)
         # One part's prefix is there once for all slots; of several, each slot has a copy of its part's.
         of_all = prefixes[parts[0]] if len(counts) == 1 else self._prefixes.blank()
-        # A prompt's own tokens are those between that and its last token, which the first step feeds.
-        own_lengths = [len(prompt) - of_all.shape[3] - 1 for prompt in prompts]
+        own_lengths = [len(prompt) - of_all.shape[3] for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (-own_lengths[i], i))
         batch = self._make_batch(of_all, counts, max(own_lengths))
         waiting = {part: deque(i for i in order if parts[i] == part) for part in sorted(set(batch.parts))}
@@ -201,7 +200,7 @@ class BeamSearcher:
                 if example is not None
             ]
             with batch.way():
-                self._feed(batch, 1 + max(taken))
+                self._feed(batch, max(taken))
         batch.steps = [steps + 1 for steps in batch.steps]
         return batch.graph is not None
 
@@ -233,35 +232,38 @@ class BeamSearcher:
         prompts: list[Sequence[int]],
         prefixes: Mapping[int, Tensor],
     ) -> None:
-        """Put prompts into slots: prefill all but their last tokens, in packed passes, and start searches."""
+        """Put prompts into slots: prefill them in packed passes, and choose their first tokens."""
         device = batch.state.done_E.device
         p = batch.cache.prefix.shape[3]
         places = torch.tensor(slots, device=device)
-        own_lengths = torch.tensor([len(prompts[i]) - p - 1 for i in joining], device=device)
+        own_lengths = torch.tensor([len(prompts[i]) - p for i in joining], device=device)
         batch.cache.own_E.index_copy_(0, places, own_lengths)
-        last_tokens = torch.tensor([prompts[i][-1] for i in joining], device=device)
-        batch.state.start(places, last_tokens, self.rules)
         if p == 0:  # else all slots have it already
             for part, own_slots in batch.by_part(slots):
                 store_prefix(batch.cache, torch.tensor(own_slots, device=device), prefixes[part])
         lengths = [prefixes[batch.parts[slot]].shape[3] for slot in slots]
-        behind = [prompts[i][length:-1] for i, length in zip(joining, lengths, strict=True)]
-        filled = [(slot, own) for slot, own in zip(slots, behind, strict=True) if own]
-        for run in in_passes([len(own) for _, own in filled], self.room.prefill_tokens()):
+        behind = [prompts[i][length:] for i, length in zip(joining, lengths, strict=True)]
+        filled = list(zip(slots, behind, strict=True))
+        logits = [
             self._prefill(batch, filled[run.start : run.stop], prefixes)
+            for run in in_passes([len(own) for own in behind], self.room.prefill_tokens())
+        ]
         for slot, i in zip(slots, joining, strict=True):
             batch.examples[slot] = i
-            batch.steps[slot] = 0
+            batch.steps[slot] = 1
             if self.rules.do_sample:
                 batch.generators[slot] = torch.Generator(device)
                 batch.generators[slot].manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
+        generators = [batch.generators[slot] for slot in slots]
+        batch.state.start(places, torch.cat(logits), self.rules, generators)
 
     def _prefill(
         self, batch: Batch, filled: Sequence[tuple[int, Sequence[int]]], prefixes: Mapping[int, Tensor]
-    ) -> None:
+    ) -> Tensor:
         """Compute keys and values of prompts behind their parts' prefixes in a packed pass, and keep them.
 
-        `filled`: slots, by part, and the tokens that each one's prompt has behind the prefix.
+        `filled`: slots, by part, and the tokens that each one's prompt has behind the prefix, at least one.
+        Returns the logits [n, V] of their last tokens.
         """
         device, stretches, positions = self.model.device, list[tuple[int, Stretch]](), list[int]()
         for part, alike in groupby(filled, lambda one: batch.parts[one[0]]):
@@ -273,20 +275,21 @@ class BeamSearcher:
             store = store_prompts(batch.cache, places, rows, p - batch.cache.prefix.shape[3])
             stretches.append((part, Stretch(prefix, rows, store)))
             positions += [p + place for length in rows.lengths for place in range(length)]
-        self._fill(stretches, [token for _, own in filled for token in own], positions)
+        return self._fill(stretches, [token for _, own in filled for token in own], positions)
 
     def _fill(
         self, stretches: Sequence[tuple[int, Stretch]], tokens: list[int], positions: list[int]
-    ) -> None:
-        """Run a pass without logits, through each part's adapter."""
+    ) -> Tensor:
+        """Run a pass through each part's adapter, and return the logits of the rows' last tokens."""
         device = self.model.device
+        last = [place - 1 for place in accumulate(n for _, one in stretches for n in one.rows.lengths)]
         lengths = [one.rows.num_tokens for _, one in stretches]
         with self._ways.way_of(pieces_of([part for part, _ in stretches], lengths))():
-            self._forward(
+            return self._forward(
                 torch.tensor(tokens, device=device),
                 torch.tensor(positions, device=device),
                 PrefillPass([one for _, one in stretches]),
-                logits=False,
+                torch.tensor(last, device=device),
             )
 
     def _make_batch(self, prefix: Tensor, counts: Mapping[int, int], max_own: int) -> Batch:
@@ -318,12 +321,12 @@ class BeamSearcher:
         kept.clear()  # a search that was broken off may have left some
         return kept
 
-    def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, logits: bool = True) -> Tensor:
-        """Run one pass and return its logits [T, V], or without `logits` those of its last token [1, V]."""
+    def _forward(self, tokens_T: Tensor, positions_T: Tensor, cached: Any, kept: Tensor | int = 0) -> Tensor:
+        """Run one pass and return the logits of all its tokens, or those at the places `kept`."""
         return self.model(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],
             cached=cached,
             use_cache=False,
-            logits_to_keep=0 if logits else 1,
+            logits_to_keep=kept,
         ).logits[0]

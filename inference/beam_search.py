@@ -18,6 +18,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from qlora.base.device import triton_module
+
+_kernel = triton_module("inference.choice_kernel")
 _NEVER = -1.0e9  # what transformers adds to scores that must lose
 
 
@@ -42,9 +45,9 @@ class SearchRules:
 class SearchState:
     """The state of E searches.
 
-    next_EK: the tokens to feed; at first the last token of the prompt. steps_E: decode steps taken, which is
-    also the number of tokens chosen. tokens_EKT, scores_EK: the running beams. ancestry_EKT: the beam row
-    that was fed the t-th token of a beam's history. best_tokens_EKT, best_scores_EK: finished hypotheses,
+    next_EK: the tokens to feed. steps_E: the number of tokens chosen, the first of which follow from the
+    prompt. tokens_EKT, scores_EK: the running beams. ancestry_EKT: the beam row that was fed the t-th token
+    of a beam's history. best_tokens_EKT, best_scores_EK: finished hypotheses,
     best first, of best_lengths_EK tokens each. finished_EK: true where there is such a hypothesis.
     improvable_E: true if a running beam may still beat a finished one. done_E: true if the search has ended;
     then its state stays as it is.
@@ -81,12 +84,21 @@ class SearchState:
             done_E=torch.ones(e, dtype=torch.bool, device=device),
         )
 
-    def start(self, slots: Tensor, last_prompt_tokens: Tensor, rules: SearchRules) -> None:
-        """Put new examples into `slots` [n], given the last token of each one's prompt [n]."""
+    def start(
+        self,
+        slots: Tensor,
+        logits_nV: Tensor,
+        rules: SearchRules,
+        generators: list[torch.Generator] | None = None,
+    ) -> None:
+        """Put new examples into `slots` [n], and choose their first tokens by their prompts' logits [n, V].
+
+        `generators` has one for each of the slots, for sampling.
+        """
         fresh = SearchState.empty(len(slots), rules, slots.device)
-        fresh.next_EK.copy_(last_prompt_tokens[:, None])
         fresh.scores_EK[:, 1:] = _NEVER  # all beams begin alike, so only the first may branch
         fresh.done_E.zero_()
+        advance(fresh, logits_nV[:, None].repeat(1, rules.num_beams, 1), rules, generators)
         for field in fields(self):
             getattr(self, field.name).index_copy_(0, slots, getattr(fresh, field.name))
 
@@ -139,14 +151,11 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     ends_when_full = rules.early_stopping is True
     num_candidates = max(2, 1 + len(rules.eos_tokens)) * k
 
-    # The best candidates of all beams are among the best of each, so no step needs all log-probabilities.
-    # They are found in the model's dtype, in which there is less to read.
-    normalisers_EK1 = logits_EKV.float().logsumexp(-1, keepdim=True)
-    _forbid_early_eos(logits_EKV, state, rules)
-    top_EKc, ids_EKc = logits_EKV.topk(min(num_candidates, vocabulary))
-    log_probs_EX = (top_EKc.float() - normalisers_EK1 + state.scores_EK[..., None]).flatten(1)
+    # The best candidates of all beams are among the best of each.
+    log_probs_EKc, ids_EKc = _likeliest(state, logits_EKV, rules, min(num_candidates, vocabulary))
+    log_probs_EX = (log_probs_EKc + state.scores_EK[..., None]).flatten(1)
     log_probs_EC, choice_EC = log_probs_EX.topk(num_candidates)
-    parents_EC = choice_EC // top_EKc.shape[-1]
+    parents_EC = choice_EC // ids_EKc.shape[-1]
     chosen_EC = ids_EKc.flatten(1).gather(1, choice_EC)
     parents_tokens_ECT = _gather_rows(state.tokens_EKT, parents_EC)
     histories_ECT = parents_tokens_ECT.scatter(2, _places(state, num_candidates), chosen_EC[..., None])
@@ -196,6 +205,23 @@ def _advance_beams(state: SearchState, logits_EKV: Tensor, rules: SearchRules) -
     state.done_E.logical_or_(~goes_on_E)
 
 
+def _likeliest(
+    state: SearchState, logits_EKV: Tensor, rules: SearchRules, num_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Return each beam's likeliest tokens: log-probabilities [E, K, c] in float32, and tokens [E, K, c]."""
+    e, k, _ = logits_EKV.shape
+    if _kernel is not None and _kernel.supports(logits_EKV.flatten(0, 1)):
+        early_E = state.steps_E < rules.min_new_tokens if rules.min_new_tokens else None
+        early_X = None if early_E is None else early_E.repeat_interleave(k, output_size=e * k)
+        found = _kernel.likeliest(logits_EKV.flatten(0, 1), num_candidates, rules.eos_tokens, early_X)
+        log_probs_EKc, ids_EKc = (one.view(e, k, -1) for one in found)
+        return log_probs_EKc, ids_EKc
+    normalisers_EK1 = logits_EKV.float().logsumexp(-1, keepdim=True)
+    _forbid_early_eos(logits_EKV, state, rules)
+    top_EKc, ids_EKc = logits_EKV.topk(num_candidates)
+    return top_EKc.float() - normalisers_EK1, ids_EKc
+
+
 def _advance_single(
     state: SearchState, logits_EV: Tensor, rules: SearchRules, generators: list[torch.Generator] | None
 ) -> None:
@@ -237,8 +263,8 @@ def _forbid_early_eos(logits_EKV: Tensor, state: SearchState, rules: SearchRules
 
 
 def _inherit(state: SearchState, parents_EK: Tensor) -> Tensor:
-    """Return the new beams' ancestry: the parent's up to this step, and then a beam's own row."""
-    later = torch.arange(state.ancestry_EKT.shape[-1], device=parents_EK.device) > state.steps_E[:, None]
+    """Return the new beams' ancestry: the parent's as far as it was fed, and then a beam's own row."""
+    later = torch.arange(state.ancestry_EKT.shape[-1], device=parents_EK.device) >= state.steps_E[:, None]
     own_K1 = torch.arange(parents_EK.shape[1], device=parents_EK.device)[:, None]
     return torch.where(later[:, None], own_K1, _gather_rows(state.ancestry_EKT, parents_EK))
 

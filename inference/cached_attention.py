@@ -133,15 +133,19 @@ def _in_wide_elements(*tensors: Tensor) -> Sequence[Tensor]:
 class DecodePass:
     """A decode step: one token of every beam of every slot, T = E * K tokens, with beams of a slot together.
 
-    num_steps: a bound of the steps that any slot has taken, this one included; no further fed columns are
-    read.
+    num_steps: a bound of the tokens that any slot's beams were fed, these included; no further fed columns
+    are read. fed_E: those that each slot's beams were fed before.
     """
 
     cache: KVCache
     state: SearchState
     num_steps: int
+    fed_E: Tensor = field(init=False)
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _seen_columns: Any = None  # the kernel's, of all layers
+
+    def __post_init__(self) -> None:
+        self.fed_E = (self.state.steps_E - 1).clamp_(min=0)  # a slot without an example has chosen none
 
     def attend(
         self,
@@ -161,7 +165,7 @@ class DecodePass:
             cache = self.cache
             state = self.state
             if self._seen_columns is None:
-                self._seen_columns = _kernel.seen_columns(state.ancestry_EKT, state.steps_E)
+                self._seen_columns = _kernel.seen_columns(state.ancestry_EKT, self.fed_E)
             return _kernel.decode_attention(
                 q_THD,
                 k_TJD,
@@ -170,7 +174,7 @@ class DecodePass:
                 cache.prompts[:, layer],
                 cache.fed[:, layer],
                 cache.own_E,
-                state.steps_E,
+                self.fed_E,
                 self._seen_columns,
                 scale,
                 sliding_window,
@@ -180,9 +184,9 @@ class DecodePass:
         j, d = k_TJD.shape[1:]
         g = q_THD.shape[1] // j
         slots = torch.arange(e, device=q_THD.device)
-        steps_E = self.state.steps_E.clamp(max=self.cache.fed.shape[4] - 1)
+        places_E = self.fed_E.clamp(max=self.cache.fed.shape[4] - 1)
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):
-            _write(self.cache.fed[index, layer], slots, steps_E, tensor_TJD.view(e, k, j, d))
+            _write(self.cache.fed[index, layer], slots, places_E, tensor_TJD.view(e, k, j, d))
         k_JPD, v_JPD = self.cache.prefix[:, layer]
         k_EJLD, v_EJLD = self.cache.prompts[:, layer]
         k_EJFD, v_EJFD = self.cache.fed[:, layer, :, :, : self.num_steps].flatten(3, 4)
@@ -207,7 +211,7 @@ class DecodePass:
 
     def positions(self) -> Tensor:
         """Return the position of every fed token, [E, K]."""
-        positions_E = self.cache.prefix.shape[3] + self.cache.own_E + self.state.steps_E
+        positions_E = self.cache.prefix.shape[3] + self.cache.own_E + self.fed_E
         return positions_E[:, None].expand_as(self.state.next_EK)
 
     def _mask(self, sliding_window: int | None) -> Tensor:
@@ -219,7 +223,7 @@ class DecodePass:
             mask_EKW = torch.cat(self._seen(), dim=-1)
             if sliding_window is not None:
                 p = self.cache.prefix.shape[3]
-                positions_E = p + self.cache.own_E + self.state.steps_E
+                positions_E = p + self.cache.own_E + self.fed_E
                 distance_EW = positions_E[:, None] - self._column_positions()
                 mask_EKW = mask_EKW & (distance_EW < sliding_window)[:, None]
             self._masks[sliding_window] = mask_EKW
@@ -229,11 +233,11 @@ class DecodePass:
         """Return the columns that beams see without a window: [E, K, P], [E, K, L] and [E, K, F] bool."""
         e, k = self.state.next_EK.shape
         p = self.cache.prefix.shape[3]
-        device = self.state.steps_E.device
+        device = self.fed_E.device
         column_L = torch.arange(self.cache.prompts.shape[4], device=device)
         step_T = torch.arange(self.num_steps, device=device)
         is_own_EL = column_L < self.cache.own_E[:, None]
-        is_fed_ET = step_T <= self.state.steps_E[:, None]
+        is_fed_ET = step_T <= self.fed_E[:, None]
         ancestry_EKT = self.state.ancestry_EKT[:, :, : self.num_steps]
         is_ancestor_EKTK = ancestry_EKT[..., None] == torch.arange(k, device=device)
         return [
@@ -247,7 +251,7 @@ class DecodePass:
         e, k = self.state.next_EK.shape
         p = self.cache.prefix.shape[3]
         length = self.cache.prompts.shape[4]
-        device = self.state.steps_E.device
+        device = self.fed_E.device
         step_T = torch.arange(self.num_steps, device=device)
         fed_ET = p + self.cache.own_E[:, None] + step_T
         prompt_EL = p + torch.arange(length, device=device).expand(e, length)
@@ -299,6 +303,6 @@ def cached_attention(
     return out_THD[None], None
 
 
-def _write(fed_EJTKD: Tensor, slots_E: Tensor, steps_E: Tensor, new_EKJD: Tensor) -> None:
-    """Put every slot's new rows at its own step."""
-    fed_EJTKD.transpose(1, 2)[slots_E, steps_E] = new_EKJD.transpose(1, 2)
+def _write(fed_EJTKD: Tensor, slots_E: Tensor, places_E: Tensor, new_EKJD: Tensor) -> None:
+    """Put every slot's new rows at its own place."""
+    fed_EJTKD.transpose(1, 2)[slots_E, places_E] = new_EKJD.transpose(1, 2)

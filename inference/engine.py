@@ -29,6 +29,7 @@ from transformers.generation import (
 from inference.batch import Ways
 from inference.beam_engine import BeamSearcher
 from inference.beam_search import SearchRules
+from inference.cached_attention import DecodePass
 from inference.room import LENT_LIMITS
 from qlora.base.model import load_tokenizer
 from qlora.config import BaseModelSettings, DecodingSettings
@@ -227,26 +228,28 @@ def _try_out(model: Any, rules: SearchRules) -> None:
     attention in a way that the search's cache can't serve. Others show it by an error of their own.
     """
     rules = replace(
-        rules, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=max(2, rules.num_beams)
+        rules, max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=max(2, rules.num_beams)
     )
     vocabulary = model.config.get_text_config().vocab_size
     shared, *owns = (random_tokens(count, vocabulary, seed) for seed, count in enumerate((5, 4, 4)))
     prompts = [(*shared, *own) for own in owns]
-    fed: list[tuple[Tensor, Tensor]] = []  # of each decode step: tokens of all beams [T], their logits [T, V]
+    fed: list[
+        tuple[Tensor, Tensor]
+    ] = []  # of each decode step: beams' tokens so far [E, K, 3], logits [T, V]
 
     def keep(module: Any, given: Any, named: dict[str, Any], out: Any) -> None:
-        if named["logits_to_keep"] == 0:
+        if isinstance(named["cached"], DecodePass):
             # Copies, since the search overwrites both; a recorded step makes them anew each time.
-            fed.append((named["input_ids"][0].clone(), out.logits[0].clone()))
+            fed.append((named["cached"].state.tokens_EKT.clone(), out.logits[0].clone()))
 
     hook = model.register_forward_hook(keep, with_kwargs=True)
     try:
         dict(BeamSearcher(model, rules).search(prompts))
     finally:
         hook.remove()
-    tokens_T, logits_TV = fed[-1]
-    beams = tokens_T.view(len(prompts), -1).tolist()
-    rows = [[*prompt, token] for prompt, tokens in zip(prompts, beams, strict=True) for token in tokens]
+    tokens_EKT, logits_TV = fed[-1]
+    beams = tokens_EKT[:, :, :2].tolist()
+    rows = [[*prompt, *one] for prompt, ones in zip(prompts, beams, strict=True) for one in ones]
     with eager_attention(model), torch.no_grad():
         ids = torch.tensor(rows, device=model.device)
         own_TV = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, 0]

@@ -53,8 +53,7 @@ class KVCache:
     """The stores, each one tensor for all layers.
 
     prefix: [2, layers, J, P, D]. prompts: [2, layers, E, J, L, D]. fed: [2, layers, E, J, T, K, D]. Index 0
-    of the first axis has keys, index 1 values. own_E: a slot's prompt tokens behind the prefix, without the
-    last, which is fed.
+    of the first axis has keys, index 1 values. own_E: a slot's prompt tokens behind the prefix.
     """
 
     prefix: Tensor

@@ -17,7 +17,7 @@ from qlora.packed.packing import shared_prefix_length
 from qlora.packed.stream import Rows
 
 # Runs a pass of tokens at their positions; each stretch of them is of the part that stands beside it.
-Fill = Callable[[Sequence[tuple[int, Stretch]], list[int], list[int]], None]
+Fill = Callable[[Sequence[tuple[int, Stretch]], list[int], list[int]], object]
 
 
 class Prefixes:

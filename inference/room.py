@@ -59,7 +59,7 @@ class TextsMemory:
         `kind`: of the device, with `free` bytes left beside training. `number_bytes`: of the model's dtype.
         """
         limits = LENT_LIMITS[kind]
-        tokens = rounded_own(self.longest - 1) + self.max_new_tokens
+        tokens = rounded_own(self.longest) + self.max_new_tokens
         cache = tokens * self.cache_width * number_bytes
         logits = _LOGIT_BYTES * self.vocabulary
         fitting = max(1, int(_USABLE * free) // (cache + logits))

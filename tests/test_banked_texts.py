@@ -13,6 +13,7 @@ from test_training import weights
 from inference.banked import Asked, BankedGenerator, TextsStoppedError
 from inference.batch import in_passes, share_slots
 from inference.beam_engine import BeamSearcher
+from inference.cached_attention import PrefillPass
 from inference.engine import TransformersEngine
 from inference.kv_cache import KVCache
 from inference.room import LENT_LIMITS, TextsMemory
@@ -125,23 +126,23 @@ def test_adapters_share_the_passes_of_prompts_as_those_of_steps(monkeypatch):
     """Two passes fill the slots, of what prompts share and of the rest, however many adapters there are."""
     bank, adapters = tiny_bank()
     prompts = [one.prompt for one in random_examples(4, seed=3, vocabulary=250)]
-    without_logits: list[int] = []
+    filled: list[int] = []
     forward = bank.model.forward
 
     def counted(*arguments, **named):
-        if named["logits_to_keep"] == 1:
-            without_logits.append(named["input_ids"].shape[1])
+        if isinstance(named["cached"], PrefillPass):
+            filled.append(named["input_ids"].shape[1])
         return forward(*arguments, **named)
 
     generator = BankedGenerator(bank, byte_tokenizer(), DECODING)
     generator.texts([Asked(None, prompts)])  # which tries the model first
     monkeypatch.setattr(bank.model, "forward", counted)
     shared = shared_prefix_length(prompts)
-    rest = sum(len(prompt) - shared - 1 for prompt in prompts)
+    rest = sum(len(prompt) - shared for prompt in prompts)
     for count in (1, 2, 3):
-        without_logits.clear()
+        filled.clear()
         generator.texts([Asked(adapter, prompts) for adapter in adapters[:count]])
-        assert without_logits == [count * shared, count * rest]
+        assert filled == [count * shared, count * rest]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,24 @@ def test_tokens_equal_those_of_generate(family, settings):
     assert searched(model, texts, decoding, max_slots=3) == expected
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_the_first_tokens_come_from_the_prompts_own_pass(num_beams, length, monkeypatch):
+    """An answer of n tokens takes n - 1 decode steps."""
+    model, texts, steps = tiny_model("llama"), prompts(), []
+    decoding = DecodingSettings(num_beams=num_beams, max_new_tokens=length, min_new_tokens=length)
+    expected = [generated(model, text, decoding) for text in texts]
+    plain = BeamSearcher._step
+
+    def counted(searcher, batch):
+        steps.append(len(batch.parts))
+        return plain(searcher, batch)
+
+    monkeypatch.setattr(BeamSearcher, "_step", counted)
+    assert searched(model, texts, decoding) == expected
+    assert len(steps) == length - 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_eos_tokens(family):
     model, decoding = model_that_ends(family, [2, 7, 11]), DecodingSettings(max_new_tokens=12)

@@ -12,7 +12,9 @@ from torch.nn.functional import silu
 from transformers.models.llama import modeling_llama
 
 from qlora.base import fused, siblings
-from qlora.base.fused import FusedRMSNorm, fuse, fuse_norms
+from qlora.base.fused import fuse
+from qlora.base.norms import FusedRMSNorm, fuse_norms
+from qlora.base.residuals import fuse_residuals
 from qlora.base.siblings import join_siblings
 
 
@@ -31,6 +33,77 @@ def test_weights_keep_their_names():
     names = set(model.state_dict())
     fuse_norms(model)
     assert set(model.state_dict()) == names
+
+
+def add_and_normalise(x, residual, weight, eps):
+    total = x + residual
+    return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
+
+
+def add_and_forget(x, residual, weight, eps):
+    return torch.nn.functional.rms_norm(x + residual, weight.shape, weight, eps), residual
+
+
+def add_nothing(x, residual, weight, eps):
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sums_that_are_normalised_change_nothing(family):
+    """Nor gradients; layers that are otherwise made keep their forward."""
+    model, ids = tiny_model(family), torch.arange(3, 40)[None]
+    weight = model.get_input_embeddings().weight
+    expected = model(ids).logits
+    gradient = torch.autograd.grad(expected.square().sum(), weight)[0]
+    fuse_norms(model)
+    num_fused = fuse_residuals(model, add_and_normalise)
+    assert num_fused == (0 if family == "gemma2" else model.config.num_hidden_layers)
+    torch.testing.assert_close(model(ids).logits, expected)
+    found = torch.autograd.grad(model(ids).logits.square().sum(), weight)[0]
+    torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids[:, :5]).logits, expected[:, :5])
+
+
+def test_each_sum_of_an_inference_is_normalised_at_once():
+    """A layer finds there what it would normalise, and the norm behind the last one, too."""
+    model, sums = tiny_model("llama"), []
+    fuse_norms(model)
+
+    def counted(x, residual, weight, eps):
+        sums.append(len(x))
+        return add_and_normalise(x, residual, weight, eps)
+
+    fuse_residuals(model, counted)
+    for is_training, ours in (
+        (False, 2 * model.config.num_hidden_layers),
+        (True, model.config.num_hidden_layers),
+    ):
+        sums.clear()
+        with torch.set_grad_enabled(is_training):
+            model(torch.arange(3, 9)[None])
+        assert len(sums) == ours
+
+
+@pytest.mark.parametrize("kernel", [add_and_forget, add_nothing])
+def test_a_kernel_that_sums_something_else_or_fails_is_left_out(kernel):
+    model, ids = tiny_model("llama"), torch.arange(3, 40)[None]
+    fuse_norms(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert fuse_residuals(model, kernel) == 0
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_sums_of_unequal_dtypes_are_those_of_the_wider_one():
+    """As under autocast, whose linear layers give 16-bit numbers: the residual is not rounded to them."""
+    model, ids = tiny_model("llama"), torch.arange(3, 40)[None]
+    fuse_norms(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids).logits
+        assert fuse_residuals(model, add_and_normalise) == model.config.num_hidden_layers
+        assert torch.equal(model(ids).logits, expected)
 
 
 def quick_mlp(self, x):

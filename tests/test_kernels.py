@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import HAS_KERNELS
 
-from inference.beam_search import SearchRules, SearchState
+from inference.beam_search import SearchRules, SearchState, advance
 from inference.cached_attention import DecodePass
 from inference.kv_cache import KVCache
 from qlora.lora.products import Dropout, LayerPart
@@ -15,7 +15,7 @@ from qlora.pass_buffers import PassSize
 
 if not HAS_KERNELS:
     pytest.skip("pip install 'triton>=3.9'", allow_module_level=True)
-from inference import decode_kernel
+from inference import choice_kernel, decode_kernel
 from qlora.lora import kernels as lora_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -225,7 +225,7 @@ def test_the_decode_kernel_equals_plain_attention(
     slots, steps, kv_heads, width, longest = 3, 6, 2, 16, 5
     state = SearchState.empty(slots, SearchRules(beams, steps), DEVICE)
     state.done_E.zero_()
-    state.steps_E.copy_(torch.tensor([0, 3, 5], device=DEVICE))
+    state.steps_E.copy_(torch.tensor([1, 4, 6], device=DEVICE))
     if beams == 2:
         state.ancestry_EKT.copy_(
             torch.tensor([[0, 0, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]], device=DEVICE).expand(slots, -1, -1)
@@ -249,8 +249,8 @@ def test_the_decode_kernel_equals_plain_attention(
         cache.prompts[:, 0],
         cache.fed[:, 0],
         cache.own_E,
-        state.steps_E,
-        decode_kernel.seen_columns(state.ancestry_EKT, state.steps_E),
+        state.steps_E - 1,
+        decode_kernel.seen_columns(state.ancestry_EKT, state.steps_E - 1),
         0.25,
         sliding_window,
         softcap,
@@ -265,3 +265,66 @@ def test_the_decode_kernel_equals_plain_attention(
     expected = plain.attend(0, *fed, 0.25, sliding_window, softcap)
     rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(found.cpu().float(), expected, **rounding)
+
+
+def plainly_likeliest(logits, count, banned, banned_rows):
+    log_probs = logits.double().log_softmax(-1)
+    for token in banned:
+        log_probs[banned_rows, token] = -torch.inf
+    return torch.sort(log_probs, dim=-1, descending=True, stable=True)[0][:, :count], log_probs
+
+
+@pytest.mark.parametrize("vocabulary", [7, 128, 4096, 9001])
+@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize("banned", [(), (2,), (5, 3)])
+@pytest.mark.parametrize("kind", ["far apart", "mostly equal", "one finite", "sorted"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_likeliest_tokens_are_those_of_a_sort(vocabulary, count, banned, kind, dtype):
+    """Each once, with its own log-probability, of equal ones the first; banned ones where they are banned."""
+    logits = 4 * randn(5, vocabulary, dtype=dtype, seed=3)
+    if kind == "mostly equal":
+        logits = logits.round().clamp(-1, 1)
+    if kind == "one finite":
+        logits[:, 1:] = -torch.inf
+    if kind == "sorted":
+        logits = torch.sort(logits, dim=-1, descending=True)[0].contiguous()
+    logits[0, 0] = 30.0
+    banned_rows = torch.tensor([True, False, True, True, False], device=DEVICE)
+    given = logits.clone()
+    found, tokens = choice_kernel.likeliest(given, count, banned, banned_rows if banned else None)
+    expected, log_probs = plainly_likeliest(logits.cpu(), count, banned, banned_rows.cpu())
+    assert torch.equal(given, logits), "the logits are left as they are"
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == count for row in tokens.tolist())
+    own = log_probs.gather(1, tokens.cpu())
+    torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
+    firsts = torch.sort(log_probs, dim=-1, descending=True, stable=True)[1][:, :count]
+    assert torch.equal(tokens.cpu(), firsts)
+
+
+def test_a_row_that_is_no_number_gives_tokens_of_the_vocabulary():
+    """So a damaged model's search goes on to its end."""
+    logits = torch.full((2, 300), torch.nan, device=DEVICE)
+    logits[1] = torch.inf
+    log_probs, tokens = choice_kernel.likeliest(logits, 4)
+    assert log_probs.isnan().all()
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+def test_beams_advance_by_the_kernel_as_by_torch(monkeypatch):
+    """With tokens that may not end an answer yet."""
+    rules = SearchRules(3, 8, min_new_tokens=3, eos_tokens=(2, 9))
+    found = []
+    for by_kernel in (True, False):
+        monkeypatch.setattr(choice_kernel, "supports", lambda logits, by_kernel=by_kernel: by_kernel)
+        state = SearchState.empty(4, rules, DEVICE)
+        logits = [randn(12, 200, dtype=torch.float32, seed=20 + step) for step in range(6)]
+        for one in logits:
+            one[:, 2] += 6.0
+        state.start(torch.arange(4, device=DEVICE), logits[0][::3], rules)
+        for one in logits[1:]:
+            advance(state, one.view(4, 3, -1), rules)
+        found.append(state)
+    for name, expected in vars(found[1]).items():
+        torch.testing.assert_close(vars(found[0])[name], expected, msg=name)
+    assert found[0].best_lengths_EK.max() > 3

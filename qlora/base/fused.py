@@ -1,10 +1,9 @@
 """Owns what is fused on GPUs: chains of small kernels in transformers' models become one kernel each.
 
 A small kernel spends more time on moving its operands to and from memory than on arithmetic; fusing a chain
-of them moves the operands once. RMSNorm modules are replaced by one that calls torch's own kernel, in the way
-PEFT and bitsandbytes replace linear layers, and only if the replacement computes the same on a random input:
-a family whose norm differs (Gemma scales by 1 + weight) keeps its own. The rotary embedding and the gated MLP
-are Liger's, where that package is installed.
+of them moves the operands once. Norms are torch's own kernel (qlora.base.norms). The rotary embedding, the
+gated MLP and sums with the residual that are normalised (qlora.base.residuals) are Liger's, where that
+package is installed.
 
 Refuses to know adapters.
 
@@ -18,27 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class FusedRMSNorm(nn.Module):
-    """Root mean square normalisation: x / sqrt(mean(x^2) + eps) * weight, in float32 inside.
-
-    Source: https://arxiv.org/abs/1910.07467.
-    """
-
-    def __init__(self, weight: nn.Parameter, eps: float):
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., n] -> [..., n], in x's dtype."""
-        # Autocast would convert x to float32 and give float32 back.
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
+from qlora.base.norms import fuse_norms
+from qlora.base.residuals import fuse_residuals
 
 _log = logging.getLogger(__name__)
 _ROTARY = "apply_rotary_pos_emb"
@@ -46,7 +28,7 @@ _own_rotary: dict[str, Callable[..., Any] | None] = {}  # of families, by transf
 
 
 def fuse(model: Any) -> None:
-    """Replace norms, and the rotary embedding and gated MLP of the families that Liger knows.
+    """Replace norms, and the rotary embedding, gated MLP and sums with the residual that Liger knows.
 
     The model may have adapters of PEFT's. Liger puts its rotary embedding into the family's module in
     transformers, so all models of the family in this process get it; those on a CPU keep their own. Whatever
@@ -78,6 +60,7 @@ def fuse(model: Any) -> None:
             mlp.__dict__.pop("forward", None)
     finally:
         vars(module).update(before)
+    fuse_residuals(plain, _add_and_normalise)
 
 
 def _apply_liger(model: Any) -> None:
@@ -93,6 +76,13 @@ def _apply_liger(model: Any) -> None:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+
+
+def _add_and_normalise(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+
+    # "gemma" is the mode that rounds once, as torch's kernel does; the offset is what Gemma would add.
+    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "gemma", False)
 
 
 @torch.no_grad()
@@ -138,31 +128,3 @@ def _turns_whole_heads(config: Any) -> bool:
     parameters = getattr(text, "rope_parameters", None) or {}
     turned = getattr(text, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
     return turned == 1.0
-
-
-def fuse_norms(model: nn.Module) -> int:
-    """Replace a model's RMSNorm modules where that changes nothing beyond rounding; return how many were."""
-    fused = {}
-    for name, module in model.named_modules():
-        replacement = _replacement(module)
-        if replacement is not None:
-            fused[name] = replacement
-    for name, replacement in fused.items():
-        model.set_submodule(name, replacement)
-    return len(fused)
-
-
-def _replacement(module: nn.Module) -> FusedRMSNorm | None:
-    """Return the fused norm for a module, or None if it is no RMSNorm or one that computes something else."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or eps is None:
-        return None
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
-        return None
-    fused = FusedRMSNorm(weight, eps)
-    rounding = 4 * torch.finfo(weight.dtype).eps
-    with torch.no_grad():
-        x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-        is_same = torch.allclose(fused(x).float(), module(x).float(), rtol=rounding, atol=1e-6)
-    return fused if is_same else None
