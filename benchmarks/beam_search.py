@@ -1,7 +1,7 @@
 """Beam search over real prompts: transformers' generate at its best batch size against the beam engine.
 
     python benchmarks/beam_search.py [--shape 7b] [--data FILE] [--examples 16] [--num-beams 3] \\
-        [--new-tokens 64 --forced]
+        [--new-tokens 64 --forced] [--within GIB] [--peer vllm]
 
 Same process, same model: a base with dequantised weights, or (`--shape`) random bfloat16 weights of that
 size, whose token ids are the tokenizer's modulo the vocabulary. With `--forced` every output has exactly
@@ -9,7 +9,9 @@ size, whose token ids are the tokenizer's modulo the vocabulary. With `--forced`
 baseline runs in transformers' own modules, ours in what is served. In float32 both must choose the same
 tokens, or nothing is printed. `settings` has the rate of every batch size, and for `--profile` where the time
 of the engine's step goes. Where memory holds no batch of the baseline, or with `--batches` and no number, the
-baseline is null.
+baseline is null. vLLM runs before both, in a process of its own, on the same prompts; all its lengths are
+forced, so that only with `--forced` work is equal. Where weights would not fit in the model's dtype, they
+stay in NF4.
 """
 
 import argparse
@@ -22,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.models import add_model_options, fold, load_model
+from benchmarks.models import add_model_options, base_folder, fold, less_memory, load_for_work, load_words
 from benchmarks.packed_stream import timed
+from benchmarks.peers import ask
 from benchmarks.report import print_report
 from inference.beam_engine import BeamSearcher
 from inference.engine import TransformersEngine, search_rules
@@ -57,8 +60,15 @@ def main() -> None:
     )
     parser.add_argument("--max-slots", type=int)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--peer", choices=["vllm"])
     arguments = parser.parse_args()
-    model, tokenizer = load_model(arguments)
+    with less_memory(arguments.within):
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure the peer, the baseline and the engine one after another, and print."""
+    tokenizer = load_words(arguments)
     rows = load_examples(arguments.data, need_output=False)[: arguments.examples]
     template = load_prompt()
     prompts = [template.ids(tokenizer, row.turns) for row in rows]
@@ -69,6 +79,8 @@ def main() -> None:
         max_new_tokens=arguments.new_tokens,
         min_new_tokens=arguments.new_tokens if arguments.forced else None,
     )
+    peer = ask_vllm(arguments, prompts) if arguments.peer else None
+    model = load_for_work(arguments)
     rates: dict[int, float] = {}
     generate_gib: dict[int, float | None] = {}
     texts: dict[int, str] = {}
@@ -109,6 +121,9 @@ def main() -> None:
         "generate_examples_per_second": rates,
         "threads": torch.get_num_threads(),
     }
+    if peer is not None:
+        ratio = len(prompts) / seconds / peer["examples_per_second"]
+        extra |= {"vllm": peer, "ratio_to_vllm": round(ratio, 2)}
     if 1 in rates:
         extra["ratio_to_one_at_a_time"] = round(len(prompts) / seconds / rates[1], 2)
     if model.device.type == "cuda":
@@ -123,6 +138,19 @@ def main() -> None:
         {**vars(arguments), **extra},
         higher_is_better=True,
     )
+
+
+def ask_vllm(arguments: argparse.Namespace, prompts: list[tuple[int, ...]]) -> dict[str, Any] | None:
+    """Have vLLM search for the prompts' answers; None if it is not installed, or fails."""
+    with base_folder(arguments, weights=False) as folder:
+        work = {
+            "folder": folder,
+            "dummy": arguments.shape is not None,
+            "prompts": prompts,
+            "num_beams": arguments.num_beams,
+            "new_tokens": arguments.new_tokens,
+        }
+        return ask("vllm", work)
 
 
 def peak_memory_gib() -> float | None:
