@@ -2,7 +2,8 @@
 
 In a decoder layer that normalises what attention and MLP read, each sum with the residual is written to
 memory only to be read by the norm behind it. One kernel of Liger's does both. Behind the MLP that norm is the
-next layer's, which finds there what it would compute. A family whose layers differ keeps them as they are.
+next layer's, which finds there what it would compute. A family whose layers differ keeps them as they are,
+and so does training, in which the kernel's backward takes as long as it saves.
 
 Refuses to know attention and MLPs.
 
@@ -24,14 +25,15 @@ AddAndNormalise = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor
 
 
 def fuse_residuals(model: Any, add_and_normalise: AddAndNormalise) -> int:
-    """Let decoder layers with fused norms add and normalise at once; return how many do.
+    """Let decoder layers with fused norms add and normalise at once without gradients; return how many do.
 
     They are left as they are where that changes more than rounding, or where the kernel fails.
     """
     layers = [one for one in model.modules() if _has_the_parts(one)]
     behind = [*(layer.input_layernorm for layer in layers), _last_norm(model)][1:]
     forwards = [
-        partial(_forward, layer, add_and_normalise, norm) for layer, norm in zip(layers, behind, strict=True)
+        partial(_forward, layer, layer.forward, add_and_normalise, norm)
+        for layer, norm in zip(layers, behind, strict=True)
     ]
     pairs = zip(layers, forwards, strict=True)
     are_the_same = all(_computes_the_same(layer, forward) for layer, forward in pairs)
@@ -60,17 +62,20 @@ def _last_norm(model: Any) -> FusedRMSNorm | None:
 
 def _forward(
     layer: Any,
+    own: Callable[..., Tensor],
     add_and_normalise: AddAndNormalise,
     next_norm: FusedRMSNorm | None,
     hidden_states: Tensor,
+    *others: Any,
     **named: Any,
 ) -> Tensor:
-    """Compute what a layer does, x + attend(norm(x)), then y + mlp(norm(y))."""
+    """Compute what a layer's own forward does, x + attend(norm(x)), then y + mlp(norm(y))."""
+    if torch.is_grad_enabled() or others:
+        return own(hidden_states, *others, **named)
     attended, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
     normed, residual = _add(attended, hidden_states, layer.post_attention_layernorm, add_and_normalise)
     out = layer.mlp(normed)
-    # A layer that is computed again in a backward finds nothing from the one before.
-    if next_norm is None or torch.is_grad_enabled():
+    if next_norm is None:
         return residual + out
     normed, total = _add(out, residual, next_norm, add_and_normalise)
     next_norm.expect(total, normed)
