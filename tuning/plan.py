@@ -100,6 +100,8 @@ def make_plan(
         step_tokens=memory.step_tokens,
         side_by_side=trials,
         num_devices=num_devices,
+        pass_tokens=budget,
+        keeps_nf4=memory.keeps_nf4,
         recomputes=memory.recomputes,
     )
     activations = int(memory.of_pass(min(budget, largest)))

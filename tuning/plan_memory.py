@@ -53,15 +53,16 @@ class TrainingMemory:
         return self.device.free_bytes - (_RESERVE_BYTES if self._is_on_gpu else 0)
 
     @cached_property
-    def base(self) -> int:
-        """Return what the base takes.
-
-        Its NF4 values are dequantised if half of the free memory has room for them.
-        """
+    def keeps_nf4(self) -> bool:
+        """Tell whether the base stays in NF4: half of the free memory has no room for its values."""
         dense = self.size.linear * self._width
-        keeps_nf4 = self.space.base_model.quantization == "nf4" and 2 * dense >= self.free
-        linear = int(self.size.linear * _NF4_BYTES) if keeps_nf4 else dense
-        return self.size.other * self._width + linear
+        return self.space.base_model.quantization == "nf4" and 2 * dense >= self.free
+
+    @cached_property
+    def base(self) -> int:
+        """Return what the base takes."""
+        linear = self.size.linear * (_NF4_BYTES if self.keeps_nf4 else self._width)
+        return self.size.other * self._width + int(linear)
 
     @cached_property
     def adapter(self) -> int:

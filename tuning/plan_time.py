@@ -2,7 +2,8 @@
 
 Added to them is what every step, every evaluation and every first pass of a size costs a GPU's host; and the
 sweep is played (tuning.plan_play). Constants of a GPU are from steps of one and eight trials of the shapes of
-135 million, 1.1 and 7 billion parameters on an H100, and from 36 sweeps of the first on H200s without Liger.
+135 million, 1.1 and 7 billion parameters on an H100, and from 36 sweeps of the first on H200s without Liger;
+that of a base in NF4 from a step of 70 billion on an H200.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ from tuning.space import Space
 START_SECONDS = 30  # Ray, the first host, its base
 _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of the base
 # By a training pass, for each number that a linear layer takes or gives, with Liger's kernels and without.
-_MOVED_NUMBERS, _MOVED_UNFUSED = 16, 29
+_MOVED_NUMBERS, _MOVED_UNFUSED = 14, 29
 _STEP_SECONDS, _TRIAL_SECONDS = 0.018, 0.003  # of a GPU's host: a step, and each trial in it
 _EVALUATION_SECONDS = 0.15  # of a GPU's host: one trial
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
 _RECOMPUTED = 1.5  # passes that one takes whose layers are computed again
+# Bytes, for each number of a base that stays in NF4, whenever a pass dequantises it.
+_DEQUANTISED_BYTES = 8
 _EVALUATION_TOKENS = 32768  # of an evaluation's pass
 # A training pass's time, in evaluations of its tokens: two cores; an H200 with the embedded base's shape.
 _OF_EVALUATION = {"cpu": 2.6, "cuda": 3.7}
@@ -38,26 +41,60 @@ def expected_seconds(
     step_tokens: int,
     side_by_side: int,
     num_devices: int,
+    pass_tokens: int,
+    keeps_nf4: bool = False,
     recomputes: bool = False,
 ) -> tuple[float, float]:
     """Return the seconds of a sweep with early stopping and without.
 
     There are `num_devices` devices with `side_by_side` trials on each; a step has `step_tokens` stream
-    tokens. `recomputes`: layers are computed again in the backward.
+    tokens, a pass at most `pass_tokens`. `keeps_nf4`, `recomputes`: see TrainingMemory.
     """
-    passes = _RECOMPUTED if recomputes else 1.0
-    step = passes * _token_seconds(size, device, answer_share(train)) * step_tokens
+    step, trial = step_seconds(
+        size,
+        device,
+        answer_share(train),
+        step_tokens=step_tokens,
+        pass_tokens=pass_tokens,
+        keeps_nf4=keeps_nf4,
+        recomputes=recomputes,
+    )
     evaluation = evaluation_seconds(train, public, size, device)
     start = float(START_SECONDS)
-    pace = Pace(0.0, step, evaluation, side_by_side)
     if device.kind == "cuda":
+        evaluation += _EVALUATION_SECONDS
         start += 0 if recomputes else _RECORDINGS * _RECORDING_SECONDS * size.num_layers
-        pace = Pace(_STEP_SECONDS, step + _TRIAL_SECONDS, evaluation + _EVALUATION_SECONDS, side_by_side)
+    pace = Pace(step, trial, evaluation, side_by_side)
     stopped, whole = (
         played_seconds(space, len(train), pace, num_devices, stops=stops) for stops in (True, False)
     )
     averages = 1 + AVERAGES_SHARE if space.soup and space.objective.is_perplexity else 1.0
     return start + averages * stopped, start + averages * whole
+
+
+def step_seconds(
+    size: ModelSize,
+    device: Device,
+    answers: float,
+    *,
+    step_tokens: int,
+    pass_tokens: int,
+    keeps_nf4: bool = False,
+    recomputes: bool = False,
+) -> tuple[float, float]:
+    """Return the seconds of a step of trials side by side: those of itself, and those of each trial.
+
+    `answers`: the share of tokens that are. A base that stays in NF4 is dequantised in each pass's forward
+    and backward; the last of a step's passes is half full on average.
+    """
+    again = _RECOMPUTED if recomputes else 1.0
+    trial = again * _token_seconds(size, device, answers) * step_tokens
+    if device.kind == "cpu":
+        return 0.0, trial
+    times = 3 if recomputes else 2
+    dequantised = times * size.linear * _DEQUANTISED_BYTES / device.bandwidth if keeps_nf4 else 0.0
+    step = _STEP_SECONDS + dequantised / 2
+    return step, trial + _TRIAL_SECONDS + dequantised * step_tokens / pass_tokens
 
 
 def evaluation_seconds(
