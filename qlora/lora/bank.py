@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from qlora.base.fused import fuse
 from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
+from qlora.base.nf4 import choose_kernel
 from qlora.base.recomputed import recompute_layers
 from qlora.base.reference import split_revision
 from qlora.config import BaseModelSettings, InputError, TrialSettings
@@ -63,6 +64,7 @@ class AdapterBank:
     _tables: dict[tuple[int, ...], BankTables] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        choose_kernel(self.model)
         self._linear = linear_layers(self.model)
         num_parameters = sum(math.prod(widths) for widths in self._linear.values())
         self.mean_parameters = num_parameters / max(1, len(self._linear))

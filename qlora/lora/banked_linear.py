@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.base.device import triton_module
+from qlora.base.nf4 import dequantise
 from qlora.lora import products
 from qlora.lora.products import LayerPart
 
@@ -115,12 +116,9 @@ class BankedLinear(nn.Module):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the base's weight [OUT, IN], dequantised to `dtype` if it is in NF4."""
-        state = getattr(self.base.weight, "quant_state", None)
-        if state is None:
+        if getattr(self.base.weight, "quant_state", None) is None:
             return self.base.weight  # type: ignore[no-any-return]
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.base.weight.data, state).to(dtype)  # type: ignore[no-any-return]
+        return dequantise(self.base.weight).to(dtype)
 
 
 def _is_written(x: Tensor, layers: Sequence[BankedLinear], route: Route) -> bool:
