@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qlora.base.fused import fuse, has_liger
 from qlora.base.loading import load_bitsandbytes
 from qlora.base.model import dequantised_if_it_fits, is_nf4, load_base
+from qlora.base.nf4 import quicken_layers
 from qlora.base.siblings import join_siblings
 from qlora.config import BaseModelSettings
 from qlora.lora.peft_folder import load_adapter
@@ -70,6 +71,8 @@ def quicken(model: nn.Module) -> None:
     if next(model.parameters()).is_cuda:
         fuse(model)
         join_siblings(model)
+        if is_nf4(model):
+            quicken_layers(model)
     elif torch.backends.mkldnn.is_available():
         names = [
             name

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
 from conftest import HAS_KERNELS
 
 from qlora.base import nf4
 from qlora.base.device import default_device
+from qlora.base.nf4 import quicken_layers
 
 if not HAS_KERNELS:
     pytest.skip("pip install 'triton>=3.9'", allow_module_level=True)
@@ -76,3 +78,41 @@ def test_a_layer_has_its_values_by_either_kernel(is_ours, monkeypatch):
     monkeypatch.setitem(nf4._are_ours, weight.device, is_ours)
     assert torch.equal(nf4.dequantise(weight), dequantize_4bit(weight.data, weight.quant_state))
     assert bool(called) == is_ours
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "least"), [([1, 2, 1, 2, 1, 2, 1, 2], 16), ([1, 2, 1, 2, 2, 1], 256), ([2, 1], None)]
+)
+def test_layers_dequantise_first_from_the_rows_on_where_that_is_faster(milliseconds, least, monkeypatch):
+    """With their own gradients, and the results that they had."""
+    times, called, plain = iter(milliseconds), [], nf4.dequantise
+    model = torch.nn.Sequential(
+        Linear4bit(64, 96, compute_dtype=torch.float32, quant_type="nf4"), torch.nn.ReLU(),
+        Linear4bit(96, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4"),
+    ).to(DEVICE)  # fmt: skip
+    inputs = {rows: torch.randn(2, rows // 2, 64, device=DEVICE) for rows in (2, 16, 256, 600)}
+    with torch.no_grad():
+        expected = {rows: model(x) for rows, x in inputs.items()}
+    monkeypatch.setattr(nf4, "_milliseconds", lambda call: next(times))
+    monkeypatch.setattr(nf4, "dequantise", lambda weight: called.append(1) or plain(weight))
+    assert quicken_layers(model) == least
+    with torch.no_grad():
+        for rows, x in inputs.items():
+            called.clear()
+            torch.testing.assert_close(model(x), expected[rows])
+            assert len(called) == (2 if least is not None and rows >= least else 0)
+    called.clear()
+    x = inputs[600].clone().requires_grad_()
+    model(x).sum().backward()
+    assert not called and x.grad.abs().sum() > 0
+
+
+def test_layers_that_could_not_be_measured_multiply_as_before(monkeypatch):
+    layer = Linear4bit(64, 96, compute_dtype=torch.float32, quant_type="nf4").to(DEVICE)
+    monkeypatch.setattr(nf4, "_milliseconds", lambda call: failing(None, None))
+    assert quicken_layers(torch.nn.Sequential(layer)) is None
+    assert "forward" not in vars(layer)
+
+
+def test_a_model_without_such_layers_is_left_alone():
+    assert quicken_layers(torch.nn.Sequential(torch.nn.Linear(4, 4))) is None
