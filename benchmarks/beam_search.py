@@ -39,7 +39,7 @@ _FAMILIES = {
     "decode attention, without the template's": ("decode", "list_seen"),
     "prefill attention, and the template's": ("fmha", "flash", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass"),
-    "top-k": ("TopK", "topk", "ort", "radix"),
+    "top-k": ("TopK", "topk", "ort", "radix", "_look", "_choose"),
 }
 
 

@@ -96,17 +96,20 @@ def measure_unsloth(
     arguments: argparse.Namespace, examples: list[EncodedExample], settings: TrialSettings
 ) -> dict[str, Any] | None:
     """Have unsloth train on the examples; None if it is not installed, or fails."""
-    with base_folder(arguments) as folder:
-        work = {
-            "folder": folder,
-            "examples": [(one.prompt, one.answer) for one in examples],
-            "lora_r": settings.lora_r,
-            "lora_alpha": settings.lora_alpha,
-            "lora_dropout": settings.lora_dropout,
-            "learning_rate": settings.learning_rate,
-            "steps": max(8, arguments.steps),
-        }
-        return ask("unsloth", work)
+    work = {
+        "examples": [(one.prompt, one.answer) for one in examples],
+        "lora_r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "learning_rate": settings.learning_rate,
+        "steps": max(8, arguments.steps),
+    }
+    try:
+        with base_folder(arguments) as folder:
+            return ask("unsloth", {**work, "folder": folder})
+    except torch.cuda.OutOfMemoryError:
+        print("unsloth: there is no memory to write the base that it would load", file=sys.stderr, flush=True)
+        return None
 
 
 def measure_baseline(

@@ -52,9 +52,9 @@ class _Notice:
 class Batch:
     """The slots that are searched together.
 
-    parts: each slot's, ascending. examples: the index of each slot's prompt, None for a free slot. steps:
-    decode steps that each slot has taken. generators: each slot's own, for sampling. way: of decode steps.
-    graph: the recorded decode step, on a GPU.
+    parts: each slot's, ascending. examples: the index of each slot's prompt, None for a free slot. steps: the
+    tokens that each slot has chosen. generators: each slot's own, for sampling. way: of decode steps. graph:
+    the recorded decode step, on a GPU.
     """
 
     cache: KVCache

@@ -47,10 +47,9 @@ class SearchState:
 
     next_EK: the tokens to feed. steps_E: the number of tokens chosen, the first of which follow from the
     prompt. tokens_EKT, scores_EK: the running beams. ancestry_EKT: the beam row that was fed the t-th token
-    of a beam's history. best_tokens_EKT, best_scores_EK: finished hypotheses,
-    best first, of best_lengths_EK tokens each. finished_EK: true where there is such a hypothesis.
-    improvable_E: true if a running beam may still beat a finished one. done_E: true if the search has ended;
-    then its state stays as it is.
+    of a beam's history. best_tokens_EKT, best_scores_EK: finished hypotheses, best first, of best_lengths_EK
+    tokens each. finished_EK: true where there is such a hypothesis. improvable_E: true if a running beam may
+    still beat a finished one. done_E: true if the search has ended; then its state stays as it is.
     """
 
     next_EK: Tensor

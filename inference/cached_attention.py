@@ -184,9 +184,8 @@ class DecodePass:
         j, d = k_TJD.shape[1:]
         g = q_THD.shape[1] // j
         slots = torch.arange(e, device=q_THD.device)
-        places_E = self.fed_E.clamp(max=self.cache.fed.shape[4] - 1)
         for index, tensor_TJD in enumerate((k_TJD, v_TJD)):
-            _write(self.cache.fed[index, layer], slots, places_E, tensor_TJD.view(e, k, j, d))
+            _write(self.cache.fed[index, layer], slots, self.fed_E, tensor_TJD.view(e, k, j, d))
         k_JPD, v_JPD = self.cache.prefix[:, layer]
         k_EJLD, v_EJLD = self.cache.prompts[:, layer]
         k_EJFD, v_EJFD = self.cache.fed[:, layer, :, :, : self.num_steps].flatten(3, 4)

@@ -42,21 +42,14 @@ def supports(q_THD: Tensor, num_beams: int) -> bool:
     return q_THD.is_cuda and q_THD.shape[-1] in (16, 32, 64, 128, 256) and num_beams <= _MOST_BEAMS
 
 
-def seen_columns(ancestry_EKT: Tensor, steps_E: Tensor) -> SeenColumns:
+def seen_columns(ancestry_EKT: Tensor, fed_E: Tensor) -> SeenColumns:
     """List the columns that beams see in a step, which all its layers share."""
     e, k, t = ancestry_EKT.shape
-    columns_EW = torch.empty(e, t * k, dtype=torch.int32, device=steps_E.device)
+    columns_EW = torch.empty(e, t * k, dtype=torch.int32, device=fed_E.device)
     seen = SeenColumns(columns_EW, torch.empty_like(columns_EW), columns_EW.new_empty(e))
     if k > 1:
         list_seen[(e,)](
-            ancestry_EKT.contiguous(),
-            steps_E,
-            seen.columns_EW,
-            seen.beams_EW,
-            seen.counts_E,
-            t,
-            K=k,
-            W=_LISTED,
+            ancestry_EKT.contiguous(), fed_E, seen.columns_EW, seen.beams_EW, seen.counts_E, t, K=k, W=_LISTED
         )
     return seen
 
@@ -69,7 +62,7 @@ def decode_attention(
     prompts: Tensor,
     fed: Tensor,
     own_E: Tensor,
-    steps_E: Tensor,
+    fed_E: Tensor,
     seen: SeenColumns,
     scale: float,
     sliding_window: int | None,
@@ -77,8 +70,9 @@ def decode_attention(
 ) -> Tensor:
     """Attend from every beam's new token at one layer: [T, H, D].
 
-    First, the new keys and values are written to `fed` at each example's step. prefix [2, J, P, D], prompts
-    [2, E, J, L, D] and fed [2, E, J, T, K, D] are one layer's views of the stores.
+    First, the new keys and values are written to `fed`, behind the tokens that each example was fed before,
+    fed_E [E]. prefix [2, J, P, D], prompts [2, E, J, L, D] and fed [2, E, J, T, K, D] are one layer's views
+    of the stores.
     """
     max_steps, k = fed.shape[3:5]
     j = k_TJD.shape[1]
@@ -101,7 +95,7 @@ def decode_attention(
         prompts,
         fed,
         own_E,
-        steps_E,
+        fed_E,
         seen.columns_EW,
         seen.beams_EW,
         seen.counts_E,

@@ -224,23 +224,26 @@ def _as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
 def _try_out(model: Any, rules: SearchRules) -> None:
     """Search with two short prompts, through prefix, prefill and two decode steps.
 
-    Raises ValueError if the last step's logits are not those of the model's own attention: a family may use
-    attention in a way that the search's cache can't serve. Others show it by an error of their own.
+    Raises ValueError if the logits of the prefill or of the last step are not those of the model's own
+    attention: a family may use attention in a way that the search's cache can't serve. Others show it by an
+    error of their own.
     """
     rules = replace(
         rules, max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=max(2, rules.num_beams)
     )
     vocabulary = model.config.get_text_config().vocab_size
     shared, *owns = (random_tokens(count, vocabulary, seed) for seed, count in enumerate((5, 4, 4)))
-    prompts = [(*shared, *own) for own in owns]
-    fed: list[
-        tuple[Tensor, Tensor]
-    ] = []  # of each decode step: beams' tokens so far [E, K, 3], logits [T, V]
+    prompts = [[*shared, *own] for own in owns]
+    begun = list[Tensor]()  # of each prefill: the logits of its rows' last tokens [n, V]
+    fed = list[tuple[Tensor, Tensor]]()  # of each decode step: beams' tokens so far [E, K, 3], logits [T, V]
 
     def keep(module: Any, given: Any, named: dict[str, Any], out: Any) -> None:
+        # Copies, since the search overwrites what it gets; a recorded step makes them anew each time.
+        logits = out.logits[0].clone()
         if isinstance(named["cached"], DecodePass):
-            # Copies, since the search overwrites both; a recorded step makes them anew each time.
-            fed.append((named["cached"].state.tokens_EKT.clone(), out.logits[0].clone()))
+            fed.append((named["cached"].state.tokens_EKT.clone(), logits))
+        else:
+            begun.append(logits)
 
     hook = model.register_forward_hook(keep, with_kwargs=True)
     try:
@@ -250,10 +253,17 @@ def _try_out(model: Any, rules: SearchRules) -> None:
     tokens_EKT, logits_TV = fed[-1]
     beams = tokens_EKT[:, :, :2].tolist()
     rows = [[*prompt, *one] for prompt, ones in zip(prompts, beams, strict=True) for one in ones]
-    with eager_attention(model), torch.no_grad():
+    check_agreement(begun[-1], _own_logits(model, prompts), model.dtype)
+    check_agreement(logits_TV, _own_logits(model, rows), model.dtype)
+
+
+@torch.no_grad()
+def _own_logits(model: Any, rows: list[list[int]]) -> Tensor:
+    """Compute the logits behind rows of one length by the model's own attention, [rows, V]."""
+    with eager_attention(model):
         ids = torch.tensor(rows, device=model.device)
-        own_TV = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, 0]
-    check_agreement(logits_TV, own_TV, model.dtype)
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    return logits[:, 0]
 
 
 def generate_options(decoding: DecodingSettings) -> dict[str, Any]:

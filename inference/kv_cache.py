@@ -9,7 +9,7 @@ inference.cached_attention describes.
 Refuses to know how tokens are chosen, and how attention is computed.
 
 Shapes: E slots, K beams, J key-value heads, D head width, P prefix tokens, L the longest prompt's own tokens,
-T decode steps.
+T tokens that a beam is fed at most.
 """
 
 from dataclasses import dataclass

@@ -243,6 +243,26 @@ def test_a_family_that_the_search_lacks_is_served_by_generate(tmp_path, caplog):
     assert isinstance(make_engine(tiny_model("llama"), byte_tokenizer(), DecodingSettings()), BeamEngine)
 
 
+def test_a_family_whose_prompts_would_begin_otherwise_is_served_by_generate(caplog, monkeypatch):
+    """The pass that reads a prompt gives the first token, and what its last layer attends nothing else."""
+    from conftest import byte_tokenizer, tiny_model
+
+    from inference.cached_attention import PrefillPass
+    from inference.engine import TransformersEngine, make_engine
+    from qlora.config import DecodingSettings
+
+    plain = PrefillPass.attend
+
+    def attend(self, layer, *arguments):
+        found = plain(self, layer, *arguments)
+        return found * 0 if layer == 1 else found
+
+    monkeypatch.setattr(PrefillPass, "attend", attend)
+    engine = make_engine(tiny_model("llama"), byte_tokenizer(), DecodingSettings(max_new_tokens=4))
+    assert isinstance(engine, TransformersEngine)
+    assert caplog.text.count("using transformers.generate") == 1
+
+
 def test_a_family_that_fails_at_its_first_forward_is_served_by_generate(caplog):
     """Attention sinks are not in a config: that they can't be served shows when attention is called."""
     from conftest import SIZE, byte_tokenizer

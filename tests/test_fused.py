@@ -7,8 +7,9 @@ import weakref
 
 import pytest
 import torch
-from conftest import CONFIGS, tiny_model
+from conftest import CONFIGS, SIZE, tiny_model
 from torch.nn.functional import silu
+from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.models.llama import modeling_llama
 
 from qlora.base import fused, siblings
@@ -83,14 +84,38 @@ def test_each_sum_of_an_inference_is_normalised_at_once():
         assert len(sums) == ours
 
 
-@pytest.mark.parametrize("kernel", [add_and_forget, add_nothing])
-def test_a_kernel_that_sums_something_else_or_fails_is_left_out(kernel):
+@pytest.mark.parametrize(("kernel", "told"), [(add_and_forget, ""), (add_nothing, "no such kernel")])
+def test_a_kernel_that_sums_something_else_or_fails_is_left_out(kernel, told, caplog):
     model, ids = tiny_model("llama"), torch.arange(3, 40)[None]
     fuse_norms(model)
     with torch.no_grad():
         expected = model(ids).logits
         assert fuse_residuals(model, kernel) == 0
         torch.testing.assert_close(model(ids).logits, expected)
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("multiplier", "num_fused"), [(0.95, 0), (1.0, 2)])
+def test_layers_that_weigh_what_they_add_are_told_apart_however_little(multiplier, num_fused, dtype):
+    """Granite's; in bfloat16 its logits differ less than a rounding or two of large numbers would."""
+    config = GraniteConfig(**SIZE, residual_multiplier=multiplier)
+    model = GraniteForCausalLM(config).requires_grad_(False).eval().to(dtype)
+    fuse_norms(model)
+    assert fuse_residuals(model, add_and_normalise) == num_fused
+
+
+def test_a_sum_lets_go_of_what_it_added_before_the_mlp_takes_its_memory(monkeypatch):
+    model, held = tiny_model("llama"), []
+    fuse_norms(model)
+    fuse_residuals(model, add_and_normalise)
+    attended = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *of: attended.append(weakref.ref(of[2][0])))
+        layer.mlp.register_forward_pre_hook(lambda *_: held.append(attended[-1]() is not None))
+    with torch.no_grad():
+        model(torch.arange(3, 9)[None])
+    assert held == [False] * len(model.model.layers)
 
 
 def test_sums_of_unequal_dtypes_are_those_of_the_wider_one():

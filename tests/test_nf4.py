@@ -33,16 +33,17 @@ def quantised(shape=(24, 136), dtype=torch.float32, **options):
 @pytest.mark.parametrize("options", [{}, {"compress_statistics": False}, {"blocksize": 128}])
 def test_the_kernel_gives_what_bitsandbytes_gives_to_the_last_bit(dtype, shape, options):
     weight = quantised(shape, dtype, **options)
-    assert nf4_kernel.supports(weight.quant_state)
+    assert nf4_kernel.supports(weight.data, weight.quant_state)
     found = nf4_kernel.dequantise(weight.data, weight.quant_state)
     expected = dequantize_4bit(weight.data, weight.quant_state)
     assert found.dtype == dtype and torch.equal(found, expected)
 
 
-def test_other_formats_are_left_to_bitsandbytes(monkeypatch):
-    weight = quantised(quant_type="fp4")
+@pytest.mark.parametrize("options", [{"quant_type": "fp4"}, {"quant_storage": torch.float16}])
+def test_other_formats_are_left_to_bitsandbytes(options, monkeypatch):
+    weight = quantised(**options)
     monkeypatch.setitem(nf4._are_ours, weight.device, True)
-    assert not nf4_kernel.supports(weight.quant_state)
+    assert not nf4_kernel.supports(weight.data, weight.quant_state)
     assert torch.equal(nf4.dequantise(weight), dequantize_4bit(weight.data, weight.quant_state))
 
 

@@ -60,6 +60,7 @@ def test_a_shape_is_measured_beside_no_baseline_and_no_peer(monkeypatch, capsys,
         "--no-baseline", "--peer", "unsloth", "--lora-r", "4", "--recompute",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr(peers, "_is_installed", lambda package: False)
     coresident()
     told = capsys.readouterr()
     assert "unsloth is not installed here" in told.err

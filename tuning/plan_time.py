@@ -1,9 +1,8 @@
 """Owns the time that a sweep is expected to take: arithmetic and memory traffic at a device's speeds.
 
 Added to them is what every step, every evaluation and every first pass of a size costs a GPU's host; and the
-sweep is played (tuning.plan_play). Constants of a GPU are from steps of one and eight trials of the shapes of
-135 million, 1.1 and 7 billion parameters on an H100, and from 36 sweeps of the first on H200s without Liger;
-that of a base in NF4 from a step of 70 billion on an H200.
+sweep is played (tuning.plan_play). Constants of a GPU are from steps of one to eight trials of shapes of 135
+million to 70 billion parameters on H100s and H200s, and from 36 sweeps of the first on H200s without Liger.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ _are_ours = dict[torch.device, bool]()  # whether a device's weights are dequant
 
 def dequantise(weight: Any) -> Tensor:
     """Compute the values [OUT, IN] of a weight of bitsandbytes', in the dtype that it was quantised from."""
-    if _are_ours.get(weight.device) and _kernel.supports(weight.quant_state):
+    if _are_ours.get(weight.device) and _kernel.supports(weight.data, weight.quant_state):
         found: Tensor = _kernel.dequantise(weight.data, weight.quant_state)
         return found
     return _by_bitsandbytes(weight)
@@ -40,7 +40,7 @@ def choose_kernel(model: nn.Module) -> None:
     The largest weight is dequantised by both.
     """
     weights: list[Any] = [one for one in model.parameters() if one.is_cuda and hasattr(one, "quant_state")]
-    known = [one for one in weights if _kernel is not None and _kernel.supports(one.quant_state)]
+    known = [one for one in weights if _kernel is not None and _kernel.supports(one.data, one.quant_state)]
     if not known or known[0].device in _are_ours:
         return
     weight = max(known, key=torch.numel)

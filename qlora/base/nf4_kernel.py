@@ -18,10 +18,11 @@ from torch import Tensor
 _BLOCKS = 64  # of a program
 
 
-def supports(state: Any) -> bool:
-    """Tell whether the kernel knows the format of a weight with this quantisation state of bitsandbytes'."""
+def supports(packed: Tensor, state: Any) -> bool:
+    """Tell whether the kernel knows the format of a weight: its bytes and bitsandbytes' state of them."""
     size = state.blocksize
-    return state.quant_type == "nf4" and len(state.shape) == 2 and size >= 32 and size & (size - 1) == 0
+    is_known = packed.dtype == torch.uint8 and state.quant_type == "nf4" and len(state.shape) == 2
+    return is_known and size >= 32 and size & (size - 1) == 0
 
 
 def dequantise(packed: Tensor, state: Any) -> Tensor:
