@@ -81,24 +81,8 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     peer = ask_vllm(arguments, prompts) if arguments.peer else None
     model = load_for_work(arguments)
-    rates: dict[int, float] = {}
-    generate_gib: dict[int, float | None] = {}
-    texts: dict[int, str] = {}
     some = prompts[: arguments.baseline_examples]
-    for batch in arguments.batches:
-        engine = TransformersEngine(model, tokenizer, decoding, batch)
-        try:
-            if model.device.type == "cuda":
-                list(engine.generate(some[:batch]))
-            started = time.perf_counter()
-            texts.update((index, text) for index, text, _ in engine.generate(some))
-            seconds = time.perf_counter() - started
-        except torch.cuda.OutOfMemoryError:
-            print(f"generate, batch {batch}: out of memory", file=sys.stderr, flush=True)
-            continue
-        rates[batch], generate_gib[batch] = len(some) / seconds, peak_memory_gib()
-        print(f"generate, batch {batch}: {rates[batch]:.3f} examples/s", file=sys.stderr, flush=True)
-
+    rates, generate_gib, texts = measure_generate(model, tokenizer, decoding, some, arguments.batches)
     quicken(model)
     peak_memory_gib()
     searcher = BeamSearcher(model, search_rules(model, decoding), max_slots=arguments.max_slots)
@@ -138,6 +122,30 @@ def measure(arguments: argparse.Namespace) -> None:
         {**vars(arguments), **extra},
         higher_is_better=True,
     )
+
+
+def measure_generate(
+    model: Any, tokenizer: Any, decoding: DecodingSettings, prompts: list[tuple[int, ...]], batches: list[int]
+) -> tuple[dict[int, float], dict[int, float | None], dict[int, str]]:
+    """Measure `generate` in batches of each size that memory holds.
+
+    Returns examples/s and peak GiB by size, and the texts by prompt.
+    """
+    rates, gib, texts = dict[int, float](), dict[int, float | None](), dict[int, str]()
+    for batch in batches:
+        engine = TransformersEngine(model, tokenizer, decoding, batch)
+        try:
+            if model.device.type == "cuda":
+                list(engine.generate(prompts[:batch]))
+            started = time.perf_counter()
+            texts.update((index, text) for index, text, _ in engine.generate(prompts))
+            seconds = time.perf_counter() - started
+        except torch.cuda.OutOfMemoryError:
+            print(f"generate, batch {batch}: out of memory", file=sys.stderr, flush=True)
+            continue
+        rates[batch], gib[batch] = len(prompts) / seconds, peak_memory_gib()
+        print(f"generate, batch {batch}: {rates[batch]:.3f} examples/s", file=sys.stderr, flush=True)
+    return rates, gib, texts
 
 
 def ask_vllm(arguments: argparse.Namespace, prompts: list[tuple[int, ...]]) -> dict[str, Any] | None:
