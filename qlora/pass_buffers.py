@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from qlora.lora.bank import AdapterBank
-from qlora.lora.tables import TILE_TOKENS, adds_pieces_later, num_splits, padded_rank, pass_arrays
+from qlora.lora.tables import (
+    MOST_SIBLINGS,
+    TILE_TOKENS,
+    adds_pieces_later,
+    has_odd_ranks,
+    num_splits,
+    padded_rank,
+    pass_arrays,
+)
 from qlora.packed.stream import bounds_of, prefix_places, stretch_lengths
 from qlora.passes import Pass
 
@@ -25,6 +33,7 @@ _MOST_WASTE = 1.3  # tokens of a size, over those of the size that a pass has by
 # Of these a size may have more than a pass needs.
 _ROOMS = (
     "rank",
+    "odd_ranks",
     "has_dropout",
     "answers",
     "rows",
@@ -43,8 +52,8 @@ class PassSize:
 
     tokens, answers, rows, parts, prefix_tokens: how many of each fit. longest_*: the tokens of the longest
     row, part and prefix that fit. longest: tokens of the longest row with its prefix, which matters to models
-    with a sliding window. rank: the rank that kernels calculate with. num_layers: linear layers that any
-    adapter targets.
+    with a sliding window. rank: the rank that kernels calculate with. odd_ranks: whether others than
+    multiples of 8 fit. num_layers: linear layers that any adapter targets.
     """
 
     tokens: int
@@ -57,6 +66,7 @@ class PassSize:
     longest_prefix: int
     longest: int
     rank: int
+    odd_ranks: bool
     num_layers: int
     has_dropout: bool
     is_training: bool
@@ -64,9 +74,13 @@ class PassSize:
     @property
     def kernels(self) -> tuple[int, ...]:
         """Return what kernels are compiled for: sizes with equal values share compiled kernels."""
-        pieces = num_splits(self.num_tiles), adds_pieces_later(self.num_tiles)
+        made_for = (self.rank, self.odd_ranks, self.has_dropout, self.is_training, self.num_layers)
+        dropouts = {False, self.has_dropout}
+        pieces = [
+            num_splits(self.num_tiles, 1 + more, one) for more in range(MOST_SIBLINGS) for one in dropouts
+        ]
         one_or_more_parts = min(self.parts, 2)
-        return (self.rank, self.has_dropout, self.is_training, *pieces, one_or_more_parts, self.num_layers)
+        return (*made_for, *pieces, adds_pieces_later(self.num_tiles), one_or_more_parts)
 
     @property
     def num_tiles(self) -> int:
@@ -77,6 +91,7 @@ class PassSize:
     def of(cls, work: Pass, bank: AdapterBank) -> "PassSize":
         """Round a pass up to a size, which has 3 % more tokens on average."""
         layout = work.layout
+        ranks = [one.settings.lora_r for one in work.adapters if one is not None]
         rows, in_parts, prefixes = stretch_lengths(layout.parts)
         num_tokens = layout.num_tokens
         num_prefix_tokens = int(prefixes.sum())
@@ -97,7 +112,8 @@ class PassSize:
             longest_part=_power_of_2(max(int(in_parts.max()), tail, 4096)),
             longest_prefix=longest_prefix,
             longest=_up_to(layout.longest, 256) if has_window else longest_row + longest_prefix,
-            rank=padded_rank(max(one.settings.lora_r for one in work.adapters if one is not None)),
+            rank=padded_rank(max(ranks)),
+            odd_ranks=has_odd_ranks(ranks),
             num_layers=len(bank.layers),
             has_dropout=any(dropout is not None for dropout in work.dropouts),
             is_training=work.weights is not None,

@@ -189,7 +189,7 @@ class _Recording:
         self._batch = recorded_batch(size, buffers)
         self._pass_tables = recorded_pass_tables(size, buffers)
         no_adapters = [[None] * (size.parts + 1)] * bank.num_layers
-        self._bank_tables = make_bank_tables(no_adapters, bank.device, size.rank)
+        self._bank_tables = make_bank_tables(no_adapters, bank.device, size.rank, size.odd_ranks)
         self._weights_A = buffers["weights"]
         self._graph = torch.cuda.CUDAGraph()
         self._nll_A = self._weights_A

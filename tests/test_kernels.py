@@ -65,10 +65,11 @@ def dropped_inputs(dropouts, x: torch.Tensor) -> torch.Tensor:
     for bound in BOUNDS:
         b = torch.zeros(8, 128, device=DEVICE)
         parts.append(LayerPart(*bound, eye, b, torch.zeros_like(eye), torch.zeros_like(b), 1.0, None))
-    (layer,) = make_bank_tables([parts], DEVICE).layers
+    layer = replace(make_bank_tables([parts], DEVICE).layers[0], index=LAYER)
     tables = make_pass_tables(DEVICE, BOUNDS, dropouts)
     ones, out = torch.ones(x.shape, device=DEVICE), torch.zeros(x.shape[0], 8, device=DEVICE)
-    return lora_kernels.add_lora(ones, out, tables, layer, LAYER)[:, : x.shape[1]].double()
+    (low_NTR,) = lora_kernels.add_lora(ones, [out], tables, [layer])
+    return low_NTR[0, :, : x.shape[1]].double()
 
 
 @pytest.mark.parametrize("dropouts", [[None] * 4, DROPOUTS], ids=["plain", "dropout"])
@@ -81,11 +82,11 @@ def test_products_and_gradients_equal_the_formula(dtype, dropouts):
         randn(NUM_TOKENS, WIDTH_OUT, dtype=dtype, seed=2),
     )
     tables = make_pass_tables(DEVICE, BOUNDS, dropouts)
-    (layer,) = make_bank_tables([parts], DEVICE).layers
+    layer = replace(make_bank_tables([parts], DEVICE).layers[0], index=LAYER)
     mask = dropped_inputs(dropouts, x)
     y, dx = (torch.zeros(NUM_TOKENS, width, dtype=dtype, device=DEVICE) for width in (WIDTH_OUT, WIDTH_IN))
-    low = lora_kernels.add_lora(x, y, tables, layer, LAYER)
-    lora_kernels.lora_backward(x, dy, dx, low, tables, layer, LAYER)
+    kept = lora_kernels.add_lora(x, [y], tables, [layer])
+    lora_kernels.lora_backward(x, [dy], dx, kept, tables, [layer])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for part in filter(None, parts):
         here = slice(part.start, part.end)
@@ -103,8 +104,8 @@ def test_products_and_gradients_equal_the_formula(dtype, dropouts):
             assert error <= tolerance * expected[name].norm(), name
     assert not y[51:150].any(), "nobody's tokens get nothing"
     new_y, new_dx = torch.full_like(y, torch.nan), torch.full_like(dx, torch.nan)
-    low = lora_kernels.add_lora(x, new_y, tables, layer, LAYER, is_new=True)
-    lora_kernels.lora_backward(x, dy, new_dx, low, tables, layer, LAYER, is_new=True)
+    kept = lora_kernels.add_lora(x, [new_y], tables, [layer], is_new=True)
+    lora_kernels.lora_backward(x, [dy], new_dx, kept, tables, [layer])
     assert torch.equal(new_y, y) and torch.equal(new_dx, dx)
 
 
@@ -129,11 +130,53 @@ def test_layers_that_read_the_same_input_are_written_together(num_layers, within
     bank = make_bank_tables(layers, DEVICE).layers
     expected = [torch.zeros(NUM_TOKENS, width, device=DEVICE) for width in widths]
     for place, y in enumerate(expected):
-        lora_kernels.add_lora(x, y, tables, bank[place], LAYER + place)
+        lora_kernels.add_lora(x, [y], tables, [bank[place]])
     found = [torch.full_like(y, torch.nan) for y in expected[:num_layers]]
-    lora_kernels.write_lora(x, found, tables, bank[:num_layers], LAYER)
+    lora_kernels.write_lora(x, found, tables, bank[:num_layers])
     for y, of_one in zip(found, expected, strict=False):
         assert y.isfinite().all() and (y - of_one).norm() <= 1e-5 * of_one.norm()
+
+
+def parts_at(place: int, ranks: tuple[int, ...], width: int) -> list[LayerPart | None]:
+    """Adapters of some ranks at a layer of some width, with gradients that are there already."""
+    parts: list[LayerPart | None] = []
+    for number, (rank, bound) in enumerate(zip(ranks, BOUNDS, strict=True)):
+        a, b, a_grad, b_grad = (
+            randn(*shape, dtype=torch.float32, seed=100 * place + 4 * number + i)
+            for i, shape in enumerate(2 * [(rank, WIDTH_IN), (width, rank)])
+        )
+        parts.append(LayerPart(*bound, a, b, a_grad, b_grad, 0.5 + rank / 50, None) if rank else None)
+    return parts
+
+
+@pytest.mark.parametrize("ranks", [(8, 32, 0, 64), (4, 33, 0, 70)], ids=["even ranks", "odd ranks"])
+@pytest.mark.parametrize("num_layers", [2, 3, 4])
+@pytest.mark.parametrize("has_input", [True, False], ids=["dx", "no dx"])
+def test_layers_that_read_the_same_input_are_trained_together(num_layers, ranks, has_input):
+    """Products, gradients and that of the input: as of one layer after another, to rounding."""
+    x = randn(NUM_TOKENS, WIDTH_IN, dtype=torch.float32, seed=1)
+    tables = make_pass_tables(DEVICE, BOUNDS, DROPOUTS)
+    widths = (WIDTH_OUT, 200, 16, 48)[:num_layers]
+    dys = [randn(NUM_TOKENS, width, dtype=torch.float32, seed=5 + i) for i, width in enumerate(widths)]
+    found: list[list[torch.Tensor]] = []
+    for step in (1, num_layers):
+        layers = [parts_at(i, ranks[i:] + ranks[:i], width) for i, width in enumerate(widths)]
+        bank = make_bank_tables(layers, DEVICE).layers
+        ys = [torch.full((NUM_TOKENS, width), torch.nan, device=DEVICE) for width in widths]
+        total = torch.zeros_like(x)
+        for first in range(0, num_layers, step):
+            here = slice(first, first + step)
+            kept = lora_kernels.add_lora(x, ys[here], tables, bank[here], is_new=True)
+            dx = torch.full_like(x, torch.nan) if has_input else None
+            lora_kernels.lora_backward(x, dys[here], dx, kept, tables, bank[here])
+            total += 0 if dx is None else dx
+        gradients = [
+            grad for layer in layers for part in layer if part for grad in (part.a_grad, part.b_grad)
+        ]
+        found.append([*ys, total, *gradients])
+    assert not has_input or found[0][num_layers].any()
+    for alone, together in zip(*found, strict=True):
+        assert together.isfinite().all() and (together - alone).norm() <= 1e-5 * alone.norm()
 
 
 class Launched:
@@ -150,17 +193,19 @@ def test_passes_of_sizes_with_equal_kernels_are_compiled_once(monkeypatch):
     """A recording can't compile, so that a size must not need what another one of its kind did not."""
     known: dict[tuple[int, ...], set[tuple[object, ...]]] = {}
     room = {"answers": 64, "rows": 32, "parts": 2, "prefix_tokens": 0, "longest_row": 1024, "longest": 64}
-    room |= {"longest_part": 1024, "longest_prefix": 64, "rank": 16, "num_layers": 3}
+    room |= {"longest_part": 1024, "longest_prefix": 64, "rank": 16, "num_layers": 3, "odd_ranks": True}
     (layer,) = make_bank_tables([parts_of(torch.float32)], DEVICE).layers
     for tokens in range(64, 20_000, 64):
         size = PassSize(tokens=tokens, has_dropout=False, is_training=False, **room)
         tables = replace(make_pass_tables(DEVICE, BOUNDS, [None] * 4), num_tiles=size.num_tiles)
         x, found = torch.zeros(8, WIDTH_IN, device=DEVICE), set[tuple[object, ...]]()
-        for name in ("down_kernel", "up_kernel"):
+        for name in ("down_kernel", "up_kernel", "grad_kernel", "input_kernel"):
             monkeypatch.setattr(lora_kernels, name, Launched(found))
         for count in (1, 2, 3):
             ys = [torch.zeros(8, WIDTH_OUT, device=DEVICE) for _ in range(count)]
-            lora_kernels.write_lora(x, ys, tables, [layer] * count, LAYER)
+            lora_kernels.write_lora(x, ys, tables, [layer] * count)
+            kept = lora_kernels.add_lora(x, ys, tables, [layer] * count)
+            lora_kernels.lora_backward(x, ys, x, kept, tables, [layer] * count)
         assert known.setdefault(size.kernels, found) == found
     assert len(known) >= 3
 

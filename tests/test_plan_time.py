@@ -23,10 +23,10 @@ MEASURED = [
     ("H100", "1b", 8, 114521, {"pass_tokens": 20480}),
     ("H100", "7b", 1, 15049, {"pass_tokens": 2170, "keeps_nf4": True}),
     ("H100", "7b", 2, 18894, {"pass_tokens": 2170, "keeps_nf4": True}),
-    ("H200", "7b", 1, 22433, {"pass_tokens": 10240}),
-    ("H200", "7b", 4, 27346, {"pass_tokens": 10240}),
-    ("H200", "1b", 1, 74608, {"pass_tokens": 20480}),
-    ("H200", "1b", 8, 113628, {"pass_tokens": 20480}),
+    ("H200", "7b", 1, 24033, {"pass_tokens": 10240}),
+    ("H200", "7b", 4, 29110, {"pass_tokens": 10240}),
+    ("H200", "1b", 1, 90081, {"pass_tokens": 20480}),
+    ("H200", "1b", 8, 122895, {"pass_tokens": 20480}),
     ("H200", "70b", 1, 1843, {"pass_tokens": 4096, "keeps_nf4": True, "recomputes": True}),
 ]
 

@@ -123,22 +123,27 @@ class BankedLinear(nn.Module):
 
 def _is_written(x: Tensor, layers: Sequence[BankedLinear], route: Route) -> bool:
     """Tell whether `_write` computes these layers: in kernels, none with a bias, and without gradients."""
-    if route.pass_tables is None or len(layers) > kernels.MOST_SIBLINGS:
-        return False
-    follow = all(one.index == layers[0].index + i and one.base.bias is None for i, one in enumerate(layers))
     has_gradients = torch.is_grad_enabled() and (x.requires_grad or route.anchor.requires_grad)
-    return follow and not has_gradients
+    return route.pass_tables is not None and not has_gradients and not _has_bias(layers)
 
 
 def _write(x: Tensor, layers: Sequence[BankedLinear], route: Route) -> list[Tensor]:
-    """Compute what _Banked does, in fewer launches, and keep nothing."""
+    """Compute what _Banked does, and keep nothing."""
     x_TI = x.reshape(-1, x.shape[-1])
     ys = [x_TI.new_empty(len(x_TI), layer.out_features) for layer in layers]
-    tables = [route.layer_tables[layer.index] for layer in layers]
-    kernels.write_lora(x_TI, ys, route.pass_tables, tables, layers[0].index)
+    kernels.write_lora(x_TI, ys, route.pass_tables, _tables_of(layers, route))
     for layer, y_TO in zip(layers, ys, strict=True):
         y_TO.addmm_(x_TI, layer.weight(x.dtype).t())
     return [y_TO.view(*x.shape[:-1], -1) for y_TO in ys]
+
+
+def _has_bias(layers: Sequence[BankedLinear]) -> bool:
+    return any(layer.base.bias is not None for layer in layers)
+
+
+def _tables_of(layers: Sequence[BankedLinear], route: Route) -> list[Any]:
+    """Return the kernels' tables of these layers."""
+    return [route.layer_tables[layer.index] for layer in layers]
 
 
 class _Banked(torch.autograd.Function):
@@ -156,64 +161,55 @@ class _Banked(torch.autograd.Function):
         ctx.route = route
         ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1])
-        outs = []
-        kept = list[Tensor | None]()  # what kernels.add_lora, or products.add_lora, returned for each layer
-        for layer in layers:
-            weight = layer.weight(x.dtype)
-            bias = layer.base.bias
-            if route.pass_tables is None:
-                y_TO = F.linear(x_TI, weight, bias)
-                for low_and_mask in products.add_lora(x_TI, y_TO, route.parts_at(layer.name), layer.index):
+        ys = []
+        kept = list[Tensor | None]()  # what kernels.add_lora, or products.add_lora, returned
+        if route.pass_tables is None:
+            for layer in layers:
+                ys.append(F.linear(x_TI, layer.weight(x.dtype), layer.base.bias))
+                for low_and_mask in products.add_lora(x_TI, ys[-1], route.parts_at(layer.name), layer.index):
                     kept += low_and_mask
-            else:
-                # LoRA products come first where they can: a matrix product adds to what is there at no cost.
-                is_new = bias is None
+        else:
+            # LoRA products come first where they can: a matrix product adds to what is there at no cost.
+            is_new = not _has_bias(layers)
+            for layer in layers:
                 if is_new:
-                    y_TO = x_TI.new_empty(len(x_TI), layer.out_features)
+                    ys.append(x_TI.new_empty(len(x_TI), layer.out_features))
                 else:
-                    y_TO = F.linear(x_TI, weight, bias)
-                tables = route.layer_tables[layer.index]
-                low_TR = kernels.add_lora(x_TI, y_TO, route.pass_tables, tables, layer.index, is_new=is_new)
-                kept.append(low_TR)
-                if is_new:
-                    y_TO.addmm_(x_TI, weight.t())
-            outs.append(y_TO.view(*x.shape[:-1], -1))
+                    ys.append(F.linear(x_TI, layer.weight(x.dtype), layer.base.bias))
+            kept += kernels.add_lora(x_TI, ys, route.pass_tables, _tables_of(layers, route), is_new=is_new)
+            if is_new:
+                for layer, y_TO in zip(layers, ys, strict=True):
+                    y_TO.addmm_(x_TI, layer.weight(x.dtype).t())
         ctx.save_for_backward(x_TI, *kept)  # all of it, so that what is computed again is not kept besides
-        return tuple(outs)
+        return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         route: Route = ctx.route
-        x_TI, *saved = ctx.saved_tensors
-        kept = iter(saved)
+        x_TI, *kept = ctx.saved_tensors
         shape = next(grad.shape[:-1] for grad in grads if grad is not None)
-        dx_TI = None
+        dys = []
         for layer, grad in zip(ctx.layers, grads, strict=True):
-            parts = [] if route.pass_tables is not None else route.parts_at(layer.name)
-            own = list(itertools.islice(kept, 2 * len(parts) if route.pass_tables is None else 1))
-            if grad is None:
-                continue
-            dy_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
-            weight = layer.weight(dy_TO.dtype) if ctx.needs_input_grad[0] else None
-            if route.pass_tables is None:
-                if weight is not None:
+            # Where nobody used a product it has no gradient, which is rare.
+            dy = x_TI.new_zeros(len(x_TI), layer.out_features) if grad is None else grad
+            dys.append(dy.reshape(-1, dy.shape[-1]).contiguous())
+        has_input_grad = ctx.needs_input_grad[0]
+        dx_TI = None
+        if route.pass_tables is None:
+            low_and_mask = iter(zip(kept[::2], kept[1::2], strict=True))
+            for layer, dy_TO in zip(ctx.layers, dys, strict=True):
+                if has_input_grad:
+                    weight = layer.weight(dy_TO.dtype)
                     dx_TI = dy_TO @ weight if dx_TI is None else dx_TI.addmm_(dy_TO, weight)
-                low_and_mask = list(zip(own[::2], own[1::2], strict=True))
-                products.lora_backward(x_TI, dy_TO, dx_TI, parts, low_and_mask)
-            else:
-                is_new = weight is not None and dx_TI is None
-                if is_new:
-                    dx_TI = torch.empty_like(x_TI)
-                kernels.lora_backward(
-                    x_TI,
-                    dy_TO,
-                    dx_TI,
-                    own[0],
-                    route.pass_tables,
-                    route.layer_tables[layer.index],
-                    layer.index,
-                    is_new=is_new,
-                )
-                if dx_TI is not None:
-                    dx_TI.addmm_(dy_TO, weight)
+                parts = route.parts_at(layer.name)
+                own = list(itertools.islice(low_and_mask, len(parts)))
+                products.lora_backward(x_TI, dy_TO, dx_TI, parts, own)
+        else:
+            if has_input_grad:
+                dx_TI = torch.empty_like(x_TI)
+            tables = _tables_of(ctx.layers, route)
+            kernels.lora_backward(x_TI, dys, dx_TI, kept, route.pass_tables, tables)
+            if dx_TI is not None:
+                for layer, dy_TO in zip(ctx.layers, dys, strict=True):
+                    dx_TI.addmm_(dy_TO, layer.weight(dy_TO.dtype))
         return (None if dx_TI is None else dx_TI.view(*shape, -1)), None, None, None

@@ -1,233 +1,280 @@
-"""Owns the LoRA products of many adapters over one stream as three Triton kernels, for GPUs.
+"""Owns the LoRA products of many adapters over one stream as launches of Triton kernels, for GPUs.
 
-The mathematics is that of qlora.lora.products; the kernels' programs are in qlora.lora.programs.
+The mathematics is that of qlora.lora.products; the kernels' programs are in qlora.lora.programs and
+qlora.lora.gradient_programs. Layers that read the same input share launches, MOST_SIBLINGS at a time.
 
 Refuses to know models.
 
-Shapes: T stream tokens, I and O a layer's widths, K columns of a wide tensor (I or O), R the largest rank, as
-a power of two.
+Shapes: T stream tokens, I and O a layer's widths, K columns of a wide tensor (I or O), N layers, S pieces of
+a sum, R the largest rank, as a power of two.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from qlora.lora.programs import down_kernel, grad_kernel, up_kernel
-from qlora.lora.tables import TILE_TOKENS, LayerTables, PassTables, adds_pieces_later, num_splits, padded_rank
+from qlora.lora.gradient_programs import grad_kernel, input_kernel
+from qlora.lora.programs import down_kernel, up_kernel
+from qlora.lora.tables import (
+    MOST_SIBLINGS,
+    TILE_TOKENS,
+    LayerTables,
+    PassTables,
+    adds_pieces_later,
+    num_splits,
+    padded_rank,
+)
 
-MOST_SIBLINGS = 3  # layers that one launch computes
+_MOST_STAGES = 4  # tiles that a kernel loads before it needs them
+_MOST_TOGETHER = 64  # the largest rank at which a program of `_input` computes several layers
+_INPUT_COLUMNS = 32  # of a program of `_input`; half as many for large ranks in float32
+_WEIGHT_BYTES = 32 * 2**10  # of B in a program of `_up`
+_SHARED_BYTES = 99 * 2**10  # of a program, where a GPU does not say
+_SPARED_BYTES = 4 * 2**10  # for what the compiler needs besides
 
 
 def add_lora(
-    x_TI: Tensor, y_TO: Tensor, tables: PassTables, layer: LayerTables, salt: int, *, is_new: bool = False
-) -> Tensor:
-    """Add every part's LoRA product to y in place; return low [T, R] for `lora_backward`.
+    x_TI: Tensor,
+    ys: Sequence[Tensor],
+    tables: PassTables,
+    layers: Sequence[LayerTables],
+    *,
+    is_new: bool = False,
+) -> list[Tensor]:
+    """Add every part's LoRA products at layers that read x to y [T, O] of each, in place.
 
-    If y `is_new`, it is unwritten memory: products are written to it, and zeros where an adapter leaves the
-    layer alone.
+    Returns low [N, T, R] of each MOST_SIBLINGS layers, for `lora_backward`. If the ys are `is_new`, they are
+    unwritten memory: products are written to them, and zeros where an adapter leaves a layer alone.
     """
-    at = (tables, layer, salt)
-    low_TR = _down(x_TI, layer.a, *at, along_rows=True, dropout=tables.has_dropout)
-    _up(y_TO, low_TR, layer.b, *at, along_rows=False, dropout=False, is_new=is_new)
-    return low_TR
+    kept = []
+    for here in _launches(layers):
+        kept.append(_down([x_TI] * len(layers[here]), tables, layers[here], from_a=True))
+        _up(ys[here], kept[-1][:, None], tables, layers[here], is_new=is_new)
+    return kept
 
 
-def write_lora(
-    x_TI: Tensor, ys: Sequence[Tensor], tables: PassTables, layers: Sequence[LayerTables], salt: int
-) -> None:
-    """Write every part's LoRA products at several layers to unwritten memory, y [T, O] of each layer.
-
-    The layers, at most MOST_SIBLINGS, read the same x and follow each other in the bank; `salt` is the first
-    one's. They share their launches, and nothing is kept for a backward.
-    """
-    rank = max(layer.max_rank for layer in layers)
-    first = replace(layers[0], max_rank=rank)
-    low_NSTR = _down_pieces(
-        x_TI, first.a, tables, first, salt, along_rows=True, dropout=tables.has_dropout, num_layers=len(ys)
-    )
-    if low_NSTR.shape[1] > 1 and not adds_pieces_later(tables.num_tiles):
-        low_NSTR = low_NSTR.sum(1, keepdim=True).to(x_TI.dtype)
-    _up_all(ys, low_NSTR, first.b, tables, first, salt, along_rows=False, dropout=False, is_new=True)
+def write_lora(x_TI: Tensor, ys: Sequence[Tensor], tables: PassTables, layers: Sequence[LayerTables]) -> None:
+    """Write what `add_lora` adds to unwritten memory, y [T, O] of each layer; keep nothing for a backward."""
+    for here in _launches(layers):
+        low_NSTR = _down_pieces([x_TI] * len(layers[here]), tables, layers[here], from_a=True)
+        if not adds_pieces_later(tables.num_tiles):
+            low_NSTR = _sum(low_NSTR, x_TI.dtype)[:, None]
+        _up(ys[here], low_NSTR, tables, layers[here], is_new=True)
 
 
 def lora_backward(
     x_TI: Tensor,
-    dy_TO: Tensor,
+    dys: Sequence[Tensor],
     dx_TI: Tensor | None,
-    low_TR: Tensor,
+    kept: Sequence[Tensor],
     tables: PassTables,
-    layer: LayerTables,
-    salt: int,
-    *,
-    is_new: bool = False,
+    layers: Sequence[LayerTables],
 ) -> None:
-    """Add to the gradients of every part's A and B, and to dx if it is given, in place.
+    """Add to the gradients of every part's A and B at layers that read x, in place; write dx if it is given.
 
-    If dx `is_new`, it is unwritten memory: the gradient of x is written to it.
+    `dys`: the gradient of each layer's y [T, O]. `kept` is what `add_lora` returned. dx, what the products
+    add to the gradient of x, is unwritten memory.
     """
-    at = (tables, layer, salt)
-    dlow_TR = _down(dy_TO, layer.b, *at, along_rows=False, dropout=False)
-    _grad(dy_TO, low_TR, layer.b_grad, *at, along_rows=False, dropout=False)
-    _grad(x_TI, dlow_TR, layer.a_grad, *at, along_rows=True, dropout=tables.has_dropout)
-    if dx_TI is not None:
-        _up(dx_TI, dlow_TR, layer.a, *at, along_rows=True, dropout=tables.has_dropout, is_new=is_new)
+    for here, low_NTR in zip(_launches(layers), kept, strict=True):
+        dlow_NTR = _down(dys[here], tables, layers[here], from_a=False)
+        _grad(dys[here], low_NTR, tables, layers[here])
+        step = len(dlow_NTR) if low_NTR.shape[2] <= _MOST_TOGETHER else 1
+        for i in range(0, len(dlow_NTR), step):
+            group = layers[here][i : i + step]
+            _input(x_TI, dx_TI, dlow_NTR[i : i + step], tables, group, is_new=here.start + i == 0)
+
+
+def _launches(layers: Sequence[LayerTables]) -> list[slice]:
+    """Return which layers share launches."""
+    return [slice(first, first + MOST_SIBLINGS) for first in range(0, len(layers), MOST_SIBLINGS)]
 
 
 def _down(
-    wide_TK: Tensor,
-    weights: Tensor,
-    tables: PassTables,
-    layer: LayerTables,
-    salt: int,
-    *,
-    along_rows: bool,
-    dropout: bool,
+    wides: Sequence[Tensor], tables: PassTables, layers: Sequence[LayerTables], *, from_a: bool
 ) -> Tensor:
-    """Return scale * dropped(wide) times weights, [T, R]; the weights are [r, K] along rows, else [K, r]."""
-    options = {"along_rows": along_rows, "dropout": dropout}
-    low_STR = _down_pieces(wide_TK, weights, tables, layer, salt, **options)[0]
-    return low_STR[0] if len(low_STR) == 1 else low_STR.sum(0).to(wide_TK.dtype)
+    """Return scale * dropped(wide) times A' of each layer, or without dropout times B: [N, T, R]."""
+    return _sum(_down_pieces(wides, tables, layers, from_a=from_a), wides[0].dtype)
+
+
+def _sum(low_NSTR: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add up the pieces of low products: [N, T, R]."""
+    return low_NSTR[:, 0] if low_NSTR.shape[1] == 1 else low_NSTR.sum(1).to(dtype)
 
 
 def _down_pieces(
-    wide_TK: Tensor,
-    weights: Tensor,
-    tables: PassTables,
-    layer: LayerTables,
-    salt: int,
-    *,
-    along_rows: bool,
-    dropout: bool,
-    num_layers: int = 1,
+    wides: Sequence[Tensor], tables: PassTables, layers: Sequence[LayerTables], *, from_a: bool
 ) -> Tensor:
-    """Return what `_down` adds up, of a layer and those that follow it: [N layers, S pieces, T, R].
-
-    Pieces are in float32 if there are several.
-    """
-    num_tokens, num_columns = wide_TK.shape
-    rank = padded_rank(layer.max_rank)
-    splits = num_splits(tables.num_tiles)
-    dtype = torch.float32 if splits > 1 else wide_TK.dtype
-    low_NSTR = torch.empty(num_layers, splits, num_tokens, rank, dtype=dtype, device=wide_TK.device)
-    down_kernel[(tables.num_tiles, splits, num_layers)](
-        wide_TK,
-        weights,
+    """Return what `_down` adds up: [N, S, T, R]. Pieces are in float32 if there are several."""
+    num_tokens, rank, wide = len(wides[0]), _rank_of(layers), wides[0]
+    dropout = from_a and tables.has_dropout
+    splits = num_splits(tables.num_tiles, len(layers), dropout)
+    dtype = torch.float32 if splits > 1 else wide.dtype
+    low_NSTR = torch.empty(len(layers), splits, num_tokens, rank, dtype=dtype, device=wide.device)
+    down_kernel[(tables.num_tiles, splits, len(layers))](
+        *_three(wides),
+        layers[0].a if from_a else layers[0].b,
         low_NSTR,
         tables.tiles,
-        layer.ranks,
-        layer.scales,
-        *_dropout_inputs(tables, salt),
-        num_columns,
+        layers[0].ranks,
+        layers[0].scales,
+        *_dropout_inputs(tables, layers),
+        *_three([one.shape[1] for one in wides]),
         num_tokens,
-        len(layer.ranks),
-        **_options(wide_TK, rank, along_rows, dropout),
+        len(layers[0].ranks),
+        **_options(wide, rank, layers),
+        **_siblings(wides),
+        ALONG_ROWS=from_a,
+        DROPOUT=dropout,
         BLOCK_K=64,
         SPLITS=splits,
-        num_stages=4 if rank <= 64 else 3,
+        num_stages=_stages(wide, 64 * (TILE_TOKENS + rank), most=3 if dropout else 4),
     )
     return low_NSTR
 
 
 def _up(
-    wide_TK: Tensor,
-    low_TR: Tensor,
-    weights: Tensor,
-    tables: PassTables,
-    layer: LayerTables,
-    salt: int,
-    *,
-    along_rows: bool,
-    dropout: bool,
-    is_new: bool,
-) -> None:
-    """Add dropped(low times weights) to wide in place, or write it there if wide `is_new`."""
-    options = {"along_rows": along_rows, "dropout": dropout, "is_new": is_new}
-    _up_all([wide_TK], low_TR[None, None], weights, tables, layer, salt, **options)
-
-
-def _up_all(
     wides: Sequence[Tensor],
     low_NSTR: Tensor,
-    weights: Tensor,
     tables: PassTables,
-    layer: LayerTables,
-    salt: int,
+    layers: Sequence[LayerTables],
     *,
-    along_rows: bool,
-    dropout: bool,
     is_new: bool,
 ) -> None:
-    """Do what `_up` does at a layer and those that follow it; the pieces of low are added up first."""
-    widths = [wide_TK.shape[1] for wide_TK in wides]
-    num_layers, splits, num_tokens, rank = low_NSTR.shape
-    block = 128 if rank <= 128 else 64
-    # The kernel takes as many as there may be; what is beyond the layers is not read.
-    firsts = [*wides, *[wides[0]] * (MOST_SIBLINGS - num_layers)]
-    num_columns = [*widths, *[widths[0]] * (MOST_SIBLINGS - num_layers)]
-    up_kernel[(triton.cdiv(max(widths), block), tables.num_tiles, num_layers)](
-        *firsts,
-        weights,
+    """Add low times B' to each layer's wide in place, or write it there; pieces of low are added up first."""
+    rank = low_NSTR.shape[3]
+    widths = [one.shape[1] for one in wides]
+    block = min(128, _WEIGHT_BYTES // (rank * wides[0].element_size()))
+    up_kernel[(triton.cdiv(max(widths), block), tables.num_tiles, len(layers))](
+        *_three(wides),
+        layers[0].b,
         low_NSTR,
         tables.tiles,
-        layer.ranks,
-        *_dropout_inputs(tables, salt),
-        *num_columns,
-        num_tokens,
-        len(layer.ranks),
-        **_options(wides[0], rank, along_rows, dropout),
+        layers[0].ranks,
+        *_places(layers),
+        *_three(widths),
+        low_NSTR.shape[2],
+        len(layers[0].ranks),
+        **_options(wides[0], rank, layers),
+        **_siblings(wides),
         BLOCK_K=block,
         IS_NEW=is_new,
-        NUM_LAYERS=num_layers,
-        SPLITS=splits,
-        ALIGNED=all(width % 16 == 0 for width in widths),
+        SPLITS=low_NSTR.shape[1],
     )
 
 
 def _grad(
-    wide_TK: Tensor,
-    low_TR: Tensor,
-    gradients: Tensor,
-    tables: PassTables,
-    layer: LayerTables,
-    salt: int,
-    *,
-    along_rows: bool,
-    dropout: bool,
+    wides: Sequence[Tensor], low_NTR: Tensor, tables: PassTables, layers: Sequence[LayerTables]
 ) -> None:
-    """Add low' times dropped(wide) to the gradients, part by part."""
-    num_columns = wide_TK.shape[1]
-    rank = low_TR.shape[1]
+    """Add low' times wide to the gradients of B, part by part."""
+    rank = low_NTR.shape[2]
+    widths = [one.shape[1] for one in wides]
     block = 64 if rank <= 64 and tables.num_parts > 1 else 32
-    grad_kernel[(triton.cdiv(num_columns, block), tables.num_parts)](
-        wide_TK,
-        low_TR,
-        gradients,
+    grad_kernel[(triton.cdiv(max(widths), block), tables.num_parts, len(layers))](
+        *_three(wides),
+        low_NTR,
+        layers[0].b_grad,
         tables.bounds,
-        layer.ranks,
-        *_dropout_inputs(tables, salt),
-        num_columns,
-        **_options(wide_TK, rank, along_rows, dropout),
+        layers[0].ranks,
+        *_places(layers),
+        *_three(widths),
+        low_NTR.shape[1],
+        len(layers[0].ranks),
+        **_options(wides[0], rank, layers),
+        **_siblings(wides),
         BLOCK_K=block,
-        num_stages=3,
+        num_stages=_stages(wides[0], TILE_TOKENS * (block + rank)),
     )
 
 
-def _dropout_inputs(tables: PassTables, salt: int) -> tuple[Any, ...]:
-    """Return what masks are made from, as the kernels take it: keys, limits, factors, salt."""
-    return tables.keys_T, tables.drop_limits, tables.keep_factors, salt
+def _input(
+    x_TI: Tensor,
+    dx_TI: Tensor | None,
+    dlow_NTR: Tensor,
+    tables: PassTables,
+    layers: Sequence[LayerTables],
+    *,
+    is_new: bool,
+) -> None:
+    """Add dlow' times dropped(x) to the gradients of A, and write or add dropped(dlow times A) to dx."""
+    num_layers, num_tokens, rank = dlow_NTR.shape
+    block = _INPUT_COLUMNS if rank * x_TI.element_size() <= 512 else _INPUT_COLUMNS // 2
+    tile = TILE_TOKENS * (block + num_layers * rank)
+    input_kernel[(triton.cdiv(x_TI.shape[1], block), tables.num_parts)](
+        x_TI,
+        x_TI if dx_TI is None else dx_TI,
+        dlow_NTR,
+        layers[0].a,
+        layers[0].a_grad,
+        tables.bounds,
+        layers[0].ranks,
+        *_dropout_inputs(tables, layers),
+        x_TI.shape[1],
+        num_tokens,
+        len(layers[0].ranks),
+        **_options(x_TI, rank, layers),
+        DROPOUT=tables.has_dropout,
+        HAS_INPUT=dx_TI is not None,
+        IS_NEW=is_new,
+        NUM_LAYERS=num_layers,
+        BLOCK_K=block,
+        num_stages=_stages(x_TI, tile, besides=num_layers * rank * block, most=3),
+    )
 
 
-def _options(wide_TK: Tensor, rank: int, along_rows: bool, dropout: bool) -> dict[str, Any]:
-    """Return the options that all three kernels are compiled with."""
+def _rank_of(layers: Sequence[LayerTables]) -> int:
+    """Return the rank that kernels calculate with at these layers."""
+    return padded_rank(max(layer.max_rank for layer in layers))
+
+
+def _three(items: Sequence[Any]) -> list[Any]:
+    """Return as many items as kernels take: what is beyond the layers is not read."""
+    return [*items, *[items[0]] * (MOST_SIBLINGS - len(items))]
+
+
+def _places(layers: Sequence[LayerTables]) -> list[int]:
+    """Return how far behind the first layer's tables those of the second and third layer lie."""
+    return _three([layer.index - layers[0].index for layer in layers])[1:]
+
+
+def _dropout_inputs(tables: PassTables, layers: Sequence[LayerTables]) -> tuple[Any, ...]:
+    """Return what masks are made from, as the kernels take it: keys, limits, factors, salt, and `_places`."""
+    return tables.keys_T, tables.drop_limits, tables.keep_factors, layers[0].index, *_places(layers)
+
+
+def _siblings(wides: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the options of kernels that choose a layer."""
+    aligned = all(one.shape[1] % 16 == 0 and one.data_ptr() % 16 == 0 for one in wides)
+    return {"NUM_LAYERS": len(wides), "ALIGNED": aligned}
+
+
+def _options(wide: Tensor, rank: int, layers: Sequence[LayerTables]) -> dict[str, Any]:
+    """Return the options that all kernels are compiled with."""
     return {
-        "PRECISION": "ieee" if wide_TK.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if wide.dtype == torch.float32 else "tf32",
         "BLOCK_T": TILE_TOKENS,
         "BLOCK_R": rank,
-        "ALONG_ROWS": along_rows,
-        "DROPOUT": dropout,
+        "EVEN_RANKS": all(layer.even_ranks for layer in layers),
         "num_warps": 4,
     }
+
+
+def _stages(wide: Tensor, tile: int, besides: int = 0, most: int = _MOST_STAGES) -> int:
+    """Return how many tiles, of so many numbers, a kernel loads ahead: as many as shared memory holds.
+
+    `besides`: numbers that lie there, too.
+    """
+    room = _shared_bytes(wide.device) // wide.element_size() - besides
+    return max(1, min(most, room // tile))
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may take."""
+    if device.type != "cuda":
+        return _SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", _SHARED_BYTES) - _SPARED_BYTES

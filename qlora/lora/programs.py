@@ -2,7 +2,11 @@
 
 A program works on a tile of tokens of one part, finds that part's weights through a table of addresses
 (qlora.lora.tables), and makes dropout masks itself, from a hash of the token's key, the layer and the column.
-So there is no loop over adapters and no stored mask, as in Punica's grouped kernels.
+So there is no loop over adapters and no stored mask, as in Punica's grouped kernels. Up to three layers that
+read the same input share a launch, and what several of them read is read once.
+
+Every matrix begins where vector loads may. The compiler has to be told: it knows nothing of an address that
+comes out of a table, and would load number by number.
 
 Refuses to know how they are launched (qlora.lora.kernels).
 
@@ -14,7 +18,8 @@ import triton
 import triton.language as tl
 
 # These are slices of larger tensors: how one pass's are aligned says nothing of the next one's.
-_TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]
+TABLES = ["weights", "gradients", "tiles", "bounds", "ranks", "scales", "keys", "limits", "factors"]
+NUMBERS = ["salt", "T", "N", "second", "third"]
 
 
 @triton.jit
@@ -29,21 +34,38 @@ def _hash(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
+def is_kept(keys, salt, columns, limit):  # type: ignore[no-untyped-def]
     """Tell which elements dropout keeps: [tokens, columns] bool.
 
-    Tokens and columns are hashed by the whole finaliser, once each; their pairs by half of it, since these
-    operations are what a kernel spends its time on.
+    Tokens are hashed by the whole finaliser, columns by a product, once each; their pairs by half of the
+    finaliser, since these operations are what a kernel spends its time on.
     """
-    x = _hash(keys ^ salt.to(tl.uint32))[:, None] ^ _hash(columns.to(tl.uint32) + 0x9E3779B9)[None, :]
+    x = _hash(keys ^ salt.to(tl.uint32))[:, None] ^ (columns.to(tl.uint32) * 0x9E3779B9)[None, :]
     x *= 0x85EBCA6B
     x ^= x >> 15
     return x * 0xC2B2AE35 >= limit
 
 
-@triton.jit(do_not_specialize=["salt", "T", "N"], do_not_specialize_on_alignment=_TABLES)
+@triton.jit
+def matrix_of(addresses, part, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load where a part's matrix begins."""
+    return tl.multiple_of(tl.load(addresses + part).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def rank_of(ranks, part, EVEN_RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load the rank of a part's adapter."""
+    rank = tl.load(ranks + part).to(tl.int32)
+    if EVEN_RANKS:
+        rank = tl.multiple_of(rank, 8)
+    return rank
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=TABLES)
 def down_kernel(  # type: ignore[no-untyped-def]
     wide,
+    wide_1,
+    wide_2,
     weights,
     low,
     tiles,
@@ -53,7 +75,11 @@ def down_kernel(  # type: ignore[no-untyped-def]
     limits,
     factors,
     salt,
+    second,
+    third,
     K,
+    K_1,
+    K_2,
     T,
     N,
     PRECISION: tl.constexpr,
@@ -61,17 +87,33 @@ def down_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ALONG_ROWS: tl.constexpr,
+    EVEN_RANKS: tl.constexpr,
     DROPOUT: tl.constexpr,
     SPLITS: tl.constexpr,
+    NUM_LAYERS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ) -> None:
-    """Multiply a piece of a tile's columns by a part's weights, for one of the layers that read it."""
+    """Multiply a piece of a tile's columns by a part's weights, at one of some layers."""
     tile, split, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    weights, ranks, scales = weights + 4 * N * layer, ranks + N * layer, scales + N * layer
+    if NUM_LAYERS > 1:
+        skip = 0
+        if layer == 1:
+            wide, K, skip = wide_1, K_1, second
+        elif layer == 2:
+            wide, K, skip = wide_2, K_2, third
+        weights, ranks, scales, salt = (
+            weights + 4 * N * skip,
+            ranks + N * skip,
+            scales + N * skip,
+            salt + skip,
+        )
+        if ALIGNED:  # what is known of an argument is lost where it is chosen
+            wide, K = tl.multiple_of(wide, 16), tl.multiple_of(K, 16)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live = t < tl.load(tiles + 3 * tile + 2)
-    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
-    source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
+    rank, n = rank_of(ranks, part, EVEN_RANKS), tl.arange(0, BLOCK_R)
+    source = matrix_of(weights, part, wide.dtype.element_ty)
     factor = tl.load(scales + part)
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     if DROPOUT:
@@ -83,18 +125,15 @@ def down_kernel(  # type: ignore[no-untyped-def]
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
             if DROPOUT:
-                x = tl.where(_is_kept(key, salt + layer, k, limit), x, 0.0)
+                x = tl.where(is_kept(key, salt, k, limit), x, 0.0)
             places = n[None, :] * K + k[:, None] if ALONG_ROWS else k[:, None] * rank + n[None, :]
             w = tl.load(source + places, mask=(k < K)[:, None] & (n < rank)[None, :], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    tl.store(
-        low + ((layer * SPLITS + split) * T + t)[:, None] * BLOCK_R + n[None, :],
-        (acc * factor).to(low.dtype.element_ty),
-        mask=live[:, None],
-    )
+    place = low + ((layer * SPLITS + split) * T + t)[:, None] * BLOCK_R + n[None, :]
+    tl.store(place, (acc * factor).to(low.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["salt", "T", "N"], do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=TABLES)
 def up_kernel(  # type: ignore[no-untyped-def]
     wide,
     wide_1,
@@ -103,10 +142,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
     low,
     tiles,
     ranks,
-    keys,
-    limits,
-    factors,
-    salt,
+    second,
+    third,
     K,
     K_1,
     K_2,
@@ -116,8 +153,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    EVEN_RANKS: tl.constexpr,
     IS_NEW: tl.constexpr,
     NUM_LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -126,82 +162,34 @@ def up_kernel(  # type: ignore[no-untyped-def]
     """Add up a tile's low products and multiply them by a part's weights, for some columns of one layer."""
     tile, layer = tl.program_id(1), tl.program_id(2)
     if NUM_LAYERS > 1:
+        skip = 0
         if layer == 1:
-            wide, K = wide_1, K_1
+            wide, K, skip = wide_1, K_1, second
         elif layer == 2:
-            wide, K = wide_2, K_2
+            wide, K, skip = wide_2, K_2, third
+        weights, ranks, low = weights + 4 * N * skip, ranks + N * skip, low + layer * SPLITS * T * BLOCK_R
         if ALIGNED:  # what is known of an argument is lost where it is chosen
-            K = tl.multiple_of(K, 16)
-        weights, ranks, low = weights + 4 * N * layer, ranks + N * layer, low + layer * SPLITS * T * BLOCK_R
+            wide, K = tl.multiple_of(wide, 16), tl.multiple_of(K, 16)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
-    live = t < tl.load(tiles + 3 * tile + 2)
-    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
+    live, n = t < tl.load(tiles + 3 * tile + 2), tl.arange(0, BLOCK_R)
+    rank = rank_of(ranks, part, EVEN_RANKS)
     start = tl.program_id(0) * BLOCK_K
-    rank, k = tl.where(start < K, rank, 0), start + tl.arange(0, BLOCK_K)
+    k = start + tl.arange(0, BLOCK_K)
     place, inside = wide + t[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :]
-    if rank > 0:
-        source = tl.load(weights + part).to(tl.pointer_type(wide.dtype.element_ty))
-        places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
-        w = tl.load(source + places, mask=(n < rank)[:, None] & (k < K)[None, :], other=0.0)
+    if (rank > 0) & (start < K):
+        source = matrix_of(weights, part, wide.dtype.element_ty)
+        w = tl.load(
+            source + k[None, :] * rank + n[:, None], mask=(n < rank)[:, None] & (k < K)[None, :], other=0.0
+        )
         narrow = tl.load(low + t[:, None] * BLOCK_R + n[None, :], mask=live[:, None], other=0.0)
         for split in tl.static_range(1, SPLITS):
             narrow += tl.load(
                 low + (split * T + t)[:, None] * BLOCK_R + n[None, :], mask=live[:, None], other=0.0
             )
-        narrow = narrow.to(wide.dtype.element_ty)
-        more = tl.dot(narrow, w, input_precision=PRECISION)
-        if DROPOUT:
-            key, limit = (
-                tl.load(keys + t, mask=live, other=0).to(tl.uint32),
-                tl.load(limits + part).to(tl.uint32),
-            )
-            more = tl.where(_is_kept(key, salt + layer, k, limit), more * tl.load(factors + part), 0.0)
+        more = tl.dot(narrow.to(wide.dtype.element_ty), w, input_precision=PRECISION)
         if not IS_NEW:
             more += tl.load(place, mask=inside, other=0.0)
         tl.store(place, more.to(wide.dtype.element_ty), mask=inside)
     elif IS_NEW:
         tl.store(place, tl.zeros((BLOCK_T, BLOCK_K), wide.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["salt", "T"], do_not_specialize_on_alignment=_TABLES)
-def grad_kernel(  # type: ignore[no-untyped-def]
-    wide,
-    low,
-    gradients,
-    bounds,
-    ranks,
-    keys,
-    limits,
-    factors,
-    salt,
-    K,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ALONG_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-) -> None:
-    """Add a part's products of low and wide, over all its tokens, to some columns of a gradient."""
-    part = tl.program_id(1)
-    first, end = tl.load(bounds + 2 * part).to(tl.int32), tl.load(bounds + 2 * part + 1).to(tl.int32)
-    rank, n = tl.load(ranks + part).to(tl.int32), tl.arange(0, BLOCK_R)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if rank > 0:
-        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for start in range(first, end, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
-            live = t < end
-            narrow = tl.load(low + t[None, :] * BLOCK_R + n[:, None], mask=live[None, :], other=0.0)
-            x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
-            if DROPOUT:
-                key = tl.load(keys + t, mask=live, other=0).to(tl.uint32)
-                x = tl.where(_is_kept(key, salt, k, tl.load(limits + part).to(tl.uint32)), x, 0.0)
-            acc = tl.dot(narrow, x, acc, input_precision=PRECISION)
-        if DROPOUT:
-            acc *= tl.load(factors + part)
-        target = tl.load(gradients + part).to(tl.pointer_type(tl.float32))
-        places = n[:, None] * K + k[None, :] if ALONG_ROWS else k[None, :] * rank + n[:, None]
-        inside = (n < rank)[:, None] & (k < K)[None, :]
-        tl.store(target + places, tl.load(target + places, mask=inside, other=0.0) + acc, mask=inside)

@@ -24,9 +24,10 @@ from qlora.lora.products import Dropout, LayerPart
 TILE_TOKENS = 64
 _MATRICES = ("a", "b", "a_grad", "b_grad")
 _LEAST_RANK = 16  # what a matrix product on tensor cores takes
-_PROGRAMS = 1056  # eight for each of an H100's processors
+_PROGRAMS = 528  # four for each of an H100's processors
 _FEW_TILES = 8
 _MOST_SPLITS = 4  # pieces that a sum over columns is cut into
+MOST_SIBLINGS = 3  # layers that one launch computes
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class PassTables:
 class LayerTables:
     """One layer's adapters: addresses of A, B and their gradients, ranks and scales.
 
-    An adapter's rank is 0 where it leaves the layer alone. For N adapters, the next layer's addresses lie 4 N
-    entries behind these, its ranks and scales N.
+    An adapter's rank is 0 where it leaves the layer alone. even_ranks: all are multiples of 8, so that B's
+    rows begin where vector loads may. index: the layer's number. For N adapters, the next layer's addresses
+    lie 4 N entries behind these, its ranks and scales N.
     """
 
     a: Tensor
@@ -63,16 +65,19 @@ class LayerTables:
     ranks: Tensor
     scales: Tensor
     max_rank: int
+    even_ranks: bool
+    index: int
 
 
 @dataclass(frozen=True)
 class BankTables:
-    """All layers' tables: the four addresses, ranks, scales, and each layer's largest rank."""
+    """All layers' tables: the four addresses, ranks and scales, and what kernels are compiled for."""
 
     addresses_L4N: Tensor
     ranks_LN: Tensor
     scales_LN: Tensor
     max_ranks: tuple[int, ...]
+    even_ranks: bool
 
     @cached_property
     def layers(self) -> tuple[LayerTables, ...]:
@@ -88,6 +93,8 @@ class BankTables:
                 ranks=self.ranks_LN[layer],
                 scales=self.scales_LN[layer],
                 max_rank=max_rank,
+                even_ranks=self.even_ranks,
+                index=layer,
             )
             found.append(tables)
         return tuple(found)
@@ -154,12 +161,16 @@ def pass_arrays(
 
 
 def make_bank_tables(
-    layers: Sequence[Sequence[LayerPart | None]], device: torch.device, least_rank: int = 1
+    layers: Sequence[Sequence[LayerPart | None]],
+    device: torch.device,
+    least_rank: int = 1,
+    odd_ranks: bool = False,
 ) -> BankTables:
     """Make the tables of all layers.
 
     Each layer has an entry for each adapter, None where the adapter leaves the layer alone. `least_rank` is
-    the least that kernels calculate with, whatever the adapters' ranks.
+    the least that kernels calculate with, whatever the adapters' ranks; with `odd_ranks` they don't count on
+    multiples of 8.
     """
     addresses, ranks, scales = [], [], []
     for parts in layers:
@@ -171,12 +182,23 @@ def make_bank_tables(
         ranks_LN=torch.tensor(ranks, device=device),
         scales_LN=torch.tensor(scales, device=device),
         max_ranks=tuple(max(*of_layer, least_rank) for of_layer in ranks),
+        even_ranks=not odd_ranks and not any(has_odd_ranks(of_layer) for of_layer in ranks),
     )
 
 
-def num_splits(num_tiles: int) -> int:
-    """Return the number of pieces that a sum over columns is cut into, so that all processors have work."""
-    return min(_MOST_SPLITS, max(1, _PROGRAMS // num_tiles))
+def has_odd_ranks(ranks: Sequence[int]) -> bool:
+    """Tell whether not all ranks are multiples of 8, which vector loads of B need."""
+    return any(rank % 8 for rank in ranks)
+
+
+def num_splits(num_tiles: int, num_layers: int, has_dropout: bool) -> int:
+    """Return the number of pieces that a sum over columns is cut into, so that all processors have work.
+
+    It is a power of two. With dropout a program calculates more than it loads, so that more of them are.
+    """
+    programs = 2 * _PROGRAMS if has_dropout else _PROGRAMS
+    pieces = max(1, programs // (num_tiles * num_layers))
+    return min(_MOST_SPLITS, 1 << (pieces.bit_length() - 1))
 
 
 def adds_pieces_later(num_tiles: int) -> bool:
@@ -194,4 +216,5 @@ def _address(part: LayerPart | None, name: str) -> int:
     if part is None:
         return 0
     matrix: Tensor = getattr(part, name)
+    assert matrix.data_ptr() % 16 == 0, "kernels load 16 bytes at a time"
     return matrix.data_ptr()
