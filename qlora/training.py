@@ -104,6 +104,13 @@ class Training:
         self.timetable = make_timetable(len(examples), settings)
         self.adapter = bank.attach(settings, weights)
         self.step = 0
+        self._fused = bank.device.type == "cuda"
+        # What AdamW's first step would make is made now: a step must not run out of memory half done.
+        self._state = {
+            "step": torch.zeros((), device=bank.device if self._fused else "cpu"),  # where AdamW counts
+            "exp_avg": torch.zeros_like(self.adapter.weights),
+            "exp_avg_sq": torch.zeros_like(self.adapter.weights),
+        }
         self._start_stage()
 
     @property
@@ -169,7 +176,7 @@ class Training:
 
         At the end there are no tensors, since no step is left to use them.
         """
-        tensors = {} if self.finished else dict(self.optimizer.state[self._parameter])
+        tensors = {} if self.finished else dict(self._state)
         position = {
             "step": self.step,
             "settings": self.settings.model_dump(mode="json"),
@@ -189,27 +196,22 @@ class Training:
             raise ValueError("the checkpoint belongs to a run with other settings or data")
         self.step = position["step"]
         self._start_stage()
-        if tensors:
-            self.optimizer.state[self._parameter] = {
-                key: value.to(self._counts_on(key)) for key, value in tensors.items()
-            }
+        for key, value in tensors.items():
+            self._state[key].copy_(value)
         self.schedule.load_state_dict(position["schedule"])
         learning_rates = self.schedule.get_last_lr()
         for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate
 
-    def _counts_on(self, key: str) -> torch.device:
-        """Return the device of a tensor of the optimizer's state: unless fused, AdamW counts on the CPU."""
-        is_on_cpu = key == "step" and not self._fused
-        return torch.device("cpu") if is_on_cpu else self.bank.device
-
     def _start_stage(self) -> None:
-        """Make the optimizer and the schedule of the stage that the step is in."""
+        """Make the optimizer and the schedule of the stage that the step is in.
+
+        AdamW's state is set to zero in place: beside that of the stage before, it would take memory twice.
+        """
         from transformers import get_scheduler  # takes seconds to load, which a driver need not wait for
 
         stage, _ = self.timetable.stage_of(min(self.step, self.timetable.total_steps - 1))
         steps = self.timetable.stages[stage] * self.timetable.steps_per_epoch
-        self._fused = self.bank.device.type == "cuda"
         self._parameter = torch.nn.Parameter(self.adapter.weights)
         self._parameter.grad = self.adapter.gradients
         self.optimizer = torch.optim.AdamW(
@@ -218,12 +220,9 @@ class Training:
             weight_decay=self.settings.weight_decay,
             fused=self._fused,
         )
-        # The state that the first step would make is made now: a step must not run out of memory half done.
-        self.optimizer.state[self._parameter] = {
-            "step": torch.zeros((), device=self._counts_on("step")),
-            "exp_avg": torch.zeros_like(self.adapter.weights),
-            "exp_avg_sq": torch.zeros_like(self.adapter.weights),
-        }
+        for value in self._state.values():
+            value.zero_()
+        self.optimizer.state[self._parameter] = self._state
         self.schedule = get_scheduler(
             self.settings.schedule,
             self.optimizer,

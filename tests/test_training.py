@@ -66,6 +66,22 @@ def test_each_stage_starts_its_schedule_afresh():
     assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3] * 2)
 
 
+def test_a_stage_begins_with_a_fresh_optimizer_in_the_memory_of_the_last_one():
+    """Moments are two thirds of what a trial takes of a GPU beside its base."""
+    run, again = training(), training()
+    losses(run, 3)
+    before = {name: value.data_ptr() for name, value in run.state()[0].items()}
+    assert any(value.any() for value in run.state()[0].values())
+    again.adapter.weights.copy_(run.adapter.weights)
+    again.adapter.refresh()
+    again.begin_at(3)
+    run.start_step()
+    after = run.state()[0]
+    assert {name: value.data_ptr() for name, value in after.items()} == before
+    assert not any(value.any() for value in after.values())
+    assert losses(run, 3) == losses(again, 3)
+
+
 def test_a_step_equals_plain_pytorch_on_padded_rows():
     """One AdamW step against PEFT on padded rows, loss.backward, clip and step."""
     settings = SETTINGS.model_copy(update={"lora_dropout": 0.0})
