@@ -12,7 +12,7 @@ Shapes: T stream tokens, K columns of a wide tensor, N adapters, R the largest r
 import triton
 import triton.language as tl
 
-from qlora.lora.programs import NUMBERS, TABLES, is_kept, matrix_of, rank_of
+from qlora.lora.programs import NUMBERS, TABLES, is_kept, matrix_of, one_of, rank_of
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=TABLES)
@@ -42,14 +42,8 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     """Add a part's products of low and wide, over all its tokens, to some columns of B's gradient."""
     part, layer = tl.program_id(1), tl.program_id(2)
     if NUM_LAYERS > 1:
-        skip = 0
-        if layer == 1:
-            wide, K, skip = wide_1, K_1, second
-        elif layer == 2:
-            wide, K, skip = wide_2, K_2, third
+        wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
         gradients, ranks, low = gradients + 4 * N * skip, ranks + N * skip, low + layer * T * BLOCK_R
-        if ALIGNED:  # what is known of an argument is lost where it is chosen
-            wide, K = tl.multiple_of(wide, 16), tl.multiple_of(K, 16)
     first, end = tl.load(bounds + 2 * part).to(tl.int32), tl.load(bounds + 2 * part + 1).to(tl.int32)
     rank, n = rank_of(ranks, part, EVEN_RANKS), tl.arange(0, BLOCK_R)
     begin = tl.program_id(0) * BLOCK_K

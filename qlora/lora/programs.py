@@ -61,6 +61,21 @@ def rank_of(ranks, part, EVEN_RANKS: tl.constexpr):  # type: ignore[no-untyped-d
     return rank
 
 
+@triton.jit
+def one_of(  # type: ignore[no-untyped-def]
+    layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED: tl.constexpr
+):
+    """Choose a layer's wide tensor, its columns, and how far behind the first layer's its tables lie."""
+    skip = 0
+    if layer == 1:
+        wide, K, skip = wide_1, K_1, second
+    elif layer == 2:
+        wide, K, skip = wide_2, K_2, third
+    if ALIGNED:  # what is known of an argument is lost where it is chosen
+        wide, K = tl.multiple_of(wide, 16), tl.multiple_of(K, 16)
+    return wide, K, skip
+
+
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=TABLES)
 def down_kernel(  # type: ignore[no-untyped-def]
     wide,
@@ -96,19 +111,13 @@ def down_kernel(  # type: ignore[no-untyped-def]
     """Multiply a piece of a tile's columns by a part's weights, at one of some layers."""
     tile, split, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if NUM_LAYERS > 1:
-        skip = 0
-        if layer == 1:
-            wide, K, skip = wide_1, K_1, second
-        elif layer == 2:
-            wide, K, skip = wide_2, K_2, third
+        wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
         weights, ranks, scales, salt = (
             weights + 4 * N * skip,
             ranks + N * skip,
             scales + N * skip,
             salt + skip,
         )
-        if ALIGNED:  # what is known of an argument is lost where it is chosen
-            wide, K = tl.multiple_of(wide, 16), tl.multiple_of(K, 16)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live = t < tl.load(tiles + 3 * tile + 2)
@@ -162,14 +171,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
     """Add up a tile's low products and multiply them by a part's weights, for some columns of one layer."""
     tile, layer = tl.program_id(1), tl.program_id(2)
     if NUM_LAYERS > 1:
-        skip = 0
-        if layer == 1:
-            wide, K, skip = wide_1, K_1, second
-        elif layer == 2:
-            wide, K, skip = wide_2, K_2, third
+        wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
         weights, ranks, low = weights + 4 * N * skip, ranks + N * skip, low + layer * SPLITS * T * BLOCK_R
-        if ALIGNED:  # what is known of an argument is lost where it is chosen
-            wide, K = tl.multiple_of(wide, 16), tl.multiple_of(K, 16)
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live, n = t < tl.load(tiles + 3 * tile + 2), tl.arange(0, BLOCK_R)
