@@ -17,6 +17,7 @@ import numpy as np
 
 from qlora.lora.bank import AdapterBank
 from qlora.lora.tables import (
+    FULL_PROGRAMS,
     MOST_SIBLINGS,
     TILE_TOKENS,
     adds_pieces_later,
@@ -79,8 +80,7 @@ class PassSize:
         pieces = [
             num_splits(self.num_tiles, 1 + more, one) for more in range(MOST_SIBLINGS) for one in dropouts
         ]
-        one_or_more_parts = min(self.parts, 2)
-        return (*made_for, *pieces, adds_pieces_later(self.num_tiles), one_or_more_parts)
+        return (*made_for, *pieces, adds_pieces_later(self.num_tiles), min(self.parts, FULL_PROGRAMS))
 
     @property
     def num_tiles(self) -> int:
@@ -237,7 +237,7 @@ def _fill_stretches(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> No
 
 
 def _fill_tables(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
-    """Write the tables of the LoRA kernels, with tiles for the tail."""
+    """Write the tables of the LoRA kernels, with tiles for the tail, which is the last part."""
     spans = [(part.start, part.end) for part in work.layout.parts]
     tiles, bounds, limits, keys, factors = pass_arrays(spans, work.dropouts)
     starts = np.arange(work.layout.num_tokens, size.tokens, TILE_TOKENS)
@@ -252,6 +252,7 @@ def _fill_tables(size: PassSize, work: Pass, at: dict[str, np.ndarray]) -> None:
     }
     for name, one in values.items():
         at[name][: len(one)] = one
+    at["bounds"][-2:] = work.layout.num_tokens, size.tokens
 
 
 def _up_to(count: int, grain: int) -> int:

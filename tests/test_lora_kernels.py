@@ -1,5 +1,6 @@
 """The LoRA kernels compute what their formula does: on a GPU as they are, else in Triton's interpreter."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -172,15 +173,19 @@ class Launched:
         return lambda *_, **options: self._found.add(tuple(sorted(options.items())))
 
 
-def test_passes_of_sizes_with_equal_kernels_are_compiled_once(monkeypatch):
+@pytest.mark.parametrize("has_dropout", [False, True], ids=["plain", "dropout"])
+def test_passes_of_sizes_with_equal_kernels_are_compiled_once(has_dropout, monkeypatch):
     """A recording can't compile, so that a size must not need what another one of its kind did not."""
     known: dict[tuple[int, ...], set[tuple[object, ...]]] = {}
-    room = {"answers": 64, "rows": 32, "parts": 2, "prefix_tokens": 0, "longest_row": 1024, "longest": 64}
-    room |= {"longest_part": 1024, "longest_prefix": 64, "rank": 16, "num_layers": 3, "odd_ranks": True}
+    room = {"answers": 64, "rows": 32, "prefix_tokens": 0, "longest_row": 1024, "longest": 64}
+    room |= {"longest_part": 1024, "longest_prefix": 64, "rank": 16, "num_layers": 3}
     (layer,) = make_bank_tables([parts_of(torch.float32)], DEVICE).layers
-    for tokens in range(64, 20_000, 64):
-        size = PassSize(tokens=tokens, has_dropout=False, is_training=False, **room)
-        tables = replace(make_pass_tables(DEVICE, BOUNDS, [None] * 4), num_tiles=size.num_tiles)
+    plain = make_pass_tables(DEVICE, BOUNDS, DROPOUTS if has_dropout else [None] * 4)
+    for tokens, parts in itertools.product(range(64, 20_000, 64), (1, 2, 16, 64)):
+        size = PassSize(
+            tokens=tokens, parts=parts, has_dropout=has_dropout, is_training=True, odd_ranks=True, **room
+        )
+        tables = replace(plain, num_tiles=size.num_tiles, num_parts=parts)
         x, found = torch.zeros(8, WIDTH_IN, device=DEVICE), set[tuple[object, ...]]()
         for name in ("down_kernel", "up_kernel", "grad_kernel", "input_kernel"):
             monkeypatch.setattr(lora_kernels, name, Launched(found))
@@ -191,6 +196,24 @@ def test_passes_of_sizes_with_equal_kernels_are_compiled_once(monkeypatch):
             lora_kernels.lora_backward(x, ys, x, kept, tables, [layer] * count)
         assert known.setdefault(size.kernels, found) == found
     assert len(known) >= 3
+
+
+@pytest.mark.parametrize(("ranks", "is_even"), [((8, 64, 0, 16), True), ((8, 33, 0, 16), False)])
+def test_kernels_count_on_even_ranks_where_all_are_even(ranks, is_even, monkeypatch):
+    """A single odd rank at any layer is one too many, and tables may be made for odd ones to come."""
+    found = set[tuple[object, ...]]()
+    for name in ("down_kernel", "up_kernel", "grad_kernel", "input_kernel"):
+        monkeypatch.setattr(lora_kernels, name, Launched(found))
+    layers = [parts_at(0, (16, 16, 16, 16), WIDTH_OUT), parts_at(1, ranks, WIDTH_OUT)]
+    tables, bank = make_pass_tables(DEVICE, BOUNDS, DROPOUTS), make_bank_tables(layers, DEVICE)
+    x, y = torch.zeros(NUM_TOKENS, WIDTH_IN, device=DEVICE), torch.zeros(NUM_TOKENS, WIDTH_OUT, device=DEVICE)
+    kept = lora_kernels.add_lora(x, [y], tables, bank.layers[:1])
+    lora_kernels.lora_backward(x, [y], x, kept, tables, bank.layers[:1])
+    assert {dict(options)["EVEN_RANKS"] for options in found} == {is_even}
+    assert not make_bank_tables(layers, DEVICE, odd_ranks=True).even_ranks
+    if not is_even:
+        with pytest.raises(AssertionError):
+            make_bank_tables([[None] * 4] * 2, DEVICE, least_rank=64).copy_(bank)
 
 
 def test_dropout_drops_its_share():

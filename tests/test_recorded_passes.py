@@ -102,23 +102,36 @@ def test_the_base_scores_a_filled_buffer_as_it_scores_the_stream(bank, numbers, 
     torch.testing.assert_close(found, launch(bank, bare), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def memory_that_is_not_a_number():
+    """Fills what is allocated, within, with NaN: what is not written before it is read is found."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("memory_that_is_not_a_number")
+@pytest.mark.parametrize("enough", [1, 10_000], ids=["together", "dx apart"])
 @pytest.mark.parametrize(("weights", "room"), [(None, ROOMS[0]), ((0.5, 0.25, 0.125), ROOMS[2])])
-def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights, room, monkeypatch):
+def test_a_filled_buffer_gives_the_launched_pass_with_its_adapters(bank, weights, room, enough, monkeypatch):
     """NLL and, in training, the gradients of every adapter, with the kernels in Triton's interpreter.
 
-    Dropout is off, since kernels draw masks of their own; its keys are looked at below.
+    Dropout is off, since kernels draw masks of their own; its keys are looked at below. `enough`: programs
+    from which on x's gradient is computed with A's.
     """
     if not HAS_KERNELS:
         pytest.skip("pip install 'triton>=3.9'")
     from qlora.lora import kernels
 
     monkeypatch.setattr(banked_linear, "kernels", kernels)
+    monkeypatch.setattr(kernels, "FULL_PROGRAMS", enough)
     work = pass_over(bank, (0, 1, 3), weights)
     work = replace(work, dropouts=[None] * 3)
     size = larger(bank, work, **room)
     buffers = buffers_of(size, work)
     unused = [None] * (size.parts + 1 - len(work.adapters))
-    tables = make_bank_tables([[None] * (size.parts + 1)] * bank.num_layers, CPU, size.rank)
+    no_adapters = [[None] * (size.parts + 1)] * bank.num_layers
+    tables = make_bank_tables(no_adapters, CPU, size.rank, size.odd_ranks)
     tables.copy_(bank.tables_of([*work.adapters, *unused]))
     anchor = torch.zeros((), requires_grad=bool(weights))
     route = Route(anchor, lambda layer: [], recorded_pass_tables(size, buffers), tables.layers)
@@ -204,6 +217,16 @@ def test_a_size_holds_what_fits_with_little_waste(bank):
     assert not replace(own, has_dropout=False).holds(work, own)
     assert own.holds(work, replace(own, has_dropout=False))
     assert not replace(own, is_training=False).holds(work, own)
+
+
+def test_a_size_for_even_ranks_holds_no_odd_ones(bank):
+    """Its kernels load eight numbers at a time; those for odd ranks take both."""
+    odd, even = (pass_over(bank, numbers, (1.0, 1.0)) for numbers in ((0, 1), (1, 1)))
+    sizes = [PassSize.of(work, bank) for work in (odd, even)]
+    assert [size.odd_ranks for size in sizes] == [True, False]
+    assert replace(sizes[1], odd_ranks=True).holds(even, sizes[1])
+    assert replace(sizes[0], odd_ranks=True).holds(odd, sizes[0])
+    assert not replace(sizes[0], odd_ranks=False).holds(odd, sizes[0])
 
 
 def test_a_long_tail_is_several_rows(bank):

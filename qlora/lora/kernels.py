@@ -10,7 +10,7 @@ a sum, R the largest rank, as a power of two.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 from qlora.lora.gradient_programs import grad_kernel, input_kernel
 from qlora.lora.programs import down_kernel, up_kernel
 from qlora.lora.tables import (
+    FULL_PROGRAMS,
     MOST_SIBLINGS,
+    PROGRAMS,
     TILE_TOKENS,
     LayerTables,
     PassTables,
@@ -199,11 +201,39 @@ def _input(
     *,
     is_new: bool,
 ) -> None:
-    """Add dlow' times dropped(x) to the gradients of A, and write or add dropped(dlow times A) to dx."""
+    """Add dlow' times dropped(x) to the gradients of A, and write or add dropped(dlow times A) to dx.
+
+    That is one launch if its programs are enough for a GPU. Else dx has a launch of its own, in which several
+    programs share a part's tokens.
+    """
+    block = _INPUT_COLUMNS if dlow_NTR.shape[2] * x_TI.element_size() <= 512 else _INPUT_COLUMNS // 2
+    programs = triton.cdiv(x_TI.shape[1], block) * tables.num_parts
+    launch = partial(_launch_input, x_TI, dx_TI, dlow_NTR, tables, layers, block=block, is_new=is_new)
+    if dx_TI is None or programs >= FULL_PROGRAMS:
+        launch(with_a=True, with_x=dx_TI is not None, pieces=1)
+        return
+    launch(with_a=True, with_x=False, pieces=1)
+    launch(with_a=False, with_x=True, pieces=max(1, min(tables.num_tiles, PROGRAMS // programs)))
+
+
+def _launch_input(
+    x_TI: Tensor,
+    dx_TI: Tensor | None,
+    dlow_NTR: Tensor,
+    tables: PassTables,
+    layers: Sequence[LayerTables],
+    *,
+    block: int,
+    is_new: bool,
+    with_a: bool,
+    with_x: bool,
+    pieces: int,
+) -> None:
     num_layers, num_tokens, rank = dlow_NTR.shape
-    block = _INPUT_COLUMNS if rank * x_TI.element_size() <= 512 else _INPUT_COLUMNS // 2
     tile = TILE_TOKENS * (block + num_layers * rank)
-    input_kernel[(triton.cdiv(x_TI.shape[1], block), tables.num_parts)](
+    # Where no adapter is, x gets no gradient: the kernel writes that as well.
+    num_bounds = len(tables.bounds) // 2 if with_x else tables.num_parts
+    input_kernel[(triton.cdiv(x_TI.shape[1], block), num_bounds, pieces)](
         x_TI,
         x_TI if dx_TI is None else dx_TI,
         dlow_NTR,
@@ -217,7 +247,8 @@ def _input(
         len(layers[0].ranks),
         **_options(x_TI, rank, layers),
         DROPOUT=tables.has_dropout,
-        HAS_INPUT=dx_TI is not None,
+        WITH_A=with_a,
+        WITH_X=with_x,
         IS_NEW=is_new,
         NUM_LAYERS=num_layers,
         BLOCK_K=block,

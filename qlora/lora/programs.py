@@ -3,7 +3,7 @@
 A program works on a tile of tokens of one part, finds that part's weights through a table of addresses
 (qlora.lora.tables), and makes dropout masks itself, from a hash of the token's key, the layer and the column.
 So there is no loop over adapters and no stored mask, as in Punica's grouped kernels. Up to three layers that
-read the same input share a launch, and what several of them read is read once.
+read the same input share a launch.
 
 Every matrix begins where vector loads may. The compiler has to be told: it knows nothing of an address that
 comes out of a table, and would load number by number.

@@ -24,17 +24,20 @@ from qlora.lora.products import Dropout, LayerPart
 TILE_TOKENS = 64
 _MATRICES = ("a", "b", "a_grad", "b_grad")
 _LEAST_RANK = 16  # what a matrix product on tensor cores takes
-_PROGRAMS = 528  # four for each of an H100's processors
+PROGRAMS = 528  # four for each of an H100's processors
 _FEW_TILES = 8
 _MOST_SPLITS = 4  # pieces that a sum over columns is cut into
 MOST_SIBLINGS = 3  # layers that one launch computes
+# Programs from which on it is better that each goes through all tokens of its part than that they share them.
+FULL_PROGRAMS = 64
 
 
 @dataclass(frozen=True)
 class PassTables:
     """A pass as kernels see it.
 
-    tiles: (part, first token, end) of each tile of tokens. bounds: (first token, end) of each part. keys_T: a
+    tiles: (part, first token, end) of each tile of tokens. bounds: (first token, end) of each part, and of
+    what is behind them, if anything is; num_parts doesn't count that, and no adapter is there. keys_T: a
     number for each token, which dropout hashes. drop_limits: a part drops hashes below its limit.
     keep_factors: 1 / (1 - p) of each part.
     """
@@ -53,9 +56,9 @@ class PassTables:
 class LayerTables:
     """One layer's adapters: addresses of A, B and their gradients, ranks and scales.
 
-    An adapter's rank is 0 where it leaves the layer alone. even_ranks: all are multiples of 8, so that B's
-    rows begin where vector loads may. index: the layer's number. For N adapters, the next layer's addresses
-    lie 4 N entries behind these, its ranks and scales N.
+    An adapter's rank is 0 where it leaves the layer alone. even_ranks: kernels may count on it that all are
+    multiples of 8, so that B's rows begin where vector loads may. index: the layer's number. For N adapters,
+    the next layer's addresses lie 4 N entries behind these, its ranks and scales N.
     """
 
     a: Tensor
@@ -100,7 +103,14 @@ class BankTables:
         return tuple(found)
 
     def copy_(self, other: "BankTables") -> None:
-        """Copy the addresses, ranks and scales of other tables of the same shape into these, in place."""
+        """Copy the addresses, ranks and scales of other tables of the same shape into these, in place.
+
+        What kernels were compiled for must hold for the others, too.
+        """
+        assert other.even_ranks or not self.even_ranks
+        assert all(
+            padded_rank(mine) >= theirs for mine, theirs in zip(self.max_ranks, other.max_ranks, strict=True)
+        )
         self.addresses_L4N.copy_(other.addresses_L4N)
         self.ranks_LN.copy_(other.ranks_LN)
         self.scales_LN.copy_(other.scales_LN)
@@ -194,9 +204,9 @@ def has_odd_ranks(ranks: Sequence[int]) -> bool:
 def num_splits(num_tiles: int, num_layers: int, has_dropout: bool) -> int:
     """Return the number of pieces that a sum over columns is cut into, so that all processors have work.
 
-    It is a power of two. With dropout a program calculates more than it loads, so that more of them are.
+    It is a power of two. With dropout a program calculates longer than it loads: then there are more pieces.
     """
-    programs = 2 * _PROGRAMS if has_dropout else _PROGRAMS
+    programs = 2 * PROGRAMS if has_dropout else PROGRAMS
     pieces = max(1, programs // (num_tiles * num_layers))
     return min(_MOST_SPLITS, 1 << (pieces.bit_length() - 1))
 
