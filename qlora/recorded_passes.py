@@ -139,29 +139,41 @@ class Recorder:
         return min(fitting, key=lambda one: one.tokens, default=None)
 
     def _recorded(self, size: PassSize, work: Pass) -> "_Recording | None":
-        """Record a size, given its first pass; return None if that fails, and don't try again."""
+        """Record a size, given its first pass; return None if that fails, and don't try again.
+
+        Where others leave no memory for it, they are given back: launched beside them, it would find none
+        either.
+        """
         if len(self._recordings) == _MOST_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]
         try:
-            recording = _Recording(self._bank, size)
-            recording.fill(work)
-            if size.kernels not in self._compiled:
-                with self._counted("compiling"):
-                    recording.rehearse(self._stream)
-                self._compiled.add(size.kernels)
-            with self._counted("recording"):
-                recording.record(self._pool, self._stream)
-            return recording
+            return self._record(size, work)
         except (ValueError, torch.cuda.OutOfMemoryError) as error:
-            # FlashAttention doesn't compute this, or there is no room for it: this size is launched.
-            _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, first_line(error))
-            self._refused.add(size)
+            is_tried_again = bool(self._recordings) and isinstance(error, torch.cuda.OutOfMemoryError)
             self._give_back()
+            if not is_tried_again:
+                # FlashAttention doesn't compute this, or there is no room for it: this size is launched.
+                _log.warning("a pass of %d tokens is not recorded: %s", size.tokens, first_line(error))
+                self._refused.add(size)
+                return None
         except Exception as error:
             # The model waits for the GPU, which can't be recorded. The allocator may be left half way.
             _log.warning("passes are recorded no more: %s", first_line(error))
             self.stop()
-        return None
+            return None
+        return self._recorded(size, work)
+
+    def _record(self, size: PassSize, work: Pass) -> "_Recording":
+        """Record a size, given its first pass."""
+        recording = _Recording(self._bank, size)
+        recording.fill(work)
+        if size.kernels not in self._compiled:
+            with self._counted("compiling"):
+                recording.rehearse(self._stream)
+            self._compiled.add(size.kernels)
+        with self._counted("recording"):
+            recording.record(self._pool, self._stream)
+        return recording
 
     @contextmanager
     def _counted(self, work: str) -> Iterator[None]:

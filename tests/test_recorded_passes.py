@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
 from qlora.lora import banked_linear
 from qlora.lora.bank import AdapterBank, make_dropout
@@ -20,7 +21,7 @@ from qlora.lora.tables import make_bank_tables
 from qlora.packed.packing import lay_out, whole_group
 from qlora.pass_buffers import PassSize, block_bytes, buffer_fields, buffer_views, filled_block
 from qlora.passes import Pass, launch
-from qlora.recorded_passes import recorded_batch, recorded_pass_tables
+from qlora.recorded_passes import Recorder, recorded_batch, recorded_pass_tables
 
 CPU = torch.device("cpu")
 
@@ -227,6 +228,52 @@ def test_a_size_for_even_ranks_holds_no_odd_ones(bank):
     assert replace(sizes[1], odd_ranks=True).holds(even, sizes[1])
     assert replace(sizes[0], odd_ranks=True).holds(odd, sizes[0])
     assert not replace(sizes[0], odd_ranks=False).holds(odd, sizes[0])
+
+
+class OnASmallCard:
+    """Stands for a recording on a GPU that has memory for recorded passes, or for a launched one."""
+
+    held = 0
+    too_large = 10_000
+
+    def __init__(self, bank: AdapterBank, size: PassSize):
+        self.size, self.is_held = size, False
+
+    def fill(self, work: Pass) -> None:
+        if self.size.tokens > self.too_large:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 82.00 MiB")
+
+    def rehearse(self, stream) -> None:
+        if OnASmallCard.held:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 82.00 MiB")
+
+    def record(self, pool, stream) -> None:
+        self.is_held = True
+        OnASmallCard.held += 1
+
+    def play(self, work: Pass) -> Tensor:
+        return torch.zeros(len(work.layout.targets_A))
+
+    def __del__(self) -> None:
+        OnASmallCard.held -= self.is_held
+
+
+def test_recordings_make_room_for_one_with_new_kernels(bank, monkeypatch):
+    """Rank 16 follows 8: its kernels are compiled by a pass that is launched. What never fits is refused."""
+    monkeypatch.setattr(recorded_passes, "_Recording", OnASmallCard)
+    for name in ("graph_pool_handle", "Stream", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    recorder = Recorder(bank)
+    low, high = (pass_over(bank, (number,), (1.0,)) for number in (1, 3))
+    for work, count in ((low, 1), (high, 1), (low, 2), (high, 2)):
+        assert recorder.run(work, 0) is not None
+        assert recorder.num_recordings == OnASmallCard.held == count
+    monkeypatch.setattr(OnASmallCard, "too_large", 0)
+    large = pass_over(bank, (1, 3), (1.0, 1.0))
+    assert recorder.run(large, 0) is None and OnASmallCard.held == 0
+    assert recorder.run(low, 0) is None
+    monkeypatch.setattr(OnASmallCard, "too_large", 10_000)
+    assert recorder.run(large, 0) is None, "it is refused"
 
 
 def test_a_long_tail_is_several_rows(bank):
