@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,29 +152,58 @@ def run_job(
     input, or to one that can't be told, and if the model can't be loaded; EnginesDiedError if processes die
     again and again, without a finished row.
     """
-    settings = {
+    folder = work_folder(output)
+    job_id = _job_id(folder, resume)
+    journal = Journal(folder, _settings(work, rows, facts), len(rows), resume=resume)
+    if journal.damage:
+        note(journal.damage)
+    missing = journal.missing()
+    books = Books(folder / _HELD, len(missing), price_per_gpu_hour, resume=resume)
+    if missing:
+        _generate(work, rows, missing, journal, books, plan(), progress)
+    account = books.close()
+    engine = "; ".join(sorted(journal.engines)) or None
+    figures = {"engine": engine, **account.figures}
+    num_failed, scores = _write(work, rows, journal, output, facts, figures)
+    journal.close()
+    result = JobResult(len(rows), len(missing), num_failed, account.seconds, engine, scores, account.costs)
+    record(job_id, result)
+    _remove(folder, output)
+    return result
+
+
+def _settings(work: Work, rows: RowStore, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what rows that are to be resumed must have been generated with."""
+    return {
         "model": facts,
         "prompt": work.prompt.digest,
         "generation settings": work.decoding.model_dump(mode="json"),
         "input": rows.digest,
         "longest prompt": work.max_prompt_tokens,
     }
-    folder = work_folder(output)
-    job_id = _job_id(folder, resume)
-    journal = Journal(folder, settings, len(rows), resume=resume)
-    if journal.damage:
-        note(journal.damage)
-    missing = journal.missing()
-    books = Books(folder / _HELD, len(missing), price_per_gpu_hour, resume=resume)
-    if missing:
-        pool = plan()
-        with books.engines_held(pool.num_workers, lambda: gpus_there(pool)):
-            for report in generate_rows(work, rows, missing, pool):
-                journal.append(report.results, report.engine)
-                num_done = journal.num_done - len(rows) + len(missing)
-                progress(books.add(num_done, report.num_tokens, report.seconds))
-    account = books.close()
-    engine = "; ".join(sorted(journal.engines)) or None
+
+
+def _generate(
+    work: Work,
+    rows: RowStore,
+    missing: Sequence[int],
+    journal: Journal,
+    books: Books,
+    pool: Pool,
+    progress: Callable[[Progress], None],
+) -> None:
+    """Generate for the missing rows, and keep each batch as it is done."""
+    with books.engines_held(pool.num_workers, lambda: gpus_there(pool)):
+        for report in generate_rows(work, rows, missing, pool):
+            journal.append(report.results, report.engine)
+            num_done = journal.num_done - len(rows) + len(missing)
+            progress(books.add(num_done, report.num_tokens, report.seconds))
+
+
+def _write(
+    work: Work, rows: RowStore, journal: Journal, output: Path, facts: dict[str, Any], figures: dict[str, Any]
+) -> tuple[int, dict[str, float] | None]:
+    """Write the output and PATH.meta.json; return how many rows failed, and the scores, if there are any."""
     scores = Scores()
 
     def score(example: Example, text: str) -> None:
@@ -186,23 +215,18 @@ def run_job(
     meta = {
         **facts,
         "prompt": work.prompt.name,
-        "prompt_digest": settings["prompt"],
+        "prompt_digest": work.prompt.digest,
         "shots": len(work.prompt.shots),
         "generation": work.decoding.model_dump(mode="json"),
         "input_digest": rows.digest,
         "rows": len(rows),
         "rows_failed": len(errors),
-        "engine": engine,
-        **account.figures,
+        **figures,
         "scores": summary,
         "versions": package_versions(),
     }
     write_json(beside(output, "meta"), meta, "batch meta")
-    journal.close()
-    result = JobResult(len(rows), len(missing), len(errors), account.seconds, engine, summary, account.costs)
-    record(job_id, result)
-    _remove(folder, output)
-    return result
+    return len(errors), summary
 
 
 def _job_id(folder: Path, resume: bool) -> str:
