@@ -77,10 +77,10 @@ class PassSize:
         """Return what kernels are compiled for: sizes with equal values share compiled kernels."""
         made_for = (self.rank, self.odd_ranks, self.has_dropout, self.is_training, self.num_layers)
         dropouts = {False, self.has_dropout}
-        pieces = [
-            num_splits(self.num_tiles, 1 + more, one) for more in range(MOST_SIBLINGS) for one in dropouts
+        have_pieces = [
+            num_splits(self.num_tiles, 1 + more, one) > 1 for more in range(MOST_SIBLINGS) for one in dropouts
         ]
-        return (*made_for, *pieces, adds_pieces_later(self.num_tiles), min(self.parts, FULL_PROGRAMS))
+        return (*made_for, *have_pieces, adds_pieces_later(self.num_tiles), min(self.parts, FULL_PROGRAMS))
 
     @property
     def num_tiles(self) -> int:

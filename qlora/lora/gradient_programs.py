@@ -36,14 +36,12 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EVEN_RANKS: tl.constexpr,
-    NUM_LAYERS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
     """Add a part's products of low and wide, over all its tokens, to some columns of B's gradient."""
     part, layer = tl.program_id(1), tl.program_id(2)
-    if NUM_LAYERS > 1:
-        wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
-        gradients, ranks, low = gradients + 4 * N * skip, ranks + N * skip, low + layer * T * BLOCK_R
+    wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
+    gradients, ranks, low = gradients + 4 * N * skip, ranks + N * skip, low + layer * T * BLOCK_R
     first, end = tl.load(bounds + 2 * part).to(tl.int32), tl.load(bounds + 2 * part + 1).to(tl.int32)
     rank, n = rank_of(ranks, part, EVEN_RANKS), tl.arange(0, BLOCK_R)
     begin = tl.program_id(0) * BLOCK_K

@@ -132,7 +132,6 @@ def _down_pieces(
         ALONG_ROWS=from_a,
         DROPOUT=dropout,
         BLOCK_K=64,
-        SPLITS=splits,
         num_stages=_stages(wide, 64 * (TILE_TOKENS + rank), most=3 if dropout else 4),
     )
     return low_NSTR
@@ -277,9 +276,8 @@ def _dropout_inputs(tables: PassTables, layers: Sequence[LayerTables]) -> tuple[
 
 
 def _siblings(wides: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the options of kernels that choose a layer."""
-    aligned = all(one.shape[1] % 16 == 0 and one.data_ptr() % 16 == 0 for one in wides)
-    return {"NUM_LAYERS": len(wides), "ALIGNED": aligned}
+    """Return the option of kernels that choose a layer."""
+    return {"ALIGNED": all(one.shape[1] % 16 == 0 and one.data_ptr() % 16 == 0 for one in wides)}
 
 
 def _options(wide: Tensor, rank: int, layers: Sequence[LayerTables]) -> dict[str, Any]:

@@ -104,20 +104,12 @@ def down_kernel(  # type: ignore[no-untyped-def]
     ALONG_ROWS: tl.constexpr,
     EVEN_RANKS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    NUM_LAYERS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
     """Multiply a piece of a tile's columns by a part's weights, at one of some layers."""
     tile, split, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if NUM_LAYERS > 1:
-        wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
-        weights, ranks, scales, salt = (
-            weights + 4 * N * skip,
-            ranks + N * skip,
-            scales + N * skip,
-            salt + skip,
-        )
+    wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
+    weights, ranks, scales, salt = weights + 4 * N * skip, ranks + N * skip, scales + N * skip, salt + skip
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live = t < tl.load(tiles + 3 * tile + 2)
@@ -129,7 +121,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
         key, limit = tl.load(keys + t, mask=live, other=0).to(tl.uint32), tl.load(limits + part).to(tl.uint32)
         factor *= tl.load(factors + part)
     if rank > 0:
-        span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
+        span = tl.cdiv(tl.cdiv(K, tl.num_programs(1)), BLOCK_K) * BLOCK_K
         for start in range(span * split, span * (split + 1), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(wide + t[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
@@ -138,7 +130,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
             places = n[None, :] * K + k[:, None] if ALONG_ROWS else k[:, None] * rank + n[None, :]
             w = tl.load(source + places, mask=(k < K)[:, None] & (n < rank)[None, :], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    place = low + ((layer * SPLITS + split) * T + t)[:, None] * BLOCK_R + n[None, :]
+    place = low + ((layer * tl.num_programs(1) + split) * T + t)[:, None] * BLOCK_R + n[None, :]
     tl.store(place, (acc * factor).to(low.dtype.element_ty), mask=live[:, None])
 
 
@@ -164,15 +156,13 @@ def up_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     EVEN_RANKS: tl.constexpr,
     IS_NEW: tl.constexpr,
-    NUM_LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
     """Add up a tile's low products and multiply them by a part's weights, for some columns of one layer."""
     tile, layer = tl.program_id(1), tl.program_id(2)
-    if NUM_LAYERS > 1:
-        wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
-        weights, ranks, low = weights + 4 * N * skip, ranks + N * skip, low + layer * SPLITS * T * BLOCK_R
+    wide, K, skip = one_of(layer, wide, wide_1, wide_2, K, K_1, K_2, second, third, ALIGNED)
+    weights, ranks, low = weights + 4 * N * skip, ranks + N * skip, low + layer * SPLITS * T * BLOCK_R
     part = tl.load(tiles + 3 * tile)
     t = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, BLOCK_T)
     live, n = t < tl.load(tiles + 3 * tile + 2), tl.arange(0, BLOCK_R)
