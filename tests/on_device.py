@@ -18,5 +18,6 @@ DTYPES = [
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Draw normal numbers, the same for a seed wherever tests run."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
