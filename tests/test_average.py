@@ -9,6 +9,7 @@ from test_training import tiny_bank, tiny_model, weights
 
 from qlora.config import InputError
 from qlora.lora.average import attach_update, mean_update, rank_of, read_update, reduced
+from qlora.lora.bank import AdapterBank
 from qlora.lora.peft_folder import load_adapter
 from qlora.perplexity import adapter_perplexities
 
@@ -96,6 +97,16 @@ def test_a_fresh_adapter_can_be_averaged():
     }
     found = reduced(mean_update([update, update], [0.5, 0.5]), 4)
     assert all(torch.isfinite(a).all() and torch.count_nonzero(b @ a) == 0 for a, b in found.values())
+
+
+def test_an_average_is_on_the_device_in_what_is_multiplied_with_alone(folders):
+    """Its float32 weights, which are saved, stay in the host's memory."""
+    bank = AdapterBank(tiny_model("llama").bfloat16(), "tiny")
+    update = mean_update([read_update(folder) for folder in folders], [0.5, 0.5])
+    adapter = attach_update(bank, update)
+    assert (adapter.weights.dtype, adapter.served.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(adapter.served, adapter.weights.bfloat16())
+    assert adapter.gradients is adapter.served, "it needs none"
 
 
 def test_an_average_that_is_measured_changes_no_trial(folders):

@@ -14,7 +14,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
+from qlora.config import BaseModelSettings
 from qlora.lora import banked_linear
+from qlora.lora.average import attach_update
 from qlora.lora.bank import AdapterBank, make_dropout
 from qlora.lora.banked_linear import Route
 from qlora.lora.tables import make_bank_tables
@@ -22,6 +24,8 @@ from qlora.packed.packing import lay_out, whole_group
 from qlora.pass_buffers import PassSize, block_bytes, buffer_fields, buffer_views, filled_block
 from qlora.passes import Pass, launch
 from qlora.recorded_passes import Recorder, recorded_batch, recorded_pass_tables
+from tuning import shared_work
+from tuning.shared_work import SharedWork
 
 CPU = torch.device("cpu")
 
@@ -258,12 +262,37 @@ class OnASmallCard:
         OnASmallCard.held -= self.is_held
 
 
-def test_recordings_make_room_for_one_with_new_kernels(bank, monkeypatch):
-    """Rank 16 follows 8: its kernels are compiled by a pass that is launched. What never fits is refused."""
+@pytest.fixture
+def recorder(bank, monkeypatch) -> Recorder:
     monkeypatch.setattr(recorded_passes, "_Recording", OnASmallCard)
+    monkeypatch.setattr(OnASmallCard, "held", 0)
     for name in ("graph_pool_handle", "Stream", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    recorder = Recorder(bank)
+    bank.recorder = Recorder(bank)
+    return bank.recorder
+
+
+def test_recordings_make_room_for_an_average(bank, recorder, tiny_base, monkeypatch):
+    """Where there are none, there is no room."""
+
+    def short_of_memory(bank, update):
+        if OnASmallCard.held or "too large" in update:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.38 GiB")
+        return attach_update(bank, update)
+
+    monkeypatch.setattr(shared_work, "attach_update", short_of_memory)
+    work = SharedWork(BaseModelSettings(name=str(tiny_base), quantization="none"), 1000)
+    work.bank.recorder = recorder
+    assert recorder.run(pass_over(bank, (1,), (1.0,)), 0) is not None
+    update = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 64), torch.ones(64, 2))}
+    assert set(work.attach(update).layers) == set(update)
+    assert recorder.num_recordings == OnASmallCard.held == 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        work.attach({"too large": ()})
+
+
+def test_recordings_make_room_for_one_with_new_kernels(bank, recorder, monkeypatch):
+    """Rank 16 follows 8: its kernels are compiled by a pass that is launched. What never fits is refused."""
     low, high = (pass_over(bank, (number,), (1.0,)) for number in (1, 3))
     for work, count in ((low, 1), (high, 1), (low, 2), (high, 2)):
         assert recorder.run(work, 0) is not None

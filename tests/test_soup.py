@@ -14,9 +14,10 @@ from oracles import loop_perplexities
 from test_host import run, threads  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+import tuning.shared_work
 from qlora.checkpoint_files import ADAPTER, CheckpointError
 from qlora.files import write_json
-from qlora.lora.average import read_update
+from qlora.lora.average import rank_of, read_update
 from qlora.lora.peft_folder import load_adapter
 from qlora.perplexity import mean_perplexity
 from reporting.verdicts import outlook
@@ -120,6 +121,23 @@ def test_what_a_lower_rank_costs_is_measured_within_the_limit(trained, monkeypat
     monkeypatch.setattr("tuning.soup.MAX_GPU_RANK", 1)
     monkeypatch.setattr("tuning.soup._MOST_LOST", 1.0)
     assert host.soup(storage, found, most)[0].measured <= most
+
+
+def test_an_average_that_finds_no_memory_is_left_out(trained, monkeypatch):
+    """The others are measured all the same."""
+    host, found, storage = trained
+    attach, tried = tuning.shared_work.attach_update, []
+
+    def short_of_memory(bank, update):
+        tried.append(rank_of(update))
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return attach(bank, update)
+
+    monkeypatch.setattr(tuning.shared_work, "attach_update", short_of_memory)
+    soup, _ = host.soup(storage, found, 10)
+    assert soup.measured == len(tried) == len(found) - 1
+    assert f"an average of rank {tried[0]} finds no memory: it is left out" in host.notes()
 
 
 def test_an_average_of_too_high_a_rank_is_brought_to_one_that_fits(data, trained, monkeypatch):

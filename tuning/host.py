@@ -145,7 +145,7 @@ class Host:
             with self._work.counted("evaluating"):
                 for adapter, examples in requests:
                     with adapter.in_folder() as folder:
-                        update = read_update(folder, self._work.bank.device)
+                        update = read_update(folder)
                     found.append(self._work.perplexities(update, examples))
             return found
 

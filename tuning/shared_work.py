@@ -110,7 +110,7 @@ class SharedWork:
 
     def perplexities(self, update: Update, examples: Sequence[EncodedExample]) -> list[float]:
         """Measure the perplexity of each example under an update. Raises what measuring raises."""
-        adapter = attach_update(self.bank, update)
+        adapter = self.attach(update)
         try:
             (found,) = self.evaluate([(adapter, examples)])
         finally:
@@ -118,6 +118,18 @@ class SharedWork:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def attach(self, update: Update) -> Adapter:
+        """Put an update on the base, to measure and to save.
+
+        Where recorded passes leave no memory for it, they are given back. Raises torch.cuda.OutOfMemoryError.
+        """
+        try:
+            return attach_update(self.bank, update)
+        except torch.cuda.OutOfMemoryError:
+            if self.bank.recorder is None or not self.bank.recorder.pause():
+                raise
+        return attach_update(self.bank, update)
 
     @contextmanager
     def counted(self, work: str | None) -> Iterator[None]:

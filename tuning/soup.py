@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qlora.checkpoint_files import ADAPTER, CheckpointError, verify_checkpoint
@@ -25,7 +26,7 @@ from qlora.config import MAX_RANK, InputError
 from qlora.data.prompts import EncodedExample
 from qlora.failpoints import durable
 from qlora.files import read_json, write_json
-from qlora.lora.average import Update, attach_update, mean_update, rank_of, read_update, reduced
+from qlora.lora.average import Update, mean_update, rank_of, read_update, reduced
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.lora.products import MAX_GPU_RANK
 from qlora.perplexity import mean_perplexity
@@ -153,8 +154,8 @@ def find_soup(
 ) -> tuple[Soup, AdapterFiles | None]:
     """Measure at most so many averages of finalists on a device; return the best one, and its adapter.
 
-    A finalist whose checkpoint is damaged is left out. Raises CheckpointError if that is the best one, and
-    what measuring raises, such as out of memory.
+    A finalist whose checkpoint is damaged is left out, and so is one that makes an average too large for the
+    device's memory. Raises CheckpointError if the best one's is damaged, and what measuring raises.
     """
     started, members = time.monotonic(), dict[str, Update]()
     for one in found:
@@ -167,7 +168,7 @@ def find_soup(
                 which = "best checkpoint" if _is_best(one, found) else f"checkpoint of step {one.step}"
                 work.note(f"trial {one.trial_id}: its {which} is damaged; it is in no average")
                 continue
-            members[one.name] = read_update(folder / ADAPTER, work.bank.device)
+            members[one.name] = read_update(folder / ADAPTER)
     bench = _Bench(work, public, members, most)
     chosen, best = bench.choose(found[0].public_perplexity)
     competed = perplexities_of(found)
@@ -262,20 +263,24 @@ class _Bench:
             needed = 1 + (self._rank(together) > self._most_rank)  # bringing it down is measured, too
             if self._rank(together) > MAX_RANK or needed > self._left:
                 continue
-            found = self._measure(self._mean(together))
+            try:
+                found = self._measure(self._mean(together))
+            except torch.cuda.OutOfMemoryError:
+                self._work.note(f"an average of rank {self._rank(together)} finds no memory: it is left out")
+                continue
             if found.public_perplexity < lowest:
                 chosen, best, lowest = together, found, found.public_perplexity
                 if self._rank(chosen) <= self._most_rank:
                     fitting = (chosen, best)
         if best is None or self._rank(chosen) <= self._most_rank:
             return chosen, best
-        found = self._measure(reduced(self._mean(chosen), self._most_rank))
+        found = self._measure(self._reduced(chosen))
         found = replace(found, lost=found.public_perplexity / best.public_perplexity - 1)
         return (chosen, found) if found.lost < _MOST_LOST else fitting
 
     def adapter_files(self, names: Sequence[str]) -> AdapterFiles:
         """Return the PEFT folder of an average."""
-        adapter = attach_update(self._work.bank, reduced(self._mean(names), self._most_rank))
+        adapter = self._work.attach(self._reduced(names))
         with tempfile.TemporaryDirectory() as folder:
             self._work.bank.save(adapter, Path(folder))
             self._work.bank.detach(adapter)
@@ -286,6 +291,9 @@ class _Bench:
 
     def _mean(self, names: Sequence[str]) -> Update:
         return mean_update([self._members[name] for name in names], [1 / len(names)] * len(names))
+
+    def _reduced(self, names: Sequence[str]) -> Update:
+        return reduced(self._mean(names), self._most_rank, self._work.bank.device)
 
     def _measure(self, update: Update) -> _Average:
         self.measured, self._left = self.measured + 1, self._left - 1

@@ -44,7 +44,8 @@ class Adapter:
     """One trial's LoRA weights on a bank.
 
     weights, gradients: [n] float32, all matrices end to end. served: the weights in the model's dtype, the
-    same tensor if that is float32; `refresh` brings it up to date. layers: for each targeted layer the places
+    same tensor if that is float32; `refresh` brings it up to date. One that does not train has no gradients
+    of its own, and may have its weights in the host's memory. layers: for each targeted layer the places
     of A and B in these vectors. number: of this adapter alone, in this process.
     """
 

@@ -7,7 +7,7 @@ the largest singular values of B A, found from the small Gram matrices of its fa
 
 Refuses to know which adapters are worth averaging.
 
-Shapes: R (RANK) of all members together, K of the result, I (IN) and O (OUT) a layer's widths, L layers.
+Shapes: R (RANK) of all members together, K of the result, I (IN) and O (OUT) a layer's widths.
 Source: Model soups, https://arxiv.org/abs/2203.05482; Eckart and Young 1936,
 https://doi.org/10.1007/BF02288367.
 """
@@ -30,14 +30,14 @@ _A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 _NEGLIGIBLE = 1e-14  # of the largest eigenvalue: what rounding makes of a direction that is not there
 
 
-def read_update(folder: Path, device: torch.device | None = None) -> Update:
-    """Read what the adapter of a PEFT folder adds to each layer; its scale is in B.
+def read_update(folder: Path) -> Update:
+    """Read what the adapter of a PEFT folder adds to each layer, to the host's memory; its scale is in B.
 
     Raises InputError for a folder without an adapter.
     """
     config = check_adapter(folder)
     scale = config["lora_alpha"] / config["r"]
-    found = load_file(folder / WEIGHTS, device=str(device or "cpu"))
+    found = load_file(folder / WEIGHTS)
     names = [name.removesuffix(_A) for name in found if name.endswith(_A)]
     return {name.removeprefix(_PREFIX): (found[name + _A], scale * found[name + _B]) for name in names}
 
@@ -59,21 +59,16 @@ def rank_of(update: Update) -> int:
     return max(len(a) for a, _ in update.values())
 
 
-def reduced(update: Update, rank: int) -> Update:
+def reduced(update: Update, rank: int, device: torch.device | None = None) -> Update:
     """Return the nearest update whose layers have at most this rank; layers that have it stay as they are.
 
-    Nearest in the sum of squares. Layers of one shape are computed together.
+    Nearest in the sum of squares. It is computed on the device, if one is given, and brought back.
     """
-    shapes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     found = dict(update)
-    for layer, (a, b) in update.items():
-        if len(a) > rank:
-            shapes.setdefault((a.shape, b.shape), []).append(layer)
-    for layers in shapes.values():
-        a_LRI = torch.stack([update[layer][0] for layer in layers])
-        b_LOR = torch.stack([update[layer][1] for layer in layers])
-        for layer, a, b in zip(layers, *_nearest(a_LRI, b_LOR, rank), strict=True):
-            found[layer] = (a, b)
+    for layer, (a_RI, b_OR) in update.items():
+        if len(a_RI) > rank:
+            a_KI, b_OK = _nearest(a_RI.to(device, torch.float64), b_OR.to(device, torch.float64), rank)
+            found[layer] = (a_KI.to(a_RI), b_OK.to(b_OR))
     return found
 
 
@@ -93,21 +88,20 @@ def attach_update(bank: AdapterBank, update: Update) -> Adapter:
     return adapter
 
 
-def _nearest(a_LRI: Tensor, b_LOR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of the nearest products of a rank: A [L, K, I] and B [L, O, K], both of one size.
+def _nearest(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of the nearest product of a rank: A [K, I] and B [O, K], both of one size.
 
     With A A' = V s V', the rows of Q = s^-1/2 V' A are orthonormal, and B A = (B V s^1/2) Q. The Gram matrix
     of the left factor has B A's squared singular values and their directions.
     """
-    a_LRI, b_LOR = a_LRI.double(), b_LOR.double()
-    s_LR, v_LRR = torch.linalg.eigh(a_LRI @ a_LRI.mT)
-    is_there_LR = s_LR > _NEGLIGIBLE * s_LR[:, -1:]
-    root_LR = s_LR.clamp(min=0).sqrt() * is_there_LR
-    inverse_LR = torch.where(is_there_LR, 1 / root_LR, 0.0)
-    left_LOR = b_LOR @ v_LRR * root_LR[:, None]
-    squares_LR, u_LRR = torch.linalg.eigh(left_LOR.mT @ left_LOR)
-    u_LRK, value_LK = u_LRR[..., -rank:], squares_LR[:, -rank:].clamp(min=0).sqrt()
-    size_LK = value_LK.sqrt().clamp(min=torch.finfo(torch.float32).tiny)  # shared out between both factors
-    b_LOK = left_LOR @ u_LRK / size_LK[:, None]
-    a_LKI = size_LK[..., None] * (u_LRK.mT @ (inverse_LR[..., None] * (v_LRR.mT @ a_LRI)))
-    return a_LKI.float(), b_LOK.float()
+    s_R, v_RR = torch.linalg.eigh(a_RI @ a_RI.T)
+    is_there_R = s_R > _NEGLIGIBLE * s_R[-1]
+    root_R = s_R.clamp(min=0).sqrt() * is_there_R
+    inverse_R = torch.where(is_there_R, 1 / root_R, 0.0)
+    left_OR = b_OR @ v_RR * root_R
+    squares_R, u_RR = torch.linalg.eigh(left_OR.T @ left_OR)
+    u_RK, value_K = u_RR[:, -rank:], squares_R[-rank:].clamp(min=0).sqrt()
+    size_K = value_K.sqrt().clamp(min=torch.finfo(torch.float32).tiny)  # shared out between both factors
+    b_OK = left_OR @ u_RK / size_K
+    a_KI = size_K[:, None] * (u_RK.T @ (inverse_R[:, None] * (v_RR.T @ a_RI)))
+    return a_KI, b_OK

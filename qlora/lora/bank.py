@@ -117,22 +117,27 @@ class AdapterBank:
         """Put a new adapter on the base.
 
         `weights` are its `fresh_weights`, if they are there already. One that does not train may have any
-        rank, and has no memory for gradients. Raises InputError as `fresh_weights` does.
+        rank; on the device it has nothing but what is multiplied with. Raises InputError as `fresh_weights`
+        does.
         """
         layers = self._places(settings, any_rank=not trains)
         if weights is None:
             num_weights = max((b.end for _, b in layers.values()), default=0)
-            weights = self.fresh_weights(settings) if trains else torch.zeros(num_weights, device=self.device)
-        weights = weights.to(self.device)
+            weights = self.fresh_weights(settings) if trains else torch.zeros(num_weights)
+        if trains or self.model.dtype == torch.float32:
+            weights = weights.to(self.device)
         if new := [name for name in layers if name not in self.layers]:
             for name in new:
                 self._make_banked(name)
             self._meet_siblings()
+        served = weights
+        if self.model.dtype != torch.float32:
+            served = weights.to(self.device, self.model.dtype)
         return Adapter(
             settings=settings,
             weights=weights,
-            gradients=torch.zeros_like(weights) if trains else weights,
-            served=weights if self.model.dtype == torch.float32 else weights.to(self.model.dtype),
+            gradients=torch.zeros_like(weights) if trains else served,
+            served=served,
             layers=layers,
         )
 
