@@ -41,10 +41,7 @@ _START = {"step": 0, "is_start": True}  # the position of a run that begins with
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """A checkpoint in memory, to be written while the device does other work.
-
-    On a CPU its tensors are the trial's own, so it holds only until the trial's next step.
-    """
+    """A checkpoint in memory, to be written while its run goes on."""
 
     adapter: AdapterContent
     optimizer: dict[str, Tensor]
@@ -56,7 +53,7 @@ class CheckpointContent:
         tensors, position = training.state()
         return cls(
             adapter=training.bank.content(training.adapter),
-            optimizer={name: tensor.cpu() for name, tensor in tensors.items()},
+            optimizer={name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
             position=position,
         )
 

@@ -2,8 +2,9 @@
 
 One thread does everything that touches the device: whoever calls leaves a request and waits. Between two
 steps the thread carries out what was asked for; a trial that asks for nothing (it waits at a rung, or was
-stopped) costs the others nothing. Checkpoints are written by threads of their own. Refuses to know how work
-is done (tuning.shared_work), how hosts are found and how trials report.
+stopped) costs the others nothing. Checkpoints are written by threads of their own; where a GPU would have
+nothing to do meanwhile, trials train on before they are asked to, and if they are not, that is forgotten.
+Refuses to know how work is done (tuning.shared_work), how hosts are found and how trials report.
 """
 
 import json
@@ -34,13 +35,14 @@ from tuning.evaluation_steps import evaluation_steps
 from tuning.examples import PromptedExamples
 from tuning.objective import JudgingStoppedError
 from tuning.orders import SET_ASIDE
-from tuning.seat import Seat, Standing, answered, point_of
+from tuning.seat import Seat, Standing, answered, point_of, write_report
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
 from tuning.sweep_data import SweepData
 
 _Answer = TypeVar("_Answer")
 _MOST_STEPS_TO_WAIT = {"cpu": 0, "cuda": 24}  # for others, to have texts written together
+_GOES_AHEAD = {"cpu": False, "cuda": True}  # a CPU has others' work to do meanwhile
 _WRITERS = 4  # of checkpoints at once: trials of one length end together
 
 
@@ -56,6 +58,7 @@ class Host:
         self._seats: dict[str, Seat] = {}
         self._stopped, self._ended_by_hand = False, set[str]()
         self._steps_waited, self._most_steps_to_wait = 0, _MOST_STEPS_TO_WAIT[default_device().type]
+        self._goes_ahead = _GOES_AHEAD[default_device().type]
         self._calls, self._is_over = Calls(), threading.Event()
         self._leaving: list[Future[Any]] = []  # replies to trials whose places are being kept
         budget, recomputes = data.for_device(hardware(default_device().type))
@@ -119,8 +122,7 @@ class Host:
                 return answered({"by_hand": True})
             if seat.is_to_leave:
                 return answered({SET_ASIDE: False})
-            seat.goal, seat.folder, seat.reply = step, folder, Future()
-            return seat.reply
+            return seat.ask(step, folder)
 
         return self._calls.ask(start).result()
 
@@ -217,21 +219,25 @@ class Host:
         A method of its own: what it holds of trials goes when it ends.
         """
         with self._work.counted("waiting" if self._seats else None):
-            for call, reply in self._calls.take(lambda: not self._stopped and self._asked()):
+            for call, reply in self._calls.take(self._asked):
                 settle(reply, call)
-        asked = [] if self._stopped else self._asked()
+        asked = self._asked()
+        on_the_way = [seat for seat in asked if not seat.at_goal]
         if there := [seat for seat in asked if seat.at_goal]:
             left = self._most_steps_to_wait - self._steps_waited
             waits = self._data.judge is not None and any(0 < seat.steps_to_go <= left for seat in asked)
             self._steps_waited = self._steps_waited + 1 if waits else 0
             if not waits:
                 self._evaluate(there)
-        if on_the_way := [seat for seat in asked if not seat.at_goal and seat.goal is not None]:
+        if on_the_way:
             with self._work.counted("training"):
                 self._train(on_the_way)
 
     def _asked(self) -> list[Seat]:
-        return [seat for seat in self._seats.values() if seat.goal is not None]
+        """Return the trials that are asked to go on; if none is, those that are about to be."""
+        there = [] if self._stopped else list(self._seats.values())
+        asked = [seat for seat in there if seat.goal is not None]
+        return asked or [seat for seat in there if seat.goes_ahead]
 
     def _train(self, seats: Sequence[Seat]) -> None:
         errors = self._work.train([seat.work for seat in seats])
@@ -262,15 +268,14 @@ class Host:
             content = CheckpointContent.of(seat.work.training)
             metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, value)
             metrics |= {"perplexities": found, "host_notes": self.notes()}
-            written = partial(_written, content, Path(seat.folder), metrics)
+            written = partial(write_report, content, Path(seat.folder), metrics)
             self._writers.submit(settle, seat.reply, written)
         except JudgingStoppedError:
             return  # it is kept as it stands
         except Exception as error:  # memory may be short for the copy: that is this trial's failure
             seat.fail(error.with_traceback(None))
         else:
-            seat.goal = None
-            seat.work.forget()
+            seat.reported(goes_ahead=self._goes_ahead)
 
     def _values(self, measured: Sequence[tuple[Seat, list[float]]]) -> Sequence[float | Exception]:
         """Return the objective's value of each trial, or what judging its texts failed with."""
@@ -312,12 +317,12 @@ class Host:
             if since.exists():
                 found = json.loads(since.read_text(encoding="utf-8"))
                 work.seconds, work.seen = found["seconds"], [StepResult(**step) for step in found["steps"]]
-        self._seats[trial_id] = Seat(holder, work, examples)
-        stops = evaluation_steps(
-            training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch
+        stops = sorted(
+            evaluation_steps(training.timetable, self._data.space.scheduler, settings.evaluations_per_epoch)
         )
+        self._seats[trial_id] = Seat(holder, work, examples, stops)
         begin = training.step if work.seen else training.step + 1  # stopped just before its evaluation
-        return sorted(step for step in stops if step >= begin)
+        return [step for step in stops if step >= begin]
 
     def _leave_all(self) -> None:
         """Free what is left of trials, which have ended: their processes may have had no time to leave."""
@@ -329,11 +334,6 @@ class Host:
         if seat is not None:
             self._work.bank.detach(seat.work.training.adapter)
             seat.fail(RuntimeError("the trial was detached"))
-
-
-def _written(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    content.write(folder)
-    return metrics
 
 
 def _good(found: _Answer | Exception) -> _Answer:

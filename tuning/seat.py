@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,13 +24,17 @@ from tuning.shared_work import TrialWork
 class Seat:
     """An attached trial: who holds it, its work, and the step that it was asked to reach.
 
-    examples: what it is trained and measured on. is_to_leave: whether it is to be set aside once it asks.
+    examples: what it is trained and measured on. stops: the steps at which it is measured, ascending.
+    ahead: the step up to which it trains before anybody asks, after a report. is_to_leave: whether it is to
+    be set aside once it asks.
     """
 
     holder: str
     work: TrialWork
     examples: PromptedExamples
+    stops: Sequence[int]
     goal: int | None = None
+    ahead: int | None = None
     folder: str = ""
     is_to_leave: bool = False
     reply: "Future[dict[str, Any]]" = field(default_factory=Future)
@@ -45,6 +50,11 @@ class Seat:
         return self.goal is not None and bool(self.work.seen)
 
     @property
+    def goes_ahead(self) -> bool:
+        """Tell whether it has reported, and has steps to take that it is about to be asked for."""
+        return self.ahead is not None and self.work.training.step < self.ahead
+
+    @property
     def steps_to_go(self) -> int:
         """Return how many steps are left to what it was asked to reach."""
         return 0 if self.goal is None else max(0, self.goal - self.work.training.step)
@@ -56,14 +66,21 @@ class Seat:
             "try a lower learning rate"
         )
 
+    def ask(self, step: int, folder: str) -> "Future[dict[str, Any]]":
+        """Have the trial train up to a step, be evaluated and write a checkpoint; returns the reply."""
+        self.goal, self.ahead, self.folder, self.reply = step, None, folder, Future()
+        return self.reply
+
     def fail(self, error: Exception) -> None:
         """Answer whoever asked with an error; the seat waits for its next goal."""
+        self.ahead = None  # it fails again, when that is asked for
         if self.goal is not None:
             self.goal = None
             self.reply.set_exception(error)
 
     def answer(self, metrics: dict[str, Any]) -> None:
         """Answer whoever asked with something else than an evaluation; the seat waits to be left."""
+        self.ahead = None
         if self.goal is not None:
             self.goal = None
             self.reply.set_result(metrics)
@@ -72,6 +89,13 @@ class Seat:
         """Ask no more of the trial; returns the reply that whoever asked waits for."""
         self.goal = None
         return self.reply
+
+    def reported(self, *, goes_ahead: bool) -> None:
+        """Begin a new stretch of steps: a report of the one before is on its way."""
+        self.goal = None
+        self.work.forget()
+        if goes_ahead:
+            self.ahead = next((step for step in self.stops if step > self.work.training.step), None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +128,12 @@ def answered(metrics: dict[str, Any]) -> "Future[dict[str, Any]]":
     reply: Future[dict[str, Any]] = Future()
     reply.set_result(metrics)
     return reply
+
+
+def write_report(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write a report's checkpoint; returns its metrics. Raises OSError."""
+    content.write(folder)
+    return metrics
 
 
 def point_of(work: TrialWork, perplexity: float, objective: Objective, value: float) -> dict[str, Any]:

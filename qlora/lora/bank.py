@@ -217,10 +217,7 @@ class AdapterBank:
         self.content(adapter).write(folder)
 
     def content(self, adapter: Adapter) -> AdapterContent:
-        """Return the content of an adapter's PEFT folder.
-
-        On a CPU its matrices are the adapter's own, not copies.
-        """
+        """Return the content of an adapter's PEFT folder, a copy of what it is now."""
         from peft import LoraConfig  # takes seconds to load
 
         name, revision = split_revision(self.base_name)
@@ -239,7 +236,7 @@ class AdapterBank:
             revision=revision,
             inference_mode=True,
         )
-        return AdapterContent(config, adapter.matrices(adapter.weights.cpu()))
+        return AdapterContent(config, adapter.matrices(adapter.weights.to("cpu", copy=True)))
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Load the weights of a PEFT folder into an adapter.
