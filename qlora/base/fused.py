@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.base.device import triton_module
 from qlora.base.norms import fuse_norms
 from qlora.base.residuals import fuse_residuals
 
+residual_kernel = triton_module("qlora.base.residual_kernel")
 _log = logging.getLogger(__name__)
 _ROTARY = "apply_rotary_pos_emb"
 _own_rotary: dict[str, Callable[..., Any] | None] = {}  # of families, by transformers' modules
@@ -60,7 +62,8 @@ def fuse(model: Any) -> None:
             mlp.__dict__.pop("forward", None)
     finally:
         vars(module).update(before)
-    fuse_residuals(plain, _add_and_normalise)
+    in_training = None if residual_kernel is None else residual_kernel.add_and_normalise
+    fuse_residuals(plain, _add_and_normalise, in_training)
 
 
 def _apply_liger(model: Any) -> None:

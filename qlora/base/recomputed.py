@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora.base.residuals import one_by_one
 from qlora.packed.handed_down import keywords_again
 
 
@@ -26,7 +27,7 @@ def recompute_layers(model: nn.Module) -> bool:
     """
     layers: list[Any] = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = partial(_forward, layer.forward)
+        layer.forward = partial(_forward, layer.forward, one_by_one(layer.forward))
     return bool(layers)
 
 
@@ -35,11 +36,11 @@ def can_recompute(model: nn.Module) -> bool:
     return any(isinstance(one, GradientCheckpointingLayer) for one in model.modules())
 
 
-def _forward(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Run a layer's forward, and in a backward again."""
+def _forward(forward: Callable[..., Any], alone: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Run a layer's forward; with gradients the one that leaves nothing to other layers, and again later."""
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
-    work = partial(forward, **named)
+    work = partial(alone, **named)
     return checkpoint(work, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
 
 

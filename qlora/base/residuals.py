@@ -1,13 +1,11 @@
 """Owns sums that are normalised right away: a layer adds to the residual and normalises the sum at once.
 
 In a decoder layer that normalises what attention and MLP read, each sum with the residual is written to
-memory only to be read by the norm behind it. One kernel of Liger's does both. Behind the MLP that norm is the
-next layer's, which finds there what it would compute. A family whose layers differ keeps them as they are,
-and so does training, in which the kernel's backward takes as long as it saves.
+memory only to be read by the norm behind it. One kernel does both. Behind the MLP that norm is the next
+layer's, which finds there what it would compute. A family whose layers differ keeps them as they are, and so
+do layers that are computed again in the backward, since each of those is computed by itself.
 
-Refuses to know attention and MLPs.
-
-Source: Liger Kernel, https://github.com/linkedin/Liger-Kernel
+Refuses to know attention, MLPs and the kernel.
 """
 
 import logging
@@ -16,26 +14,33 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.base.norms import FusedRMSNorm
 
 _log = logging.getLogger(__name__)
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-# Adds x and residual [..., n]; returns their norm by a weight [n] and an epsilon, and the sum.
+# Adds x and residual [..., n]; returns their norm by a weight [n] and an epsilon, and the sum. Where layers
+# train, it is differentiable in both.
 AddAndNormalise = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def fuse_residuals(model: Any, add_and_normalise: AddAndNormalise) -> int:
-    """Let decoder layers with fused norms add and normalise at once without gradients; return how many do.
+def fuse_residuals(
+    model: Any, add_and_normalise: AddAndNormalise, in_training: AddAndNormalise | None = None
+) -> int:
+    """Let decoder layers with fused norms add and normalise at once; return how many do.
 
-    A layer is left as it is where that changes more than rounding, and all are where the kernel fails.
+    With gradients they do so `in_training`'s way, if there is one and the weights of norms are frozen. A
+    layer is left as it is where that changes more than rounding, and all are where the kernel fails.
     """
     layers = [one for one in model.modules() if _has_the_parts(one)]
     behind = [*(layer.input_layernorm for layer in layers), _last_norm(model)][1:]
     fused = dict[Any, Callable[..., Tensor]]()
+    if in_training is not None and layers and not _has_the_gradient(layers[0].input_layernorm, in_training):
+        in_training = None
     for layer, norm in zip(layers, behind, strict=True):
-        forward = partial(_forward, layer, layer.forward, add_and_normalise, norm)
+        forward = partial(_forward, layer, layer.forward, (add_and_normalise, in_training), norm)
         try:
             if _computes_the_same(layer, forward):
                 fused[layer] = forward
@@ -48,6 +53,12 @@ def fuse_residuals(model: Any, add_and_normalise: AddAndNormalise) -> int:
     for layer, found in fused.items():
         layer.forward = found
     return len(fused)
+
+
+def one_by_one(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward that a layer had before its sums were fused, given the one that it has."""
+    is_fused = isinstance(forward, partial) and forward.func is _forward
+    return forward.args[1] if is_fused else forward  # type: ignore[attr-defined, no-any-return]
 
 
 def _has_the_parts(module: Any) -> bool:
@@ -66,14 +77,18 @@ def _last_norm(model: Any) -> FusedRMSNorm | None:
 def _forward(
     layer: Any,
     own: Callable[..., Tensor],
-    add_and_normalise: AddAndNormalise,
+    kernels: tuple[AddAndNormalise, AddAndNormalise | None],
     next_norm: FusedRMSNorm | None,
     hidden_states: Tensor,
     *others: Any,
     **named: Any,
 ) -> Tensor:
-    """Compute what a layer's own forward does, x + attend(norm(x)), then y + mlp(norm(y))."""
-    if torch.is_grad_enabled() or others:
+    """Compute what a layer's own forward does, x + attend(norm(x)), then y + mlp(norm(y)).
+
+    kernels: without gradients, and with them.
+    """
+    add_and_normalise = kernels[torch.is_grad_enabled()]
+    if others or add_and_normalise is None or (torch.is_grad_enabled() and _is_trained(layer, next_norm)):
         return own(hidden_states, *others, **named)
     attended, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
     normed, residual = _add(attended, hidden_states, layer.post_attention_layernorm, add_and_normalise)
@@ -86,6 +101,12 @@ def _forward(
     return total
 
 
+def _is_trained(layer: Any, next_norm: FusedRMSNorm | None) -> bool:
+    """Tell whether norms behind a layer's sums are trained, or it may compute itself again in a backward."""
+    norms = (layer.post_attention_layernorm, next_norm)
+    return layer.training or any(norm is not None and norm.weight.requires_grad for norm in norms)
+
+
 def _add(
     x: Tensor, residual: Tensor, norm: FusedRMSNorm, add_and_normalise: AddAndNormalise
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +115,31 @@ def _add(
         return add_and_normalise(x, residual, norm.weight, norm.eps)
     total = residual + x
     return norm(total), total
+
+
+@torch.enable_grad()
+def _has_the_gradient(norm: FusedRMSNorm, add_and_normalise: AddAndNormalise) -> bool:
+    """Tell whether a kernel has the values and gradients of a sum and its norm, on a random input."""
+    weight, found = norm.weight.detach(), list[list[Tensor]]()
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, len(weight))
+    x, residual, *factors = (torch.randn(shape, generator=generator).to(weight) for _ in range(4))
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(residual + x, weight.shape, weight, eps), residual + x
+
+    try:
+        for kernel in (plain, add_and_normalise):
+            first, second = (one.clone().requires_grad_() for one in (x, residual))
+            outputs = kernel(first, second, weight, norm.eps)
+            gradients = torch.autograd.grad(outputs, (first, second), factors)
+            found.append([*outputs, *gradients])
+    except Exception as error:  # whatever a version of the kernel makes of a device that it does not fit
+        _log.warning("sums with the residual and norms stay in two kernels in training: %s", error)
+        return False
+    rounding = 8 * torch.finfo(weight.dtype).eps
+    pairs = zip(*found, strict=True)
+    return all(bool((one - two).float().norm() <= rounding * one.float().norm()) for one, two in pairs)
 
 
 class _Known(nn.Module):

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.base.device import triton_module
 from qlora.packed.stream import Rows, Stretches
 
+join_kernel = triton_module("qlora.packed.join_kernel")
 _MAX_HEAD_WIDTH = 256
 
 
@@ -174,6 +176,8 @@ class _FlashStream(torch.autograd.Function):
 
 def _joined(out: Tensor, lse_HS: Tensor, other_out: Tensor, other_lse_HS: Tensor) -> tuple[Tensor, Tensor]:
     """Join attentions of the same queries over different keys to one over all keys: output, log-sum-exp."""
+    if join_kernel is not None:
+        return join_kernel.join(out, lse_HS, other_out, other_lse_HS)  # type: ignore[no-any-return]
     share_SH1 = (other_lse_HS - lse_HS).sigmoid().t()[..., None]
     return out.lerp(other_out, share_SH1.to(out.dtype)), torch.logaddexp(lse_HS, other_lse_HS)
 
