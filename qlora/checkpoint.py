@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora.base.device import to_host
 from qlora.checkpoint_files import (
     ADAPTER,
     MANIFEST,
@@ -53,7 +54,7 @@ class CheckpointContent:
         tensors, position = training.state()
         return cls(
             adapter=training.bank.content(training.adapter),
-            optimizer={name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
+            optimizer={name: to_host(tensor) for name, tensor in tensors.items()},
             position=position,
         )
 

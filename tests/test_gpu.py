@@ -18,6 +18,7 @@ from transformers.models.llama import modeling_llama
 from inference.banked import Asked, BankedGenerator
 from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
+from qlora.base.device import to_host
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
@@ -297,6 +298,14 @@ def test_a_pass_that_cannot_be_recorded_is_launched():
         losses.append([training.advance(10_000).loss for _ in range(3)])
         assert bank.recorder.num_recordings == 0
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("count", [7, 16 * 2**20, 40 * 2**20 + 3])
+def test_a_large_tensor_comes_to_the_host_in_pieces(count):
+    tensor = torch.arange(count, dtype=torch.int32, device=CUDA)
+    found = to_host(tensor)
+    tensor.zero_()
+    assert not found.is_pinned() and torch.equal(found, torch.arange(count, dtype=torch.int32))
 
 
 def gpu_bank(family, dtype=torch.float32):

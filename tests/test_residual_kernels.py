@@ -72,7 +72,7 @@ def test_a_kernel_trains_a_model_as_its_own_layers_do():
         calls.append(inputs)
         return add_and_normalise(*inputs)
 
-    assert fuse_residuals(model, counted, counted) == len(weights)
+    assert fuse_residuals(model, counted, in_training=True) == len(weights)
     calls.clear()
     for found, other in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-7)
@@ -93,7 +93,7 @@ def test_layers_that_are_computed_again_leave_nothing_to_each_other():
     """A layer's backward computes it by itself: what the one before it had left is not there any more."""
     model, ids, weights = trained_in_part()
     fuse_norms(model)
-    fuse_residuals(model, add_and_normalise, add_and_normalise)
+    fuse_residuals(model, add_and_normalise, in_training=True)
     found = []
     for recomputes in (False, True):
         assert not recomputes or recompute_layers(model)

@@ -1,9 +1,9 @@
 """Owns what is fused on GPUs: chains of small kernels in transformers' models become one kernel each.
 
 A small kernel spends more time on moving its operands to and from memory than on arithmetic; fusing a chain
-of them moves the operands once. Norms are torch's own kernel (qlora.base.norms). The rotary embedding, the
-gated MLP and sums with the residual that are normalised (qlora.base.residuals) are Liger's, where that
-package is installed.
+of them moves the operands once. Norms are torch's own kernel (qlora.base.norms); sums with the residual that
+are normalised are this project's (qlora.base.residuals); the rotary embedding and the gated MLP are Liger's,
+where that package is installed.
 
 Refuses to know adapters.
 
@@ -30,29 +30,38 @@ _own_rotary: dict[str, Callable[..., Any] | None] = {}  # of families, by transf
 
 
 def fuse(model: Any) -> None:
-    """Replace norms, and the rotary embedding, gated MLP and sums with the residual that Liger knows.
+    """Replace norms and sums with the residual, and the rotary embedding and gated MLP that Liger knows.
 
-    The model may have adapters of PEFT's. Liger puts its rotary embedding into the family's module in
-    transformers, so all models of the family in this process get it; those on a CPU keep their own. Whatever
-    else it puts there is taken out again. What fails or computes something else on a random input is left as
+    The model may have adapters of PEFT's. What fails or computes something else on a random input is left as
     it was.
     """
     fuse_norms(model)
-    if not has_liger():
-        _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
-        return
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    module: Any = sys.modules[type(plain).__module__]
+    if has_liger():
+        _fuse_by_liger(plain)
+    else:
+        _log.info("liger-kernel is not installed: rotary embedding and MLP stay in several kernels")
+    if residual_kernel is not None:
+        fuse_residuals(plain, residual_kernel.add_and_normalise, in_training=True)
+
+
+def _fuse_by_liger(model: Any) -> None:
+    """Replace the rotary embedding and gated MLP.
+
+    Liger puts its rotary embedding into the family's module in transformers, so all models of the family in
+    this process get it; those on a CPU keep their own. Whatever else it puts there is taken out again.
+    """
+    module: Any = sys.modules[type(model).__module__]
     before = dict(vars(module))
     rotary = before.get(_ROTARY)
     own = _own_rotary.setdefault(module.__name__, rotary)
-    mlps = [one for one in plain.modules() if type(one).__name__.endswith("MLP")]
+    mlps = [one for one in model.modules() if type(one).__name__.endswith("MLP")]
     try:
-        expected = _sample(plain, own, mlps)
-        _apply_liger(plain)
+        expected = _sample(model, own, mlps)
+        _apply_liger(model)
         put = getattr(module, _ROTARY, None)
         fused = own if put is rotary else put
-        if not _is_near(_sample(plain, fused, mlps), expected):
+        if not _is_near(_sample(model, fused, mlps), expected):
             raise ValueError("it computes something else")
         if own is not None and fused is not None and fused is not own:
             before[_ROTARY] = _on_gpus(fused, own)
@@ -62,8 +71,6 @@ def fuse(model: Any) -> None:
             mlp.__dict__.pop("forward", None)
     finally:
         vars(module).update(before)
-    in_training = None if residual_kernel is None else residual_kernel.add_and_normalise
-    fuse_residuals(plain, _add_and_normalise, in_training)
 
 
 def _apply_liger(model: Any) -> None:
@@ -79,13 +86,6 @@ def _apply_liger(model: Any) -> None:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
-
-
-def _add_and_normalise(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from liger_kernel.ops import LigerFusedAddRMSNormFunction
-
-    # "gemma" is the mode that rounds once, as torch's kernel does; the offset is what Gemma would add.
-    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "gemma", False)
 
 
 @torch.no_grad()

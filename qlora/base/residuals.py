@@ -26,19 +26,17 @@ _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 AddAndNormalise = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def fuse_residuals(
-    model: Any, add_and_normalise: AddAndNormalise, in_training: AddAndNormalise | None = None
-) -> int:
+def fuse_residuals(model: Any, add_and_normalise: AddAndNormalise, *, in_training: bool = False) -> int:
     """Let decoder layers with fused norms add and normalise at once; return how many do.
 
-    With gradients they do so `in_training`'s way, if there is one and the weights of norms are frozen. A
-    layer is left as it is where that changes more than rounding, and all are where the kernel fails.
+    `in_training`: also with gradients, where the kernel has them and the weights of norms are frozen. A layer
+    is left as it is where that changes more than rounding, and all are where the kernel fails.
     """
     layers = [one for one in model.modules() if _has_the_parts(one)]
     behind = [*(layer.input_layernorm for layer in layers), _last_norm(model)][1:]
     fused = dict[Any, Callable[..., Tensor]]()
-    if in_training is not None and layers and not _has_the_gradient(layers[0].input_layernorm, in_training):
-        in_training = None
+    if in_training and layers:
+        in_training = _has_the_gradient(layers[0].input_layernorm, add_and_normalise)
     for layer, norm in zip(layers, behind, strict=True):
         forward = partial(_forward, layer, layer.forward, (add_and_normalise, in_training), norm)
         try:
@@ -77,7 +75,7 @@ def _last_norm(model: Any) -> FusedRMSNorm | None:
 def _forward(
     layer: Any,
     own: Callable[..., Tensor],
-    kernels: tuple[AddAndNormalise, AddAndNormalise | None],
+    kernel: tuple[AddAndNormalise, bool],
     next_norm: FusedRMSNorm | None,
     hidden_states: Tensor,
     *others: Any,
@@ -85,10 +83,10 @@ def _forward(
 ) -> Tensor:
     """Compute what a layer's own forward does, x + attend(norm(x)), then y + mlp(norm(y)).
 
-    kernels: without gradients, and with them.
+    kernel: what adds and normalises, and whether it does so with gradients, too.
     """
-    add_and_normalise = kernels[torch.is_grad_enabled()]
-    if others or add_and_normalise is None or (torch.is_grad_enabled() and _is_trained(layer, next_norm)):
+    add_and_normalise, in_training = kernel
+    if others or (torch.is_grad_enabled() and not (in_training and _is_frozen(layer, next_norm))):
         return own(hidden_states, *others, **named)
     attended, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
     normed, residual = _add(attended, hidden_states, layer.post_attention_layernorm, add_and_normalise)
@@ -101,10 +99,10 @@ def _forward(
     return total
 
 
-def _is_trained(layer: Any, next_norm: FusedRMSNorm | None) -> bool:
-    """Tell whether norms behind a layer's sums are trained, or it may compute itself again in a backward."""
+def _is_frozen(layer: Any, next_norm: FusedRMSNorm | None) -> bool:
+    """Tell that norms behind a layer's sums are not trained, and that it does not compute itself again."""
     norms = (layer.post_attention_layernorm, next_norm)
-    return layer.training or any(norm is not None and norm.weight.requires_grad for norm in norms)
+    return not layer.training and not any(norm is not None and norm.weight.requires_grad for norm in norms)
 
 
 def _add(

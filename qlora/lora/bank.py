@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora.base.device import to_host
 from qlora.base.fused import fuse
 from qlora.base.model import dequantised_if_it_fits, linear_layers, load_base
 from qlora.base.nf4 import choose_kernel
@@ -236,7 +237,7 @@ class AdapterBank:
             revision=revision,
             inference_mode=True,
         )
-        return AdapterContent(config, adapter.matrices(adapter.weights.to("cpu", copy=True)))
+        return AdapterContent(config, adapter.matrices(to_host(adapter.weights)))
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Load the weights of a PEFT folder into an adapter.
