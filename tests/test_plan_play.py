@@ -1,6 +1,7 @@
 """Sweeps that are played: trials in company, who is stopped, and what a schedule alone takes."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,25 @@ def test_each_evaluation_takes_its_time(changes, count):
     slow = Pace(0.0, 0.0, 2.0, seats=1)
     assert played_seconds(space(["1+2"], 4, **changes), 10, slow, 1) == pytest.approx(4 * count * 2)
     assert played_seconds(space(["1+2"], 4, **changes), 10, slow, 2) == pytest.approx(2 * count * 2)
+
+
+def test_a_trial_takes_its_time_to_start_and_trains_on_while_it_reports():
+    """One that has trained to its next evaluation by then waits for its report; others don't."""
+    starts = Pace(0.0, 1.0, 0.0, seats=1, start_seconds=3.0)
+    assert played_seconds(space([1], 4), 10, starts, 1) == pytest.approx(4 * (3 + 10))
+    assert played_seconds(space([1], 4), 10, replace(starts, seats=4), 1) == pytest.approx(3 + 40)
+    of_two = {"trial": {"batch_size": 1, "evaluations_per_epoch": 2}}
+    for report, seconds in ((5.0, 10), (8.0, 5 + 8)):
+        reports = Pace(0.0, 1.0, 0.0, seats=1, report_seconds=report)
+        assert played_seconds(space([1], 4, **of_two), 10, reports, 1) == pytest.approx(4 * seconds)
+
+
+def test_a_trial_that_comes_later_joins_those_that_train():
+    """Trials of 10, 20, 10 and 20 steps: the third is there at 18, and done at 28 as the fourth comes."""
+    joins = Pace(1.0, 0.0, 0.0, seats=2, start_seconds=4.0)
+    turns = {"search": {"epochs": {"grid_search": [1, 2]}}}
+    found = played_seconds(space([1], 2, **turns), 10, joins, 1)
+    assert found == pytest.approx(28 + 20)
 
 
 def test_rungs_that_are_one_step_are_measured_once():

@@ -101,6 +101,7 @@ def make_plan(
         side_by_side=trials,
         num_devices=num_devices,
         pass_tokens=budget,
+        num_weights=memory.mean_weights,
         keeps_nf4=memory.keeps_nf4,
         recomputes=memory.recomputes,
     )

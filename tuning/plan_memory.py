@@ -73,8 +73,12 @@ class TrainingMemory:
     @cached_property
     def mean_adapter(self) -> float:
         """Return the same of a trial with middling settings."""
-        sizes = map(self.size.adapter_parameters, self._settings_by_rank(statistics.fmean))
-        return self._bytes_of_parameter * statistics.fmean(sizes)
+        return self._bytes_of_parameter * self.mean_weights
+
+    @cached_property
+    def mean_weights(self) -> float:
+        """Return how many weights the adapter of such a trial has."""
+        return statistics.fmean(map(self.size.adapter_parameters, self._settings_by_rank(statistics.fmean)))
 
     @cached_property
     def step_tokens(self) -> int:

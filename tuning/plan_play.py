@@ -31,13 +31,17 @@ _OF_STEPS = 0.3  # of all differences in quality: what twice the steps bring, at
 class Pace:
     """The seconds that a device takes for a step of its trials, itself and each trial in it.
 
-    evaluation_seconds: to measure one trial. seats: trials side by side.
+    evaluation_seconds: to measure one trial. seats: trials side by side. start_seconds: from a free seat to a
+    new trial's first step. report_seconds: to write a report and hand it on; its trial trains on meanwhile,
+    and is not measured again before that is done.
     """
 
     step_seconds: float
     trial_seconds: float
     evaluation_seconds: float
     seats: int
+    start_seconds: float = 0.0
+    report_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,16 @@ class _Trial:
     """A trial that is played.
 
     quality: less is better, at any time. points: steps at which it is yet to be measured, the last its end.
-    rungs: those of them at which it is compared.
+    rungs: those of them at which it is compared. ready: when it has started, or may be measured. reported:
+    when its last report is done.
     """
 
     quality: float
     points: deque[int]
     rungs: Mapping[int, "Rung"]
     done: int = 0
+    ready: float = 0.0
+    reported: float = 0.0
 
 
 class Rung:
@@ -119,16 +126,28 @@ def _play(trials: Sequence[_Trial], pace: Pace, pause_at: int = 0, num_kept: int
             paused.clear()
         while waiting and len(running) < pace.seats:
             running.append(waiting.popleft())
+            running[-1].ready = seconds + pace.start_seconds
         if not running:
             break
-        hop = min(trial.points[0] - trial.done for trial in running)
-        seconds += hop * (pace.step_seconds + pace.trial_seconds * len(running))
-        for trial in list(running):
+        there = [trial for trial in running if trial.ready <= seconds]
+        if not there:
+            seconds = min(trial.ready for trial in running)
+            continue
+        step_seconds = pace.step_seconds + pace.trial_seconds * len(there)
+        hop = min(trial.points[0] - trial.done for trial in there)
+        if coming := [trial.ready - seconds for trial in running if trial.ready > seconds]:
+            hop = min(hop, math.ceil(min(coming) / max(step_seconds, 1e-9)))
+        seconds += hop * step_seconds
+        for trial in there:
             trial.done += hop
             if trial.done < trial.points[0]:
                 continue
+            if trial.reported > seconds:
+                trial.ready = trial.reported
+                continue
             trial.points.popleft()
             seconds += pace.evaluation_seconds
+            trial.reported = seconds + pace.report_seconds
             rung = trial.rungs.get(trial.done)
             value = trial.quality - _OF_STEPS * math.log2(trial.done)
             if rung is not None and not rung.lets_through(value):

@@ -6,6 +6,7 @@ million to 70 billion parameters on H100s and H200s, and from 36 sweeps of the f
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qlora.data.prompts import EncodedExample
 from qlora.packed.packing import split_by_budget
@@ -21,6 +22,8 @@ _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of
 _MOVED_NUMBERS, _MOVED_UNFUSED = 14, 29
 _STEP_SECONDS, _TRIAL_SECONDS = 0.018, 0.003  # of a GPU's host: a step, and each trial in it
 _EVALUATION_SECONDS = 0.15  # of a GPU's host: one trial
+# Of a trial on a GPU: its process, and drawing a weight; a weight of a report, which has its moments, too.
+_START_SECONDS, _DRAW_SECONDS, _REPORT_SECONDS = 1.0, 8e-9, 24e-9
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
 _RECOMPUTED = 1.5  # passes that one takes whose layers are computed again
 # Bytes, for each number of a base that stays in NF4, whenever a pass dequantises it.
@@ -41,13 +44,15 @@ def expected_seconds(
     side_by_side: int,
     num_devices: int,
     pass_tokens: int,
+    num_weights: float,
     keeps_nf4: bool = False,
     recomputes: bool = False,
 ) -> tuple[float, float]:
     """Return the seconds of a sweep with early stopping and without.
 
     There are `num_devices` devices with `side_by_side` trials on each; a step has `step_tokens` stream
-    tokens, a pass at most `pass_tokens`. `keeps_nf4`, `recomputes`: see TrainingMemory.
+    tokens, a pass at most `pass_tokens`, a trial's adapter `num_weights`. `keeps_nf4`, `recomputes`: see
+    TrainingMemory.
     """
     step, trial = step_seconds(
         size,
@@ -59,11 +64,16 @@ def expected_seconds(
         recomputes=recomputes,
     )
     evaluation = evaluation_seconds(train, public, size, device)
+    pace = Pace(step, trial, evaluation, side_by_side)
     start = float(START_SECONDS)
     if device.kind == "cuda":
-        evaluation += _EVALUATION_SECONDS
+        pace = replace(
+            pace,
+            evaluation_seconds=evaluation + _EVALUATION_SECONDS,
+            start_seconds=_START_SECONDS + _DRAW_SECONDS * num_weights,
+            report_seconds=_REPORT_SECONDS * num_weights,
+        )
         start += 0 if recomputes else _RECORDINGS * _RECORDING_SECONDS * size.num_layers
-    pace = Pace(step, trial, evaluation, side_by_side)
     stopped, whole = (
         played_seconds(space, len(train), pace, num_devices, stops=stops) for stops in (True, False)
     )
