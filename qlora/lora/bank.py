@@ -122,25 +122,29 @@ class AdapterBank:
         does.
         """
         layers = self._places(settings, any_rank=not trains)
+        in_float32, is_zero = self.model.dtype == torch.float32, weights is None and not trains
         if weights is None:
             num_weights = max((b.end for _, b in layers.values()), default=0)
             weights = self.fresh_weights(settings) if trains else torch.zeros(num_weights)
-        if trains or self.model.dtype == torch.float32:
+        if trains or in_float32:
             weights = weights.to(self.device)
         if new := [name for name in layers if name not in self.layers]:
             for name in new:
                 self._make_banked(name)
             self._meet_siblings()
         served = weights
-        if self.model.dtype != torch.float32:
-            served = weights.to(self.device, self.model.dtype)
-        return Adapter(
+        if not in_float32:
+            served = torch.zeros_like(weights, dtype=self.model.dtype, device=self.device)
+        adapter = Adapter(
             settings=settings,
             weights=weights,
             gradients=torch.zeros_like(weights) if trains else served,
             served=served,
             layers=layers,
         )
+        if not is_zero:
+            adapter.refresh()
+        return adapter
 
     def detach(self, adapter: Adapter) -> None:
         """Forget what is kept for an adapter. Its memory is freed with the last reference to it."""
