@@ -173,15 +173,16 @@ def share_of_epochs_saved(records: Sequence[TrialRecord]) -> float:
 
     A trial that failed, diverged, or was cut by a budget or by hand counts as it ran.
     """
-    planned = sum(_full_epochs(record) for record in records)
+    planned = sum(full_epochs(record) for record in records)
     run = sum(record.curve[-1]["epoch"] if record.curve else 0.0 for record in records)
     lost = sum(
-        _full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
+        full_epochs(record) - (record.curve[-1]["epoch"] if record.curve else 0.0)
         for record in records
         if record.status in ("failed", "diverged") or record.is_cut
     )
     return (planned - run - lost) / planned if planned else 0.0
 
 
-def _full_epochs(record: TrialRecord) -> float:
+def full_epochs(record: TrialRecord) -> float:
+    """Count the epochs of a trial's whole schedule."""
     return float(sum(parse_stages(record.config["epochs"])))

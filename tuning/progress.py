@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora.config import TrialData, TrialSettings, split_config
-from tuning.ledger import TrialRecord, ranked, share_of_epochs_saved
+from tuning.ledger import TrialRecord, full_epochs, ranked, share_of_epochs_saved
 from tuning.objective import Objective
 from tuning.spending import Spent
 from tuning.strategy import Budget
@@ -116,11 +116,18 @@ def clock(seconds: float) -> str:
 def _remaining(records: Sequence[TrialRecord], num_trials: int, elapsed_seconds: float) -> str:
     """Estimate the time left if no further trial were stopped.
 
-    Full schedules still to do, at the pace of those done so far.
+    Epochs still to do, at the pace of those done so far; trials that nobody has drawn yet have as many as
+    those that are known.
     """
-    done = sum(record.percent for record in records)
-    still_running = sum(100 - record.percent for record in records if record.status in ("pending", "running"))
-    left = still_running + 100 * (num_trials - len(records))
+    whole = [full_epochs(record) for record in records]
+    shares = [record.percent / 100 for record in records]
+    done = sum(epochs * share for epochs, share in zip(whole, shares, strict=True))
+    left = sum(
+        epochs * (1 - share)
+        for record, epochs, share in zip(records, whole, shares, strict=True)
+        if record.status in ("pending", "running")
+    )
+    left += (num_trials - len(records)) * sum(whole) / max(len(records), 1)
     return clock(elapsed_seconds * left / done) if done else "?"
 
 
