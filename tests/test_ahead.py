@@ -12,7 +12,9 @@ import tuning.host
 import tuning.shared_work
 from qlora.checkpoint import CheckpointContent
 from qlora.checkpoint_files import read_position
+from tuning.checkpoints import Storage
 from tuning.host import Host
+from tuning.orders import SET_ASIDE
 
 data, threads = test_host.data, test_host.threads
 
@@ -73,12 +75,12 @@ def test_a_checkpoint_is_not_changed_by_what_is_trained_meanwhile(data, tmp_path
         write(content, folder, notes)
 
     monkeypatch.setattr(CheckpointContent, "write", slow)
-    taken, host, folder = steps_taken(monkeypatch), Host(data, 1), tmp_path / "report"
+    host, folder = Host(data, 1), tmp_path / "report"
     folder.mkdir()
     first, *others = host.attach("t", "h", CONFIGS[0])
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(host.advance, "t", first, str(folder))
-        until(lambda: len(taken) > first)
+        until(lambda: host._seats["t"].work.training.step > first)
         may_be_written.set()
         assert reply.result()["step"] == first
     host.detach("t")
@@ -119,3 +121,30 @@ def test_a_trial_that_fails_ahead_fails_when_it_is_asked(data, tmp_path, monkeyp
     with pytest.raises(ZeroDivisionError):
         host.advance("t", second, str(tmp_path))
     assert failed == [first, first], "once ahead, once when it was asked for"
+
+
+def test_who_is_ahead_leaves_as_one_who_waits(data, tmp_path, monkeypatch, goes_ahead):
+    """Set aside, ended by hand or stopped it goes on, if at all, from its report: nothing else is kept."""
+    taken, storage = steps_taken(monkeypatch), Storage.at(str(tmp_path / "ray"))
+    leaves = {
+        "aside": (lambda host: host.set_aside("aside", storage), {SET_ASIDE: False}),
+        "by hand": (lambda host: host.end("by hand"), {"by_hand": True}),
+    }
+    for name, (leave, answer) in leaves.items():
+        host, folder = Host(data, 1), tmp_path / name
+        folder.mkdir()
+        first, second, *_ = host.attach(name, "h", CONFIGS[2])
+        host.advance(name, first, str(folder))
+        until(lambda here=host, who=name, step=first: here._seats[who].work.training.step > step)
+        leave(host)
+        assert host.advance(name, second, str(folder)) == answer
+        count = len(taken)
+        host.zero_shot()
+        assert len(taken) == count, "it trains no more"
+    host = Host(data, 1)
+    first, *_ = host.attach("stopped", "h", CONFIGS[2])
+    (tmp_path / "stopped").mkdir()
+    host.advance("stopped", first, str(tmp_path / "stopped"))
+    until(lambda: host._seats["stopped"].work.training.step > first)
+    assert host.stop(storage) == 0
+    assert storage.trial_folders() == {}

@@ -20,6 +20,7 @@ from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
 from qlora.base.device import to_host
 from qlora.config import BaseModelSettings, DecodingSettings, TrialSettings
+from qlora.lora.average import attach_update
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
 from qlora.packed.flash_attention import flash_attend, flash_attend_stream, supports
@@ -306,6 +307,15 @@ def test_a_large_tensor_comes_to_the_host_in_pieces(count):
     found = to_host(tensor)
     tensor.zero_()
     assert not found.is_pinned() and torch.equal(found, torch.arange(count, dtype=torch.int32))
+
+
+def test_an_average_is_on_the_device_in_what_is_multiplied_with_alone():
+    bank = gpu_bank("llama", torch.bfloat16)
+    layer = "model.layers.0.self_attn.q_proj"
+    adapter = attach_update(bank, {layer: (torch.ones(2, 64), torch.full((64, 2), 3.0))})
+    assert (adapter.weights.device.type, adapter.served.device.type) == ("cpu", "cuda")
+    assert torch.equal(adapter.served.float().cpu(), adapter.weights)
+    assert adapter.weights.sum() == 2 * 64 + 3 * 2 * 64
 
 
 def gpu_bank(family, dtype=torch.float32):

@@ -106,15 +106,25 @@ def test_layers_that_are_computed_again_leave_nothing_to_each_other():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "width"), [(3, 16), (5, 72), (32, 128)])
-def test_joined_attentions_are_one_over_all_keys(dtype, heads, width):
-    """Where the other has no keys its numbers count for nothing, whatever they are."""
+@pytest.mark.parametrize("is_permuted", [False, True])
+def test_joined_attentions_are_one_over_all_keys(dtype, heads, width, is_permuted):
+    """Where the other has no keys its numbers count for nothing.
+
+    FlashAttention's output has the strides of its queries, which a family may have put together by head.
+    """
     queries, keys = 37, 11
     scores, values = randn(heads, queries, 2 * keys), randn(heads, 2 * keys, width, seed=1)
     parts = []
     for there in (slice(keys), slice(keys, None)):
         some = scores[..., there]
         out = (some.softmax(-1) @ values[:, there]).transpose(0, 1)
-        parts += [out.to(dtype).contiguous(), some.logsumexp(-1).float()]
+        out, lse_HS = out.to(dtype), some.logsumexp(-1).float()
+        if is_permuted:
+            lse_HS = lse_HS.t().contiguous().t()
+        else:
+            out = out.contiguous()
+        assert out.is_contiguous() == lse_HS.is_contiguous() != is_permuted
+        parts += [out, lse_HS]
     alone = torch.arange(queries, device=DEVICE) % 3 == 0
     parts[3].masked_fill_(alone, -torch.inf)
     found, lse_HS = join(*parts)

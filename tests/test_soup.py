@@ -136,8 +136,21 @@ def test_an_average_that_finds_no_memory_is_left_out(trained, monkeypatch):
 
     monkeypatch.setattr(tuning.shared_work, "attach_update", short_of_memory)
     soup, _ = host.soup(storage, found, 10)
-    assert soup.measured == len(tried) == len(found) - 1
+    assert soup.measured == len(tried) - 1 == len(found) - 2
     assert f"an average of rank {tried[0]} finds no memory: it is left out" in host.notes()
+
+
+def test_an_average_that_finds_no_memory_at_a_lower_rank_leaves_the_one_that_fits(trained, monkeypatch):
+    host, found, storage = trained
+
+    def short_of_memory(*_):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("tuning.soup.MAX_GPU_RANK", 1)  # then the largest member's rank, 8, is what fits
+    monkeypatch.setattr("tuning.soup.reduced", short_of_memory)
+    soup, files = host.soup(storage, found, 10)
+    assert (soup.weights, files) == ({}, None), "here that is the best trial"
+    assert any("finds no memory: it is left out" in note for note in host.notes())
 
 
 def test_an_average_of_too_high_a_rank_is_brought_to_one_that_fits(data, trained, monkeypatch):

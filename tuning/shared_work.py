@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from qlora.training import StepResult, Training, advance_together
 from tuning.examples import PromptedExamples
 from tuning.objective import Judge, JudgingStoppedError
 
+_Result = TypeVar("_Result")
 Request = tuple[Adapter | None, Sequence[EncodedExample]]
 WORK = ("training", "compiling", "recording", "evaluating", "writing texts", "waiting")
 _log = logging.getLogger(__name__)
@@ -120,16 +121,20 @@ class SharedWork:
         return found
 
     def attach(self, update: Update) -> Adapter:
-        """Put an update on the base, to measure and to save.
+        """Put an update on the base, to measure and to save. Raises torch.cuda.OutOfMemoryError."""
+        return self.with_room(lambda: attach_update(self.bank, update))
 
-        Where recorded passes leave no memory for it, they are given back. Raises torch.cuda.OutOfMemoryError.
+    def with_room(self, work: Callable[[], _Result]) -> _Result:
+        """Do work; where recorded passes leave no memory for it they are given back, and it is done again.
+
+        Raises torch.cuda.OutOfMemoryError where there is none either way, and what the work raises.
         """
         try:
-            return attach_update(self.bank, update)
+            return work()
         except torch.cuda.OutOfMemoryError:
             if self.bank.recorder is None or not self.bank.recorder.pause():
                 raise
-        return attach_update(self.bank, update)
+        return work()
 
     @contextmanager
     def counted(self, work: str | None) -> Iterator[None]:

@@ -14,8 +14,9 @@ Source: greedy model soups, https://arxiv.org/abs/2203.05482.
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -263,10 +264,8 @@ class _Bench:
             needed = 1 + (self._rank(together) > self._most_rank)  # bringing it down is measured, too
             if self._rank(together) > MAX_RANK or needed > self._left:
                 continue
-            try:
-                found = self._measure(self._mean(together))
-            except torch.cuda.OutOfMemoryError:
-                self._work.note(f"an average of rank {self._rank(together)} finds no memory: it is left out")
+            found = self._measure(together, partial(self._mean, together))
+            if found is None:
                 continue
             if found.public_perplexity < lowest:
                 chosen, best, lowest = together, found, found.public_perplexity
@@ -274,7 +273,9 @@ class _Bench:
                     fitting = (chosen, best)
         if best is None or self._rank(chosen) <= self._most_rank:
             return chosen, best
-        found = self._measure(self._reduced(chosen))
+        found = self._measure(chosen, partial(self._reduced, chosen))
+        if found is None:
+            return fitting
         found = replace(found, lost=found.public_perplexity / best.public_perplexity - 1)
         return (chosen, found) if found.lost < _MOST_LOST else fitting
 
@@ -293,8 +294,17 @@ class _Bench:
         return mean_update([self._members[name] for name in names], [1 / len(names)] * len(names))
 
     def _reduced(self, names: Sequence[str]) -> Update:
-        return reduced(self._mean(names), self._most_rank, self._work.bank.device)
+        mean, device = self._mean(names), self._work.bank.device
+        return self._work.with_room(lambda: reduced(mean, self._most_rank, device))
 
-    def _measure(self, update: Update) -> _Average:
-        self.measured, self._left = self.measured + 1, self._left - 1
-        return _Average(self._work.perplexities(update, self._public), rank_of(update))
+    def _measure(self, names: Sequence[str], make: Callable[[], Update]) -> _Average | None:
+        """Make an average of members and measure it; None where memory is too short for that."""
+        self._left -= 1
+        try:
+            update = make()
+            found = _Average(self._work.perplexities(update, self._public), rank_of(update))
+        except torch.cuda.OutOfMemoryError:
+            self._work.note(f"an average of rank {self._rank(names)} finds no memory: it is left out")
+            return None
+        self.measured += 1
+        return found

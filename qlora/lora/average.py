@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from qlora.config import TrialSettings
@@ -37,7 +37,7 @@ def read_update(folder: Path) -> Update:
     """
     config = check_adapter(folder)
     scale = config["lora_alpha"] / config["r"]
-    found = load_file(folder / WEIGHTS)
+    found = load((folder / WEIGHTS).read_bytes())  # not a view of a file that may go meanwhile
     names = [name.removesuffix(_A) for name in found if name.endswith(_A)]
     return {name.removeprefix(_PREFIX): (found[name + _A], scale * found[name + _B]) for name in names}
 

@@ -17,15 +17,18 @@ _NUMBERS = 8192  # of a program
 def join(out: Tensor, lse_HS: Tensor, other_out: Tensor, other_lse_HS: Tensor) -> tuple[Tensor, Tensor]:
     """Join two attentions, out [S, H, D] and log-sum-exp [H, S] in float32; returns those over all keys.
 
-    Where a log-sum-exp is minus infinity its attention counts for nothing; it is not so in both.
+    Where a log-sum-exp is minus infinity its attention, of finite numbers, counts for nothing; it is not so
+    in both. What is returned is contiguous.
     """
     num_queries, num_heads, width = out.shape
+    out = out.contiguous()  # FlashAttention gives it the strides of its queries
+    lse_HS = lse_HS.contiguous()
     joined, lse = torch.empty_like(out), torch.empty_like(lse_HS)
     block = triton.next_power_of_2(width)
     rows = max(1, _NUMBERS // block)
     _join[(triton.cdiv(num_queries * num_heads, rows),)](
-        out.contiguous(),
-        lse_HS.contiguous(),
+        out,
+        lse_HS,
         other_out.contiguous(),
         other_lse_HS.contiguous(),
         joined,
