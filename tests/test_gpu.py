@@ -78,8 +78,9 @@ def test_flash_attention_behind_a_stored_prefix_equals_plain_attention(kv_heads,
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("num_parts", [1, 3])
-def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, num_parts):
-    """Output and gradients, to bfloat16's rounding."""
+@pytest.mark.parametrize("by_head", [False, True])
+def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, num_parts, by_head):
+    """Output and gradients, to bfloat16's rounding; also where a family has put heads one behind the other."""
     groups = [whole_group(random_examples(4, seed=n, shared=(20, 5, 45)[n])) for n in range(num_parts)]
     if num_parts > 1:
         groups[1] = replace(groups[1], prefix_length=0)  # a group may share nothing
@@ -89,6 +90,10 @@ def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, nu
         torch.randn(batch.num_tokens, heads, 64, generator=generator, device=CUDA).bfloat16().requires_grad_()
         for heads in (8, kv_heads, kv_heads)
     ]
+    if by_head:
+        tensors = [
+            one.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for one in tensors
+        ]
     outs = []
     for part in batch.parts:
         prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)
