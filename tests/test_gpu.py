@@ -80,7 +80,7 @@ def test_flash_attention_behind_a_stored_prefix_equals_plain_attention(kv_heads,
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("by_head", [False, True])
 def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, num_parts, by_head):
-    """Output and gradients, to bfloat16's rounding; also where a family has put heads one behind the other."""
+    """Output and gradients, to bfloat16's rounding; also where a family puts heads one behind the other."""
     groups = [whole_group(random_examples(4, seed=n, shared=(20, 5, 45)[n])) for n in range(num_parts)]
     if num_parts > 1:
         groups[1] = replace(groups[1], prefix_length=0)  # a group may share nothing
@@ -91,9 +91,8 @@ def test_flash_attention_over_a_packed_batch_equals_plain_attention(kv_heads, nu
         for heads in (8, kv_heads, kv_heads)
     ]
     if by_head:
-        tensors = [
-            one.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for one in tensors
-        ]
+        turned = [one.detach().transpose(0, 1).contiguous() for one in tensors]
+        tensors = [one.transpose(0, 1).requires_grad_() for one in turned]
     outs = []
     for part in batch.parts:
         prefix, suffix = slice(part.start, part.suffix_start), slice(part.suffix_start, part.end)
