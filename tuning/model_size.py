@@ -7,7 +7,7 @@ from typing import Any
 from qlora.base.model import attention_shape, linear_layers, skeleton
 from qlora.base.recomputed import can_recompute
 from qlora.config import TrialSettings
-from qlora.lora.bank import is_targeted
+from qlora.lora.targets import is_targeted
 
 
 @dataclass(frozen=True)

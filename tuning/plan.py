@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from qlora.base.device import CPU_PASS_TOKENS
 from qlora.config import InputError
 from qlora.data.prompts import EncodedExample
-from qlora.lora.bank import unknown_targets
 from qlora.lora.products import MAX_GPU_RANK
+from qlora.lora.targets import unknown_targets
 from tuning.device import Device
 from tuning.model_size import ModelSize
 from tuning.plan_memory import ADAPTER_BYTES, TextsMemory, TrainingMemory, gib

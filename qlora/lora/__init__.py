@@ -6,6 +6,7 @@ kernels         the same products as launches of Triton kernels
 programs, gradient_programs   what those kernels do with a tile of tokens
 adapter         one adapter: its weights as one vector, its matrices as views
 banked_linear   a linear layer that adds the products of the adapters that a pass is routed through
+targets         which linear layers an adapter is put on, by name
 bank            all adapters on one base, and the way of a pass through them
 peft_folder     adapters on disk, in PEFT's layout
 """

@@ -38,6 +38,7 @@ from qlora.lora.banked_linear import BankedLinear, Route, Switch, kernels
 from qlora.lora.peft_folder import WEIGHTS, AdapterContent
 from qlora.lora.products import MAX_GPU_RANK, Dropout, LayerPart
 from qlora.lora.tables import BankTables, make_bank_tables, make_pass_tables
+from qlora.lora.targets import is_targeted, unknown_targets
 from qlora.packed.agreement import pack_attention
 from qlora.packed.attention import packed_logits
 from qlora.packed.packing import Group, pack
@@ -286,32 +287,6 @@ class AdapterBank:
         batch = pack([EncodedExample("", (0,), (0,))], self.device)
         with self.routed(batch, [None] * len(batch.parts), [None] * len(batch.parts)):
             packed_logits(self.model, batch)
-
-
-def is_targeted(name: str, wanted: Any) -> bool:
-    """Tell whether a linear layer is among the target modules, by its whole name or the end of it."""
-    return wanted == "all-linear" or any(f".{name}".endswith(f".{one}") for one in wanted)
-
-
-def unknown_targets(wanted: Any, linear: Sequence[str]) -> str | None:
-    """Describe what is wrong with target modules; return None if each of them names a linear layer.
-
-    The head is none of these; for mixtures see qlora.base.model.linear_layers.
-    """
-    if wanted == "all-linear":
-        return None
-
-    def names_a_layer(target: str) -> bool:
-        return any(is_targeted(name, (target,)) for name in linear)
-
-    missing = [target for target in wanted if not names_a_layer(target)]
-    if not missing:
-        return None
-    there = sorted({name.rpartition(".")[2] for name in linear})
-    return (
-        f"no linear layer is called {', '.join(missing)}; there are: {', '.join(there)} "
-        "(the head takes no adapter; nor do a mixture's routers and experts, and layers of their names)"
-    )
 
 
 def load_bank(base: BaseModelSettings, device: torch.device | None = None) -> AdapterBank:
