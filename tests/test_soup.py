@@ -1,9 +1,11 @@
 """A sweep whose trials end near each other registers their average, if that is better than each of them."""
 
+import gc
 import json
 import random
 import shutil
 import sqlite3
+import weakref
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,27 @@ def test_what_a_lower_rank_costs_is_measured_within_the_limit(trained, monkeypat
     monkeypatch.setattr("tuning.soup.MAX_GPU_RANK", 1)
     monkeypatch.setattr("tuning.soup._MOST_LOST", 1.0)
     assert host.soup(storage, found, most)[0].measured <= most
+
+
+def test_a_member_that_does_not_help_is_let_go(trained, monkeypatch):
+    """Of a dozen finalists, each with gigabytes, a host holds the chosen ones and the one that is tried."""
+    host, found, storage = trained
+    held, counts = weakref.WeakSet(), []
+
+    class Held(dict):
+        __hash__ = object.__hash__
+
+    def reads(folder):
+        update = Held(read_update(folder))
+        held.add(update)
+        gc.collect()
+        counts.append(len(held))
+        return update
+
+    monkeypatch.setattr("tuning.soup.read_update", reads)
+    best, second, far = found
+    assert len(host.soup(storage, [best, far, second], 10)[0].weights) == 2
+    assert counts == [1, 2, 2]
 
 
 def test_an_average_that_finds_no_memory_is_left_out(trained, monkeypatch):

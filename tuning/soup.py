@@ -14,7 +14,7 @@ Source: greedy model soups, https://arxiv.org/abs/2203.05482.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,20 +158,8 @@ def find_soup(
     A finalist whose checkpoint is damaged is left out, and so is one that makes an average too large for the
     device's memory. Raises CheckpointError if the best one's is damaged, and what measuring raises.
     """
-    started, members = time.monotonic(), dict[str, Update]()
-    for one in found:
-        with storage.here(one.checkpoint) as folder:
-            try:
-                verify_checkpoint(folder, ADAPTER)
-            except CheckpointError:
-                if one is found[0]:
-                    raise
-                which = "best checkpoint" if _is_best(one, found) else f"checkpoint of step {one.step}"
-                work.note(f"trial {one.trial_id}: its {which} is damaged; it is in no average")
-                continue
-            members[one.name] = read_update(folder / ADAPTER)
-    bench = _Bench(work, public, members, most)
-    chosen, best = bench.choose(found[0].public_perplexity)
+    started, bench = time.monotonic(), _Bench(work, public, storage, most)
+    chosen, best = bench.choose(found)
     competed = perplexities_of(found)
     if best is None:
         return Soup(competed, bench.measured, time.monotonic() - started, ()), None
@@ -240,37 +228,38 @@ class _Average:
 
 
 class _Bench:
-    """Averages of members, measured on a device; there is time for `most` of them."""
+    """Averages of finalists, measured on a device; there is time for `most` of them.
 
-    def __init__(
-        self, work: SharedWork, public: Sequence[EncodedExample], members: Mapping[str, Update], most: int
-    ):
-        self._work, self._public, self._members, self._left = work, public, members, most
-        self._most_rank = max(MAX_GPU_RANK, *map(rank_of, members.values()))
+    Members are in the host's memory: those that are chosen, and the one that is tried.
+    """
+
+    def __init__(self, work: SharedWork, public: Sequence[EncodedExample], storage: Storage, most: int):
+        self._work, self._public, self._storage, self._left = work, public, storage, most
+        self._members = dict[str, Update]()
         self.measured = 0
 
-    def choose(self, alone: float) -> tuple[tuple[str, ...], _Average | None]:
-        """Add to the first member, whose perplexity is `alone`, each that makes the average better.
+    def choose(self, finalists: Sequence[Finalist]) -> tuple[tuple[str, ...], _Average | None]:
+        """Add to the first finalist each that makes the average better; return their names.
 
         If the rank is too high then, and too much is lost by bringing it down, the last average counts whose
-        rank fits.
+        rank fits. Raises CheckpointError if the first one's checkpoint is damaged.
         """
-        first, *others = self._members
-        chosen: tuple[str, ...] = (first,)
+        first, *others = finalists
+        self._members[first.name] = self._read(first)
+        chosen: tuple[str, ...] = (first.name,)
         best: _Average | None = None
-        fitting, lowest = (chosen, best), alone
-        for name in others:
-            together = (*chosen, name)
-            needed = 1 + (self._rank(together) > self._most_rank)  # bringing it down is measured, too
-            if self._rank(together) > MAX_RANK or needed > self._left:
+        fitting, lowest = (chosen, best), first.public_perplexity
+        for one in others:
+            together = (*chosen, one.name)
+            if self._left < 1 or not self._is_there(one, finalists):
                 continue
-            found = self._measure(together, partial(self._mean, together))
-            if found is None:
+            found = self._measured(together)
+            if found is None or found.public_perplexity >= lowest:
+                del self._members[one.name]
                 continue
-            if found.public_perplexity < lowest:
-                chosen, best, lowest = together, found, found.public_perplexity
-                if self._rank(chosen) <= self._most_rank:
-                    fitting = (chosen, best)
+            chosen, best, lowest = together, found, found.public_perplexity
+            if self._rank(chosen) <= self._most_rank:
+                fitting = (chosen, best)
         if best is None or self._rank(chosen) <= self._most_rank:
             return chosen, best
         found = self._measure(chosen, partial(self._reduced, chosen))
@@ -286,6 +275,33 @@ class _Bench:
             self._work.bank.save(adapter, Path(folder))
             self._work.bank.detach(adapter)
             return AdapterFiles.read(folder)
+
+    @property
+    def _most_rank(self) -> int:
+        """Return the rank that an average may have: what a GPU takes, or what one of its members has."""
+        return max(MAX_GPU_RANK, *map(rank_of, self._members.values()))
+
+    def _is_there(self, one: Finalist, finalists: Sequence[Finalist]) -> bool:
+        """Read a finalist; tell whether its checkpoint is whole."""
+        try:
+            self._members[one.name] = self._read(one)
+        except CheckpointError:
+            which = "best checkpoint" if _is_best(one, finalists) else f"checkpoint of step {one.step}"
+            self._work.note(f"trial {one.trial_id}: its {which} is damaged; it is in no average")
+            return False
+        return True
+
+    def _read(self, one: Finalist) -> Update:
+        with self._storage.here(one.checkpoint) as folder:
+            verify_checkpoint(folder, ADAPTER)
+            return read_update(folder / ADAPTER)
+
+    def _measured(self, names: tuple[str, ...]) -> _Average | None:
+        """Measure an average, if its rank is not beyond all and there is time to bring it down, too."""
+        needed = 1 + (self._rank(names) > self._most_rank)
+        if self._rank(names) > MAX_RANK or needed > self._left:
+            return None
+        return self._measure(names, partial(self._mean, names))
 
     def _rank(self, names: Sequence[str]) -> int:
         return sum(rank_of(self._members[name]) for name in names)
