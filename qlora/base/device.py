@@ -85,7 +85,7 @@ def free_bytes(device: torch.device) -> int:
 def to_host(tensor: Tensor) -> Tensor:
     """Copy a tensor to the host's memory.
 
-    A GPU writes to pinned memory some twenty times as fast as to other memory, which is pinned page by page
+    A GPU writes to pinned memory tens of times as fast as to other memory, which is pinned page by page
     for it. So large tensors go through a piece of pinned memory, from which all of this process's threads
     copy on.
     """
