@@ -42,6 +42,7 @@ from qlora.data.prompts import EncodedExample, encode_examples, load_prompt
 from qlora.lora.bank import AdapterBank
 from qlora.packed.attention import use_packed_attention
 from qlora.training import StepResult, Training, advance_together
+from tuning.plan import GPU_PASS_TOKENS
 
 
 def main() -> None:
@@ -61,7 +62,12 @@ def main() -> None:
         default=40 if torch.cuda.is_available() else 1,
         help="steps before ours are timed: on a GPU passes are recorded as their sizes come up",
     )
-    parser.add_argument("--budget", type=int, default=default_token_budget(), help="tokens of a pass")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=GPU_PASS_TOKENS if torch.cuda.is_available() else default_token_budget(),
+        help="tokens of a pass, by default what a sweep's plan takes where memory is not short",
+    )
     parser.add_argument("--recompute", action="store_true", help="layers are computed again in the backward")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--peer", choices=["unsloth"])

@@ -21,7 +21,7 @@ _CHECKPOINT_BYTES = 12  # a parameter: weight and two moments
 _CHECKPOINTS = 2  # of a trial on disk
 _SLACK = 1.1  # of activations, where room is looked for: what an allocator can't use
 _USABLE = 0.9  # of free memory
-_GPU_PASS_TOKENS = 24576  # more of them make no kernel faster
+GPU_PASS_TOKENS = 24576  # more of them make no kernel faster
 _MOST_TRIALS = 8  # of a device, unless told: more of them gain little once passes are full
 
 
@@ -87,7 +87,7 @@ def make_plan(
     most = min(_MOST_TRIALS, -(-space.num_trials // (num_devices + num_others)))  # no device is left idle
     trials = asked or _fitting(memory, most)
     largest = memory.largest_pass(trials)
-    most_tokens = min(largest, _GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS)
+    most_tokens = min(largest, GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS)
     token_bytes = _SLACK * memory.of_pass(most_tokens) / most_tokens
     room = int((_USABLE * memory.free - memory.base - trials * memory.adapter) / token_bytes)
     budget = space.budget_tokens or max(min(room, most_tokens), memory.longest_example)
