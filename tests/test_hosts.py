@@ -7,6 +7,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -213,6 +214,17 @@ def test_the_process_of_a_sweeps_end_starts_once_all_trials_have_begun(cluster, 
     blocked = held(*(set(nodes) - {end.spare.place[0]}))
     assert end.worker().do(os.getpid) == process
     del blocked
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_end_of_a_sweep_is_on_no_node_that_trials_left_out(cluster, nodes, which):
+    """Also where its process was started there before that was known."""
+    unfit = set[str]()
+    end = SweepEnd(SimpleNamespace(trial_changed=lambda record: None), ONE_CPU, lambda: 1, lambda: unfit)
+    end.trial_changed(TrialRecord("0", {}, "running"))
+    unfit.add(nodes[which])
+    worker = end.worker()
+    assert worker.do(lambda: ray.get_runtime_context().get_node_id()) == nodes[1 - which]
 
 
 def test_work_whose_node_or_process_goes_away_is_done_elsewhere(cluster, nodes, tmp_path):

@@ -81,6 +81,10 @@ class HostDirectory:
         living = [node["NodeID"] for node in nodes_for(shares)]
         return self._left_out[living[0]] if living and set(living) <= self._left_out.keys() else ""
 
+    def unfit_nodes(self) -> set[str]:
+        """Return the nodes that trials were told to leave out."""
+        return set(self._left_out)
+
     def num_devices_of(self, trial_ids: Sequence[str]) -> int:
         """Count the devices that these trials are on, as far as they have come to one."""
         return len({self._places[trial_id] for trial_id in trial_ids if trial_id in self._places})
@@ -301,6 +305,13 @@ def why_no_node_is_fit(hosts: Hosts, shares: Mapping[str, float]) -> str:
     with suppress(ray.exceptions.RayError):
         return str(ray.get(hosts.directory.why_none_is_fit.remote(shares), timeout=_SECONDS_TO_TELL))
     return ""
+
+
+def unfit_nodes(hosts: Hosts) -> set[str]:
+    """Return the nodes that trials were told to leave out; none if it can't be told."""
+    with suppress(ray.exceptions.RayError):
+        return set(ray.get(hosts.directory.unfit_nodes.remote(), timeout=_SECONDS_TO_TELL))
+    return set()
 
 
 def num_hosts(hosts: Hosts) -> int | None:

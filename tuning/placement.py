@@ -31,6 +31,11 @@ def on_node(node: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
+def near(node: str) -> NodeAffinitySchedulingStrategy:
+    """Return the placement of work that is to be on the node of this id, and elsewhere once that is gone."""
+    return NodeAffinitySchedulingStrategy(node, soft=True)
+
+
 def this_node() -> NodeAffinitySchedulingStrategy:
     """Return the placement of work that belongs on the node of the process that asks for it."""
     return on_node(ray.get_runtime_context().get_node_id())

@@ -20,7 +20,7 @@ from qlora.data.prompts import EncodedExample
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.perplexity import mean_perplexity
 from tracking.registry import fetch_adapter
-from tuning.placement import Seat, my_device, on_node, options
+from tuning.placement import Seat, my_device, near, on_node, options
 from workflows.session import FailedError
 
 _SECONDS_OF_NO_CHANGE, _SECONDS_TO_END = 0.5, 3.0  # of memory that is free, and of hosts that hold much of it
@@ -46,13 +46,15 @@ class Worker:
 
     What it imported stays, what it loaded goes. It starts at once and ends with its last reference. If its
     process or node goes away, another takes its place and does the work from its beginning, but not for ever.
-    spare: does the work, if the shares that the worker is given are of the spare's device.
+    spare: does the work, if the shares that the worker is given are of the spare's device. home: the node
+    that it is to be on, if not any.
     """
 
-    def __init__(self, shares: dict[str, float], spare: Spare | None = None):
-        self._shares, self._spare = shares, spare
+    def __init__(self, shares: dict[str, float], spare: Spare | None = None, home: str | None = None):
+        self._spare = spare
+        self._options = options(shares) | ({} if home is None else {"scheduling_strategy": near(home)})
         self._actor: Any = self._start() if spare is None else None
-        self._seat: Any = None if spare is None else ray.remote(Seat).options(**options(shares)).remote()
+        self._seat: Any = None if spare is None else ray.remote(Seat).options(**self._options).remote()
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Carry out `work` there and return its result."""
@@ -71,7 +73,7 @@ class Worker:
 
     def _start(self) -> Any:
         again = {"max_restarts": _MOST_RESTARTS, "max_task_retries": _MOST_RESTARTS}
-        return ray.remote(**(options(self._shares) | again))(_WorkerProcess).remote()
+        return ray.remote(**(self._options | again))(_WorkerProcess).remote()
 
 
 class _WorkerProcess:

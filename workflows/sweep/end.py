@@ -22,13 +22,14 @@ from workflows.worker import Spare, Worker
 class SweepEnd:
     """Has the end's libraries loaded at once, and its process once all trials have begun.
 
-    An observer of the sweep, which hands on what it is told. num_trials: how many there are to be. spare: the
-    process, once it is there.
+    An observer of the sweep, which hands on what it is told. num_trials: how many there are to be. unfit: the
+    nodes that trials leave out, by now. spare: the process, once it is there.
     """
 
     observer: SweepObserver
     shares: dict[str, float]
     num_trials: Callable[[], int]
+    unfit: Callable[[], set[str]] = set
     spare: Spare | None = None
     _begun: set[str] = field(default_factory=set)
 
@@ -41,14 +42,22 @@ class SweepEnd:
         if record.status != "pending":
             self._begun.add(record.trial_id)
         if self.spare is None and len(self._begun) >= self.num_trials():
-            here = ray.get_runtime_context().get_node_id()
-            nodes = sorted((node["NodeID"] for node in nodes_for(self.shares)), key=lambda node: node != here)
+            nodes = self._fit_nodes(self.unfit())
             self.spare = Spare(self.shares, nodes[0]) if nodes else None
 
     def worker(self) -> Worker:
-        """Return the worker for the end, which the spare is handed over to."""
-        spare, self.spare = self.spare, None
-        return Worker(self.shares, spare)
+        """Return the worker for the end, which the spare is handed over to; no unfit node gets it."""
+        spare, self.spare, unfit = self.spare, None, self.unfit()
+        nodes = self._fit_nodes(unfit) if unfit else []
+        if spare is not None and spare.place[0] in unfit:
+            spare = None
+        return Worker(self.shares, spare, nodes[0] if nodes else None)
+
+    def _fit_nodes(self, unfit: set[str]) -> list[str]:
+        """Return the nodes that the end may be on, this process's first."""
+        here = ray.get_runtime_context().get_node_id()
+        there = (node["NodeID"] for node in nodes_for(self.shares))
+        return sorted((node for node in there if node not in unfit), key=lambda node: node != here)
 
 
 def _load() -> None:

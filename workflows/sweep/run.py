@@ -24,6 +24,7 @@ from tuning.host_directory import (
     host_notes,
     host_seconds,
     stop_hosts,
+    unfit_nodes,
     wait_until_kept,
     why_no_node_is_fit,
 )
@@ -121,7 +122,8 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             known = KnownBase(zero_shot.known, prepared.base.size.hidden)
             cost.expect(plan.gpu_seconds)
             orders = Orders(sweep.place)
-            end = SweepEnd(tracker, shares, lambda: sweep.space.num_trials + orders.added)
+            unfit = partial(unfit_nodes, hosts)
+            end = SweepEnd(tracker, shares, lambda: sweep.space.num_trials + orders.added, unfit)
             records = _run_trials(sweep, hosts, shares, orders, known, started.num_devices(), end, cost)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
