@@ -25,7 +25,7 @@ def goes_ahead(monkeypatch):
     monkeypatch.setattr(tuning.host, "_GOES_AHEAD", {"cpu": True, "cuda": True})
 
 
-def steps_taken(monkeypatch) -> list[tuple[str, int]]:
+def steps_taken(monkeypatch) -> list[tuple[int, int]]:
     """Return a list to which the rank and the step of each training that takes one are added."""
     whole, taken = tuning.shared_work.advance_together, []
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_is_not_changed_by_what_is_trained_meanwhile(data, tmp_path
 
 
 def test_no_trial_trains_on_where_others_are_asked_to(data, tmp_path, monkeypatch, goes_ahead):
-    """What may be thrown away has no part in the passes of what is asked for."""
+    """Leaves what may be thrown away out of the passes of what is asked for."""
     taken, host = steps_taken(monkeypatch), Host(data, 1)
     steps = {name: host.attach(name, name, config) for name, config in (("a", CONFIGS[0]), ("b", CONFIGS[1]))}
     with ThreadPoolExecutor(2) as pool:

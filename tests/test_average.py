@@ -100,7 +100,7 @@ def test_a_fresh_adapter_can_be_averaged():
 
 
 def test_an_average_is_on_the_device_in_what_is_multiplied_with_alone(folders):
-    """Its float32 weights, which are saved, stay in the host's memory."""
+    """Its float32 weights are there to be saved; that they stay in the host's memory a GPU's test shows."""
     bank = AdapterBank(tiny_model("llama").bfloat16(), "tiny")
     update = mean_update([read_update(folder) for folder in folders], [0.5, 0.5])
     adapter = attach_update(bank, update)

@@ -126,7 +126,7 @@ def test_what_a_lower_rank_costs_is_measured_within_the_limit(trained, monkeypat
 
 
 def test_a_member_that_does_not_help_is_let_go(trained, monkeypatch):
-    """Of a dozen finalists, each with gigabytes, a host holds the chosen ones and the one that is tried."""
+    """Holds, of a dozen finalists with gigabytes each, the chosen ones and the one that is tried."""
     host, found, storage = trained
     held, counts = weakref.WeakSet(), []
 
