@@ -1,5 +1,6 @@
-"""Which checkpoints of a trial are kept, in Ray's own books."""
+"""Which checkpoints of a trial are kept, in Ray's own books, and what tells that a large one is whole."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -9,7 +10,14 @@ from ray.train import CheckpointConfig
 from ray.train._internal.checkpoint_manager import _CheckpointManager
 from ray.train._internal.session import _TrainingResult
 
-from qlora.checkpoint_files import OPTIMIZER, POSITION, write_manifest
+from qlora.checkpoint_files import (
+    MANIFEST,
+    OPTIMIZER,
+    POSITION,
+    CheckpointError,
+    verify_checkpoint,
+    write_manifest,
+)
 from tuning.checkpoints import Storage, keep_two
 
 
@@ -47,3 +55,66 @@ def test_a_step_that_is_done_again_takes_the_place_of_its_damaged_checkpoint(tri
     for index, (step, perplexity) in enumerate([(2, again), (3, 7.0), (4, 8.0)], start=2):
         report(trial, tmp_path, index, step, perplexity)
     assert [one.step for one in storage.checkpoints("trial")] == [2, 4]
+
+
+PIECE = 1 << 26
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A checkpoint whose optimizer's file has two pieces and a half, no two of them alike."""
+    with open(tmp_path / OPTIMIZER, "wb") as file:
+        for index, size in enumerate((PIECE, PIECE, PIECE // 2)):
+            file.write(bytes([index]) * size)
+    (tmp_path / POSITION).write_text(json.dumps({"step": 1}))
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_a_large_file_is_told_by_its_pieces(large):
+    verify_checkpoint(large)
+    pieces = b"".join(
+        hashlib.sha256(bytes([index]) * size).digest()
+        for index, size in enumerate((PIECE, PIECE, PIECE // 2))
+    )
+    digest = json.loads((large / MANIFEST).read_text())[OPTIMIZER]
+    assert digest.endswith(hashlib.sha256(pieces).hexdigest())
+
+
+@pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, 2 * PIECE + 7])
+def test_one_byte_of_a_large_file_is_enough(large, place):
+    with open(large / OPTIMIZER, "r+b") as file:
+        file.seek(place)
+        file.write(b"!")
+    with pytest.raises(CheckpointError, match=OPTIMIZER):
+        verify_checkpoint(large)
+
+
+@pytest.mark.parametrize("size", [0, PIECE, 2 * PIECE, 2 * PIECE + PIECE // 2 - 1, 3 * PIECE])
+def test_a_large_file_that_was_cut_or_has_grown(large, size):
+    with open(large / OPTIMIZER, "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(CheckpointError, match=OPTIMIZER):
+        verify_checkpoint(large)
+
+
+def test_pieces_that_changed_places(large):
+    content = (large / OPTIMIZER).read_bytes()
+    (large / OPTIMIZER).write_bytes(content[PIECE : 2 * PIECE] + content[:PIECE] + content[2 * PIECE :])
+    with pytest.raises(CheckpointError, match=OPTIMIZER):
+        verify_checkpoint(large)
+
+
+def test_a_checkpoint_with_the_digest_of_a_large_file_as_a_whole(large):
+    """So it is in sweeps that began before there were pieces."""
+    manifest = json.loads((large / MANIFEST).read_text())
+    manifest[OPTIMIZER] = hashlib.sha256((large / OPTIMIZER).read_bytes()).hexdigest()
+    (large / MANIFEST).write_text(json.dumps(manifest))
+    verify_checkpoint(large)
+
+
+def test_a_digest_that_is_no_text(large):
+    manifest = json.loads((large / MANIFEST).read_text())
+    (large / MANIFEST).write_text(json.dumps({**manifest, OPTIMIZER: 3}))
+    with pytest.raises(CheckpointError, match=OPTIMIZER):
+        verify_checkpoint(large)

@@ -120,6 +120,24 @@ def test_more_memory_means_more_trials_up_to_a_limit():
     assert make_plan(space(trials_per_gpu=3), TRAIN, PUBLIC, size, Device("cuda", 80 << 30, 1e14)).trials == 3
 
 
+def test_the_fullest_moment_is_planned_for_not_the_middling_one():
+    """Of trials that follow each other one is large; side by side, small ones are beside it."""
+    size, card = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
+    ranks = {"lora_r": {"choice": [16, 32, 64, 128]}}
+
+    def share(trials: int, **changes) -> float:
+        plan = make_plan(space(trials_per_gpu=trials, **changes), TRAIN, PUBLIC, size, card)
+        assert plan.mean_adapter_bytes <= plan.fullest_adapters_bytes / trials <= plan.adapter_bytes
+        return plan.fullest_adapters_bytes / (trials * plan.adapter_bytes)
+
+    shares = [share(trials, search=ranks, num_samples=8) for trials in (1, 2, 8)]
+    assert shares[0] > 0.9 > shares[1] > shares[2] > 60 / 128 - 0.05
+    assert share(1, search=ranks, num_samples=1) < 0.6
+    assert share(2, search={"lora_r": {"grid_search": [16, 64]}}, num_samples=1) == 40 / 64
+    assert share(2, search={"lora_r": {"choice": [16]}}, num_samples=4) == 1.0
+    assert share(2, search=ranks, num_samples=100_000) == 1.0
+
+
 def test_where_memory_is_too_short_layers_are_computed_again_and_only_there():
     size, chosen = model_size(LlamaConfig()), space(search={"lora_r": {"choice": [16]}}, num_samples=2)
     long = [replace(one, answer=one.answer * 150) for one in random_examples(8, seed=2)]

@@ -30,14 +30,16 @@ class Plan:
     """The needs of a sweep on each of its devices, in bytes and seconds.
 
     trials: side by side on a device. adapter_bytes: of a trial with what training needs beside its adapter,
-    at most; mean_adapter_bytes: of one with middling settings. text_bytes: of trials' texts, if the objective
-    is of such. recomputes: layers are computed again in the backward, since memory is too short for what they
-    would keep (qlora.base.recomputed).
+    at most; mean_adapter_bytes: of one with middling settings. fullest_adapters_bytes: of all that are side
+    by side, when they take most. text_bytes: of trials' texts, if the objective is of such. recomputes:
+    layers are computed again in the backward, since memory is too short for what they would keep
+    (qlora.base.recomputed).
     """
 
     base_bytes: int
     adapter_bytes: int
     mean_adapter_bytes: int
+    fullest_adapters_bytes: int
     activation_bytes: int
     budget_tokens: int
     trials: int
@@ -55,8 +57,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the memory to be expected: trials of middling settings."""
-        return self.base_bytes + self.trials * self.mean_adapter_bytes + self._work_bytes
+        """Return the memory to be expected at a sweep's fullest moment."""
+        return self.base_bytes + self.fullest_adapters_bytes + self._work_bytes
 
     @property
     def _work_bytes(self) -> int:
@@ -84,7 +86,8 @@ def make_plan(
     _check_settings(space, size, device)
     asked = _asked_side_by_side(space, device)
     memory = _memory_of(TrainingMemory(space, train, size, device), asked)
-    most = min(_MOST_TRIALS, -(-space.num_trials // (num_devices + num_others)))  # no device is left idle
+    num_here = -(-space.num_trials // (num_devices + num_others))  # trials of each device, so that none idles
+    most = min(_MOST_TRIALS, num_here)
     trials = asked or _fitting(memory, most)
     largest = memory.largest_pass(trials)
     most_tokens = min(largest, GPU_PASS_TOKENS if device.kind == "cuda" else CPU_PASS_TOKENS)
@@ -110,6 +113,7 @@ def make_plan(
         base_bytes=memory.base,
         adapter_bytes=memory.adapter,
         mean_adapter_bytes=int(memory.mean_adapter),
+        fullest_adapters_bytes=memory.fullest_adapters(trials, max(trials, num_here)),
         activation_bytes=activations,
         budget_tokens=budget,
         trials=trials,

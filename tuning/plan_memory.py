@@ -19,12 +19,14 @@ from qlora.pass_buffers import rounded_up
 from qlora.recorded_passes import launch_bound_tokens
 from tuning.device import Device
 from tuning.model_size import ModelSize
+from tuning.samplers import drawn_values
 from tuning.space import Space
 
 ADAPTER_BYTES = 16  # a parameter: float32 weight, gradient and two moments; plus a copy in the model's dtype
 _NF4_BYTES = 0.516  # a parameter: half a byte, and doubly quantised scales for blocks of 64
 _LOGIT_BYTES = 12  # float32, in a backward: their log-softmax, its gradient and their own
 _RESERVE_BYTES = 2 << 30  # a CUDA context and its libraries
+_PLAYS, _MOST_DRAWN = 32, 1024  # sweeps that are drawn, to see how much their adapters take; trials of all
 
 
 class TextsMemory(Protocol):
@@ -79,6 +81,21 @@ class TrainingMemory:
     def mean_weights(self) -> float:
         """Return how many weights the adapter of such a trial has."""
         return statistics.fmean(map(self.size.adapter_parameters, self._settings_by_rank(statistics.fmean)))
+
+    def fullest_adapters(self, trials: int, num_trials: int) -> int:
+        """Return what adapters take when so many side by side take most, on average over sweeps of that kind.
+
+        One trial of a device's `num_trials` follows another: the fewer there are at once, the farther is the
+        fullest moment from the middling one.
+        """
+        num_trials = min(num_trials, _MOST_DRAWN)
+        drawn = self._drawn_adapters(num_trials * min(_PLAYS, _MOST_DRAWN // num_trials))
+        plays = [drawn[first : first + num_trials] for first in range(0, len(drawn), num_trials)]
+        fullest = [
+            max(sum(play[first : first + trials]) for first in range(num_trials - trials + 1))
+            for play in plays
+        ]
+        return int(self._bytes_of_parameter * statistics.fmean(fullest))
 
     @cached_property
     def step_tokens(self) -> int:
@@ -158,6 +175,16 @@ class TrainingMemory:
     def _batch_size(self) -> int:
         """Return the largest batch that a trial may have."""
         return int(max(self.space.values("batch_size")))
+
+    def _drawn_adapters(self, count: int) -> list[int]:
+        """Return how many weights the adapters of so many trials may have, which are drawn."""
+        keys, search = ("lora_r", "target_modules"), self.space.search
+        drawn = [
+            drawn_values(search[key], count, seed) if key in search else self.space.values(key) * count
+            for seed, key in enumerate(keys)
+        ]
+        settings = (dict(zip(keys, values, strict=True)) for values in zip(*drawn, strict=True))
+        return [self.size.adapter_parameters(self.space.trial_settings(one)) for one in settings]
 
     def _settings_by_rank(self, of_ranks: Callable[[list[Any]], float]) -> list[TrialSettings]:
         """Return settings with one rank of those that are searched, and every choice of target modules."""

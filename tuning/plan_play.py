@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from qlora.config import TrialSettings
 from qlora.training import make_timetable
 from tuning.evaluation_steps import evaluation_steps
-from tuning.space import Space, tune_space
+from tuning.samplers import drawn_values
+from tuning.space import Space
 from tuning.strategy import EPOCHS_POWER, Asha, NoEarlyStopping, Rounds
 
 _PLAYS, _MANY_TRIALS = 24, 200  # of more trials, luck evens out in one play
@@ -203,8 +202,7 @@ def _possible_epochs(space: Space) -> tuple[list[Any], list[float] | None]:
     takes_turns = is_prior and isinstance(space.scheduler, NoEarlyStopping)  # see tuning.prior_search
     if not sampler or "grid_search" in sampler or (takes_turns and "choice" in sampler):
         return list(space.values("epochs")), None
-    domain, random_state = tune_space(space)["epochs"], np.random.default_rng(0)
-    counts = Counter(domain.sample(random_state=random_state) for _ in range(_DRAWS))
+    counts = Counter(drawn_values(sampler, _DRAWS))
     power = EPOCHS_POWER if is_prior else 0.0
     lengths = {value: sum(_settings(space, value).stages) for value in counts}
     return list(counts), [count * lengths[value] ** power for value, count in counts.items()]

@@ -177,7 +177,7 @@ def _kind_lines(plan: Plan, name: str, is_one_of_several: bool) -> list[str]:
         f"{plan.budget_tokens} tokens"
         + (", layers computed again in the backward" if plan.recomputes else ""),
         f"memory      {of_kind}{gib(plan.peak_bytes)} a device: base {gib(plan.base_bytes)}, adapters and "
-        f"optimizers {plan.trials} x {gib(plan.mean_adapter_bytes)}, activations "
+        f"optimizers {plan.trials} x {gib(plan.fullest_adapters_bytes / plan.trials)}, activations "
         f"{gib(plan.activation_bytes)}{texts}; at most {gib(plan.most_bytes)}",
     ]
 

@@ -13,7 +13,7 @@ from qlora.packed.packing import split_by_budget
 from tuning.device import Device
 from tuning.model_size import ModelSize
 from tuning.plan_play import Pace, played_seconds
-from tuning.soup import AVERAGES_SHARE
+from tuning.soup import AVERAGES_SHARE, FINALISTS
 from tuning.space import Space
 
 START_SECONDS = 30  # Ray, the first host, its base
@@ -22,8 +22,9 @@ _CPU_ARITHMETIC = 0.55  # of a training pass's time on a CPU that is products of
 _MOVED_NUMBERS, _MOVED_UNFUSED = 14, 29
 _STEP_SECONDS, _TRIAL_SECONDS = 0.018, 0.003  # of a GPU's host: a step, and each trial in it
 _EVALUATION_SECONDS = 0.15  # of a GPU's host: one trial
-# Of a trial on a GPU: its process, and drawing a weight; a weight of a report, which has its moments, too.
-_START_SECONDS, _DRAW_SECONDS, _REPORT_SECONDS = 1.0, 8e-9, 24e-9
+# Of a trial on a GPU: its process, and drawing a weight; a weight of a report, which has its moments, too; a
+# weight of a member that an average reads.
+_START_SECONDS, _DRAW_SECONDS, _REPORT_SECONDS, _READ_SECONDS = 1.0, 8e-9, 16e-9, 12e-9
 _RECORDINGS, _RECORDING_SECONDS = 30, 0.012  # sizes of pass that come up in a sweep; recording one, a layer
 _RECOMPUTED = 1.5  # passes that one takes whose layers are computed again
 # Bytes, for each number of a base that stays in NF4, whenever a pass dequantises it.
@@ -77,8 +78,11 @@ def expected_seconds(
     stopped, whole = (
         played_seconds(space, len(train), pace, num_devices, stops=stops) for stops in (True, False)
     )
-    averages = 1 + AVERAGES_SHARE if space.soup and space.objective.is_perplexity else 1.0
-    return start + averages * stopped, start + averages * whole
+    if not (space.soup and space.objective.is_perplexity):
+        return start + stopped, start + whole
+    if device.kind == "cuda":
+        start += min(space.num_trials, FINALISTS) * _READ_SECONDS * num_weights
+    return start + (1 + AVERAGES_SHARE) * stopped, start + (1 + AVERAGES_SHARE) * whole
 
 
 def step_seconds(

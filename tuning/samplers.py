@@ -4,9 +4,11 @@ Their names and meanings are Ray Tune's: https://docs.ray.io/en/latest/tune/api/
 is refused if any of its draws could be refused later, by the settings of a trial.
 """
 
+import itertools
 import math
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from qlora.config import Settings, TrialData, TrialSettings, first_problem, meant_by
@@ -91,6 +93,15 @@ def sampled_values(sampler: dict[str, list[Any]]) -> list[Any]:
     """Return the choices of a sampler, or the least and the greatest of its draws."""
     name, arguments = next(iter(sampler.items()))
     return list(arguments) if name in CHOICES else _extreme_draws(name, arguments)
+
+
+def drawn_values(sampler: dict[str, list[Any]], count: int, seed: int = 0) -> list[Any]:
+    """Draw from a checked sampler, the same for a seed in every call; a grid's values come in turn."""
+    name, arguments = next(iter(sampler.items()))
+    if name == "grid_search":
+        return list(itertools.islice(itertools.cycle(arguments), count))
+    domain, random_state = tune_sampler(sampler), np.random.default_rng(seed)
+    return [domain.sample(random_state=random_state) for _ in range(count)]
 
 
 def _checked_range(where: str, name: str, arguments: list[Any]) -> list[Any]:

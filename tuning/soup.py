@@ -36,7 +36,7 @@ from tuning.examples import SweepExamples
 from tuning.ledger import TrialRecord, ranked
 from tuning.shared_work import SharedWork
 
-_FINALISTS = 12
+FINALISTS = 12  # checkpoints that may be members, at most
 _FARTHEST = 1.15  # from the best perplexity: what is farther off was never seen to help
 AVERAGES_SHARE = 0.04  # of a sweep's work that averages may cost; reading and averaging adapters comes to it
 _BACKWARD = 2  # a training pass is a forward, as an evaluation is, and a backward of twice that
@@ -118,7 +118,7 @@ def finalists(records: Sequence[TrialRecord], examples: SweepExamples, storage: 
     prompts = [examples.prompt_of(one.config) for one in there]
     there = [one for one, prompt in zip(there, prompts, strict=True) if prompt == prompts[0]]
     found = []
-    for record in there[:_FINALISTS]:
+    for record in there[:FINALISTS]:
         known = {int(point["step"]): point["public_perplexity"] for point in record.curve}
         for stored in storage.checkpoints(storage.folder_of(record.trial_id)):
             if stored.index >= 0 and stored.step in known:
@@ -126,7 +126,7 @@ def finalists(records: Sequence[TrialRecord], examples: SweepExamples, storage: 
                 found.append(Finalist(record.trial_id, stored.step, value, stored.path, prompts[0]))
     found.sort(key=lambda one: one.public_perplexity)
     near = [one for one in found if one.public_perplexity <= _FARTHEST * found[0].public_perplexity]
-    return near[:_FINALISTS]
+    return near[:FINALISTS]
 
 
 def perplexities_of(found: Sequence[Finalist]) -> dict[str, float]:
