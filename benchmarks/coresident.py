@@ -112,10 +112,18 @@ def measure_unsloth(
     }
     try:
         with base_folder(arguments) as folder:
-            return ask("unsloth", {**work, "folder": folder})
+            found = ask("unsloth", {**work, "folder": folder})
+            tell("unsloth", found)
+            return found
     except torch.cuda.OutOfMemoryError:
         print("unsloth: there is no memory to write the base that it would load", file=sys.stderr, flush=True)
         return None
+
+
+def tell(name: str, found: dict[str, Any] | None) -> None:
+    """Say on stderr what was measured, as soon as it is: the last line comes when all is."""
+    if found is not None:
+        print(f"{name}: {found['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
 
 
 def measure_baseline(
@@ -123,7 +131,9 @@ def measure_baseline(
 ) -> dict[str, Any] | None:
     """Measure PEFT on the base in NF4; None if not even one row fits."""
     try:
-        return measure_peft(load_nf4(arguments), examples, settings, arguments.steps)
+        found = measure_peft(load_nf4(arguments), examples, settings, arguments.steps)
+        tell("PEFT", found)
+        return found
     except torch.cuda.OutOfMemoryError:
         print("PEFT: out of memory with one row", file=sys.stderr, flush=True)
         return None
@@ -160,9 +170,11 @@ def measure_ours(
     bank = AdapterBank(model, arguments.base_model)
     if arguments.recompute and not bank.recompute():
         raise SystemExit("this base's layers can't be computed again")
-    return {
-        str(count): measure_bank(bank, examples, settings, count, arguments) for count in arguments.trials
-    }
+    found = {}
+    for count in arguments.trials:
+        found[str(count)] = measure_bank(bank, examples, settings, count, arguments)
+        tell(f"ours, {count} together", found[str(count)])
+    return found
 
 
 def measure_bank(
