@@ -27,6 +27,7 @@ DEFAULT_BASE = "smollm2-135m-instruct"
 MAX_LENGTH_TOKENS = 2048
 MAX_SEED = 2**32 - 1  # what NumPy's and every other generator takes
 MAX_RANK = 1024
+MAX_EPOCHS = 10_000  # of a schedule; a plan lays out each
 
 
 def printable(text: str) -> str:
@@ -107,7 +108,8 @@ def _is_whole_number(text: str) -> bool:
 
 
 def _check_epochs(epochs: int | str) -> int | str:
-    parse_stages(epochs)
+    if (total := sum(parse_stages(epochs))) > MAX_EPOCHS:
+        raise ValueError(f"epochs are {total} in all; {MAX_EPOCHS} are the most")
     return epochs
 
 
@@ -133,7 +135,10 @@ def _epochs_from_text(value: Any) -> Any:
 def _list_from_text(value: Any) -> Any:
     """Convert names in one text, with commas between them, to a list."""
     is_names = isinstance(value, str) and value != "all-linear"
-    return tuple(name.strip() for name in value.split(",")) if is_names else value
+    names = tuple(name.strip() for name in value.split(",")) if is_names else value
+    if isinstance(names, list | tuple) and (not names or "" in names):
+        raise ValueError("names no layer; name some, or all-linear")
+    return names
 
 
 def _expanded_home(name: Any) -> Any:

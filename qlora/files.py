@@ -161,8 +161,10 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool 
     """Build a mapping as PyYAML does. Raises yaml.MarkedYAMLError at the second of two equal keys."""
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if isinstance(key, str) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+        if isinstance(key, str) and key in seen:
             raise yaml.MarkedYAMLError(
                 problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
             )

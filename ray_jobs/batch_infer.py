@@ -23,11 +23,13 @@ from ray_jobs.cli import (
     add_decoding_options,
     add_model_options,
     decoding_settings,
+    files_read,
     model_options,
     positive_int,
     positive_number,
     row_shape,
     show_line,
+    tell_unused,
 )
 from tuning.space import START_TIMEOUT_SECONDS
 from workflows.preflight import check_output, check_temporary_folder
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Parse, validate, generate, write."""
     arguments = _arguments()
-    with open_output(arguments.output, arguments.input) as output:
+    with open_output(arguments.output, files_read(arguments, arguments.input)) as output:
         num_failed, words = _generate(arguments, output)
     print(words)
     if num_failed:
@@ -58,7 +60,9 @@ def _chosen(arguments: argparse.Namespace) -> tuple["ModelChoice", "Work"]:
     from workflows.checked_base import load_facts
     from workflows.model_choice import choose_model, reading_in_words
 
-    is_chat = found_shape(arguments.input, shape).holds_conversations
+    found = found_shape(arguments.input, shape)
+    tell_unused(found, arguments.input)
+    is_chat = found.holds_conversations
     model = choose_model(model_options(arguments, arguments.model or arguments.adapter, is_chat))
     config, tokenizer = load_facts(model.base, is_packed=False)
     check_chat(model.prompt, tokenizer, model.base.name)
@@ -88,7 +92,7 @@ def _generate(arguments: argparse.Namespace, output: Output) -> tuple[int, str]:
     from workflows.batch_summary import closing_words, note_prediction
     from workflows.model_choice import trained_on_in_words
 
-    check_output(output.path, arguments.input)
+    check_output(output.path, files_read(arguments, arguments.input))
     check_temporary_folder()
 
     def show(progress: Progress) -> None:

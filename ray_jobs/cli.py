@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora.config import MAX_LENGTH_TOKENS, DecodingSettings, InputError, validated
-from qlora.data.row_shapes import RowShape
+from qlora.data.row_shapes import FoundShape, RowShape
 from workflows.session import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
@@ -123,6 +123,18 @@ def row_shape(arguments: argparse.Namespace) -> RowShape:
         raise InputError("--columns", f"{arguments.columns!r} must read part=column,part=column")
     columns = {part.strip(): column.strip() for part, _, column in pairs}
     return validated("--columns", lambda: RowShape(format=arguments.data_format, columns=columns))
+
+
+def files_read(arguments: argparse.Namespace, data: Sequence[str]) -> list[str]:
+    """Return the files that a command reads: data, what shots are taken from, a prompt that is a file."""
+    prompt = [arguments.prompt] if arguments.prompt and Path(arguments.prompt).is_file() else []
+    return [*data, *([arguments.shots_from] if arguments.shots_from else []), *prompt]
+
+
+def tell_unused(shape: FoundShape, data: Sequence[str]) -> None:
+    """Say which columns of data are in no prompt and no answer, if there are any."""
+    if shape.unused:
+        print(f"not used: {', '.join(sorted(shape.unused))} of {', '.join(data)}")
 
 
 def model_options(

@@ -24,9 +24,11 @@ from ray_jobs.cli import (
     add_data_options,
     add_max_length_option,
     add_model_options,
+    files_read,
     model_options,
     row_shape,
     show_progress,
+    tell_unused,
 )
 from workflows.preflight import check_output
 from workflows.results import Output, open_output
@@ -42,8 +44,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Parse, validate, measure, write."""
     arguments = _arguments()
-    with open_output(arguments.output, arguments.data) as output:
-        check_output(output.path, arguments.data)
+    sources = files_read(arguments, arguments.data)
+    with open_output(arguments.output, sources) as output:
+        check_output(output.path, sources)
         words = _evaluate(arguments, output)
     print(words)
 
@@ -55,13 +58,14 @@ def _evaluate(arguments: argparse.Namespace, output: Output) -> str:
 
     shape = row_shape(arguments)
     examples = load_examples(arguments.data, shape, need_output=True)
-    is_chat = found_shape(arguments.data, shape).holds_conversations
+    found = found_shape(arguments.data, shape)
+    tell_unused(found, arguments.data)
     from qlora.base.model import length_reason, longest_example
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
     from workflows.checked_base import load_facts
     from workflows.model_choice import choose_model, reading_in_words, trained_on_in_words
 
-    model_choice = choose_model(model_options(arguments, arguments.adapter, is_chat))
+    model_choice = choose_model(model_options(arguments, arguments.adapter, found.holds_conversations))
     base, prompt = model_choice.base, model_choice.prompt
     config, tokenizer = load_facts(base, is_packed=True)
     max_length = longest_example(config, model_choice.max_length)
@@ -83,6 +87,7 @@ def _evaluate(arguments: argparse.Namespace, output: Output) -> str:
         "dtype": dtype,
         "data": joined(arguments.data),
         "data_digest": digest,
+        "not_used": sorted(found.unused),
         "max_length": max_length,
         "prompt": prompt.name,
         "prompt_digest": prompt.digest,

@@ -149,6 +149,27 @@ def test_tokens_and_what_is_scored_equal_transformers(name, case, thinking):
     assert list(asked).count(tokenizer.bos_token_id) <= 1
 
 
+def scored_texts(name: str, turns: list[Turn], answer: str) -> list[str]:
+    """What is scored of a conversation, stretch by stretch."""
+    tokenizer = tokenizer_with(TEMPLATES[name][0])
+    ids, scored = ChatPrompt("chat", ChatSettings()).encode(tokenizer, Example("a", tuple(turns), answer))
+    starts = [place for place in scored if place - 1 not in scored]
+    ends = [place + 1 for place in scored if place + 1 not in scored]
+    return [tokenizer.decode(ids[low:high]) for low, high in zip(starts, ends, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_what_is_not_to_be_learned_is_read_alone(name):
+    """So is a greeting with nothing before it, which nobody asks for."""
+    asked, learned, read = Turn("user", "問"), Turn("assistant", "甲"), Turn("assistant", "乙", False)
+    end = TEMPLATES[name][1]
+    assert [one.endswith(end) for one in scored_texts(name, [asked, learned, asked], "丙")] == [True, True]
+    found = scored_texts(name, [asked, read, asked], "丙")
+    assert len(found) == 1 and "丙" in found[0]
+    found = scored_texts(name, [learned, asked], "丙")
+    assert len(found) == 1 and "丙" in found[0]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_outputs_end_where_the_template_ends_a_turn(name):
     template, end = TEMPLATES[name]

@@ -25,9 +25,10 @@ from inference.predictions import Journal, write_predictions
 from inference.rows import store_rows
 from qlora.config import InputError
 from qlora.data import sources
-from qlora.data.examples import found_shape, load_examples
+from qlora.data.examples import as_json, examples_digest, found_shape, from_json, load_examples
 from qlora.data.prompts import encode_examples, load_prompt
 from qlora.data.row_shapes import Example, RowShape, Turn, instruction_example
+from ray_jobs.cli import tell_unused
 from tuning.space import DataSettings
 
 ROWS = [
@@ -374,3 +375,126 @@ def test_the_output_is_not_the_input(infer, evaluate, write_rows, tmp_path):  # 
     for run in (infer, evaluate):
         assert "is the input too" in run(data, "--output", data)
     assert json.loads(data.read_text()) == [{"instruction": "甲", "output": "乙"}]
+
+
+@pytest.mark.parametrize("option", ["--shots-from", "--prompt"])
+def test_the_output_is_no_other_file_that_is_read(option, infer, evaluate, write_rows, tmp_path):  # noqa: F811
+    data, shots = (write_rows([{"instruction": "甲", "output": "乙"}], name) for name in ("a.json", "b.json"))
+    (tmp_path / "prompt.yaml").write_text('template: "{instruction}"', encoding="utf-8")
+    read = shots if option == "--shots-from" else tmp_path / "prompt.yaml"
+    before = read.read_bytes()
+    for run in (infer, evaluate):
+        for output in (read, tmp_path / "x" / ".." / read.name):
+            shown = ("--shots", "1") if option == "--shots-from" else ()
+            assert "is the input too" in run(data, *shown, option, read, "--output", output)
+    assert read.read_bytes() == before
+
+
+UNUSED = {
+    "Dolly's": (
+        [{"instruction": "甲", "context": "丙", "output": "乙"}],
+        "instruction + output, not used: context",
+    ),
+    "in a later row": (
+        [
+            {"instruction": "甲", "output": "乙"},
+            {"instruction": "甲", "input": "二", "system": "s", "output": "乙"},
+        ],
+        "instruction + output + input, not used: system",
+    ),
+    "within messages": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "甲", "name": "n", "weight": 1},
+                    {"role": "assistant", "content": "乙", "reasoning_content": "想", "tool_calls": None},
+                ]
+            }
+        ],
+        "messages, not used: messages.name, messages.reasoning_content",
+    ),
+    "nothing": ([{"from": "x", "text": "甲"}], "text, not used: from"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_what_is_not_used_is_told(case, write_rows, capsys):
+    rows, words = UNUSED[case]
+    found = found_shape(write_rows(rows))
+    assert found.words == words
+    tell_unused(found, ["rows.json"])
+    assert capsys.readouterr().out == f"not used: {words.partition('not used: ')[2]} of rows.json\n"
+
+
+def test_where_all_is_used_nothing_is_told(write_rows, capsys):
+    tell_unused(found_shape(write_rows([{"instruction": "甲", "output": "乙"}])), ["rows.json"])
+    assert not capsys.readouterr().out
+
+
+MESSAGE = {"role": "assistant", "content": "看"}
+TURN = {"role": "user", "content": "甲"}
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_an_answer_that_calls_a_tool_is_not_learned_without_the_call(key, write_rows):
+    path = write_rows([{"messages": [TURN, {**MESSAGE, key: [{"name": "f"}]}]}])
+    with pytest.raises(InputError, match="row 0: message 1 calls a tool"):
+        load_examples(path, need_output=True)
+
+
+def test_weights_of_messages(write_rows):
+    """As in OpenAI's format: an answer of weight 0 is read, and not learned."""
+    rows = [
+        {"messages": [TURN, {**MESSAGE, "weight": 0}, TURN, {**MESSAGE, "weight": 1}]},
+        {"messages": [TURN, MESSAGE, TURN, {**MESSAGE, "weight": 0}]},
+    ]
+    both = load_examples(write_rows(rows), need_output=True)
+    assert [[turn.is_learned for turn in one.turns] for one in both] == [[True, False, True], [True]]
+    assert [one.output for one in both] == ["看", "看"]
+    assert [from_json(as_json(one)) for one in both] == both
+    plain = [{"messages": [{**one, "weight": 1} for one in row["messages"]]} for row in rows]
+    others = load_examples(write_rows(plain), need_output=True)
+    assert examples_digest(others[:1]) != examples_digest(both[:1])
+    for weight, words in ((0, "its weights are all 0"), (0.5, "has the weight 0.5")):
+        path = write_rows([{"messages": [TURN, {**MESSAGE, "weight": weight}]}])
+        with pytest.raises(InputError, match=words):
+            load_examples(path, need_output=True)
+    asked = load_examples(write_rows([{"messages": [TURN, {**MESSAGE, "weight": 0}]}]), need_output=False)
+    assert asked[0].output == "看", "a reference to compare with"
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"id": 1, "text": "a", "text": "b"}]', '{"text": "a"}\n{"text": "a", "text": "b"}']
+)
+def test_a_key_that_stands_twice(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=r"line \d: holds the key 'text' twice"):
+        load_examples(tmp_path / "x.json", need_output=True)
+
+
+NO_DATA = {
+    "nothing": (b"", "is empty"),
+    "a byte-order mark": (b"\xef\xbb\xbf", "is empty"),
+    "nothing under gzip": (gzip.compress(b""), "is empty"),
+    "a zip": (b"PK\x03\x04\x14\x00", "is a zip archive; unpack it"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("case", NO_DATA)
+def test_files_that_hold_no_data_say_what_they_are(case, tmp_path):
+    content, words = NO_DATA[case]
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_examples(tmp_path / "x", need_output=True)
+
+
+def test_a_pipe_is_read_as_often_as_a_file():
+    end, start = os.pipe()
+    os.write(start, FORMATS["lines.jsonl"](ROWS))
+    os.close(start)
+    place = f"/dev/fd/{end}"
+    assert load_examples(place, need_output=True) == EXAMPLES
+    assert found_shape(place).words == "instruction + output"
+    assert load_examples(place, need_output=True) == EXAMPLES
+    os.close(end)

@@ -35,6 +35,8 @@ STORED = "stored"  # the context of a space that was checked when its sweep bega
 REPORTED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs")
 # Of what a trial's examples are: how a space names it where all trials share it.
 _OWN_KEYS = {"prompt": "prompt", "train_examples": "data.train_examples"}
+# Parts of a space that have defaults: all of one's keys may be commented out.
+_SECTIONS = ("trial", "scheduler", "searcher", "objective", "base_model", "resources_per_trial")
 _NAME = re.compile(r"\w[\w. -]{0,198}\w|\w", re.ASCII)
 _GPU_PARTS = 10_000  # Ray counts shares of a GPU in ten thousandths
 _OF_A_KIND = 0.001  # of what Ray's nodes have one of, named after their kind of GPU
@@ -276,6 +278,9 @@ def read_settings(path: str | Path, overrides: list[str], model: str) -> dict[st
     Raises InputError naming file and key, and `model`, a file to learn from.
     """
     content = read_yaml(Path(path).expanduser(), missing=f"no such file; see {model}")
+    for section in _SECTIONS:
+        if section in content and content[section] is None:  # all of its keys are commented out
+            del content[section]
     for override in overrides:
         _override(content, override)
     return content

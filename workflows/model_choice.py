@@ -13,7 +13,7 @@ from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, valid
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.split import count_asked, read_keys
-from qlora.lora.peft_folder import adapter_base, check_adapter
+from qlora.lora.peft_folder import adapter_base, check_adapter, check_finite
 from tracking.registry import RegisteredAdapter, fetch_adapter, is_model_uri
 
 
@@ -107,6 +107,7 @@ def find_adapter(adapter: str) -> NamedAdapter:
     registered = fetch_adapter(adapter) if is_model_uri(adapter) else None
     folder = registered.folder if registered else Path(adapter).expanduser().resolve()
     check_adapter(folder)
+    check_finite(folder)
     return NamedAdapter(folder, registered)
 
 
@@ -117,6 +118,8 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     base = _base_settings(options, adapter)
     prompt = _prompt(options, version)
     overridden = []
+    if version is None and adapter is not None and (own_base := _other_base(adapter, base.name)):
+        overridden.append(f"base model {base.name}, in place of {own_base}, which {options.adapter} names")
     if version is not None:
         served, digest = f"which {version.model_uri} is served with", version.tags.get("prompt_digest")
         own = {
@@ -139,6 +142,16 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     own_length = version.tags.get("max_length", "") if version is not None else ""
     max_length = options.max_length or (int(own_length) if own_length.isdecimal() else MAX_LENGTH_TOKENS)
     return ModelChoice(base, adapter, prompt, max_length, tuple(overridden))
+
+
+def _other_base(adapter: NamedAdapter, name: str) -> str | None:
+    """Return the base that an adapter names, if that is another; None if it names none."""
+    try:
+        own = adapter.base
+    except InputError:
+        return None
+    places = {Path(one).expanduser().resolve() for one in (own, name)}
+    return own if len(places) > 1 else None
 
 
 def _base_settings(options: ModelOptions, adapter: NamedAdapter | None) -> BaseModelSettings:

@@ -12,6 +12,8 @@ from qlora.config import InputError
 from qlora.data.row_shapes import AS_FOUND, Example, FoundShape, RowShape, Turn
 from qlora.data.sources import Places, joined, read_rows
 
+_LOOKED_AT = 1000  # rows of a set, for what they hold
+
 
 def load_examples(places: Places, shape: RowShape = AS_FOUND, *, need_output: bool) -> list[Example]:
     """Load the examples of a set, in their order.
@@ -24,29 +26,39 @@ def load_examples(places: Places, shape: RowShape = AS_FOUND, *, need_output: bo
 
 def checked_examples(places: Places, shape: RowShape = AS_FOUND, *, need_output: bool) -> Iterator[Example]:
     """Read the examples of a set one by one. Raises InputError as `load_examples` does."""
-    place_of_id: dict[str, int] = {}
+    first_with: dict[str, tuple[int, str]] = {}  # id -> the row's number, and what there is to say of it
     found = None
     for number, (where, row) in enumerate(read_rows(places)):
         found = found or shape.of_row(where, row)
         example = found.example(where, number, row, need_output)
         key = str(example.id)
-        if key in place_of_id:
-            before = place_of_id[key]
-            raise InputError(where, f"id {example.id!r} was used in row {before}; ids must be unique")
-        place_of_id[key] = number
+        if key in first_with:
+            before, words = first_with[key]
+            problem = f"id {example.id!r} was used in row {before}; ids must be unique{words}"
+            raise InputError(where, problem)
+        first_with[key] = (number, _told(where, number, found.has_id(row)))
         yield example
     if found is None:
         raise InputError(joined(places), "holds no rows; give at least one")
 
 
+def _told(where: str, number: int, has_id: bool) -> str:
+    """Say of a row that had an id first where it is, in a set of several files, and if it has none itself."""
+    place = "" if where.endswith(f":row {number}") else f"; that is {where}"
+    return place if has_id else f"{place}; a row without one has its number"
+
+
 def found_shape(places: Places, shape: RowShape = AS_FOUND) -> FoundShape:
-    """Return the shape that a set has by its first row.
+    """Return the shape that a set has by its first row, with what the first thousand hold besides.
 
     Raises InputError if it has no rows, or its first is of no known shape.
     """
-    for where, row in read_rows(places):
-        return shape.of_row(where, row)
-    raise InputError(joined(places), "holds no rows; give at least one")
+    found = None
+    for _, (where, row) in zip(range(_LOOKED_AT), read_rows(places), strict=False):
+        found = shape.of_row(where, row) if found is None else found.seen_with(row)
+    if found is None:
+        raise InputError(joined(places), "holds no rows; give at least one")
+    return found
 
 
 def examples_digest(examples: Iterable[Example]) -> str:
@@ -61,9 +73,10 @@ def examples_digest(examples: Iterable[Example]) -> str:
 def as_json(example: Example) -> list[Any]:
     """Return an example as a list that JSON can write: its id, what is asked, its answer.
 
-    What is asked is a text for an instruction, else a list of [role, content].
+    What is asked is a text for an instruction, else a list of [role, content], with a false for a turn of the
+    assistant that is not learned.
     """
-    asked = [[turn.role, turn.content] for turn in example.turns]
+    asked = [[turn.role, turn.content, *([] if turn.is_learned else [False])] for turn in example.turns]
     return [example.id, example.instruction if example.is_instruction else asked, example.output]
 
 
@@ -71,4 +84,4 @@ def from_json(content: list[Any]) -> Example:
     """Make an example again of what `as_json` returned."""
     identifier, asked, output = content
     turns: list[Any] = [("user", asked)] if isinstance(asked, str) else asked
-    return Example(identifier, tuple(Turn(role, text) for role, text in turns), output)
+    return Example(identifier, tuple(Turn(*turn) for turn in turns), output)

@@ -33,6 +33,8 @@ def json_rows(place: str, file: BinaryIO) -> Iterator[Any]:
     elif start == "{":
         file.seek(0)
         yield from _lines(place, file)
+    elif not start:
+        raise InputError(place, "is empty, which is not valid JSON; give at least one row")
     else:
         raise InputError(place, f"{_NO_ROWS}, not {json_kind(text.whole_value())}")
 
@@ -60,7 +62,7 @@ def _lines(place: str, file: BinaryIO) -> Iterator[Any]:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         if text.strip():
             try:
-                yield json.loads(text)
+                yield json.loads(text, object_pairs_hook=_with_unique_keys)
             except ValueError as error:
                 if _is_one_value(place, file):
                     raise InputError(place, f"{_NO_ROWS}, not an object of several lines") from None
@@ -103,7 +105,7 @@ class _Text:
         self._place = place
         self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=_with_unique_keys)
         self._text = ""  # what is read; all before self._at is taken
         self._at = 0
         self._line = 1
@@ -144,8 +146,7 @@ class _Text:
 
     def whole_value(self) -> Any:
         """Take the value that the file holds in place of a list."""
-        if not self.next_character():
-            raise self.broken("Expecting value")
+        self.next_character()
         return self.item()
 
     def broken(self, problem: str) -> InputError:
@@ -172,11 +173,27 @@ class _Text:
         return not self._ended
 
 
+class _TwiceError(ValueError):
+    """A key that stands twice in an object, of which parsers keep one."""
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of an object's pairs. Raises _TwiceError at the second of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise _TwiceError(f"holds the key {twice!r} twice in an object; keep one")
+    return found
+
+
 def _problem(place: str, line: int, column: int, error: ValueError) -> InputError:
     """Return the error for what the parser said about a value of a file."""
     where = f"{place}:line {line}"
     if isinstance(error, json.JSONDecodeError):
         return InputError(where, f"is not valid JSON: {error.msg} at column {column}")
+    if isinstance(error, _TwiceError):
+        return InputError(where, str(error))
     return InputError(where, "holds a number of too many digits; shorten it or write it as text")
 
 

@@ -7,7 +7,8 @@
     text            text: all of it is learned, without a prompt
 
 A shape is recognised by the columns of the first row, in this order, or named by settings. Columns that hold
-none of its parts are left alone, and told.
+none of its parts are left alone, and told; so are further values of messages, but for `weight`, which is 0 in
+answers that are not to be learned, and for calls of tools, which are refused.
 
 Sources: https://github.com/tatsu-lab/stanford_alpaca,
 https://huggingface.co/docs/trl/dataset_formats
@@ -15,7 +16,7 @@ https://huggingface.co/docs/trl/dataset_formats
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -42,15 +43,18 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+_MESSAGE_KEYS = ("role", "from", "content", "value", "weight")
+_CALLS = ("tool_calls", "function_call")
 _ALPACA_INPUT = "\n\n### Input:\n"  # between an instruction and its input, as Alpaca's template has it
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation."""
+    """One message of a conversation. is_learned: whether training scores it if it is the assistant's."""
 
     role: Role
     content: str
+    is_learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,7 @@ class RowShape(Settings):
         for one in formats:
             names = {part: self.columns.get(part, part) for part in (_ID, *_PARTS[one])}
             if set(self.columns) <= set(names) and (self.format != "auto" or names[_PARTS[one][0]] in row):
-                words = " + ".join(part for part in _PARTS[one] if names[part] in row)
-                unused = ", ".join(sorted(str(column) for column in row if column not in names.values()))
-                return FoundShape(one, names, f"{words}, not used: {unused}" if unused else words)
+                return FoundShape(one, names).seen_with(row)
         raise InputError(
             where,
             f"is of no known shape; {_seen(row)}; name what they hold with columns, such as "
@@ -132,12 +134,38 @@ AS_FOUND = RowShape()  # by the first row alone
 class FoundShape:
     """The shape of a set's rows: a format, and the column of each of its parts.
 
-    words: the parts that the first row has and the columns that are not used, for people.
+    seen: the parts that rows were seen to have. unused: columns, and values of messages such as
+    `messages.name`, that they have besides.
     """
 
     format: Format
     names: Mapping[str, str]
-    words: str
+    seen: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def words(self) -> str:
+        """Return the parts that rows have and the columns that are not used, for people."""
+        parts = " + ".join(part for part in _PARTS[self.format] if part in self.seen)
+        return f"{parts}, not used: {', '.join(sorted(self.unused))}" if self.unused else parts
+
+    def seen_with(self, row: Any) -> "FoundShape":
+        """Return the shape with what one more row holds."""
+        if not isinstance(row, Mapping):
+            return self  # which is refused when examples are made
+        seen = {part for part in _PARTS[self.format] if self.names[part] in row}
+        unused = {str(column) for column in row if column not in self.names.values()}
+        if self.holds_conversations:
+            column = self.names[self.format]
+            messages = row.get(column)
+            for message in messages if isinstance(messages, list) else ():
+                keys = message if isinstance(message, Mapping) else ()
+                unused |= {f"{column}.{key}" for key in keys if key not in _MESSAGE_KEYS and message[key]}
+        return replace(self, seen=self.seen | seen, unused=self.unused | unused)
+
+    def has_id(self, row: Any) -> bool:
+        """Tell whether a row has an id of its own."""
+        return isinstance(row, Mapping) and row.get(self.names[_ID]) is not None
 
     @property
     def holds_conversations(self) -> bool:
@@ -223,9 +251,11 @@ def _conversation(where: str, identifier: Id, turns: list[Turn], need_output: bo
     """
     if any(turn.role == "system" for turn in turns[1:]):
         raise InputError(where, "has a system message that is not the first; mend the conversation")
-    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    said = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    answers = [number for number in said if turns[number].is_learned] if need_output else said
     if need_output and not answers:
-        raise InputError(where, "has no message of the assistant; add it or remove the row")
+        which = "; its weights are all 0" if said else ""
+        raise InputError(where, f"has no message of the assistant{which}; add it or remove the row")
     last = answers[-1] if answers and (need_output or answers[-1] == len(turns) - 1) else len(turns)
     if not any(turn.role == "user" for turn in turns[:last]):
         raise InputError(where, "has no message of the user before the answer; add it or remove the row")
@@ -255,9 +285,18 @@ def _turn(where: str, number: int, message: Any) -> Turn:
         if not all(isinstance(part, str) for part in parts):
             raise InputError(where, f"{name} holds more than text")
         content = "".join(str(part) for part in parts)
+    if any(message.get(key) for key in _CALLS):
+        raise InputError(
+            where, f"{name} calls a tool, which no answer shows; write it as text or remove the row"
+        )
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise InputError(
+            where, f"{name} has the weight {weight!r}; it may be 1, or 0 for what is not learned"
+        )
     if role == "system" and _is_blank(content):
         return Turn("system", "")
-    return Turn(_ROLES[role], checked_text(where, name, content))
+    return Turn(_ROLES[role], checked_text(where, name, content), weight is None or bool(weight))
 
 
 def _seen(row: Mapping[str, Any]) -> str:

@@ -24,7 +24,12 @@ from qlora.data.table_rows import arrow_rows, csv_rows, looks_like_csv, parquet_
 
 Places = str | Path | Sequence[str | Path]  # several are one set
 _FIRST_BYTES = 1 << 12
+_piped = dict[str, bytes]()  # what came through pipes, which can be read once: a set is read several times
 _GZIP, _PARQUET, _ARROW = b"\x1f\x8b", b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
+_NO_DATA = {
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"version https://git-lfs": "is a pointer of Git LFS to the file; fetch it with git lfs pull",
+}
 _SPLIT = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/([\w\[\]:%+-]+)", re.ASCII)
 
 
@@ -79,11 +84,16 @@ def _rows_of(place: str) -> Iterator[Any]:
 
 def _opened(place: str, is_uri: bool) -> BinaryIO:
     """Open a place as a file that can be read from its beginning more than once."""
+    if place in _piped:
+        return io.BytesIO(_piped[place])
     file = _opened_uri(place) if is_uri else open(Path(place).expanduser(), "rb")  # noqa: SIM115
     if file.seekable():
         return cast(BinaryIO, file)
     with file:
-        return io.BytesIO(file.read())
+        content = file.read()
+    if not is_uri:
+        _piped[place] = content
+    return io.BytesIO(content)
 
 
 def _opened_uri(place: str) -> Any:
@@ -113,6 +123,8 @@ def _rows_in(place: str, file: BinaryIO) -> Iterator[Any]:
         yield from parquet_rows(place, file)
     elif start.startswith(_ARROW):
         yield from arrow_rows(place, file)
+    elif mend := next((mend for first, mend in _NO_DATA.items() if start.startswith(first)), None):
+        raise InputError(place, mend)
     elif looks_like_csv(place, start):
         yield from csv_rows(place, file)
     else:

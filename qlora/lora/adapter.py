@@ -71,8 +71,8 @@ class Adapter:
         flat = self.weights if weights is None else weights
         found = {}
         for layer, (a, b) in self.layers.items():
-            found[f"base_model.model.{layer}.lora_A.weight"] = a.of(flat)
-            found[f"base_model.model.{layer}.lora_B.weight"] = b.of(flat)
+            name_a, name_b = matrix_names(layer)
+            found[name_a], found[name_b] = a.of(flat), b.of(flat)
         return found
 
     def part_at(
@@ -95,6 +95,12 @@ class Adapter:
             scale=self.scale,
             dropout=dropout,
         )
+
+
+def matrix_names(layer: str) -> tuple[str, str]:
+    """Return PEFT's names of a layer's matrices A and B."""
+    a, b = (f"base_model.model.{layer}.lora_{matrix}.weight" for matrix in "AB")
+    return a, b
 
 
 def lay_out_matrices(widths: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[Place, Place]]:

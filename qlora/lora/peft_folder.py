@@ -35,6 +35,7 @@ _OTHER_KINDS = {
     *("use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
 }
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # which leave the base as it is
+_NUMBERS = {"r": int, "lora_alpha": int | float}
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -93,15 +94,16 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> "PeftModel":
     Raises InputError if it doesn't fit.
     """
     check_adapter(folder)
+    check_finite(folder)
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
         with torch.random.fork_rng():  # PEFT draws weights before it reads those of the folder
             adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise InputError(folder, f"doesn't fit this base: {_first_reason(error)}") from error
     held = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    on_one_side = held.symmetric_difference(_matrix_names(folder))
+    on_one_side = held.symmetric_difference(matrix_shapes(folder))
     odd = sorted(name for name in on_one_side if ".lora_" in name)
     if odd:  # PEFT itself passes over them
         raise InputError(
@@ -135,10 +137,13 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
             f"was begun by {beginning}, which changes the base that it belongs to; save it as a plain LoRA "
             "adapter, in PEFT by save_pretrained with path_initial_model_for_weight_conversion",
         )
+    for key, kinds in _NUMBERS.items():
+        if not isinstance(config.get(key, 1), kinds) or isinstance(config.get(key), bool):
+            raise InputError(path / CONFIG, f"{key} must be a number, not {config[key]!r}")
     if not (path / WEIGHTS).is_file():
         raise InputError(folder, f"holds no {WEIGHTS}; save the adapter again with safe_serialization=True")
     try:
-        _matrix_names(folder)
+        matrix_shapes(folder)
     except SafetensorError as error:
         raise InputError(path / WEIGHTS, f"is damaged: {error}") from None
     return config
@@ -156,9 +161,18 @@ def adapter_base(folder: str | Path) -> str:
     return name + (f"@{revision}" if revision else "")
 
 
-def _matrix_names(folder: str | Path) -> list[str]:
+def matrix_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's matrices, by PEFT's names. Raises SafetensorError."""
     with safe_open(Path(folder) / WEIGHTS, "pt") as file:
-        return list(file.keys())
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def check_finite(folder: str | Path) -> None:
+    """Raise InputError, naming a matrix, for an adapter that holds what is no finite number."""
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if not torch.isfinite(file.get_tensor(name).float()).all():
+                raise InputError(folder, f"{name} holds NaN or infinity; take an earlier checkpoint")
 
 
 def _first_reason(error: Exception) -> str:

@@ -211,6 +211,10 @@ def prepare(sweep: SweepFolder, inputs: SweepInputs, needs_weights: bool = True)
         raise InputError("search.train_examples", problem)
     examples = SweepExamples({name: encoded(prompt) for name, prompt in prompts.items()})
     examples.check_compare()
+    if sweep.start is not None:
+        from workflows.sweep.starting_point import check_fits
+
+        check_fits(sweep.start, space.trial_settings({}), size)
     return PreparedSweep(
         space,
         inputs,

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.config import InputError
-from qlora.lora.peft_folder import CONFIG, check_adapter
+from qlora.config import InputError, TrialSettings
+from qlora.lora.adapter import lay_out_matrices, matrix_names
+from qlora.lora.peft_folder import CONFIG, check_adapter, matrix_shapes
+from qlora.lora.targets import is_targeted
+from tuning.model_size import ModelSize
 from workflows.model_choice import find_adapter
 
 _FIXED = ("r", "lora_alpha", "target_modules")
@@ -55,3 +58,28 @@ def starting_point(adapter: str) -> StartingPoint:
     }
     name = found.registered.model_uri if found.registered else str(found.folder)
     return StartingPoint(found.folder, name, base, settings)
+
+
+def check_fits(start: tuple[str, Path], settings: TrialSettings, size: ModelSize) -> None:
+    """Check that trials can begin with an adapter, whose name and folder are `start`.
+
+    Raises InputError unless its matrices are those of the layers that `settings` target of a base of this
+    size.
+    """
+    name, folder = start
+    targeted = {
+        layer: widths for layer, widths in size.layers.items() if is_targeted(layer, settings.target_modules)
+    }
+    expected = {
+        matrix: place.shape
+        for layer, places in lay_out_matrices(targeted, settings.lora_r).items()
+        for matrix, place in zip(matrix_names(layer), places, strict=True)
+    }
+    found = matrix_shapes(folder)
+    if odd := sorted(matrix for matrix in expected | found if found.get(matrix) != expected.get(matrix)):
+        has, needs = (shapes.get(odd[0], "not there") for shapes in (found, expected))
+        raise InputError(
+            name,
+            f"doesn't fit this base and its own config: {len(odd)} matrices differ, such as {odd[0]}, which "
+            f"is {has} and should be {needs}; save the adapter again, or choose another",
+        )
