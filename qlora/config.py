@@ -268,9 +268,14 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, with its type where that is a word alone."""
+    """Return the first line of an error's text, with its type where that is a word alone.
+
+    A line that ends in a colon is a heading: the next one comes with it.
+    """
     text = str(error).strip()
-    return text.splitlines()[0] if " " in text else repr(error)
+    first, *others = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    heading = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return heading if " " in text else repr(error)
 
 
 def validated(where: object, build: Callable[[], T]) -> T:

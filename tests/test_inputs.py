@@ -21,7 +21,7 @@ import ray_jobs.promote
 import ray_jobs.tune
 import workflows.sweep.start
 from qlora.base import model as base_model
-from qlora.config import BaseModelSettings, TrialSettings
+from qlora.config import BaseModelSettings, TrialSettings, first_line
 from qlora.home import PROJECT_ROOT
 from qlora.lora.bank import AdapterBank
 from tuning.space import load_space
@@ -513,6 +513,15 @@ def test_a_base_that_an_adapter_does_not_name_is_told(adapter, tiny_base, tmp_pa
     assert told(tmp_path / "copy") == (
         f"base model {tmp_path / 'copy'}, in place of {tiny_base}, which {adapter} names",
     )
+
+
+def test_the_reason_of_an_error_is_no_heading():
+    assert first_line(ValueError("\nCan't be made of one of:\n\n  (1) a file\n(2) two")) == (
+        "Can't be made of one of: (1) a file"
+    )
+    assert first_line(ValueError("One line.\nAnother")) == "One line."
+    assert first_line(ValueError("Only this:")) == "Only this:"
+    assert first_line(KeyError("a")) == "KeyError('a')" and first_line(ValueError()) == "ValueError()"
 
 
 def test_promote_refuses_what_it_does_not_know(capsys, monkeypatch, tmp_path):

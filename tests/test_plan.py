@@ -191,6 +191,20 @@ def test_no_gpu_idles_while_another_is_crowded():
     ]
 
 
+def test_rungs_that_no_trial_comes_to_are_told():
+    size, card = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
+
+    def words(rung: int, epochs: list) -> str:
+        asha = {"type": "asha", "time_attr": "step", "grace_period": rung, "max_t": 100}
+        search = {"lora_r": {"choice": [4]}, "epochs": {"choice": epochs}}
+        chosen = space(scheduler=asha, search=search)
+        plan = make_sweep_plan(chosen, TRAIN, PUBLIC, size, [card], 1)
+        return describe_plan(chosen, TRAIN, PUBLIC, SHAPES, plan)
+
+    assert "; no trial has more than 6 steps, so that none is compared" in words(7, [1, 2])
+    assert "so that none" not in words(6, [1, 2]) + words(7, [1, "2+1"])
+
+
 def test_trials_ask_for_their_share_of_a_gpu():
     size, device = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
     for value, share in ((3, 0.3333), (1, 1.0), ("auto", 0.125)):

@@ -136,15 +136,18 @@ def _work_lines(
         f"trials      {space.num_trials} by {space.searcher.type} search",
         f"epoch       {steps_per_epoch} steps of {fixed.batch_size} examples",
     ]
+    lengths = [sum(space.trial_settings({"epochs": value}).stages) for value in space.values("epochs")]
     if isinstance(space.scheduler, Asha):
         unit = "% of a trial's schedule" if space.scheduler.time_attr == "schedule_percent" else " steps"
         rungs = ", ".join(f"{rung:g}" for rung in space.scheduler.rungs)
         keeps = f"keeps 1 of {space.scheduler.reduction_factor:g}"
-        lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}")
+        longest = steps_per_epoch * max(lengths)
+        is_late = space.scheduler.time_attr == "step" and min(space.scheduler.rungs) > longest
+        none = f"; no trial has more than {longest} steps, so that none is compared" if is_late else ""
+        lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}{none}")
     elif isinstance(space.scheduler, Rounds):
         rounds = space.scheduler
-        stages = [space.trial_settings({"epochs": value}).stages for value in space.values("epochs")]
-        shortest = steps_per_epoch * min(sum(one) for one in stages)
+        shortest = steps_per_epoch * min(lengths)
         whole = f"; trials of {shortest} steps are whole before that" if shortest <= rounds.steps else ""
         compared = f"compared after {rounds.steps} steps, {rounds.kept} go on{whole}"
         lines.append(f"rounds      of {rounds.trials} trials, {compared}")
