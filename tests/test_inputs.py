@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 import yaml
 from conftest import tiny_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import ray_jobs.batch_infer
 import ray_jobs.evaluate
@@ -21,12 +19,10 @@ import ray_jobs.promote
 import ray_jobs.tune
 import workflows.sweep.start
 from qlora.base import model as base_model
-from qlora.config import BaseModelSettings, TrialSettings, first_line
+from qlora.config import BaseModelSettings, first_line
 from qlora.home import PROJECT_ROOT
-from qlora.lora.bank import AdapterBank
 from tuning.space import load_space
 from workflows import session
-from workflows.model_choice import ModelOptions, choose_model
 
 GOOD = [
     {"id": "a", "instruction": "翻譯：甲", "output": "乙"},
@@ -450,69 +446,6 @@ def test_tune_continues_from_fitting_adapters_only(tune, tmp_path):
     )
     assert "has no adapter_config.json" in tune(lambda s: None, "--continue-from", str(tmp_path / "nosuch"))
     assert "give it alone" in tune(lambda s: None, "--continue-from", str(tmp_path), "--resume", "x")
-
-
-ODD_ADAPTERS = {
-    "of another rank": (lambda m: {**m, A: torch.zeros(2, 64)}, "matrices differ, such as"),
-    "without a layer": (lambda m: {name: m[name] for name in m if name not in (A, B)}, "is not there"),
-    "with a layer more": (
-        lambda m: {**m, A.replace("layers.0", "layers.7"): m[A].clone()},
-        "should be not there",
-    ),
-    "that holds NaN": (lambda m: {**m, B: torch.full_like(m[B], torch.nan)}, "holds NaN or infinity"),
-    "that holds infinity": (lambda m: {**m, B: torch.full_like(m[B], torch.inf)}, "holds NaN or infinity"),
-}
-A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{matrix}.weight" for matrix in "AB")
-
-
-@pytest.fixture
-def adapter(tiny_base, tmp_path):
-    """The folder of an adapter that fits the base."""
-    bank = AdapterBank(tiny_model("llama").requires_grad_(False), str(tiny_base))
-    folder = tmp_path / "adapter"
-    bank.save(bank.attach(TrialSettings(lora_r=4, target_modules=("q_proj",))), folder)
-    return folder
-
-
-@pytest.mark.parametrize("case", ODD_ADAPTERS)
-def test_an_adapter_that_trials_would_stumble_over_later(case, adapter, tune):
-    change, words = ODD_ADAPTERS[case]
-    path = adapter / "adapter_model.safetensors"
-    matrices = load_file(path)
-    path.unlink()
-    save_file(change(matrices), path)
-    found = tune(lambda s: None, "--continue-from", str(adapter), "--dry-run")
-    assert words in found and "adapter" in found
-
-
-@pytest.mark.parametrize("value", ["4", None, True, [4]])
-@pytest.mark.parametrize("key", ["r", "lora_alpha"])
-def test_a_rank_and_an_alpha_are_numbers(key, value, adapter, evaluate, write_rows):
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    assert f"{key} must be a number" in evaluate(write_rows(GOOD), "--adapter", adapter)
-
-
-def test_an_adapter_of_no_numbers_is_named_not_its_base(adapter, evaluate, write_rows):
-    path = adapter / "adapter_model.safetensors"
-    matrices = {name: torch.full_like(matrix, torch.nan) for name, matrix in load_file(path).items()}
-    path.unlink()
-    save_file(matrices, path)
-    error = evaluate(write_rows(GOOD), "--adapter", adapter)
-    assert error.startswith(f"error: {adapter}: ") and "holds NaN or infinity" in error
-
-
-def test_a_base_that_an_adapter_does_not_name_is_told(adapter, tiny_base, tmp_path):
-    def told(base: Path) -> tuple[str, ...]:
-        return choose_model(ModelOptions(adapter=str(adapter), base_model=str(base))).overridden
-
-    assert told(tiny_base) == () == told(tiny_base / ".." / tiny_base.name)
-    (tmp_path / "other").symlink_to(tiny_base)
-    assert told(tmp_path / "other") == ()
-    shutil.copytree(tiny_base, tmp_path / "copy")
-    assert told(tmp_path / "copy") == (
-        f"base model {tmp_path / 'copy'}, in place of {tiny_base}, which {adapter} names",
-    )
 
 
 def test_the_reason_of_an_error_is_no_heading():
