@@ -107,7 +107,8 @@ def _is_whole_number(text: str) -> bool:
     return text.strip().isascii() and text.strip().isdigit()
 
 
-def _check_epochs(epochs: int | str) -> int | str:
+def checked_epochs(epochs: int | str) -> int | str:
+    """Return epochs. Raises ValueError as `parse_stages` does, and for more than MAX_EPOCHS in all."""
     if (total := sum(parse_stages(epochs))) > MAX_EPOCHS:
         raise ValueError(f"epochs are {total} in all; {MAX_EPOCHS} are the most")
     return epochs
@@ -151,7 +152,7 @@ def _expanded_home(name: Any) -> Any:
 LocalPath = Annotated[str, BeforeValidator(_expanded_home)]
 DataPlaces = LocalPath | Annotated[tuple[LocalPath, ...], Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number_from_text)]
-Epochs = Annotated[int | str, BeforeValidator(_epochs_from_text), AfterValidator(_check_epochs)]
+Epochs = Annotated[int | str, BeforeValidator(_epochs_from_text), AfterValidator(checked_epochs)]
 Modules = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_list_from_text)]
 
 

@@ -156,22 +156,16 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, made to refuse a key that stands twice: PyYAML itself keeps the last one."""
 
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    """Build a mapping as PyYAML does. Raises yaml.MarkedYAMLError at the second of two equal keys."""
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if isinstance(key, str) and key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
-            )
-        if isinstance(key, str):
-            seen.add(key)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=deep)
-
-
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Read a mapping, before others are merged into it. Raises yaml.MarkedYAMLError at an equal key."""
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node  # type: ignore[no-any-return]

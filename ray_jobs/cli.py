@@ -126,9 +126,11 @@ def row_shape(arguments: argparse.Namespace) -> RowShape:
 
 
 def files_read(arguments: argparse.Namespace, data: Sequence[str]) -> list[str]:
-    """Return the files that a command reads: data, what shots are taken from, a prompt that is a file."""
-    prompt = [arguments.prompt] if arguments.prompt and Path(arguments.prompt).is_file() else []
-    return [*data, *([arguments.shots_from] if arguments.shots_from else []), *prompt]
+    """Return the files that a command reads: data, what shots are taken from, the prompt."""
+    from qlora.data.prompts import prompt_file
+
+    prompt = arguments.prompt or ("few-shot" if arguments.shots else "default")
+    return [*data, *([arguments.shots_from] if arguments.shots_from else []), str(prompt_file(prompt))]
 
 
 def tell_unused(shape: FoundShape, data: Sequence[str]) -> None:

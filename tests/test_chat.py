@@ -149,10 +149,10 @@ def test_tokens_and_what_is_scored_equal_transformers(name, case, thinking):
     assert list(asked).count(tokenizer.bos_token_id) <= 1
 
 
-def scored_texts(name: str, turns: list[Turn], answer: str) -> list[str]:
+def scored_texts(name: str, turns: list[Turn], answer: str, shots: tuple[Example, ...] = ()) -> list[str]:
     """What is scored of a conversation, stretch by stretch."""
-    tokenizer = tokenizer_with(TEMPLATES[name][0])
-    ids, scored = ChatPrompt("chat", ChatSettings()).encode(tokenizer, Example("a", tuple(turns), answer))
+    tokenizer, prompt = tokenizer_with(TEMPLATES[name][0]), ChatPrompt("chat", ChatSettings(), shots)
+    ids, scored = prompt.encode(tokenizer, Example("a", tuple(turns), answer))
     starts = [place for place in scored if place - 1 not in scored]
     ends = [place + 1 for place in scored if place + 1 not in scored]
     return [tokenizer.decode(ids[low:high]) for low, high in zip(starts, ends, strict=True)]
@@ -166,8 +166,10 @@ def test_what_is_not_to_be_learned_is_read_alone(name):
     assert [one.endswith(end) for one in scored_texts(name, [asked, learned, asked], "丙")] == [True, True]
     found = scored_texts(name, [asked, read, asked], "丙")
     assert len(found) == 1 and "丙" in found[0]
-    found = scored_texts(name, [learned, asked], "丙")
-    assert len(found) == 1 and "丙" in found[0]
+    for shots in ((), (Example("s", (asked,), "丁"),)):
+        found = scored_texts(name, [learned, asked], "丙", shots)
+        assert len(found) == 1 and "丙" in found[0]
+    assert len(scored_texts(name, [SYSTEM, learned, asked], "丙")) == 2, "a system may ask for a greeting"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

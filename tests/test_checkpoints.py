@@ -10,6 +10,7 @@ from ray.train import CheckpointConfig
 from ray.train._internal.checkpoint_manager import _CheckpointManager
 from ray.train._internal.session import _TrainingResult
 
+from qlora import checkpoint_files
 from qlora.checkpoint_files import (
     MANIFEST,
     OPTIMIZER,
@@ -57,12 +58,14 @@ def test_a_step_that_is_done_again_takes_the_place_of_its_damaged_checkpoint(tri
     assert [one.step for one in storage.checkpoints("trial")] == [2, 4]
 
 
-PIECE = 1 << 26
+PIECE = 1 << 16
 
 
 @pytest.fixture
-def large(tmp_path):
+def large(tmp_path, monkeypatch):
     """A checkpoint whose optimizer's file has two pieces and a half, no two of them alike."""
+    assert checkpoint_files._PIECE_BYTES == 64 << 20, "as digests say"
+    monkeypatch.setattr(checkpoint_files, "_PIECE_BYTES", PIECE)
     with open(tmp_path / OPTIMIZER, "wb") as file:
         for index, size in enumerate((PIECE, PIECE, PIECE // 2)):
             file.write(bytes([index]) * size)

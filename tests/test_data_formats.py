@@ -24,6 +24,7 @@ from inference.rows import store_rows
 from qlora.config import InputError
 from qlora.data import sources
 from qlora.data.examples import found_shape, load_examples
+from qlora.data.prompts import prompt_file
 from qlora.data.row_shapes import instruction_example
 from tuning.space import DataSettings
 
@@ -91,6 +92,14 @@ def test_several_files_are_one_set(tmp_path, monkeypatch):
     assert DataSettings(train=both, public="~/a.json").train == (str(tmp_path / "a.json"), both[1])
     with pytest.raises(InputError, match=r"b.csv:row 0: id 'b' was used in row 1;"):
         load_examples([*both, str(tmp_path / "b.csv")], need_output=True)
+    with pytest.raises(InputError, match=r"; that is file://.*/b.csv:row 0$"):
+        load_examples([*both, str(tmp_path / "b.csv")], need_output=True)
+
+
+def test_an_id_that_is_another_rows_number(write_rows):
+    rows = [{"id": 1, "instruction": "甲", "output": "乙"}, {"instruction": "甲", "output": "乙"}]
+    with pytest.raises(InputError, match=r"row 1: id 1 was used in row 0; .*; a row without an id has its"):
+        load_examples(write_rows(rows), need_output=True)
 
 
 def test_other_stores_are_read_by_their_address(tmp_path):
@@ -256,6 +265,19 @@ def test_the_output_is_not_the_input(infer, evaluate, write_rows, tmp_path):  # 
     assert json.loads(data.read_text()) == [{"instruction": "甲", "output": "乙"}]
 
 
+@pytest.mark.parametrize("option", ["implied", "named"])
+def test_the_output_is_no_prompt_that_is_named(option, infer, evaluate, write_rows):  # noqa: F811
+    data = write_rows([{"instruction": "甲", "output": "乙"}])
+    for run in (infer, evaluate):
+        for name, options in (("default", ()), ("few-shot", ("--shots", "1", "--shots-from", data))):
+            read = prompt_file(name)
+            before = read.read_bytes()
+            asked = () if option == "implied" else ("--prompt", name)
+            assert "is the input too" in run(data, *options, *asked, "--output", read)
+            assert read.read_bytes() == before
+        assert "File name too long" in run(data, "--prompt", "x" * 300)
+
+
 @pytest.mark.parametrize("option", ["--shots-from", "--prompt"])
 def test_the_output_is_no_other_file_that_is_read(option, infer, evaluate, write_rows, tmp_path):  # noqa: F811
     data, shots = (write_rows([{"instruction": "甲", "output": "乙"}], name) for name in ("a.json", "b.json"))
@@ -282,6 +304,8 @@ NO_DATA = {
     "nothing": (b"", "is empty"),
     "a byte-order mark": (b"\xef\xbb\xbf", "is empty"),
     "nothing under gzip": (gzip.compress(b""), "is empty"),
+    "an empty zip": (b"PK\x05\x06" + bytes(18), "is a zip archive"),
+    "something packed": (b"\xfd7zXZ\0", "is packed; unpack it, or pack it by gzip"),
     "a zip": (b"PK\x03\x04\x14\x00", "is a zip archive; unpack it"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
 }
@@ -293,6 +317,12 @@ def test_files_that_hold_no_data_say_what_they_are(case, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(InputError, match=words):
         load_examples(tmp_path / "x", need_output=True)
+
+
+def test_one_object_of_several_lines_with_a_key_twice(tmp_path):
+    (tmp_path / "x.json").write_text('{\n "text": "a",\n "text": "b"\n}')
+    with pytest.raises(InputError, match="not an object of several lines"):
+        load_examples(tmp_path / "x.json", need_output=True)
 
 
 def test_a_pipe_is_read_as_often_as_a_file():

@@ -20,6 +20,7 @@ import ray_jobs.tune
 import workflows.sweep.start
 from qlora.base import model as base_model
 from qlora.config import BaseModelSettings, first_line
+from qlora.files import read_yaml
 from qlora.home import PROJECT_ROOT
 from tuning.space import load_space
 from workflows import session
@@ -380,6 +381,8 @@ def test_a_space_of_merged_keys_and_bare_parts_is_read(tmp_path):
     space = load_space(path, ["scheduler.type=fifo"])
     assert space.trial == {"batch_size": 2, "lora_r": 4}
     assert space.scheduler.type == "fifo" and space.base_model == BaseModelSettings()
+    path.write_text("b: &b {r: 8}\nl: [&x {<<: *b, r: 4}, {<<: *x}, {<<: [*x, *b]}]\n")
+    assert read_yaml(path, "")["l"] == [{"r": 4}, {"r": 4}, {"r": 4}]
 
 
 def test_a_space_file_whose_name_can_be_no_models_is_refused(tune, capsys, monkeypatch, tmp_path, write_rows):

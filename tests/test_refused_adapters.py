@@ -55,6 +55,13 @@ def test_a_rank_and_an_alpha_are_numbers(key, value, adapter, evaluate, write_ro
     assert f"{key} must be a number" in evaluate(write_rows(GOOD), "--adapter", adapter)
 
 
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", -1), ("lora_alpha", float("nan"))])
+def test_a_rank_and_an_alpha_are_numbers_of_use(key, value, adapter, evaluate, write_rows):  # noqa: F811
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert "r must be at least 1, and" in evaluate(write_rows(GOOD), "--adapter", adapter)
+
+
 def test_an_adapter_of_no_numbers_is_named_not_its_base(adapter, evaluate, write_rows):  # noqa: F811
     path = adapter / "adapter_model.safetensors"
     matrices = {name: torch.full_like(matrix, torch.nan) for name, matrix in load_file(path).items()}
@@ -65,13 +72,17 @@ def test_an_adapter_of_no_numbers_is_named_not_its_base(adapter, evaluate, write
 
 
 def test_a_base_that_an_adapter_does_not_name_is_told(adapter, tiny_base, tmp_path):
-    def told(base: Path) -> tuple[str, ...]:
+    def told(base: Path | str) -> tuple[str, ...]:
         return choose_model(ModelOptions(adapter=str(adapter), base_model=str(base))).overridden
 
     assert told(tiny_base) == () == told(tiny_base / ".." / tiny_base.name)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
     (tmp_path / "other").symlink_to(tiny_base)
     assert told(tmp_path / "other") == ()
     shutil.copytree(tiny_base, tmp_path / "copy")
     assert told(tmp_path / "copy") == (
         f"base model {tmp_path / 'copy'}, in place of {tiny_base}, which {adapter} names",
     )
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "us/base", "revision": "abc"}))
+    assert told("us/base") == (), "the same, of which no commit is named"

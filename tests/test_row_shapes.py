@@ -10,6 +10,7 @@ from qlora.config import InputError
 from qlora.data.examples import as_json, examples_digest, found_shape, from_json, load_examples
 from qlora.data.prompts import encode_examples, load_prompt
 from qlora.data.row_shapes import Example, RowShape, Turn, instruction_example
+from qlora.data.split import as_row, asked_keys
 from ray_jobs.cli import tell_unused
 
 
@@ -173,6 +174,26 @@ def test_where_all_is_used_nothing_is_told(write_rows, capsys):
 
 MESSAGE = {"role": "assistant", "content": "看"}
 TURN = {"role": "user", "content": "甲"}
+
+
+def test_weights_are_kept_where_they_count_alone(write_rows, tmp_path):
+    """A set that is written out is the same again; what is asked is the same, whatever is learned of it."""
+    weighed = [TURN, {**MESSAGE, "weight": 0}, {**TURN, "content": "丙"}, MESSAGE]
+    plain = [{key: one[key] for key in ("role", "content")} for one in weighed]
+    some, others = (
+        load_examples(write_rows([{"messages": one}], name), need_output=True)
+        for one, name in ((weighed, "a.json"), (plain, "b.json"))
+    )
+    assert examples_digest(some) != examples_digest(others)
+    assert asked_keys(some) == asked_keys(others)
+    again = load_examples(write_rows([as_row(one) for one in some], "c.json"), need_output=True)
+    assert again == some
+    of_user = [{**one, "weight": 0} if one["role"] == "user" else one for one in plain]
+    assert load_examples(write_rows([{"messages": of_user}]), need_output=True) == others
+    tested, plainly = (
+        load_examples(write_rows([{"messages": one}]), need_output=False) for one in (weighed, plain)
+    )
+    assert tested == plainly, "in inference there is nothing to learn"
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])

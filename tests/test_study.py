@@ -122,6 +122,7 @@ def test_what_lineages_share_comes_once_and_parents_first():
         ({"trial": {"epochs": 2}}, "epochs come from stages"),
         ({"trial": {"lora_r": 0}}, "lora_r"),
         ({"stages": []}, "at least one lineage"),
+        ({"stages": ["9999+2"]}, "10000 are the most"),
         ({"stages": ["1+x"]}, "epochs must be"),
         ({"beams": [0]}, "each at least 1"),
         ({"shots": 0}, "shots"),

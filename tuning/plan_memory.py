@@ -88,8 +88,8 @@ class TrainingMemory:
         One trial of a device's `num_trials` follows another: the fewer there are at once, the farther is the
         fullest moment from the middling one.
         """
-        num_trials = min(num_trials, _MOST_DRAWN)
-        drawn = self._drawn_adapters(num_trials * min(_PLAYS, _MOST_DRAWN // num_trials))
+        num_trials = max(trials, min(num_trials, _MOST_DRAWN))
+        drawn = self._drawn_adapters(num_trials * max(1, min(_PLAYS, _MOST_DRAWN // num_trials)))
         plays = [drawn[first : first + num_trials] for first in range(0, len(drawn), num_trials)]
         fullest = [
             max(sum(play[first : first + trials]) for first in range(num_trials - trials + 1))
@@ -180,7 +180,7 @@ class TrainingMemory:
         """Return how many weights the adapters of so many trials may have, which are drawn."""
         keys, search = ("lora_r", "target_modules"), self.space.search
         drawn = [
-            drawn_values(search[key], count, seed) if key in search else self.space.values(key) * count
+            drawn_values(search, key, count, seed) if key in search else self.space.values(key) * count
             for seed, key in enumerate(keys)
         ]
         settings = (dict(zip(keys, values, strict=True)) for values in zip(*drawn, strict=True))

@@ -202,7 +202,7 @@ def _possible_epochs(space: Space) -> tuple[list[Any], list[float] | None]:
     takes_turns = is_prior and isinstance(space.scheduler, NoEarlyStopping)  # see tuning.prior_search
     if not sampler or "grid_search" in sampler or (takes_turns and "choice" in sampler):
         return list(space.values("epochs")), None
-    counts = Counter(drawn_values(sampler, _DRAWS))
+    counts = Counter(drawn_values(space.search, "epochs", _DRAWS))
     power = EPOCHS_POWER if is_prior else 0.0
     lengths = {value: sum(_settings(space, value).stages) for value in counts}
     return list(counts), [count * lengths[value] ** power for value, count in counts.items()]

@@ -136,18 +136,17 @@ def _work_lines(
         f"trials      {space.num_trials} by {space.searcher.type} search",
         f"epoch       {steps_per_epoch} steps of {fixed.batch_size} examples",
     ]
-    lengths = [sum(space.trial_settings({"epochs": value}).stages) for value in space.values("epochs")]
     if isinstance(space.scheduler, Asha):
         unit = "% of a trial's schedule" if space.scheduler.time_attr == "schedule_percent" else " steps"
         rungs = ", ".join(f"{rung:g}" for rung in space.scheduler.rungs)
         keeps = f"keeps 1 of {space.scheduler.reduction_factor:g}"
-        longest = steps_per_epoch * max(lengths)
+        longest = max(_steps(space, len(train)))
         is_late = space.scheduler.time_attr == "step" and min(space.scheduler.rungs) > longest
         none = f"; no trial has more than {longest} steps, so that none is compared" if is_late else ""
         lines.append(f"ASHA        compares at {rungs}{unit}, {keeps}{none}")
     elif isinstance(space.scheduler, Rounds):
         rounds = space.scheduler
-        shortest = steps_per_epoch * min(lengths)
+        shortest = min(_steps(space, len(train)))
         whole = f"; trials of {shortest} steps are whole before that" if shortest <= rounds.steps else ""
         compared = f"compared after {rounds.steps} steps, {rounds.kept} go on{whole}"
         lines.append(f"rounds      of {rounds.trials} trials, {compared}")
@@ -158,6 +157,17 @@ def _work_lines(
     if space.budget is not None:
         lines.append(f"budget      {space.budget.words}; the sweep then ends with what it has")
     return lines
+
+
+def _steps(space: Space, num_examples: int) -> list[int]:
+    """Return the steps of the shortest and longest trials: of extreme epochs, batches and examples."""
+    counts = space.values("train_examples") if "train_examples" in space.search else [num_examples]
+    return [
+        make_timetable(int(count), space.trial_settings({"epochs": epochs, "batch_size": batch})).total_steps
+        for count in counts
+        for epochs in space.values("epochs")
+        for batch in map(int, space.values("batch_size"))
+    ]
 
 
 def _cut(examples: Sequence[EncodedExample]) -> str:

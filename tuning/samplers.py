@@ -4,7 +4,6 @@ Their names and meanings are Ray Tune's: https://docs.ray.io/en/latest/tune/api/
 is refused if any of its draws could be refused later, by the settings of a trial.
 """
 
-import itertools
 import math
 from typing import Any
 
@@ -95,12 +94,16 @@ def sampled_values(sampler: dict[str, list[Any]]) -> list[Any]:
     return list(arguments) if name in CHOICES else _extreme_draws(name, arguments)
 
 
-def drawn_values(sampler: dict[str, list[Any]], count: int, seed: int = 0) -> list[Any]:
-    """Draw from a checked sampler, the same for a seed in every call; a grid's values come in turn."""
-    name, arguments = next(iter(sampler.items()))
-    if name == "grid_search":
-        return list(itertools.islice(itertools.cycle(arguments), count))
-    domain, random_state = tune_sampler(sampler), np.random.default_rng(seed)
+def drawn_values(search: dict[str, dict[str, list[Any]]], key: str, count: int, seed: int = 0) -> list[Any]:
+    """Draw values of a searched setting for trials one after another, the same for a seed in every call.
+
+    Grids come in Ray Tune's order: of their keys, which are sorted, the first one changes fastest.
+    """
+    grids = {name: search[name]["grid_search"] for name in sorted(search) if "grid_search" in search[name]}
+    if key in grids:
+        values, repeats = grids[key], math.prod(len(grids[name]) for name in grids if name < key)
+        return [values[number // repeats % len(values)] for number in range(count)]
+    domain, random_state = tune_sampler(search[key]), np.random.default_rng(seed)
     return [domain.sample(random_state=random_state) for _ in range(count)]
 
 

@@ -35,8 +35,6 @@ STORED = "stored"  # the context of a space that was checked when its sweep bega
 REPORTED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "epochs")
 # Of what a trial's examples are: how a space names it where all trials share it.
 _OWN_KEYS = {"prompt": "prompt", "train_examples": "data.train_examples"}
-# Parts of a space that have defaults: all of one's keys may be commented out.
-_SECTIONS = ("trial", "scheduler", "searcher", "objective", "base_model", "resources_per_trial")
 _NAME = re.compile(r"\w[\w. -]{0,198}\w|\w", re.ASCII)
 _GPU_PARTS = 10_000  # Ray counts shares of a GPU in ten thousandths
 _OF_A_KIND = 0.001  # of what Ray's nodes have one of, named after their kind of GPU
@@ -264,7 +262,7 @@ def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | N
 
     `fixed`: trial settings that hold whatever the file says of them. Raises InputError naming file and key.
     """
-    content = read_settings(path, overrides, "search_spaces/quickstart.yaml")
+    content = read_settings(path, overrides, "search_spaces/quickstart.yaml", Space)
     for key, value in (fixed or {}).items():
         if isinstance(content.get("search"), dict):
             content["search"].pop(key, None)
@@ -272,15 +270,19 @@ def load_space(path: str | Path, overrides: list[str], fixed: dict[str, Any] | N
     return validated(path, lambda: Space.model_validate(content))
 
 
-def read_settings(path: str | Path, overrides: list[str], model: str) -> dict[str, Any]:
+def read_settings(
+    path: str | Path, overrides: list[str], model: str, settings: type[Settings]
+) -> dict[str, Any]:
     """Read the mapping of a YAML file with `dotted.key=value` overrides, values read as YAML.
 
-    Raises InputError naming file and key, and `model`, a file to learn from.
+    A part of `settings` that has defaults is left out if it is null, as it is when all of its keys are
+    commented out. Raises InputError naming file and key, and `model`, a file to learn from.
     """
     content = read_yaml(Path(path).expanduser(), missing=f"no such file; see {model}")
-    for section in _SECTIONS:
-        if section in content and content[section] is None:  # all of its keys are commented out
-            del content[section]
+    for name, field in settings.model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if name in content and content[name] is None and isinstance(default, Settings | dict):
+            del content[name]
     for override in overrides:
         _override(content, override)
     return content

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora.base.reference import split_revision
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, validated
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
@@ -149,6 +150,8 @@ def _other_base(adapter: NamedAdapter, name: str) -> str | None:
     try:
         own = adapter.base
     except InputError:
+        return None
+    if split_revision(own)[0] == name:  # which names no commit
         return None
     places = {Path(one).expanduser().resolve() for one in (own, name)}
     return own if len(places) > 1 else None

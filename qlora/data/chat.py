@@ -3,8 +3,8 @@
 A template is Jinja text that a tokenizer carries (https://huggingface.co/docs/transformers/chat_templating).
 It is rendered and tokenised whole, as `tokenizer.apply_chat_template` does, so that a model sees in training
 what it sees when it is served. What the assistant says is scored, the token that ends its turn included:
-where that begins and ends is found in the rendered text, and a template that hides it is refused. Turns with
-nothing before them, as greetings, and those that are not to be learned stand there unscored.
+where that begins and ends is found in the rendered text, and a template that hides it is refused. Greetings
+with nothing of their conversation before them, and turns that are not to be learned, stand there unscored.
 
 Refuses to know models and files.
 """
@@ -68,10 +68,13 @@ class ChatPrompt:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = found["input_ids"], found["offset_mapping"]
         first = len(messages) - sum(turn.role != "system" for turn in turns)  # the others are shots'
+        is_asked = turns[0].role == "system"  # else nothing of its own stands before the first turn
         own = [
             place
-            for place in range(max(first, 1), len(messages))
-            if messages[place].role == "assistant" and messages[place].is_learned
+            for place in range(first, len(messages))
+            if messages[place].role == "assistant"
+            and messages[place].is_learned
+            and (place > first or is_asked)
         ]
         ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         scored: list[int] = []

@@ -5,7 +5,7 @@ Refuses to know formats of files, prompts, tokenizers and models.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora.config import InputError
@@ -26,26 +26,31 @@ def load_examples(places: Places, shape: RowShape = AS_FOUND, *, need_output: bo
 
 def checked_examples(places: Places, shape: RowShape = AS_FOUND, *, need_output: bool) -> Iterator[Example]:
     """Read the examples of a set one by one. Raises InputError as `load_examples` does."""
-    first_with: dict[str, tuple[int, str]] = {}  # id -> the row's number, and what there is to say of it
+    number_of: dict[str, int] = {}  # by id
+    starts: list[tuple[int, str]] = []  # of each place: the number of its first row, and where that is
     found = None
     for number, (where, row) in enumerate(read_rows(places)):
         found = found or shape.of_row(where, row)
+        if where.endswith(":row 0"):
+            starts.append((number, where))
         example = found.example(where, number, row, need_output)
         key = str(example.id)
-        if key in first_with:
-            before, words = first_with[key]
-            problem = f"id {example.id!r} was used in row {before}; ids must be unique{words}"
-            raise InputError(where, problem)
-        first_with[key] = (number, _told(where, number, found.has_id(row)))
+        if (before := number_of.setdefault(key, number)) != number:
+            problem = f"id {example.id!r} was used in row {before}; ids must be unique"
+            raise InputError(where, problem + _place_of(before, starts, found.has_id(row)))
         yield example
     if found is None:
         raise InputError(joined(places), "holds no rows; give at least one")
 
 
-def _told(where: str, number: int, has_id: bool) -> str:
-    """Say of a row that had an id first where it is, in a set of several files, and if it has none itself."""
-    place = "" if where.endswith(f":row {number}") else f"; that is {where}"
-    return place if has_id else f"{place}; a row without one has its number"
+def _place_of(number: int, starts: Sequence[tuple[int, str]], has_id: bool) -> str:
+    """Say where the row of a set is that had an id first, if there are several places; and of ids as numbers.
+
+    `has_id`: whether the later row has one of its own.
+    """
+    first, where = next(start for start in reversed(starts) if start[0] <= number)
+    place = f"; that is {where.removesuffix('0')}{number - first}" if len(starts) > 1 else ""
+    return place if has_id else f"{place}; a row without an id has its number"
 
 
 def found_shape(places: Places, shape: RowShape = AS_FOUND) -> FoundShape:

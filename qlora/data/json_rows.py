@@ -10,6 +10,7 @@ Refuses to know what a row should hold.
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -72,7 +73,7 @@ def _lines(place: str, file: BinaryIO) -> Iterator[Any]:
 def _is_one_value(place: str, file: BinaryIO) -> bool:
     """Tell whether a file is a single JSON value, whatever its lines."""
     file.seek(0)
-    text = _Text(place, file)
+    text = _Text(place, file, json.JSONDecoder())
     try:
         text.item()
         return not text.next_character()
@@ -98,14 +99,31 @@ def _list_items(text: "_Text") -> Iterator[Any]:
         raise text.broken("Extra data")
 
 
+class _TwiceError(ValueError):
+    """A key that stands twice in an object, of which parsers keep one."""
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of an object's pairs. Raises _TwiceError at the second of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise _TwiceError(f"holds the key {twice!r} twice in an object; keep one")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_with_unique_keys)
+
+
 class _Text:
     """A file's text in pieces: what has been read and not yet taken, and the line where it stands."""
 
-    def __init__(self, place: str, file: BinaryIO):
+    def __init__(self, place: str, file: BinaryIO, decoder: json.JSONDecoder = _DECODER):
         self._place = place
         self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decoder = json.JSONDecoder(object_pairs_hook=_with_unique_keys)
+        self._decoder = decoder
         self._text = ""  # what is read; all before self._at is taken
         self._at = 0
         self._line = 1
@@ -171,20 +189,6 @@ class _Text:
         self._at = 0
         self._ended = not piece
         return not self._ended
-
-
-class _TwiceError(ValueError):
-    """A key that stands twice in an object, of which parsers keep one."""
-
-
-def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of an object's pairs. Raises _TwiceError at the second of two equal keys."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise _TwiceError(f"holds the key {twice!r} twice in an object; keep one")
-    return found
 
 
 def _problem(place: str, line: int, column: int, error: ValueError) -> InputError:

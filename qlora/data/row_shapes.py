@@ -251,8 +251,10 @@ def _conversation(where: str, identifier: Id, turns: list[Turn], need_output: bo
     """
     if any(turn.role == "system" for turn in turns[1:]):
         raise InputError(where, "has a system message that is not the first; mend the conversation")
+    if not need_output:
+        turns = [replace(turn, is_learned=True) for turn in turns]
     said = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-    answers = [number for number in said if turns[number].is_learned] if need_output else said
+    answers = [number for number in said if turns[number].is_learned]
     if need_output and not answers:
         which = "; its weights are all 0" if said else ""
         raise InputError(where, f"has no message of the assistant{which}; add it or remove the row")
@@ -296,7 +298,8 @@ def _turn(where: str, number: int, message: Any) -> Turn:
         )
     if role == "system" and _is_blank(content):
         return Turn("system", "")
-    return Turn(_ROLES[role], checked_text(where, name, content), weight is None or bool(weight))
+    is_learned = _ROLES[role] != "assistant" or weight is None or bool(weight)
+    return Turn(_ROLES[role], checked_text(where, name, content), is_learned)
 
 
 def _seen(row: Mapping[str, Any]) -> str:

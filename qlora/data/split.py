@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,12 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 
 def asked_key(example: Example) -> bytes:
-    """Return what tells what an example asks: the first bytes of its SHA-256. Plain text asks itself."""
-    _, asked, output = as_json(example)
+    """Return what tells what an example asks: the first bytes of its SHA-256. Plain text asks itself.
+
+    Whether a turn is learned makes no difference.
+    """
+    turns = tuple(replace(turn, is_learned=True) for turn in example.turns)
+    _, asked, output = as_json(replace(example, turns=turns))
     content = json.dumps(asked if example.turns else output, ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8")).digest()[:KEY_BYTES]
 
@@ -78,6 +83,9 @@ def as_row(example: Example) -> dict[str, Any]:
         return {"id": example.id, "instruction": example.instruction, "output": example.output}
     if not example.turns:
         return {"id": example.id, "text": example.output}
-    turns = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    turns = [
+        {"role": turn.role, "content": turn.content, **({} if turn.is_learned else {"weight": 0})}
+        for turn in example.turns
+    ]
     answer = [] if example.output is None else [{"role": "assistant", "content": example.output}]
     return {"id": example.id, "messages": [*turns, *answer]}

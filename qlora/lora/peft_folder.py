@@ -11,6 +11,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -140,6 +141,8 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     for key, kinds in _NUMBERS.items():
         if not isinstance(config.get(key, 1), kinds) or isinstance(config.get(key), bool):
             raise InputError(path / CONFIG, f"{key} must be a number, not {config[key]!r}")
+    if config.get("r", 1) < 1 or not math.isfinite(config.get("lora_alpha", 1)):
+        raise InputError(path / CONFIG, "r must be at least 1, and lora_alpha a finite number")
     if not (path / WEIGHTS).is_file():
         raise InputError(folder, f"holds no {WEIGHTS}; save the adapter again with safe_serialization=True")
     try:

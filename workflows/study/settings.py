@@ -13,6 +13,7 @@ from qlora.config import (
     Number,
     Settings,
     TrialSettings,
+    checked_epochs,
     parse_stages,
     validated,
 )
@@ -78,7 +79,7 @@ class Study(Settings):
         if not stages:
             raise ValueError("give at least one lineage, such as '1+1+3'")
         for one in stages:
-            parse_stages(one)
+            checked_epochs(one)
         return stages
 
     @field_validator("trial")
@@ -122,7 +123,7 @@ def load_study(path: str | Path, overrides: list[str]) -> Study:
 
     Raises InputError naming file and key.
     """
-    content = read_settings(path, overrides, "studies/quick.yaml")
+    content = read_settings(path, overrides, "studies/quick.yaml", Study)
     study = validated(path, lambda: Study.model_validate(content))
     if study.data.train_examples is not None and study.shots > study.data.train_examples:
         raise InputError(
