@@ -156,9 +156,9 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, made to refuse a key that stands twice: PyYAML itself keeps the last one."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Read a mapping, before others are merged into it. Raises yaml.MarkedYAMLError at an equal key."""
-        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node = super().compose_mapping_node(anchor)
         seen = set[str]()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
@@ -168,4 +168,4 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                     problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-        return node  # type: ignore[no-any-return]
+        return node
