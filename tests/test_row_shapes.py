@@ -188,7 +188,9 @@ def test_weights_are_kept_where_they_count_alone(write_rows, tmp_path):
     assert asked_keys(some) == asked_keys(others)
     again = load_examples(write_rows([as_row(one) for one in some], "c.json"), need_output=True)
     assert again == some
-    of_user = [{**one, "weight": 0} if one["role"] == "user" else one for one in plain]
+    of_user = [{**one, "weight": 0.0} if one["role"] == "user" else one for one in plain]
+    assert load_examples(write_rows([{"messages": of_user}]), need_output=True) == others
+    of_user[0]["weight"] = 0.5
     assert load_examples(write_rows([{"messages": of_user}]), need_output=True) == others
     tested, plainly = (
         load_examples(write_rows([{"messages": one}]), need_output=False) for one in (weighed, plain)

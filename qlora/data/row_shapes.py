@@ -291,15 +291,14 @@ def _turn(where: str, number: int, message: Any) -> Turn:
         raise InputError(
             where, f"{name} calls a tool, which no answer shows; write it as text or remove the row"
         )
-    weight = message.get("weight")
+    weight = message.get("weight") if _ROLES[role] == "assistant" else None
     if weight not in (None, 0, 1):
         raise InputError(
             where, f"{name} has the weight {weight!r}; it may be 1, or 0 for what is not learned"
         )
     if role == "system" and _is_blank(content):
         return Turn("system", "")
-    is_learned = _ROLES[role] != "assistant" or weight is None or bool(weight)
-    return Turn(_ROLES[role], checked_text(where, name, content), is_learned)
+    return Turn(_ROLES[role], checked_text(where, name, content), weight is None or bool(weight))
 
 
 def _seen(row: Mapping[str, Any]) -> str:

@@ -28,7 +28,9 @@ _piped = dict[str, bytes]()  # what came through pipes, which can be read once: 
 _GZIP, _PARQUET, _ARROW = b"\x1f\x8b", b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
 _NO_DATA = {
     **dict.fromkeys((b"PK\x03\x04", b"PK\x05\x06"), "is a zip archive; unpack it"),
-    **dict.fromkeys((b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh"), "is packed; unpack it, or pack it by gzip"),
+    **dict.fromkeys(
+        (b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh91AY"), "is packed; unpack it, or pack it by gzip"
+    ),
     b"version https://git-lfs": "is a pointer of Git LFS to the file; fetch it with git lfs pull",
 }
 _SPLIT = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/([\w\[\]:%+-]+)", re.ASCII)
