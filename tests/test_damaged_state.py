@@ -1,8 +1,10 @@
 """What a disk, a kill or a hand has damaged is told on one line, with exit code 2, and nothing is changed."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import sqlite3
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import ray_jobs.study
 import ray_jobs.tune
 from qlora.config import InputError, TrialSettings
 from qlora.files import remove_unfinished, write_json
+from tracking.address import check_addresses
 from tuning.ledger import Ledger, TrialRecord
 from workflows.study.settings import load_study
 from workflows.study.steps import StudySteps, prepare_study
@@ -277,3 +280,42 @@ def test_a_step_whose_figure_is_none(value, results, study):
 def test_a_trained_adapter_that_is_gone(results, study):
     write_json(results / "studies/study/steps/train-1.json", {"seconds": 1.0, "training_loss": 1.0})
     assert "adapters/1" in study()
+
+
+@pytest.mark.parametrize("left", ["trials", "zero_shot.json", "ray", "best"])
+def test_what_is_left_of_a_sweep_is_no_other_sweeps(left, sweep, tiny_base, write_rows):
+    """Its trials would count as those of a sweep on other data."""
+    (sweep / "sweep.json").unlink()
+    shutil.rmtree(sweep / "trials")
+    space = str(sweep.parent.parent / "space.yaml")
+    assert plan_sweep(sweep, space, []).name == "begun", "a prompt and public examples are none"
+    if left.endswith(".json"):
+        (sweep / left).write_text("{}")
+    else:
+        (sweep / left).mkdir()
+    with pytest.raises(InputError, match=f"holds {left} of a sweep whose sweep.json is gone; choose"):
+        plan_sweep(sweep, space, [])
+
+
+def test_what_is_left_of_a_study_is_no_other_studys(results, study):
+    folder = results / "studies/study"
+    (folder / "study.json").unlink()
+    (folder / "steps").mkdir(exist_ok=True)
+    (folder / "steps/text-zero-shot.json").write_text("{}")
+    assert "holds steps of a study whose study.json is gone; choose another --name" in study()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut"])
+def test_a_damaged_store_is_told_before_anything_starts(damage, sweep, resume, tmp_path, monkeypatch):
+    file = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("CREATE TABLE t (x)")
+        database.executemany("INSERT INTO t VALUES (?)", [("x" * 100,)] * 1000)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"no database" * 1000)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    before = file.read_bytes()
+    assert resume().startswith(f"error: {file}: is a damaged database (")
+    with pytest.raises(InputError, match="is a damaged database"):
+        check_addresses()
+    assert file.read_bytes() == before

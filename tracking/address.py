@@ -5,9 +5,11 @@ Loads neither MLflow nor, unless the store is a database, anything of one.
 Refuses to know what is kept there.
 """
 
+import contextlib
 import functools
 import os
 import re
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,8 @@ def check_addresses() -> None:
             raise InputError(where, f"is of the unknown kind {scheme}; {_USE}")
         if kind in _DATABASES:
             _engine(uri)
+        if file := sqlite_file(uri):
+            _check_sqlite(file)
 
 
 def check_reachable() -> None:
@@ -101,6 +105,22 @@ def check_reachable() -> None:
             _reach_server(uri)
         elif scheme in _DATABASES:
             reach_database(uri)
+
+
+@functools.cache
+def _check_sqlite(file: Path) -> None:
+    """Raise InputError for a file that is no SQLite database, or one that was cut. Looks once."""
+    if not file.is_file():
+        return
+    place = f"{file.absolute().as_uri()}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(place, uri=True)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    except sqlite3.OperationalError:
+        return  # it is busy, or can't be opened: whoever writes to it says so
+    except sqlite3.DatabaseError as error:
+        mend = "put a whole one in its place, or move it away to begin a new one"
+        raise InputError(file, f"is a damaged database ({error}); {mend}") from None
 
 
 @functools.cache

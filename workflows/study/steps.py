@@ -105,6 +105,9 @@ class StudySteps:
         path = self._folder / "study.json"
         mine: dict[str, Any] = {"study": self._study.model_dump(mode="json"), **self._prepared.digests}
         if not path.exists():
+            if any((self._folder / "steps").glob("*.json")):
+                problem = "holds steps of a study whose study.json is gone"
+                raise InputError(self._folder, f"{problem}; choose another --name, or remove the folder")
             study_id = uuid.uuid4().hex
             self._prepared.sets.keep_public(self._folder)
             write_json(path, {"study_id": study_id, **mine})

@@ -33,6 +33,7 @@ from qlora.config import InputError, first_problem, validated
 from qlora.failpoints import durable
 from qlora.files import below, read_json, write_json, write_text
 from qlora.home import RESULTS, home_folder, home_place, in_results
+from tuning.checkpoints import RAY
 from tuning.ledger import Ledger
 from tuning.space import STORED, Space, checked_name, load_space
 from workflows.data_sets import DataSets
@@ -40,6 +41,7 @@ from workflows.data_sets import DataSets
 # Of what sweep.json has digests; sweeps from before lack some.
 _ROLES = {"train", "public", "holdout", "prompt", "base_files", "objective"}
 _ZERO_SHOT, _START = "zero_shot.json", "start"
+_OF_TRIALS = ("trials", _ZERO_SHOT, RAY, "soup", "best")  # what a sweep writes once it has begun
 
 
 class _Best(TypedDict):
@@ -110,7 +112,7 @@ class SweepFolder:
         return self.folder / "prompt.yaml"
 
     def check_free(self) -> None:
-        """Raise InputError if the folder of a sweep that has not started holds one."""
+        """Raise InputError if the folder of a sweep that has not started holds one, or what one left."""
         if self.digests:
             return
         if self.summary() is not None:
@@ -122,6 +124,9 @@ class SweepFolder:
                 self.folder,
                 f"holds an unfinished sweep; continue it with --resume {self.name}, or choose another --name",
             )
+        if left := [name for name in _OF_TRIALS if (self.folder / name).exists()]:
+            problem = f"holds {', '.join(left)} of a sweep whose sweep.json is gone"
+            raise InputError(self.folder, f"{problem}; choose another --name, or remove the folder")
 
     def claim(self, digests: Mapping[str, str], prompt_text: str | None, sets: DataSets) -> None:
         """Write sweep.json: from here on the sweep exists and can be resumed.
