@@ -180,3 +180,9 @@ def test_a_disk_that_is_too_small_is_told_before_work(
     options = ("--base-model", tiny_base, "--output", tmp_path / "out", "--data", rows, "--format", "merged")
     error = refused(ray_jobs.export, capsys, monkeypatch, "--model", adapter, *options)
     assert "GiB free, and the export takes" in error
+
+
+def test_a_link_that_leads_nowhere_is_there_already(capsys, monkeypatch, adapter, rows, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    arguments = ("--model", adapter, "--output", tmp_path / "out", "--format", "vllm", "--data", rows)
+    assert "is there already" in refused(ray_jobs.export, capsys, monkeypatch, *arguments)

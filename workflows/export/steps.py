@@ -65,7 +65,8 @@ def finished(work: Work) -> dict[str, Any] | None:
     Raises InputError if anything else is there.
     """
     output = work.settings.output
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    is_there = output.exists() or output.is_symlink()  # which may lead nowhere
+    if not is_there or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
         content = read_json(output / RESULT, "name another folder")
