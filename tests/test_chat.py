@@ -150,7 +150,7 @@ def test_tokens_and_what_is_scored_equal_transformers(name, case, thinking):
 
 
 def scored_texts(name: str, turns: list[Turn], answer: str, shots: tuple[Example, ...] = ()) -> list[str]:
-    """What is scored of a conversation, stretch by stretch."""
+    """Return what is scored of a conversation, stretch by stretch."""
     tokenizer, prompt = tokenizer_with(TEMPLATES[name][0]), ChatPrompt("chat", ChatSettings(), shots)
     ids, scored = prompt.encode(tokenizer, Example("a", tuple(turns), answer))
     starts = [place for place in scored if place - 1 not in scored]

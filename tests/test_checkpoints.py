@@ -29,7 +29,7 @@ def trial():
 
 
 def report(trial, storage, index, step, perplexity):
-    """What Ray does with a trial's report: the callback first, then its books."""
+    """Do what Ray does with a trial's report: the callback first, then its books."""
     folder = storage / "trial" / f"checkpoint_{index:06d}"
     folder.mkdir(parents=True)
     (folder / OPTIMIZER).write_bytes(b"")
@@ -109,11 +109,15 @@ def test_pieces_that_changed_places(large):
 
 
 def test_a_checkpoint_with_the_digest_of_a_large_file_as_a_whole(large):
-    """So it is in sweeps that began before there were pieces."""
+    """It is good, and tells damage: sweeps that began before there were pieces have such ones."""
     manifest = json.loads((large / MANIFEST).read_text())
     manifest[OPTIMIZER] = hashlib.sha256((large / OPTIMIZER).read_bytes()).hexdigest()
     (large / MANIFEST).write_text(json.dumps(manifest))
     verify_checkpoint(large)
+    with open(large / OPTIMIZER, "ab") as file:
+        file.write(b"!")
+    with pytest.raises(CheckpointError, match=OPTIMIZER):
+        verify_checkpoint(large)
 
 
 def test_a_digest_that_is_no_text(large):

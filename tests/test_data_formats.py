@@ -279,7 +279,7 @@ def test_the_output_is_no_prompt_that_is_named(option, infer, evaluate, write_ro
 
 
 @pytest.mark.parametrize("option", ["--shots-from", "--prompt"])
-def test_the_output_is_no_other_file_that_is_read(option, infer, evaluate, write_rows, tmp_path):  # noqa: F811
+def test_the_output_is_no_file_that_is_read(option, infer, evaluate, write_rows, tmp_path):  # noqa: F811
     data, shots = (write_rows([{"instruction": "甲", "output": "乙"}], name) for name in ("a.json", "b.json"))
     (tmp_path / "prompt.yaml").write_text('template: "{instruction}"', encoding="utf-8")
     read = shots if option == "--shots-from" else tmp_path / "prompt.yaml"

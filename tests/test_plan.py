@@ -121,7 +121,7 @@ def test_more_memory_means_more_trials_up_to_a_limit():
 
 
 def test_the_fullest_moment_is_planned_for_not_the_middling_one():
-    """Of trials that follow each other one is large; side by side, small ones are beside it."""
+    """Count on one large trial among those that follow each other; side by side, small ones are beside it."""
     size, card = model_size(CONFIGS["llama"]), Device("cuda", 80 << 30, 1e14)
     ranks = {"lora_r": {"choice": [16, 32, 64, 128]}}
 
