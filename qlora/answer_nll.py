@@ -17,9 +17,9 @@ from torch import Tensor
 from qlora.packed.attention import packed_logits
 from qlora.packed.stream import PackedBatch
 
-_LOGIT_ROWS = (
-    64  # rows of logits that are converted to float32 at a time, so that the copies stay in the cache
-)
+# Rows of logits that are converted to float32 at a time: on a CPU so many that the copies stay in the cache;
+# on a GPU, where each piece is a handful of launches, as many as have so many numbers.
+_CPU_ROWS, _GPU_NUMBERS = 64, 2**24
 
 
 def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
@@ -30,7 +30,8 @@ def answer_nll(model: Any, batch: PackedBatch) -> Tensor:
     logits_AV = packed_logits(model, batch)
     if torch.is_grad_enabled():
         return F.cross_entropy(logits_AV.float(), batch.targets_A, reduction="none")
-    pieces = zip(logits_AV.split(_LOGIT_ROWS), batch.targets_A.split(_LOGIT_ROWS), strict=True)
+    rows = max(_CPU_ROWS, _GPU_NUMBERS // logits_AV.shape[1]) if logits_AV.is_cuda else _CPU_ROWS
+    pieces = zip(logits_AV.split(rows), batch.targets_A.split(rows), strict=True)
     return torch.cat([_nll(logits, targets) for logits, targets in pieces])
 
 

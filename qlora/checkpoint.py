@@ -8,7 +8,7 @@ Refuses to know when a checkpoint is due and where it is kept.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora.base.device import to_host
+from qlora.base.device import hold
 from qlora.checkpoint_files import (
     ADAPTER,
     MANIFEST,
@@ -51,12 +51,20 @@ class CheckpointContent:
     @classmethod
     def of(cls, training: Training) -> "CheckpointContent":
         """Collect all that `load_checkpoint` needs to go on exactly."""
+        return cls.held(training)()
+
+    @classmethod
+    def held(cls, training: Training) -> "Callable[[], CheckpointContent]":
+        """Hold what a run is now; returns what collects it, in any thread, while the run goes on."""
         tensors, position = training.state()
-        return cls(
-            adapter=training.bank.content(training.adapter),
-            optimizer={name: to_host(tensor) for name, tensor in tensors.items()},
-            position=position,
-        )
+        bring = hold([training.adapter.weights, *tensors.values()])
+
+        def collect() -> CheckpointContent:
+            weights, *others = bring()
+            content = training.bank.content(training.adapter, weights)
+            return cls(content, dict(zip(tensors, others, strict=True)), position)
+
+        return collect
 
     def write(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
         """Write the checkpoint, with further text files by their names. Raises OSError."""

@@ -56,14 +56,16 @@ def run_pass(
     largest pass of the step that this one belongs to, if there are others.
     """
     work = Pass(layout=lay_out(groups, bank.device), adapters=adapters, dropouts=dropouts, weights=weights)
-    if bank.in_kernels(adapters) and not bank.recomputes:  # which was never recorded
+    if bank.in_kernels(adapters):
         if bank.recorder is None:
             from qlora.recorded_passes import Recorder  # not above, since that module imports this one
 
             bank.recorder = Recorder(bank)
-        nll_A = bank.recorder.run(work, max(largest, work.layout.num_tokens))
-        if nll_A is not None:
-            return work.layout, nll_A
+        if not bank.recomputes:  # which was never recorded
+            nll_A = bank.recorder.run(work, max(largest, work.layout.num_tokens))
+            if nll_A is not None:
+                return work.layout, nll_A
+        bank.recorder.compile(work)
     return work.layout, launch(bank, work)
 
 

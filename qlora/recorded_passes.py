@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from qlora.answer_nll import answer_nll
+from qlora.base.compiling import compile_together
 from qlora.config import first_line
 from qlora.lora.bank import AdapterBank
 from qlora.lora.banked_linear import Route
 from qlora.lora.tables import PassTables, make_bank_tables
 from qlora.packed.stream import PackedBatch, Stretches
 from qlora.pass_buffers import PassSize, block_bytes, buffer_fields, filled_block
-from qlora.passes import Pass
+from qlora.passes import Pass, launch
 
 _log = logging.getLogger(__name__)
 # Tokens times parameters of a linear layer, above which a host launches faster than a GPU works.
@@ -53,12 +54,14 @@ class Recorder:
     def __init__(self, bank: AdapterBank):
         self._bank = bank
         self._recordings: dict[PassSize, _Recording] = {}
-        self._compiled: set[tuple[int, ...]] = set()
+        self._rehearsed: set[tuple[int, ...]] = set()  # what kernels were compiled for, and run once
+        self._compiled: set[tuple[int, ...]] = set()  # likewise, for passes that are launched
         self._refused: set[PassSize] = set()
         self._times: Counter[PassSize] = Counter()  # that a size came up and was not recorded
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # an allocator reuses memory on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
+        self._is_fresh = True  # kernels may have to be compiled yet
         self._is_off = False
         self._is_at_large_steps = False
         self._pause_passes = 0  # passes that are still to be launched before the next one is recorded
@@ -83,6 +86,14 @@ class Recorder:
         # Last in order, so that the first is the one not replayed for longest.
         self._recordings[found or size] = recording
         return recording.play(work)
+
+    def compile(self, work: Pass) -> None:
+        """Compile the kernels of a pass that is about to be launched, if there was none like it."""
+        made_for = PassSize.of(work, self._bank).kernels
+        if made_for not in self._compiled:
+            with self._counted("compiling"):
+                self._compile(lambda: launch(self._bank, work))
+            self._compiled.add(made_for)
 
     @property
     def num_recordings(self) -> int:
@@ -167,10 +178,10 @@ class Recorder:
         """Record a size, given its first pass."""
         recording = _Recording(self._bank, size)
         recording.fill(work)
-        if size.kernels not in self._compiled:
+        if size.kernels not in self._rehearsed:
             with self._counted("compiling"):
-                recording.rehearse(self._stream)
-            self._compiled.add(size.kernels)
+                recording.rehearse(self._stream, self._compile)
+            self._rehearsed.add(size.kernels)
         with self._counted("recording"):
             recording.record(self._pool, self._stream)
         return recording
@@ -183,6 +194,11 @@ class Recorder:
             yield
         finally:
             self.seconds[work] += time.monotonic() - started
+
+    def _compile(self, work: Callable[[], Tensor]) -> None:
+        """Compile the kernels of a pass together, unless those of the one before were all found in files."""
+        if self._is_fresh:
+            self._is_fresh = compile_together(work) > 0
 
     def _give_back(self) -> None:
         """Free the recordings and their memory."""
@@ -206,10 +222,14 @@ class _Recording:
         self._graph = torch.cuda.CUDAGraph()
         self._nll_A = self._weights_A
 
-    def rehearse(self, stream: torch.cuda.Stream) -> None:
-        """Run the pass once without adapters, to compile its kernels: a recording can't contain that."""
+    def rehearse(self, stream: torch.cuda.Stream, compiled: Callable[[Callable[[], Tensor]], None]) -> None:
+        """Run the pass once without adapters, its kernels compiled before: a recording can't contain that.
+
+        `compiled`: see Recorder._compile.
+        """
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            compiled(self._work)
             self._work()
         torch.cuda.synchronize()
 

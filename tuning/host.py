@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ from tuning.evaluation_steps import evaluation_steps
 from tuning.examples import PromptedExamples
 from tuning.objective import JudgingStoppedError
 from tuning.orders import SET_ASIDE
-from tuning.seat import Seat, Standing, answered, point_of, write_report
+from tuning.seat import Seat, Standing, Writers, answered, point_of
 from tuning.shared_work import SharedWork, TrialWork
 from tuning.soup import Finalist, Soup, find_soup
 from tuning.sweep_data import SweepData
@@ -43,7 +43,6 @@ from tuning.sweep_data import SweepData
 _Answer = TypeVar("_Answer")
 _MOST_STEPS_TO_WAIT = {"cpu": 0, "cuda": 24}  # for others, to have texts written together
 _GOES_AHEAD = {"cpu": False, "cuda": True}  # a CPU has others' work to do meanwhile
-_WRITERS = 4  # of checkpoints at once: trials of one length end together
 
 
 class Host:
@@ -63,7 +62,7 @@ class Host:
         self._leaving: list[Future[Any]] = []  # replies to trials whose places are being kept
         budget, recomputes = data.for_device(hardware(default_device().type))
         self._work = SharedWork(data.space.base_model, budget, recomputes=recomputes)
-        self._writers = ThreadPoolExecutor(_WRITERS)
+        self._writers = Writers()
         threading.Thread(target=self._take_turns, daemon=True).start()
 
     def zero_shot(self) -> dict[str, list[float]]:
@@ -172,7 +171,7 @@ class Host:
             if seat is not None and seat.is_between_reports:
                 standing, reply = Standing.of(seat.work), seat.leave()
                 self._leaving = [one for one in self._leaving if not one.done()] + [reply]
-                self._writers.submit(settle, reply, partial(standing.set_aside, storage, trial_id))
+                self._writers.submit(reply, partial(standing.set_aside, storage, trial_id))
             elif seat is not None:
                 seat.is_to_leave = seat.goal is None  # or it is answered at once
                 seat.answer({SET_ASIDE: False})
@@ -265,11 +264,10 @@ class Host:
         """Answer whoever asked for an evaluation, once a checkpoint is written."""
         try:
             value = _good(value)
-            content = CheckpointContent.of(seat.work.training)
+            content = CheckpointContent.held(seat.work.training)
             metrics = point_of(seat.work, mean_perplexity(found), self._data.space.objective, value)
             metrics |= {"perplexities": found, "host_notes": self.notes()}
-            written = partial(write_report, content, Path(seat.folder), metrics)
-            self._writers.submit(settle, seat.reply, written)
+            self._writers.submit_report(seat.reply, content, Path(seat.folder), metrics)
         except JudgingStoppedError:
             return  # it is kept as it stands
         except Exception as error:  # memory may be short for the copy: that is this trial's failure

@@ -2,8 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,11 +13,14 @@ import torch
 from qlora.checkpoint import CheckpointContent
 from qlora.checkpoint_files import SINCE_REPORT
 from qlora.training import DivergedError
+from tuning.calls import settle
 from tuning.checkpoints import STOPPED, Storage
 from tuning.examples import PromptedExamples
 from tuning.objective import METRIC, VALUE, Objective
 from tuning.orders import SET_ASIDE
 from tuning.shared_work import TrialWork
+
+_BRINGERS, _WRITERS = 2, 4  # threads
 
 
 @dataclass
@@ -130,7 +133,41 @@ def answered(metrics: dict[str, Any]) -> "Future[dict[str, Any]]":
     return reply
 
 
-def write_report(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+class Writers:
+    """Threads that write checkpoints while their trials train on.
+
+    Some bring what is held to the host's memory, so that it leaves a GPU soon; others write that, which takes
+    longer, several at once: trials of one length report together.
+    """
+
+    def __init__(self) -> None:
+        self._bringing, self._writing = ThreadPoolExecutor(_BRINGERS), ThreadPoolExecutor(_WRITERS)
+
+    def submit(self, reply: "Future[dict[str, Any]]", write: Callable[[], dict[str, Any]]) -> None:
+        """Answer with what writing returns or raises."""
+        self._writing.submit(settle, reply, write)
+
+    def submit_report(
+        self,
+        reply: "Future[dict[str, Any]]",
+        collect: Callable[[], CheckpointContent],
+        folder: Path,
+        metrics: dict[str, Any],
+    ) -> None:
+        """Answer with a report's metrics once its checkpoint is written, or with what that failed with."""
+
+        def bring() -> None:
+            try:
+                content = collect()
+            except Exception as error:  # belongs to the caller
+                reply.set_exception(error)
+            else:
+                self.submit(reply, lambda: _write_report(content, folder, metrics))
+
+        self._bringing.submit(bring)
+
+
+def _write_report(content: CheckpointContent, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write a report's checkpoint; returns its metrics. Raises OSError."""
     content.write(folder)
     return metrics

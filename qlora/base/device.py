@@ -8,6 +8,8 @@ Refuses to know models.
 
 import importlib
 import importlib.util
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from qlora.config import BaseModelSettings
 CPU_PASS_TOKENS = 1152
 _GPU_PASS_TOKENS = 8192
 _STAGED_BYTES = 64 * 2**20
+_ROOM_TO_HOLD = 8  # times what is held, free for any process: several trials report at once, and passes go on
 
 
 def default_device() -> torch.device:
@@ -98,6 +101,28 @@ def to_host(tensor: Tensor) -> Tensor:
     for source, target in pieces:
         target.copy_(staged[: len(source)].copy_(source))
     return found
+
+
+def hold(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Hold what tensors are now, while they go on to change; returns what brings that to the host's memory.
+
+    On a GPU with room to spare it is copied there, which takes no time, and any thread brings it later,
+    beside the work that the GPU has by then. Else it is brought at once.
+    """
+    device, num_bytes = tensors[0].device, sum(tensor.nbytes for tensor in tensors)
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < _ROOM_TO_HOLD * num_bytes:
+        brought = [to_host(tensor) for tensor in tensors]
+        return lambda: brought
+    copies = deque(tensor.clone() for tensor in tensors)
+    copied = torch.cuda.current_stream(device).record_event()
+
+    def bring() -> list[Tensor]:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(copied)
+            return [to_host(copies.popleft()) for _ in range(len(copies))]
+
+    return bring
 
 
 def triton_module(name: str) -> Any:

@@ -222,8 +222,11 @@ class AdapterBank:
         """Write an adapter's PEFT folder. Raises OSError."""
         self.content(adapter).write(folder)
 
-    def content(self, adapter: Adapter) -> AdapterContent:
-        """Return the content of an adapter's PEFT folder, a copy of what it is now."""
+    def content(self, adapter: Adapter, weights: Tensor | None = None) -> AdapterContent:
+        """Return the content of an adapter's PEFT folder, a copy of what it is now.
+
+        `weights`: its weights [n] at another time, in the host's memory, which are taken instead.
+        """
         from peft import LoraConfig  # takes seconds to load
 
         name, revision = split_revision(self.base_name)
@@ -242,7 +245,9 @@ class AdapterBank:
             revision=revision,
             inference_mode=True,
         )
-        return AdapterContent(config, adapter.matrices(to_host(adapter.weights)))
+        return AdapterContent(
+            config, adapter.matrices(to_host(adapter.weights) if weights is None else weights)
+        )
 
     def load(self, adapter: Adapter, folder: Path) -> None:
         """Load the weights of a PEFT folder into an adapter.
