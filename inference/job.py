@@ -9,6 +9,7 @@ Refuses to know the registry.
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from typing import Any
 
 from inference.books import Books, Progress
 from inference.pipeline import Pool, Work, generate_rows, gpus_there
-from inference.predictions import Journal, beside, work_folder, write_predictions
+from inference.predictions import JOURNAL, Journal, beside, work_folder, write_predictions
 from inference.rows import RowStore, store_rows
 from inference.scores import Scores
 from qlora.config import InputError
@@ -29,7 +30,7 @@ from qlora.cost import Costs
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.sources import Places
 from qlora.failpoints import durable
-from qlora.files import remove_unfinished, write_json, write_text
+from qlora.files import read_json, remove_unfinished, write_json, write_text
 from qlora.lora.peft_folder import AdapterFiles
 from qlora.provenance import package_versions
 
@@ -67,7 +68,7 @@ def open_job(source: Places, output: Path, shape: RowShape = AS_FOUND) -> Iterat
         try:
             yield store_rows(source, folder, shape)
         except InputError:
-            if not (folder / "journal.jsonl").exists():
+            if not (folder / JOURNAL).exists():
                 _remove(folder, output)
             raise
 
@@ -77,7 +78,7 @@ def _check_places(output: Path, folder: Path) -> None:
     for file in (output, beside(output, "errors"), beside(output, "meta")):
         if file.is_dir():
             raise InputError(file, "is a folder; name a file" if file == output else "is a folder; remove it")
-    for name in ("lock", "rows.jsonl", "journal.jsonl"):
+    for name in ("lock", "rows.jsonl", JOURNAL):
         if (folder / name).is_dir():
             raise InputError(folder, f"holds a folder {name}, which no job has left there; remove it")
     try:
@@ -153,6 +154,12 @@ def run_job(
     again and again, without a finished row.
     """
     folder = work_folder(output)
+    if resume and (done := _done_before(work, rows, output, facts)) is not None:
+        note(
+            f"{output} is whole already, of the same input, model, prompt and settings: nothing is to be done"
+        )
+        _remove(folder, output)
+        return done
     job_id = _job_id(folder, resume)
     journal = Journal(folder, _settings(work, rows, facts), len(rows), resume=resume)
     if journal.damage:
@@ -213,20 +220,50 @@ def _write(
     errors = write_predictions(output, rows, journal, score)
     summary = scores.summary() if scores.count else None
     meta = {
-        **facts,
+        **_made_of(work, rows, facts),
         "prompt": work.prompt.name,
-        "prompt_digest": work.prompt.digest,
         "shots": len(work.prompt.shots),
-        "generation": work.decoding.model_dump(mode="json"),
-        "input_digest": rows.digest,
-        "rows": len(rows),
         "rows_failed": len(errors),
         **figures,
         "scores": summary,
+        "output_digest": _digest(output),
         "versions": package_versions(),
     }
     write_json(beside(output, "meta"), meta, "batch meta")
     return len(errors), summary
+
+
+def _made_of(work: Work, rows: RowStore, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what PATH.meta.json says of a job before it is done."""
+    return {
+        **facts,
+        "prompt_digest": work.prompt.digest,
+        "generation": work.decoding.model_dump(mode="json"),
+        "input_digest": rows.digest,
+        "max_prompt_tokens": work.max_prompt_tokens,
+        "rows": len(rows),
+    }
+
+
+def _done_before(work: Work, rows: RowStore, output: Path, facts: dict[str, Any]) -> JobResult | None:
+    """Return the result of a job that is done, if it is this very one and its output stands as it was."""
+    if (work_folder(output) / JOURNAL).exists() or not output.is_file():
+        return None
+    try:
+        meta = read_json(beside(output, "meta"), "")
+    except (FileNotFoundError, InputError):
+        return None
+    made_of = json.loads(json.dumps(_made_of(work, rows, facts)))
+    if any(meta.get(key, value) != value for key, value in made_of.items()):
+        return None
+    if meta.get("output_digest") != _digest(output):
+        return None
+    return JobResult(len(rows), 0, meta.get("rows_failed", 0), 0.0, meta.get("engine"), meta.get("scores"))
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _job_id(folder: Path, resume: bool) -> str:

@@ -28,6 +28,7 @@ from qlora.data.row_shapes import Example
 from qlora.failpoints import durable
 from qlora.files import replacing, write_json
 
+JOURNAL = "journal.jsonl"
 _SYNC_SECONDS = 1.0  # a machine that loses its power loses no more work than of this time
 _START, _END = len('["01234567", '), len("]\n")  # of a line, around its content
 
@@ -53,7 +54,7 @@ class Journal:
         changed, if kept rows belong to a job with other settings, and if that can't be told.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "journal.jsonl"
+        self.path = folder / JOURNAL
         self.places = array("q", [-1]) * num_rows  # the byte where a row's line begins; -1 if it is not done
         self.num_done = 0
         self.engines: set[str] = set()

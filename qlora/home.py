@@ -29,7 +29,7 @@ def home() -> str:
     """Return the home, an absolute path or a URI.
 
     Raises InputError in a job that was not told it, and there for a path that its copy would be asked for;
-    also for an address with a key in it, which people would be shown.
+    also for an address with a key in it, which people would be shown, and for a file.
     """
     named = os.environ.get(HOME, "")
     if "://" in named:
@@ -43,6 +43,8 @@ def home() -> str:
             f"{problem}: a job's own folder is lost with it; name s3://BUCKET/PATH, or a folder of the head "
             'node, by --runtime-env-json \'{"env_vars": {"QLORA_HOME": "..."}}\'',
         )
+    if named and folder.exists() and not folder.is_dir():
+        raise InputError(HOME, f"{named} is a file; name a folder")
     return str(folder.absolute()) if named else str(PROJECT_ROOT)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.base.model import check_vocabulary, load_base, load_config, load_tokenizer
-from qlora.base.reference import base_files_digest
+from qlora.base.reference import base_files_digest, base_weights_digest
 from qlora.config import BaseModelSettings, InputError
 from qlora.packed.agreement import pack_attention
 from workflows.checked_base import load_facts
@@ -157,6 +157,26 @@ def test_a_base_of_other_files_is_told_by_its_digest(tiny_base, tmp_path, change
     assert base_files_digest(str(folder)) == before == base_files_digest(str(tiny_base))
     change(folder)
     assert base_files_digest(str(folder)) != before
+
+
+def test_a_base_of_other_weights_is_told_by_their_digest(tiny_base, tmp_path):
+    """However they are cut into files."""
+    folder, before = tmp_path / "base", base_weights_digest(str(tiny_base))
+    shutil.copytree(tiny_base, folder)
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    names = sorted(weights)
+    path.unlink()
+    for number, some in enumerate((names[::2], names[1::2])):
+        part = folder / f"part-{number}.safetensors"
+        save_file({name: weights[name] for name in some}, part, metadata={"format": "pt"})
+    assert base_weights_digest(str(folder)) == before
+    changed = {name: weights[name] for name in names[1::2]}
+    changed[names[1]] = changed[names[1]] + 1e-3
+    save_file(changed, folder / "part-1.safetensors", metadata={"format": "pt"})
+    assert base_weights_digest(str(folder)) != before
+    (folder / "part-1.safetensors").write_bytes(b"\x10" + bytes(40))  # whoever loads it says so
+    assert base_weights_digest(str(folder)) != before
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(altered):

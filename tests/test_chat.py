@@ -15,6 +15,7 @@ from conftest import byte_tokenizer, tiny_model
 from test_inputs import GOOD, evaluate, infer, nothing_heavy_happens, refused  # noqa: F401
 
 from qlora.base.model import template_digest, tokenizer_digest
+from qlora.base.reference import base_weights_digest
 from qlora.config import BaseModelSettings, InputError
 from qlora.data.chat import ChatPrompt, ChatSettings
 from qlora.data.prompts import check_chat, encode_examples, for_chat, load_prompt, prompt_text
@@ -316,3 +317,17 @@ def test_a_changed_template_or_tokenizer_is_told(tmp_path):
     assert reading_in_words(choice, other).startswith("the tokenizer and the chat template of")
     version = replace(version, tags={})  # from before digests were kept
     assert reading_in_words(replace(choice, adapter=NamedAdapter(tmp_path, version)), other) == ""
+
+
+def test_changed_weights_are_told(tiny_base, tmp_path):
+    tokenizer = tokenizer_with(LLAMA_3)
+    digest = base_weights_digest(str(tiny_base))
+    for tag, words in ((digest, ""), ("another", f"the weights of {tiny_base} changed since models:/chat/1")):
+        version = RegisteredAdapter(
+            tmp_path, None, None, "models:/chat/1", {"weights_digest": tag}, str(tiny_base), "none", None
+        )
+        base = BaseModelSettings(name=str(tiny_base), quantization="none")
+        adapter = NamedAdapter(tmp_path, version)
+        choice = ModelChoice(base, adapter, ChatPrompt("chat", ChatSettings()), 2048, ())
+        assert reading_in_words(choice, tokenizer).startswith(words)
+        assert bool(reading_in_words(choice, tokenizer)) == bool(words)

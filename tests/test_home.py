@@ -476,3 +476,28 @@ def test_stores_of_sqlite_are_told_by_their_files():
     assert sqlite_file("sqlite+pysqlite:///mlflow.db") == Path("mlflow.db")
     for uri in ("sqlite://", "sqlite:///file:/x/b.db?uri=true", "http://127.0.0.1:5000"):
         assert sqlite_file(uri) is None
+
+
+def test_a_copied_sweep_is_told_from_one_that_was_renamed(tmp_path):
+    """Its trials would be logged to the runs of the sweep that it was copied from."""
+    content = {"sweep": "first", "sweep_id": "1", "space_file": "a", "digests": {"train": "x"}, "space": {}}
+    for name in ("first", "second"):
+        write_json(tmp_path / name / "sweep.json", content)
+    with pytest.raises(InputError, match=r"second: is a copy of the sweep 'first'; go on with that \(--res"):
+        reopen_sweep(tmp_path / "second")
+    (tmp_path / "first/sweep.json").unlink()
+    with pytest.raises(InputError, match=r"sweep\.json"):  # of another reason: it has no space
+        reopen_sweep(tmp_path / "second")
+
+
+def test_an_output_in_the_users_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with open_output("~/out.json", []) as output:
+        assert output.path == tmp_path / "out.json"
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "out.json")
+    write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "there" / "out.json").read_text() == "new"

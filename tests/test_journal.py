@@ -332,6 +332,19 @@ def whole(tiny_base, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+def test_a_job_that_is_done_is_not_done_again(whole, tiny_base, tmp_path):
+    """So that a loop that resumes until it is told 0 or 4 does no work twice; changed texts are made anew."""
+    folder = tmp_path / "job"
+    shutil.copytree(whole, folder)
+    at = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert command_in(folder, tiny_base, tmp_path / "points", "--resume") == 4
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == at
+    (folder / "out.json").write_text("[]")
+    assert command_in(folder, tiny_base, tmp_path / "points", "--resume") == 4
+    assert files_of(folder) == files_of(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [

@@ -23,6 +23,7 @@ from tracking.errors import TrackingAwayError
 _SERVERS, _SQLITE, _DATABRICKS = ("http", "https"), "sqlite", ("databricks", "databricks-uc", "uc")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?")
+_NOT_IN_ADDRESSES = ("?", "%")
 _PATIENCE_SECONDS = 15
 _USE = "use http://SERVER, sqlite:///FILE or a database such as postgresql+psycopg2://SERVER/NAME"
 
@@ -38,11 +39,15 @@ def tracking_uri() -> str:
 def embedded_store() -> Path:
     """Return the folder of the store that needs no server, the home's mlruns/.
 
-    Raises InputError for a home that can't hold it, being no folder, and for one that a job was not told.
+    Raises InputError for a home that can't hold it, being no folder, or of a name that an address of SQLite
+    can't have, and for one that a job was not told.
     """
     if (folder := home_folder()) is None:
         problem = f"must name a server: the home {home()} can't hold an SQLite store"
         raise InputError("MLFLOW_TRACKING_URI", problem)
+    if found := [sign for sign in _NOT_IN_ADDRESSES if sign in str(folder)]:
+        problem = f"has {' and '.join(found)} in its name, which the address of an SQLite store can't have"
+        raise InputError(folder, f"{problem}; choose another QLORA_HOME, or set MLFLOW_TRACKING_URI")
     return folder / "mlruns"
 
 

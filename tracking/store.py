@@ -3,10 +3,12 @@
 Refuses to know what is kept there.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -19,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from qlora.addresses import without_password
 from qlora.config import InputError
 from qlora.failpoints import durable
+from qlora.files import disk_without_space
 from tracking.address import (
     address,
     artifacts_folder,
@@ -31,6 +34,7 @@ from tracking.address import (
 )
 from tracking.credentials import hide_credentials
 from tracking.errors import TrackingAwayError
+from tracking.moved_store import follow_artifacts
 
 PARENT = "mlflow.parentRunId"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # how MLflow's pages know what to open with
@@ -52,13 +56,31 @@ def connect() -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it raises what it logs
     uri = tracking_uri()
     if file := sqlite_file(uri):
-        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(file.absolute().parent)
     with asking():
         check_addresses()
         reach_database(uri)
+        if file:
+            _follow_artifacts(file.absolute())
         if mlflow.get_tracking_uri() != uri:
             mlflow.set_tracking_uri(uri)  # for what MLflow calls in itself
         return MlflowClient(tracking_uri=uri, registry_uri=registry_uri())
+
+
+@functools.cache
+def _follow_artifacts(file: Path) -> None:
+    """Have a store that was moved lead to its artifacts, once in a process."""
+    follow_artifacts(file, artifacts_folder())
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if disk_without_space(error):
+            raise
+        problem = f"can't be a folder for the tracking store: {error.strerror}"
+        raise InputError(folder, f"{problem}; set QLORA_HOME or MLFLOW_TRACKING_URI") from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.base.reference import split_revision
+from qlora.base.reference import base_weights_digest, split_revision
 from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, validated
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
@@ -89,15 +89,23 @@ def trained_on_in_words(choice: ModelChoice, examples: Iterable[Example], num_ex
 
 
 def reading_in_words(choice: ModelChoice, tokenizer: Any) -> str:
-    """Say that a base no longer reads prompts as when a registered adapter was trained; else nothing."""
+    """Say that a base is no longer what a registered adapter was trained on; else nothing.
+
+    That is told by its weights, its tokenizer and its chat template.
+    """
     from qlora.base.model import template_digest, tokenizer_digest
 
-    version = choice.registered
-    digests = {"tokenizer": tokenizer_digest(tokenizer), "chat template": template_digest(tokenizer)}
-    tags = version.tags if version else {}
-    before = {"tokenizer": tags.get("tokenizer_digest"), "chat template": tags.get("template_digest")}
-    changed = [what for what, digest in before.items() if digest not in (None, digests[what])]
-    if version is None or not changed:
+    if (version := choice.registered) is None:
+        return ""
+    tags = version.tags
+    now = {
+        "weights": lambda: base_weights_digest(choice.base.name) or tags.get("weights_digest"),
+        "tokenizer": lambda: tokenizer_digest(tokenizer),
+        "chat template": lambda: template_digest(tokenizer),
+    }
+    before = {what: tags.get(f"{what.split()[-1]}_digest") for what in now}
+    changed = [what for what, digest in before.items() if digest not in (None, now[what]())]
+    if not changed:
         return ""
     parts = " and the ".join(changed)
     return f"the {parts} of {choice.base.name} changed since {version.model_uri} was trained"

@@ -98,6 +98,7 @@ def open_output(name: str, sources: Sequence[str]) -> Iterator[Output]:
     A job's relative path is taken from the home. Raises InputError for a place that can't be written to, or
     is one of `sources`.
     """
+    name = name if "://" in name else str(expanded(name))
     is_short = "://" not in name and not Path(name).is_absolute()
     place = home_place(name) if is_short and is_in_job() else name
     if "://" not in place:

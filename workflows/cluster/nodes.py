@@ -27,6 +27,7 @@ import ray
 
 from qlora.base.reference import (
     base_files_digest,
+    base_weights_digest,
     embedded_base_folder,
     has_embedded_base,
     resolve_base,
@@ -50,12 +51,13 @@ _SECONDS_TO_ANSWER, _SECONDS_OF_HUB, _PART_BYTES = 180, 10, 16 << 20
 class Needs:
     """The things that a node must have to do its part.
 
-    base: the name of a base. base_files: the digest of a local one, see `base_files_digest`. storage: a path
-    or URI that it can read and write at. temporary_bytes: free space in its temporary folder.
+    base: the name of a base. base_files, base_weights: the digests of a local one, see qlora.base.reference.
+    storage: a path or URI that it can read and write at. temporary_bytes: free space in its temporary folder.
     """
 
     base: str
     base_files: str | None = None
+    base_weights: str | None = None
     storage: str | None = None
     temporary_bytes: int = 0
 
@@ -230,7 +232,8 @@ def _base_problem(needs: Needs) -> str:
     name, revision = split_revision(needs.base)
     if needs.base_files is not None:
         try:
-            if base_files_digest(needs.base) == needs.base_files:
+            is_same = base_files_digest(needs.base) == needs.base_files
+            if is_same and needs.base_weights in (None, base_weights_digest(needs.base)):
                 return ""
         except InputError:
             return "has no such folder; put the base there, or give a hub id"

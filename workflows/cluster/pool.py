@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import ray
 
 from inference.pipeline import Pool
-from qlora.base.reference import base_files_digest
+from qlora.base.reference import base_files_digest, base_weights_digest
 from qlora.config import InputError
 from workflows.cluster.capacity import Capacity, look_at_capacity
 from workflows.cluster.nodes import Needs, check_nodes
@@ -54,5 +54,5 @@ def ready_pool(
     """
     pool = plan_pool(look_at_capacity(local), num_workers, device)
     wait_for_place({"CPU": _ENGINE_CPUS, "GPU": float(pool.on_gpu)}, timeout_seconds)
-    check_nodes({"CPU": _ENGINE_CPUS}, Needs(base, base_files_digest(base)))
+    check_nodes({"CPU": _ENGINE_CPUS}, Needs(base, base_files_digest(base), base_weights_digest(base)))
     return pool

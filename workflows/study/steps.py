@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from inference.scores import Scores
 from qlora.base.model import base_revision, length_reason, longest_example
-from qlora.base.reference import base_files_digest
+from qlora.base.reference import base_files_digest, base_weights_digest
 from qlora.config import DecodingSettings, InputError
 from qlora.data.prompts import AnyPrompt, EncodedExample, Prompt, check_chat, encode_examples, load_prompt
 from qlora.failpoints import durable
@@ -82,6 +82,8 @@ def prepare_study(study: Study) -> PreparedStudy:
     digests = {**sets.digests, "prompt": own.digest, "few_shot_prompt": shown.digest}
     if base := base_revision(study.base_model.name) or base_files_digest(study.base_model.name):
         digests["base"] = base
+    if weights := base_weights_digest(study.base_model.name):
+        digests["base_weights"] = weights
     asked = {
         kind: [prompt.ids(tokenizer, example.turns) for example in public] for kind, prompt in prompts.items()
     }

@@ -39,7 +39,7 @@ from tuning.space import STORED, Space, checked_name, load_space
 from workflows.data_sets import DataSets
 
 # Of what sweep.json has digests; sweeps from before lack some.
-_ROLES = {"train", "public", "holdout", "prompt", "base_files", "objective"}
+_ROLES = {"train", "public", "holdout", "prompt", "base_files", "base_weights", "objective"}
 _ZERO_SHOT, _START = "zero_shot.json", "start"
 _OF_TRIALS = ("trials", _ZERO_SHOT, RAY, "soup", "best")  # what a sweep writes once it has begun
 
@@ -275,6 +275,7 @@ def reopen_sweep(folder: Path) -> SweepFolder:
         or not set(digests) <= _ROLES
     ):
         raise InputError(path, f"is damaged (it lacks what a sweep has); {mend}")
+    _check_no_copy(folder, content)
     if started_from:
         _check_start(folder / _START, started_from, content.get("start_digest"))
     Ledger(folder / "trials")  # a damaged record is told now, not once Ray has started
@@ -286,6 +287,20 @@ def reopen_sweep(folder: Path) -> SweepFolder:
         digests=digests,
         start=(started_from, folder / _START) if started_from else None,
     )
+
+
+def _check_no_copy(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raise InputError for a copy of the folder of a sweep beside it: both would be the same in MLflow."""
+    name = content.get("sweep")
+    if not isinstance(name, str) or name == folder.name:
+        return
+    try:
+        original = read_json(folder.parent / name / "sweep.json", "")
+    except (OSError, InputError):  # it was renamed
+        return
+    if original.get("sweep_id") == content.get("sweep_id"):
+        problem = f"is a copy of the sweep {name!r}; go on with that (--resume {name}), or start a new sweep"
+        raise InputError(folder, problem)
 
 
 def _check_start(folder: Path, name: str, digest: str | None) -> None:

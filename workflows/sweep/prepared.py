@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora.base.reference import base_files_digest, check_has_weights, resolve_base
+from qlora.base.reference import base_files_digest, base_weights_digest, check_has_weights, resolve_base
 from qlora.config import MAX_LENGTH_TOKENS, InputError
 from qlora.data.chat import ChatPrompt
 from qlora.data.prompts import AnyPrompt, EncodedExample, prompt_file, prompt_text
@@ -124,12 +124,15 @@ def read_inputs(sweep: SweepFolder, needs_weights: bool = True) -> SweepInputs:
     digests = {**sets.digests, "prompt": _digest(list(prompts.values()))}
     if files := base_files_digest(space.base_model.name):
         digests["base_files"] = files
+    if weights := base_weights_digest(space.base_model.name):
+        digests["base_weights"] = weights
     judge = make_judge(space.objective, space.base_model.name, sets.public, space.data.public_name)
     if judge is not None and judge.digest:
         digests["objective"] = judge.digest
     places = {
         "objective": space.objective.name,
         "base_files": space.base_model.name,
+        "base_weights": f"{space.base_model.name}/*.safetensors",
         "train": space.data.train_name,
         "public": space.data.public_name,
         "holdout": space.data.holdout_name,

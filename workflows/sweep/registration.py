@@ -137,6 +137,7 @@ def register_best(
         "continued_from": sweep.start[0] if sweep.start else None,
         "base_revision": prepared.base.revision,
         "base_digest": base_digest,
+        "weights_digest": digests.get("base_weights"),
         "max_length": str(prepared.base.max_length),
         **(holdout.facts() if holdout is not None else {}),
         **({} if objective.is_perplexity else judged),

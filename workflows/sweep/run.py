@@ -269,8 +269,8 @@ def _needs(sweep: SweepFolder, inputs: SweepInputs, plan: SweepPlan | None) -> N
     """Return what a node must have to run trials: a checkpoint of each is on its way at most."""
     checkpoint = plan.mean_disk_bytes // (2 * sweep.space.num_trials) if plan else 0
     most_there = max(kind.trials for kind in plan.kinds.values()) if plan else 0
-    digest = inputs.digests.get("base_files")
-    return Needs(sweep.space.base_model.name, digest, sweep.storage, most_there * checkpoint)
+    files, weights = (inputs.digests.get(role) for role in ("base_files", "base_weights"))
+    return Needs(sweep.space.base_model.name, files, weights, sweep.storage, most_there * checkpoint)
 
 
 def _tell_how_it_went(
