@@ -29,6 +29,7 @@ from ray_jobs.cli import (
     positive_int,
     row_shape,
     show_progress,
+    tell_unused,
 )
 from workflows.preflight import check_writable
 from workflows.results import output_folder
@@ -78,6 +79,7 @@ class _Screen:
 def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
     """Find the model and the examples. Raises InputError for what can't be had or does not fit."""
     from qlora.base.model import length_reason, longest_example
+    from qlora.data.examples import found_shape
     from qlora.data.prompts import check_chat, cut_in_words, encode_examples
     from workflows.checked_base import load_facts
     from workflows.export.work import Work, read_public_set
@@ -86,6 +88,8 @@ def _work(arguments: argparse.Namespace, settings: "ExportSettings") -> "Work":
     shape = row_shape(arguments)
     version = find_adapter(arguments.model).registered
     public = read_public_set(arguments.data, version, shape)
+    if arguments.data:
+        tell_unused(found_shape(arguments.data, shape), arguments.data)
     choice = choose_model(model_options(arguments, arguments.model, public.holds_conversations))
     config, tokenizer = load_facts(choice.base, is_packed=True)
     check_chat(choice.prompt, tokenizer, choice.base.name)

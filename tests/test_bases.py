@@ -240,3 +240,13 @@ def test_every_command_looks_at_the_weights_first(project, altered, tmp_path):
         assert "error: " in printed
         assert "weights are missing" in printed
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("form", ["nf4", ["nf4"], 4])
+def test_a_quantisation_that_is_no_mapping_is_told(form, tiny_base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form}))
+    with pytest.raises(InputError, match=r"config\.json is no good: .*to_dict"):
+        load_config(str(folder))

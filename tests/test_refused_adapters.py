@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 from test_inputs import GOOD, evaluate, nothing_heavy_happens, tune  # noqa: F401
 
@@ -86,3 +86,25 @@ def test_a_base_that_an_adapter_does_not_name_is_told(adapter, tiny_base, tmp_pa
     )
     path.write_text(json.dumps({**config, "base_model_name_or_path": "us/base", "revision": "abc"}))
     assert told("us/base") == (), "the same, of which no commit is named"
+
+
+def test_what_is_otherwise_than_in_the_sweep_of_an_adapter_is_told(adapter, tiny_base, tmp_path):
+    """Its folder names its base alone, so that another quantisation or prompt would go unseen."""
+    sweep = tmp_path / "results" / "mine"
+    shutil.copytree(adapter, sweep / "best")
+    shutil.copy(ROOT / "prompts/instruction.yaml", sweep / "prompt.yaml")
+    space = {"base_model": {"name": str(tiny_base), "quantization": "none"}}
+    (sweep / "sweep.json").write_text(json.dumps({"space": space}))
+
+    def told(folder: Path, **options: str) -> tuple[str, ...]:
+        return choose_model(ModelOptions(adapter=str(folder), **options)).overridden
+
+    assert told(sweep / "best") == (
+        "quantization nf4, in place of none, which the sweep mine has",
+        f"prompt default, in place of the prompt of the sweep mine ({sweep / 'prompt.yaml'})",
+    )
+    own = {"quantization": "none", "prompt": str(sweep / "prompt.yaml")}
+    assert told(sweep / "best", **own) == ()
+    assert told(adapter) == (), "of no sweep"
+    (sweep / "sweep.json").write_text("{")
+    assert told(sweep / "best") == (), "damaged, which nothing here needs"

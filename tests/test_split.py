@@ -119,3 +119,12 @@ def test_a_share_of_rows_that_all_ask_the_same_is_refused(tune, write_rows):  # 
     error = tune(lambda space: space.update(data={"train": str(rows), "public": {"fraction": 0.1}}))
     assert f"{rows}: all examples ask the same" in error
     assert "less than 1" in tune(lambda space: space["data"].update(public={"fraction": 2}))
+
+
+def test_fewer_examples_than_are_asked_for_are_told(write_rows):
+    rows = [{"instruction": f"q{number}", "output": "a"} for number in range(20)]
+    places = {"train": str(write_rows(rows)), "public": {"fraction": 0.25}}
+    words = read_data(DataSettings(**places, train_examples=16, public_examples=5)).words
+    assert words["train"] == "instruction + output; train_examples asks for 16"
+    assert words["public"] == "instruction + output"
+    assert read_data(DataSettings(**places, train_examples=15)).words["train"] == "instruction + output"

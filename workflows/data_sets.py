@@ -57,7 +57,12 @@ def read_data(data: DataSettings) -> DataSets:
         train, holdout, holdout_words = _measured_on(data, data.holdout, train, total)
     shape = found_shape(data.train, data.shape)
     train, public = train[: data.train_examples], public[: data.public_examples]
-    words = {"train": shape.words, "public": public_words + _overlap(public, train, "a training example")}
+    words = {
+        "train": shape.words + _fewer(train, data.train_examples, "train_examples"),
+        "public": public_words
+        + _fewer(public, data.public_examples, "public_examples")
+        + _overlap(public, train, "a training example"),
+    }
     if holdout:
         others = [*train, *public]
         overlap = _overlap(holdout, others, "a training or public example")
@@ -83,6 +88,11 @@ def _measured_on(
     except ValueError as error:
         raise InputError(joined(data.train), str(error)) from None
     return left, examples, found_shape(data.train, data.shape).words
+
+
+def _fewer(examples: Sequence[Example], asked: int | None, setting: str) -> str:
+    """Say that there are fewer examples than a setting asks for; nothing if there are as many."""
+    return f"; {setting} asks for {asked}" if asked is not None and len(examples) < asked else ""
 
 
 def _overlap(examples: Sequence[Example], others: Sequence[Example], one_of_them: str) -> str:

@@ -14,6 +14,7 @@ from qlora.config import MAX_LENGTH_TOKENS, BaseModelSettings, InputError, valid
 from qlora.data.prompts import AnyPrompt, for_chat, load_prompt
 from qlora.data.row_shapes import AS_FOUND, Example, RowShape
 from qlora.data.split import count_asked, read_keys
+from qlora.files import read_json
 from qlora.lora.peft_folder import adapter_base, check_adapter, check_finite
 from tracking.registry import RegisteredAdapter, fetch_adapter, is_model_uri
 
@@ -129,6 +130,8 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     overridden = []
     if version is None and adapter is not None and (own_base := _other_base(adapter, base.name)):
         overridden.append(f"base model {base.name}, in place of {own_base}, which {options.adapter} names")
+    if version is None and adapter is not None:
+        overridden += _unlike_its_sweep(adapter.folder, base, prompt)
     if version is not None:
         served, digest = f"which {version.model_uri} is served with", version.tags.get("prompt_digest")
         own = {
@@ -151,6 +154,24 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     own_length = version.tags.get("max_length", "") if version is not None else ""
     max_length = options.max_length or (int(own_length) if own_length.isdecimal() else MAX_LENGTH_TOKENS)
     return ModelChoice(base, adapter, prompt, max_length, tuple(overridden))
+
+
+def _unlike_its_sweep(folder: Path, base: BaseModelSettings, prompt: AnyPrompt) -> list[str]:
+    """Say what is otherwise than in the sweep whose best adapter a folder is; nothing of another folder."""
+    sweep, words = folder.parent, []
+    if folder.name != "best" or not (sweep / "sweep.json").is_file():
+        return []
+    try:
+        own = read_json(sweep / "sweep.json", "")["space"]["base_model"]["quantization"]
+        trained_with = load_prompt(str(sweep / "prompt.yaml"))
+    except (InputError, OSError, LookupError, TypeError):
+        return []  # nothing that is asked for here needs them
+    if own != base.quantization:
+        words.append(f"quantization {base.quantization}, in place of {own}, which the sweep {sweep.name} has")
+    if trained_with.digest != prompt.digest:
+        mine = f"the prompt of the sweep {sweep.name} ({sweep / 'prompt.yaml'})"
+        words.append(f"prompt {prompt.name}, in place of {mine}")
+    return words
 
 
 def _other_base(adapter: NamedAdapter, name: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from qlora.base.reference import BaseReference
@@ -74,5 +75,9 @@ def from_pretrained(auto_class: Any, name: str, reference: BaseReference, **opti
             )
     except StrictDataclassError as error:
         raise InputError(name, f"config.json is no good: {first_line(error.__cause__ or error)}") from error
+    except (AttributeError, TypeError) as error:  # of a value that is of another type than it has to be
+        if auto_class is not AutoConfig:
+            raise
+        raise InputError(name, f"config.json is no good: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(name, f"can't be loaded: {first_line(error)}") from error
