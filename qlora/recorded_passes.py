@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qlora.answer_nll import answer_nll
-from qlora.base.compiling import compile_together
+from qlora.base.compiling import compile_unless_known
 from qlora.config import first_line
 from qlora.lora.bank import AdapterBank
 from qlora.lora.banked_linear import Route
@@ -61,7 +61,6 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # an allocator reuses memory on one stream only
         self._most_tokens = launch_bound_tokens(bank.mean_parameters)
-        self._is_fresh = True  # kernels may have to be compiled yet
         self._is_off = False
         self._is_at_large_steps = False
         self._pause_passes = 0  # passes that are still to be launched before the next one is recorded
@@ -92,7 +91,7 @@ class Recorder:
         made_for = PassSize.of(work, self._bank).kernels
         if made_for not in self._compiled:
             with self._counted("compiling"):
-                self._compile(lambda: launch(self._bank, work))
+                compile_unless_known(lambda: launch(self._bank, work))
             self._compiled.add(made_for)
 
     @property
@@ -180,7 +179,7 @@ class Recorder:
         recording.fill(work)
         if size.kernels not in self._rehearsed:
             with self._counted("compiling"):
-                recording.rehearse(self._stream, self._compile)
+                recording.rehearse(self._stream)
             self._rehearsed.add(size.kernels)
         with self._counted("recording"):
             recording.record(self._pool, self._stream)
@@ -194,11 +193,6 @@ class Recorder:
             yield
         finally:
             self.seconds[work] += time.monotonic() - started
-
-    def _compile(self, work: Callable[[], Tensor]) -> None:
-        """Compile the kernels of a pass together, unless those of the one before were all found in files."""
-        if self._is_fresh:
-            self._is_fresh = compile_together(work) > 0
 
     def _give_back(self) -> None:
         """Free the recordings and their memory."""
@@ -222,14 +216,11 @@ class _Recording:
         self._graph = torch.cuda.CUDAGraph()
         self._nll_A = self._weights_A
 
-    def rehearse(self, stream: torch.cuda.Stream, compiled: Callable[[Callable[[], Tensor]], None]) -> None:
-        """Run the pass once without adapters, its kernels compiled before: a recording can't contain that.
-
-        `compiled`: see Recorder._compile.
-        """
+    def rehearse(self, stream: torch.cuda.Stream) -> None:
+        """Compile the pass's kernels and run it once without adapters: a recording can't contain that."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            compiled(self._work)
+            compile_unless_known(self._work)
             self._work()
         torch.cuda.synchronize()
 

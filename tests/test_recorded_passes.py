@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from qlora import recorded_passes
 from qlora.answer_nll import answer_nll
+from qlora.base import compiling
 from qlora.config import BaseModelSettings
 from qlora.lora import banked_linear
 from qlora.lora.average import attach_update
@@ -314,3 +315,26 @@ def test_a_long_tail_is_several_rows(bank):
     assert lengths.max() <= 64 and lengths.sum() == size.tokens
     rows = len(work.layout.parts[0].suffixes.lengths) + 1
     assert not replace(size, rows=rows + 1).holds(work, replace(own, longest_row=64, rows=rows))
+
+
+def test_kernels_are_looked_for_until_all_were_in_files(monkeypatch):
+    """Those that the process has already tell nothing of others."""
+    found = iter([(3, 0), (0, 0), (1, 2), (0, 4)])
+    asked = []
+    monkeypatch.setattr(compiling, "_are_known", [False])
+    monkeypatch.setattr(compiling, "compile_together", lambda work: asked.append(work()) or next(found))
+    for number in range(6):
+        compiling.compile_unless_known(lambda number=number: number)
+    assert asked == [0, 1, 2, 3]
+
+
+def test_work_that_fails_without_its_kernels_is_done_with_them(monkeypatch):
+    monkeypatch.setattr(compiling, "_are_known", [False])
+
+    def fails(work):
+        raise IndexError("a place that a kernel would have written")
+
+    monkeypatch.setattr(compiling, "compile_together", fails)
+    compiling.compile_unless_known(lambda: None)
+    monkeypatch.setattr(compiling, "compile_together", lambda work: pytest.fail("it is tried again"))
+    compiling.compile_unless_known(lambda: None)
