@@ -63,11 +63,7 @@ def replacing(path: Path, point: str | None = None) -> Iterator[TextIO]:
 
 @contextmanager
 def replacing_bytes(path: Path, point: str | None = None) -> Iterator[BinaryIO]:
-    """Provide a file for bytes, within, that takes the place of `path` in one move at the end.
-
-    Where `path` is a link, that is what it leads to.
-    """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    """Provide a file for bytes, within, that takes the place of `path` in one move at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:

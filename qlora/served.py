@@ -32,25 +32,23 @@ def load_libraries() -> None:
         importlib.import_module("liger_kernel.transformers")
 
 
-def load_served(base: BaseModelSettings, adapter: str | None = None, model: Any = None) -> Any:
+def load_served(base: BaseModelSettings, adapter: str | None = None) -> Any:
     """Load the base with the adapter of a PEFT folder, if any, and replace modules by faster ones.
 
-    `model`: the base, as `load_merged` gives it without an adapter, which is changed.
     The model is in eval mode, on this process's device. Raises InputError if base or adapter can't be loaded,
     or if they don't fit each other.
     """
-    served = load_merged(base, adapter, model)
-    quicken(served)
-    return served
+    model = load_merged(base, adapter)
+    quicken(model)
+    return model
 
 
-def load_merged(base: BaseModelSettings, adapter: str | None = None, model: Any = None) -> Any:
+def load_merged(base: BaseModelSettings, adapter: str | None = None) -> Any:
     """Load as `load_served` does, but with transformers' own modules.
 
     If memory is short, the base stays in NF4 and the adapter apart.
     """
-    if model is None:
-        model = dequantised_if_it_fits(load_base(base))
+    model: Any = dequantised_if_it_fits(load_base(base))
     if adapter is None:
         return model
     adapted: Any = load_adapter(model, adapter)

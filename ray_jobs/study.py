@@ -59,7 +59,7 @@ def main() -> None:
             remove_unfinished(results.path)
             study_id = steps.claim()
             resume_with("the study can go on: run the same command again")
-            found = steps.run(place_of_steps(study, prepared.digests.get("base"), connect_ray()))
+            found = steps.run(place_of_steps(study, prepared.digests, connect_ray()))
             print(publish_study(name, study_id, results.path, prepared, found))
 
 

@@ -175,8 +175,15 @@ def test_a_base_of_other_weights_is_told_by_their_digest(tiny_base, tmp_path):
     changed[names[1]] = changed[names[1]] + 1e-3
     save_file(changed, folder / "part-1.safetensors", metadata={"format": "pt"})
     assert base_weights_digest(str(folder)) != before
-    (folder / "part-1.safetensors").write_bytes(b"\x10" + bytes(40))  # whoever loads it says so
-    assert base_weights_digest(str(folder)) != before
+    for header in (
+        '{"a": {"data_offsets": [-9, 4]}}',
+        '{"a": {"data_offsets": [0, 99999999999]}}',
+        "[1",
+        "{",
+    ):
+        content = len(header).to_bytes(8, "little") + header.encode() + bytes(40)
+        (folder / "part-1.safetensors").write_bytes(content)  # damaged, as whoever loads it says
+        assert base_weights_digest(str(folder)) != before
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(altered):

@@ -485,8 +485,17 @@ def test_a_copied_sweep_is_told_from_one_that_was_renamed(tmp_path):
         write_json(tmp_path / name / "sweep.json", content)
     with pytest.raises(InputError, match=r"second: is a copy of the sweep 'first'; go on with that \(--res"):
         reopen_sweep(tmp_path / "second")
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    of_no_space = pytest.raises(InputError, match=r"sweep\.json")  # another reason, behind this one
+    with of_no_space:
+        reopen_sweep(tmp_path / "link")
+    for name in ("first", "second"):  # from before sweeps had ids: they may be two
+        write_json(tmp_path / name / "sweep.json", content | {"sweep_id": None})
+    with of_no_space:
+        reopen_sweep(tmp_path / "second")
+    write_json(tmp_path / "second" / "sweep.json", content)
     (tmp_path / "first/sweep.json").unlink()
-    with pytest.raises(InputError, match=r"sweep\.json"):  # of another reason: it has no space
+    with of_no_space:
         reopen_sweep(tmp_path / "second")
 
 
@@ -496,8 +505,9 @@ def test_an_output_in_the_users_own_folder(tmp_path, monkeypatch):
         assert output.path == tmp_path / "out.json"
 
 
-def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path):
+def test_an_output_that_is_a_link_is_what_it_leads_to(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "there" / "out.json")
-    write_text(tmp_path / "link.json", "new")
-    assert (tmp_path / "link.json").is_symlink()
-    assert (tmp_path / "there" / "out.json").read_text() == "new"
+    with open_output(str(tmp_path / "link.json"), []) as output:
+        assert output.path == tmp_path / "there" / "out.json"
+        write_text(output.path, "new")
+    assert (tmp_path / "link.json").read_text() == "new" and (tmp_path / "link.json").is_symlink()

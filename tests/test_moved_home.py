@@ -60,6 +60,32 @@ def test_artifacts_follow_the_home(is_copied, first, tmp_path, monkeypatch):
         assert all(path.startswith((first / "mlruns/artifacts").as_uri()) for path in paths_of(before)[:3])
 
 
+def test_a_part_of_the_artifacts_is_no_copy_of_a_home(first, tmp_path, monkeypatch):
+    """As where a run was saved beside a copy of the database: what is whole elsewhere stays named."""
+    client = client_of(first, monkeypatch)
+    (run,) = client.search_runs([ensure_experiment(client, "tiny")])
+    part = Path("mlruns/artifacts") / run.info.run_id
+    shutil.copytree(first / part, tmp_path / "b" / part)
+    shutil.copy(first / "mlruns/mlflow.db", tmp_path / "b/mlruns/mlflow.db")
+    assert paths_of(client_of(tmp_path / "b", monkeypatch)) == paths_of(client)
+
+
+def test_a_home_that_is_reached_by_two_paths_is_not_moved(first, tmp_path, monkeypatch):
+    before = paths_of(client_of(first, monkeypatch))
+    (tmp_path / "link").symlink_to(first)
+    assert paths_of(client_of(tmp_path / "link", monkeypatch)) == before
+
+
+def test_a_home_that_was_moved_before_it_had_artifacts(tmp_path, monkeypatch):
+    client = client_of(tmp_path / "a", monkeypatch)
+    client.create_run(ensure_experiment(client, "tiny"))
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    client = client_of(tmp_path / "b", monkeypatch)
+    (run,) = client.search_runs([ensure_experiment(client, "tiny")])
+    client.log_text(run.info.run_id, "text", "text.txt")
+    assert list((tmp_path / "b").rglob("text.txt")) and not (tmp_path / "a").exists()
+
+
 def test_artifacts_that_people_keep_elsewhere_stay_there(first, tmp_path, monkeypatch):
     shared = tmp_path / "shared" / "artifacts"
     client = client_of(first, monkeypatch)

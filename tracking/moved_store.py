@@ -21,16 +21,17 @@ _PATHS = {
     "logged_models": "artifact_location",
     "model_versions": "storage_location",
 }
+_OF_A_HOME = ("mlruns", "artifacts")
 _PATIENCE_SECONDS = 30
 
 
 def follow_artifacts(file: Path, artifacts: Path) -> None:
     """Have an SQLite store's paths lead to where its artifacts are: a folder beside its file.
 
-    Paths into a folder of the same name elsewhere are changed if what one of them leads to is here. A store
-    that can't be read or written is left to whoever opens it next.
+    Paths into a folder of the same name elsewhere are changed if what they lead to is here. A store that
+    can't be read or written is left to whoever opens it next.
     """
-    if not (file.is_file() and artifacts.is_dir()):
+    if not file.is_file():
         return
     here = artifacts.as_uri()
     try:
@@ -54,11 +55,30 @@ def _elsewhere(database: sqlite3.Connection, artifacts: Path) -> list[str]:
 
 
 def _are_here(database: sqlite3.Connection, before: str, artifacts: Path) -> bool:
+    """Tell whether what a store names below a folder elsewhere is here.
+
+    Where that folder is gone, one thing of it tells, or that it was a home's; where it is there, all of it.
+    """
+    there, names = _path_of(before), _names_below(database, before)
+    are_here = [(artifacts / name).exists() for name in names]
+    if not there.exists():
+        return not names or any(are_here) or there.parts[-2:] == artifacts.parts[-2:] == _OF_A_HOME
+    if there.samefile(artifacts):
+        return False  # reached by another path
+    lacking = [name for name, is_here in zip(names, are_here, strict=True) if not is_here]
+    return any(are_here) and not any((there / name).exists() for name in lacking)
+
+
+def _names_below(database: sqlite3.Connection, before: str) -> list[str]:
+    """Return the paths, below a folder, of the artifacts of the runs and models that a store has there."""
+    names = []
     for table in ("runs", "logged_models"):
         column = _PATHS[table]
         query = f"SELECT {column} FROM {table} WHERE substr({column}, 1, ?) = ?"
-        for (path,) in database.execute(query, (len(before) + 1, f"{before}/")):
-            name = unquote(urlsplit(path[len(before) + 1 :]).path)
-            if (artifacts / name).exists():
-                return True
-    return False
+        for (uri,) in database.execute(query, (len(before) + 1, f"{before}/")):
+            names.append(unquote(uri[len(before) + 1 :]))
+    return names
+
+
+def _path_of(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path))

@@ -159,10 +159,9 @@ class Writers:
         def bring() -> None:
             try:
                 content = collect()
-            except Exception as error:  # belongs to the caller
-                reply.set_exception(error)
-            else:
                 self.submit(reply, lambda: _write_report(content, folder, metrics))
+            except Exception as error:  # belongs to the caller; a traceback would keep what is held
+                reply.set_exception(error.with_traceback(None))
 
         self._bringing.submit(bring)
 

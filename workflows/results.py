@@ -95,14 +95,15 @@ def output_folder(name: str) -> Path:
 def open_output(name: str, sources: Sequence[str]) -> Iterator[Output]:
     """Provide an output file, and what is kept beside it, for this process alone if it is at a URI, within.
 
-    A job's relative path is taken from the home. Raises InputError for a place that can't be written to, or
-    is one of `sources`.
+    A job's relative path is taken from the home; of a link, the file is what it leads to. Raises InputError
+    for a place that can't be written to, or is one of `sources`.
     """
     name = name if "://" in name else str(expanded(name))
     is_short = "://" not in name and not Path(name).is_absolute()
     place = home_place(name) if is_short and is_in_job() else name
     if "://" not in place:
-        yield Output(Path(place), place)
+        path = Path(place)
+        yield Output(path.resolve() if path.is_symlink() else path, place)
         return
     check_no_credentials(place, "--output")
     if place in sources:

@@ -3,34 +3,49 @@
 Refuses to know what is written.
 """
 
+import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+_NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe; of a terminal
 _GONE = "note: nobody reads what this command prints any more; its work goes on"
 
 
 class _Screen:
     """A text stream that drops what nobody reads: work that prints is not to end for want of a reader."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str):
+        self._stream, self._name = stream, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (sys, self._name)  # another process has one of its own
 
     def write(self, text: str) -> int:
         """Write a text; return how many characters it has."""
-        try:
+        with self._while_read():
             self._stream.write(text)
-        except BrokenPipeError:
-            self._leave()
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         """Have what is written read."""
-        try:
+        with self._while_read():
             self._stream.flush()
-        except BrokenPipeError:
+
+    @contextmanager
+    def _while_read(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_READER:
+                raise
             self._leave()
 
     def __getattr__(self, name: str) -> Any:
@@ -55,6 +70,8 @@ def open_screens() -> Iterator[None]:
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # in place of one that was closed: else the next file that is opened would be taken for it
     os.close(number)
+    for number in range(3):
+        os.set_inheritable(number, True)  # else a child would have none, and take its first file for one
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_screen(stream, number) for number, stream in enumerate(before, 1))
     try:
@@ -67,4 +84,4 @@ def _screen(stream: TextIO | None, number: int) -> Any:
     opened = os.fdopen(number, "w", closefd=False) if stream is None else stream
     if getattr(opened, "errors", None) == "strict" and hasattr(opened, "reconfigure"):
         opened.reconfigure(errors="backslashreplace")
-    return _Screen(opened)
+    return _Screen(opened, ("stdout", "stderr")[number - 1])

@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,20 @@ from workflows.session import FailedError
 
 _SECONDS_OF_NO_CHANGE, _SECONDS_TO_END = 0.5, 3.0  # of memory that is free, and of hosts that hold much of it
 _MOST_RESTARTS = 2  # work that kills its process again and again is to be told
-_prepared: dict[str, Any] = {}  # a base that was loaded beforehand, by its settings, for whoever takes it
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # merged weights are rounded to the dtype
 
 
 class Spare:
     """A process that loads libraries while others work, and has no share of a device until a Worker lends it.
 
-    It is on a node that could hold such shares. It ends with its last reference. base: what its work will be
-    done with, loaded beforehand too if most of a GPU is free.
+    It is on a node that could hold such shares. It ends with its last reference.
     """
 
-    def __init__(self, shares: dict[str, float], node: str, base: BaseModelSettings | None = None):
+    def __init__(self, shares: dict[str, float], node: str):
         # A device has to be shown or hidden before libraries are loaded; most nodes have one.
         self.place = node, "0" if shares["GPU"] else "cpu"
         actor = ray.remote(_WorkerProcess).options(num_cpus=0, scheduling_strategy=on_node(node))
         self.actor: Any = actor.remote(self.place[1])
-        if base is not None and shares["GPU"]:
-            prepare: Any = self.actor.prepare
-            prepare.remote(base)
 
 
 class Worker:
@@ -90,17 +84,6 @@ class _WorkerProcess:
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device  # Ray's books give it none
         served = importlib.import_module("qlora.served")  # most of what any work needs, before there is some
         served.load_libraries()
-
-    def prepare(self, base: BaseModelSettings) -> None:
-        """Load a base, if others leave most of the GPU free; what fails is left to whoever needs it."""
-        import torch
-
-        with suppress(Exception):
-            free, total = torch.cuda.mem_get_info()
-            if 2 * free > total:
-                from qlora.served import load_merged
-
-                _prepared[base.model_dump_json()] = load_merged(base)
 
     def do(self, work: Callable[..., Any], *arguments: Any, num_threads: int | None = None) -> Any:
         import torch
@@ -160,10 +143,8 @@ def measure_perplexities(
     from qlora.perplexity import example_perplexities
     from qlora.served import load_served
 
-    ready = _prepared.pop(base.model_dump_json(), None)
-    if ready is None:
-        _wait_for_memory()
-    model = _with_adapter(adapter, lambda folder: load_served(base, folder, ready))
+    _wait_for_memory()
+    model = _with_adapter(adapter, lambda folder: load_served(base, folder))
     pack_attention(model, base.name)
     values = example_perplexities(model, examples, default_token_budget())
     return values, str(model.dtype).removeprefix("torch.")

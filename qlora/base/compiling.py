@@ -6,6 +6,7 @@ is kept in files; on a machine that has them, to look for them takes as long as 
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,11 +63,13 @@ def compile_together(work: Callable[[], Any]) -> tuple[int, int]:
 
 @contextmanager
 def _not_launched(found_in_files: list[bool]) -> Iterator[None]:
-    """Have each kernel, within, compiled and no more, as its `warmup` does; note whether it was in files."""
+    """Have this thread's kernels, within, compiled and no more; note whether they were in files."""
     launch, listener = triton.JITFunction.run, triton.knobs.compilation.listener
+    thread = threading.get_ident()
 
     def compiled(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launch(kernel, *args, warmup=True, **kwargs)
+        is_here = threading.get_ident() == thread
+        return launch(kernel, *args, warmup=warmup or is_here, **kwargs)
 
     def note(*, cache_hit: bool, **kwargs: Any) -> None:
         found_in_files.append(cache_hit)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,18 @@ def hold(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     beside the work that the GPU has by then. Else it is brought at once.
     """
     device, num_bytes = tensors[0].device, sum(tensor.nbytes for tensor in tensors)
-    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < _ROOM_TO_HOLD * num_bytes:
+    copies: deque[Tensor] | None = None
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > _ROOM_TO_HOLD * num_bytes:
+        with suppress(torch.cuda.OutOfMemoryError):
+            copies = deque(tensor.clone() for tensor in tensors)
+    if copies is None:
         brought = [to_host(tensor) for tensor in tensors]
         return lambda: brought
-    copies = deque(tensor.clone() for tensor in tensors)
     copied = torch.cuda.current_stream(device).record_event()
 
     def bring() -> list[Tensor]:
-        stream = torch.cuda.Stream(device)
+        # torch hands few streams out in turn; one of another priority is none that passes are recorded on.
+        stream = torch.cuda.Stream(device, priority=-1)
         with torch.cuda.stream(stream):
             stream.wait_event(copied)
             return [to_host(copies.popleft()) for _ in range(len(copies))]

@@ -144,6 +144,9 @@ def _tensors(file: BinaryIO) -> list[tuple[str, int, int]]:
         header.pop("__metadata__", None)
         offsets = {str(tensor): entry["data_offsets"] for tensor, entry in header.items()}
         places = {tensor: (int(start), int(end)) for tensor, (start, end) in offsets.items()}
+        size = file.seek(0, os.SEEK_END)
+        if not all(0 <= start <= end <= size for start, end in places.values()):
+            return []
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []  # whoever loads it says so
     return [(tensor, 8 + length + start, 8 + length + end) for tensor, (start, end) in places.items()]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import ray
 
-from qlora.config import BaseModelSettings
 from tracking.logged_model import load_libraries
 from tuning.ledger import TrialRecord
 from tuning.placement import nodes_for
@@ -24,15 +23,13 @@ class SweepEnd:
     """Has the end's libraries loaded at once, and its process once all trials have begun.
 
     An observer of the sweep, which hands on what it is told. num_trials: how many there are to be. unfit: the
-    nodes that trials leave out, by now. base: what the proof is done with. spare: the process, once it is
-    there.
+    nodes that trials leave out, by now. spare: the process, once it is there.
     """
 
     observer: SweepObserver
     shares: dict[str, float]
     num_trials: Callable[[], int]
     unfit: Callable[[], set[str]] = set
-    base: BaseModelSettings | None = None
     spare: Spare | None = None
     _begun: set[str] = field(default_factory=set)
 
@@ -46,7 +43,7 @@ class SweepEnd:
             self._begun.add(record.trial_id)
         if self.spare is None and len(self._begun) >= self.num_trials():
             nodes = self._fit_nodes(self.unfit())
-            self.spare = Spare(self.shares, nodes[0], self.base) if nodes else None
+            self.spare = Spare(self.shares, nodes[0]) if nodes else None
 
     def worker(self) -> Worker:
         """Return the worker for the end, which the spare is handed over to; no unfit node gets it."""

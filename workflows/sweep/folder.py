@@ -291,14 +291,15 @@ def reopen_sweep(folder: Path) -> SweepFolder:
 
 def _check_no_copy(folder: Path, content: Mapping[str, Any]) -> None:
     """Raise InputError for a copy of the folder of a sweep beside it: both would be the same in MLflow."""
-    name = content.get("sweep")
-    if not isinstance(name, str) or name == folder.name:
+    name, sweep_id = content.get("sweep"), content.get("sweep_id")
+    if not isinstance(name, str) or name == folder.name or sweep_id is None:
         return
+    original = folder.parent / name
     try:
-        original = read_json(folder.parent / name / "sweep.json", "")
+        is_copy = read_json(original / "sweep.json", "").get("sweep_id") == sweep_id
     except (OSError, InputError):  # it was renamed
         return
-    if original.get("sweep_id") == content.get("sweep_id"):
+    if is_copy and not original.samefile(folder):
         problem = f"is a copy of the sweep {name!r}; go on with that (--resume {name}), or start a new sweep"
         raise InputError(folder, problem)
 

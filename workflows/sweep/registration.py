@@ -137,7 +137,7 @@ def register_best(
         "continued_from": sweep.start[0] if sweep.start else None,
         "base_revision": prepared.base.revision,
         "base_digest": base_digest,
-        "weights_digest": digests.get("base_weights"),
+        "weights_digest": digests.get("base_weights") if _are_known(sweep) else None,
         "max_length": str(prepared.base.max_length),
         **(holdout.facts() if holdout is not None else {}),
         **({} if objective.is_perplexity else judged),
@@ -254,6 +254,11 @@ def publish(
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "summary.json", summary, "summary to log")
         tracker.note(tags, [report, Path(folder) / "summary.json"], checkpoints)
+
+
+def _are_known(sweep: SweepFolder) -> bool:
+    """Tell whether the base's weights are known to be those that the sweep began with."""
+    return not sweep.digests or "base_weights" in sweep.digests
 
 
 def _run_id(best: BestAdapter, tracker: SweepTracker) -> str:

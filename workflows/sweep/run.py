@@ -123,8 +123,7 @@ def run_and_register(sweep: SweepFolder, inputs: SweepInputs, started: StartedHo
             cost.expect(plan.gpu_seconds)
             orders = Orders(sweep.place)
             unfit = partial(unfit_nodes, hosts)
-            base, to_come = sweep.space.base_model, lambda: sweep.space.num_trials + orders.added
-            end = SweepEnd(tracker, shares, to_come, unfit, base)
+            end = SweepEnd(tracker, shares, lambda: sweep.space.num_trials + orders.added, unfit)
             records = _run_trials(sweep, hosts, shares, orders, known, started.num_devices(), end, cost)
             if not _is_run(sweep, records):
                 raise StoppedError(sweep.how_to_go_on)
