@@ -1,5 +1,6 @@
 """One process at a time works on a folder of results, or on a place in an object store."""
 
+import fcntl
 import multiprocessing
 import threading
 import time
@@ -13,7 +14,7 @@ from test_sweep import wait_for_a_report
 from qlora.config import InputError
 from tuning.checkpoints import Storage
 from workflows import lock, session
-from workflows.lock import locked
+from workflows.lock import is_held, locked
 
 
 def _hold(folder: Path, is_held) -> None:
@@ -39,10 +40,24 @@ def test_a_held_folder_is_refused_until_its_process_ends_however_it_ends(holder,
     folder = tmp_path / "results"
     with pytest.raises(InputError, match="is being worked on by another process"), locked(folder):
         pass
+    assert is_held(folder)
     holder.kill()
     holder.join()
+    assert not is_held(folder)
     with locked(folder):
-        pass
+        assert is_held(folder)
+    assert not is_held(tmp_path / "none")
+
+
+def test_a_folder_that_is_looked_at_can_be_taken(tmp_path):
+    folder = tmp_path / "results"
+    with locked(folder):
+        (folder / "file").write_text("")
+    with open(folder / ".lock", "rb") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.01, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN)).start()
+        with locked(folder):
+            pass
 
 
 def test_a_folder_that_stays_empty_is_removed(tmp_path):

@@ -23,6 +23,7 @@ from tuning.ledger import Ledger, TrialRecord
 from tuning.ledger_search import LedgerSearch
 from tuning.orders import Order, Orders, give_order
 from tuning.space import Space, tune_space
+from workflows.lock import locked
 from workflows.sweep.steering import ask_for_clone, ask_for_more, ask_to_stop, status
 
 
@@ -183,6 +184,9 @@ def test_what_is_asked_is_checked_and_left_beside_the_sweep(project, unfinished,
     told = status("steered", now=61.0)
     assert "42_00001" in told and "123.4" in told
     assert "1/5 trials ended, 1 running, 1 stopped early, best 123.4 (42_00000), elapsed 1:00" in told
+    assert "stopped     no process of this machine works on it; the sweep can go on: python" in told
+    with locked(unfinished):
+        assert "no process" not in status("steered", now=61.0)
     assert "trial 42_00001 is to stop with what it has" in ask_to_stop("steered", "42_00001")
     assert "3 more, 8 trials in all" in ask_for_more("steered", 3)
     orders = Orders(str(unfinished))

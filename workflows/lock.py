@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qlora.config import InputError, first_line
 from qlora.failpoints import durable
 
 _LOCK, _LEASE, _PROBE = ".lock", "lease", "lease-probe"
 _HELD = "is being worked on by another process; wait for it, or choose another --name"
+_GLANCE_SECONDS = 0.05
 _LEASE_SECONDS, _RENEWAL_SECONDS, _SETTLING_SECONDS = 60.0, 15.0, 2.0
 _lost: list[str] = []
 _renewed: dict[str, float] = {}  # when the lease of a place was last known to be this process's
@@ -38,10 +39,10 @@ def locked(folder: Path, *places: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(folder / _LOCK, "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(folder, _HELD) from None
+            if not _takes(lock, fcntl.LOCK_EX):
+                time.sleep(_GLANCE_SECONDS)  # it may be looked at, which takes an instant
+                if not _takes(lock, fcntl.LOCK_EX):
+                    raise InputError(folder, _HELD)
             path = folder / _LOCK
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
                 raise InputError(folder, _HELD)  # its holder, which wrote nothing, has just removed it
@@ -53,6 +54,24 @@ def locked(folder: Path, *places: str) -> Iterator[None]:
         if is_new and [path.name for path in folder.iterdir()] == [_LOCK]:
             (folder / _LOCK).unlink()
             folder.rmdir()
+
+
+def is_held(folder: Path) -> bool:
+    """Tell whether a process of this machine holds a folder."""
+    try:
+        with open(folder / _LOCK, "rb") as lock:
+            return not _takes(lock, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _takes(lock: IO[Any], how: int) -> bool:
+    """Take a lock on an open file, unless another has one that allows of no further one; tell which."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

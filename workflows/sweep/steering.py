@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 
 from qlora.config import InputError, first_line, validated
-from qlora.home import in_results
+from qlora.home import home_folder, in_results
 from tuning.ledger import Ledger, TrialRecord
 from tuning.orders import MOST_ADDED, Order, Orders, give_order
 from tuning.progress import headline, spending, table
 from tuning.samplers import checked_setting
 from tuning.spending import spent_so_far
+from workflows.lock import is_held
 from workflows.results import open_results
 from workflows.sweep.folder import SweepFolder, reopen_sweep
 
@@ -41,6 +42,8 @@ def status(name: str, now: float) -> str:
         ]
         if sweep.summary() is not None:
             words.append(f"finished    see {in_results(name, 'summary.json')}")
+        elif home_folder() is not None and not is_held(sweep.folder):
+            words.append(f"stopped     no process of this machine works on it; {sweep.how_to_go_on}")
         return "\n".join(words)
 
 
