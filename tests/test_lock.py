@@ -57,7 +57,7 @@ def test_a_folder_that_is_looked_at_can_be_taken(tmp_path):
         fcntl.flock(looked_at, fcntl.LOCK_SH)
         threading.Timer(0.01, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN)).start()
         with locked(folder):
-            pass
+            assert is_held(folder)
 
 
 def test_a_folder_that_stays_empty_is_removed(tmp_path):
